@@ -1,0 +1,1 @@
+"""What happens around training: checkpoints, progress, the run folder, the report, the export."""

@@ -1,0 +1,70 @@
+"""What a run found out, as one plain mapping: the content of metrics.json, of the model card and of the report."""
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from callbacks.files import METRICS_FILE, write_atomically
+from datamodules.reward import RewardDataModule
+from models.metrics import PUBLISHED_REWARD_ROWS
+from models.reward import RewardClassifier
+
+RECORDED_PACKAGES = ("proactive", "torch", "lightning", "transformers", "torchmetrics", "datasets", "tokenizers")
+
+
+def reward_record(classifier: RewardClassifier, data: RewardDataModule, source: str) -> dict[str, Any]:
+    """The figures of a tested classifier, with all that is needed to read them.
+
+    Args:
+        classifier: A classifier that has been tested.
+        data: What it was tested on.
+        source: Which weights were tested.
+    """
+    found = data.contamination
+    return {
+        "task": "reward",
+        "weights": source,
+        "backbone": classifier.hparams["backbone"],
+        "split": data.description,
+        "rows": {name: len(getattr(data.split, name)) for name in ("train", "validation", "test")},
+        "truncated_rows": dict(data.truncated),
+        "contamination": {
+            "test_rows": found.test_rows,
+            "contaminated_rows": found.contaminated_rows,
+            "fraction": found.fraction,
+        },
+        "temperature": classifier.temperature,
+        "threshold": classifier.threshold,
+        "test": classifier.test_figures,
+        "published": PUBLISHED_REWARD_ROWS,
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+
+
+class MetricsFile(Callback):
+    """Writes metrics.json when the test has ended."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            record = tested_record(trainer, pl_module)
+            write_atomically(self.folder / METRICS_FILE, json.dumps(record, indent=2) + "\n")
+
+
+def tested_record(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    """The record of the test that `trainer` has just run."""
+    assert isinstance(pl_module, RewardClassifier)
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    return reward_record(pl_module, data, str(trainer.ckpt_path or "in memory"))
+
+
+def _versions() -> Mapping[str, str]:
+    return {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES}

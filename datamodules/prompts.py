@@ -1,0 +1,199 @@
+"""Rows to segments to token ids: the prompt template, and a rendering that text from the data cannot break.
+
+A prompt is a list of segments in a fixed order (instructions, events, proposal with its verdict slot), each
+tokenized on its own: so rows that share a history share its token ids, and truncation can take whole events.
+Text from the data stays on one line and is never read as a special token, whatever it looks like.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from datamodules.errors import UserError
+from datamodules.records import AnnotatedRow, Event
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+DEFAULT_PROMPT = Path(__file__).with_name("reward_prompt.yaml")
+# Everything that a terminal, an editor or str.splitlines takes for the end of a line, and other control characters.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+
+
+class PromptTemplate(BaseModel):
+    """The parts of a prompt; `reward_prompt.yaml` explains each."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    instructions: str
+    event: str
+    proposal: str
+    no_proposal: str
+
+    @classmethod
+    def read(cls, path: Path) -> "PromptTemplate":
+        """Read a template from a YAML file.
+
+        Raises:
+            UserError: The file cannot be read, lacks a part, or names an unknown part or placeholder.
+        """
+        try:
+            return cls.parse(yaml.safe_load(path.read_text(encoding="utf-8-sig")), str(path))
+        except OSError as error:
+            raise UserError(
+                f"data.prompt: {path}: {error.strerror or error}", "Give the path of a prompt file."
+            ) from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            problem = re.sub(r"\s+", " ", str(error))
+            raise UserError(f"data.prompt: {path} is not YAML: {problem}", f"Start from {DEFAULT_PROMPT}.") from error
+
+    @classmethod
+    def parse(cls, parts: Any, where: str) -> "PromptTemplate":
+        """Make a template of the parts in a mapping; see `read` for what is raised."""
+        try:
+            template = cls.model_validate(parts)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise UserError(
+                f"data.prompt: {where}, part {'.'.join(map(str, first['loc'])) or 'top level'}: {first['msg']}",
+                f"Start from {DEFAULT_PROMPT}.",
+            ) from error
+        allowed = {"instructions": set[str](), "event": {"time", "event"}, "proposal": {"proposal"}, "no_proposal": set()}
+        for part, names in allowed.items():
+            known = names | {f"{name}_json" for name in names}
+            for name in _PLACEHOLDER.findall(getattr(template, part)):
+                if name not in known:
+                    raise UserError(
+                        f"data.prompt: {where}, part {part}: unknown placeholder {{{name}}}",
+                        f"Use {', '.join(f'{{{name}}}' for name in sorted(known)) or 'no placeholder'} there.",
+                    )
+        return template
+
+
+@dataclass(frozen=True)
+class Data:
+    """Text that came from the data: never special tokens, never more than one line."""
+
+    text: str
+
+
+Segment = tuple[str | Data, ...]  # the template's own text as str, in turn with text from the data
+
+
+def render(template: PromptTemplate, row: AnnotatedRow) -> list[Segment]:
+    """The segments of a row: instructions, each event in time order, the proposal with its verdict slot."""
+    return [
+        _fill(template.instructions, {}),
+        *(render_event(template, event) for event in row.history),
+        _fill(template.no_proposal, {})
+        if row.proposal is None
+        else _fill(template.proposal, {"proposal": row.proposal}),
+    ]
+
+
+def render_event(template: PromptTemplate, event: Event) -> Segment:
+    """The segment of one event."""
+    return _fill(template.event, {"time": event.time, "event": event.event})
+
+
+def _fill(text: str, values: Mapping[str, str]) -> Segment:
+    parts: list[str | Data] = []
+    for index, piece in enumerate(_PLACEHOLDER.split(text)):
+        if index % 2 == 0:
+            parts.append(piece)
+        elif piece.endswith("_json"):
+            quoted = json.dumps(values[piece.removesuffix("_json")], ensure_ascii=False)
+            parts.append(Data(_one_line(quoted)))
+        else:
+            parts.append(Data(_one_line(values[piece])))
+    return tuple(part for part in parts if part)
+
+
+def _one_line(text: str) -> str:
+    return _CONTROL.sub(lambda match: json.dumps(match[0])[1:-1], text)
+
+
+class SegmentTokenizer:
+    """Token ids of segments under one tokenizer, each distinct text tokenized once.
+
+    Special tokens come from the template alone. `prefix` and `suffix` are what the tokenizer itself puts
+    around a text: [CLS] and [SEP], a beginning-of-text token, or nothing.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
+        self.tokenizer = tokenizer
+        special = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        self._special = re.compile(f"({'|'.join(map(re.escape, special))})") if special else None
+        self._ids: dict[str, list[int]] = {}
+        bare = self._tokenize(["a"])[0]
+        full = list(tokenizer("a").input_ids)
+        start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+        self.prefix, self.suffix = full[:start], full[start + len(bare) :]
+
+    def encode(self, segments: Iterable[Segment]) -> list[list[int]]:
+        """Token ids of each segment, without prefix and suffix."""
+        split = [self._split(segment) for segment in segments]
+        unknown = list({p for parts in split for p in parts if isinstance(p, str) and p not in self._ids})
+        if unknown:
+            self._ids.update(zip(unknown, self._tokenize(unknown), strict=True))
+        return [[i for p in parts for i in (self._ids[p] if isinstance(p, str) else [p])] for parts in split]
+
+    def _split(self, segment: Segment) -> list[str | int]:
+        """Texts and special token ids in turn; a text may join the template's words with the data's."""
+        parts: list[str | int] = []
+
+        def add_text(text: str) -> None:
+            if parts and isinstance(parts[-1], str):
+                parts[-1] += text
+            elif text:
+                parts.append(text)
+
+        for part in segment:
+            if isinstance(part, Data) or self._special is None:
+                add_text(part.text if isinstance(part, Data) else part)
+                continue
+            for index, piece in enumerate(self._special.split(part)):
+                if index % 2:
+                    parts.append(self.tokenizer.convert_tokens_to_ids(piece))
+                else:
+                    add_text(piece)
+        return parts
+
+    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
+
+
+def truncate(segments_ids: Sequence[Sequence[int]], limit: int) -> tuple[list[int], int]:
+    """Join the token ids of a row's segments within `limit` tokens, dropping the oldest events first.
+
+    Args:
+        segments_ids: Token ids of the instructions, of each event in time order, and of the proposal.
+        limit: The greatest number of tokens; instructions and proposal are kept even where they exceed it.
+
+    Returns:
+        The joined ids and the number of events dropped.
+    """
+    first, *events, last = segments_ids
+    room = limit - len(first) - len(last)
+    kept = len(events)
+    while kept and sum(map(len, events[-kept:])) > room:
+        kept -= 1
+    recent = events[len(events) - kept :]
+    return [token for part in (first, *recent, last) for token in part], len(events) - kept
+
+
+def training_text(template: PromptTemplate, rows: Iterable[AnnotatedRow]) -> list[str]:
+    """Every distinct segment of some rows as plain text, in order of appearance: what a tokenizer is trained on."""
+    texts = (
+        "".join(part.text if isinstance(part, Data) else part for part in segment)
+        for row in rows
+        for segment in render(template, row)
+    )
+    return list(dict.fromkeys(texts))

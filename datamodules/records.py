@@ -1,0 +1,278 @@
+"""Validated records of ProactiveBench's files, and the readers that turn a file into them.
+
+Nothing is dropped or coerced in silence: a record that does not fit is refused with its file, its line (or
+index) and its field. What the published files really contain is tolerated on purpose, and only that: both
+spellings of judgment, times in words, the text "null" for no proposal, `other_infomation`, a UTF-8 byte
+order mark, CRLF line ends and a blank last line.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Self, TypeVar
+
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from datamodules.errors import UserError
+
+
+class Category(StrEnum):
+    """What an annotated row shows, from its proposal, its judgment and whether help was needed."""
+
+    MISSED_NEED = "missed_need"  # null proposed although help was needed: null is wrong
+    NON_RESPONSE = "non_response"  # null proposed and no help needed: null is right
+    CORRECT_DETECTION = "correct_detection"  # a proposal in text that was accepted
+    FALSE_ALARM = "false_alarm"  # a proposal in text that was rejected
+
+    @property
+    def index(self) -> int:
+        """The position of this category in `list(Category)`: how a batch names it, 0 to 3."""
+        return list(Category).index(self)
+
+
+PUBLISHED_CATEGORIES = {
+    "Missed-Need (MN)": Category.MISSED_NEED,
+    "Correct-Rejection (CR)": Category.NON_RESPONSE,
+    "Non-Response (NR)": Category.NON_RESPONSE,
+    "Correct-Detection (CD)": Category.CORRECT_DETECTION,
+    "False-Alarm (FA)": Category.FALSE_ALARM,
+}
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("expected text, got a blank")
+    return value
+
+
+def _proposal(value: Any) -> Any:
+    """The published files write "no proposal" both as null and as the text "null"."""
+    return None if isinstance(value, str) and value.strip().lower() == "null" else _text(value)
+
+
+def _proposals(value: Any) -> Any:
+    if not isinstance(value, list):
+        raise ValueError("expected a list of proposals")
+    return tuple(kept for item in value if (kept := _proposal(item)) is not None)
+
+
+def _judgment(value: Any) -> Any:
+    verdicts = {"accepted": True, "rejected": False}
+    if isinstance(value, str):
+        if value.strip().lower() not in verdicts:
+            raise ValueError('expected true, false, "accepted" or "rejected"')
+        return verdicts[value.strip().lower()]
+    return value
+
+
+def _category(value: Any) -> Any:
+    known = PUBLISHED_CATEGORIES | {category.value: category for category in Category}
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"expected one of {', '.join(known)}")
+    return known[value]
+
+
+def _tuple(value: Any) -> Any:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError("expected a list")
+    return tuple(value)
+
+
+Text = Annotated[str, BeforeValidator(_text)]
+Proposal = Annotated[str | None, BeforeValidator(_proposal)]
+Judgment = Annotated[bool, BeforeValidator(_judgment)]
+JUDGMENT_SPELLINGS = ("valid", "judgment", "judgement")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, populate_by_name=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_spelling_of_judgment(cls, data: Any) -> Any:
+        spellings = [key for key in JUDGMENT_SPELLINGS if isinstance(data, dict) and key in data]
+        if len(spellings) > 1:
+            raise ValueError(f"expected one of the fields {', '.join(JUDGMENT_SPELLINGS)}, got {', '.join(spellings)}")
+        return data
+
+
+class Event(_Record):
+    """One line of what the user did; `time` is epoch seconds as text, or words."""
+
+    time: Text
+    event: Text
+
+
+History = Annotated[tuple[Event, ...], BeforeValidator(_tuple)]
+
+
+class AnnotatedRow(_Record):
+    """A history, one proposal made after it, and what people said of that proposal.
+
+    `annotation` holds the single annotators' answers; `category` and `help_needed` may be left out where the
+    other fields settle them, and must agree with those fields where they are given.
+    """
+
+    history: History = Field(validation_alias="obs")
+    proposal: Proposal = Field(validation_alias="pred_task")
+    accepted: Judgment = Field(validation_alias=AliasChoices(*JUDGMENT_SPELLINGS))
+    help_needed: bool | None = None
+    annotation: Annotated[tuple[bool, ...], BeforeValidator(_tuple)] = ()
+    stated_category: Annotated[Category | None, BeforeValidator(_category)] = Field(
+        default=None, validation_alias="category"
+    )
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if self.stated_category not in (None, self.category):
+            raise ValueError(
+                f"field category: expected {self.category} for "
+                f"{'a proposal of null' if self.proposal is None else 'a proposal in text'} that was "
+                f"{'accepted' if self.accepted else 'rejected'}, got {self.stated_category}"
+            )
+        if self.proposal is None and self.help_needed is self.accepted:
+            raise ValueError(
+                f"field help_needed: expected {not self.accepted} for a proposal of null that was "
+                f"{'accepted' if self.accepted else 'rejected'}, got {self.help_needed}"
+            )
+        return self
+
+    @property
+    def category(self) -> Category:
+        if self.proposal is None:
+            return Category.NON_RESPONSE if self.accepted else Category.MISSED_NEED
+        return Category.CORRECT_DETECTION if self.accepted else Category.FALSE_ALARM
+
+    @cached_property
+    def history_digest(self) -> int:
+        """A 64-bit digest of the history, signed so that an int64 tensor holds it."""
+        return _digest(self.history)
+
+    @cached_property
+    def scene(self) -> str:
+        """The session that the history belongs to, named by its first event: histories of a session share it."""
+        return format(_digest(self.history[:1]) & (2**64 - 1), "016x")
+
+
+class TraceProposals(_Record):
+    """The reference proposals of one step of the agent's test set."""
+
+    candidate_task: Annotated[tuple[str, ...], BeforeValidator(_proposals)]
+
+
+class TestStep(_Record):
+    """One step of a test trace: an event and what could have been offered after it."""
+
+    __test__ = False  # not a test class, whatever pytest makes of the name
+
+    observation: Event
+    agent_response: TraceProposals
+    task_status: bool
+    judgment: Judgment | None = Field(default=None, validation_alias=AliasChoices(*JUDGMENT_SPELLINGS))
+
+
+class PublishedStep(_Record):
+    """One step of a trace that a published model answered: no proposal in `agent_response` means null.
+
+    A published answer may also be an operation with its arguments, as an object.
+    """
+
+    observation: Event
+    agent_response: Annotated[tuple[str | dict[str, Any], ...], BeforeValidator(_proposals)]
+    task_status: bool
+    judgment: Judgment | None = Field(default=None, validation_alias=AliasChoices(*JUDGMENT_SPELLINGS))
+    other_information: dict[str, Any] = Field(
+        default_factory=dict, validation_alias=AliasChoices("other_infomation", "other_information")
+    )
+
+
+RecordType = TypeVar("RecordType", bound=BaseModel)
+
+
+def read_jsonl(path: Path, record: type[RecordType]) -> list[RecordType]:
+    """Read one record a line.
+
+    Raises:
+        UserError: The file cannot be read, or a line is not such a record.
+    """
+    lines = _read_text(path).split("\n")
+    if lines and not lines[-1].strip():
+        lines.pop()
+    return [
+        validate(_parse_json(line.rstrip("\r"), f"{path}, line {number}"), record, f"{path}, line {number}")
+        for number, line in enumerate(lines, start=1)
+    ]
+
+
+def read_json_list(path: Path, record: type[RecordType]) -> list[RecordType]:
+    """Read a file that is one JSON list of records.
+
+    Raises:
+        UserError: The file cannot be read, is no JSON list, or an item is not such a record.
+    """
+    items = _parse_json(_read_text(path), str(path))
+    if not isinstance(items, list):
+        raise UserError(f"{path}: expected a JSON list, got {_shorten(items)}", "Wrap the records in [ ].")
+    return [validate(item, record, f"{path}, index {index}") for index, item in enumerate(items)]
+
+
+def validate(item: Any, record: type[RecordType], where: str) -> RecordType:
+    """Make a record of a parsed JSON value.
+
+    Raises:
+        UserError: The value does not fit; the message names `where`, the field and what was expected.
+    """
+    try:
+        return record.model_validate(item)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+        expected = first["msg"].removeprefix("Value error, ")
+        got = "" if first["type"] == "missing" or "got" in expected else f", got {_shorten(first['input'])}"
+        raise UserError(
+            f"{where}{f', field {field}' if field else ''}: {expected}{got}",
+            "Mend that record; docs/how-to/own-data.md shows every field.",
+        ) from error
+
+
+def _digest(events: Iterable[Event]) -> int:
+    text = json.dumps([[event.time, event.event] for event in events])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}", "Check the path and its permissions.") from error
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}, line {line}: byte {error.start} is not UTF-8", "Save the file as UTF-8 text."
+        ) from error
+
+
+def _parse_json(text: str, where: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        record = dict(pairs)
+        if len(record) < len(pairs):
+            raise ValueError("a field occurs twice in one object")
+        return record
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: expected JSON: {error}", "Mend that text; each record is one JSON object.") from error
+
+
+def _shorten(value: Any, limit: int = 80) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

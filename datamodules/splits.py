@@ -1,0 +1,99 @@
+"""Which rows train, which validate, which test; and how much of the test the training rows give away."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from datamodules.errors import UserError
+from datamodules.records import AnnotatedRow
+from datamodules.sources import TEST_FILE, Corpus
+
+SplitName = Literal["published", "by_scene"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Three disjoint lists of rows."""
+
+    train: list[AnnotatedRow]
+    validation: list[AnnotatedRow]
+    test: list[AnnotatedRow]
+
+
+@dataclass(frozen=True)
+class Contamination:
+    """How many test rows have a history that also occurs in the training rows."""
+
+    test_rows: int
+    contaminated_rows: int
+
+    @property
+    def fraction(self) -> float:
+        return self.contaminated_rows / self.test_rows if self.test_rows else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.contaminated_rows} of {self.test_rows} test rows ({self.fraction:.0%}) "
+            "have a history that also occurs in the training rows"
+        )
+
+
+def split_published(corpus: Corpus, validation_fraction: float, seed: int = 0) -> Split:
+    """Test on the root's own test file; validate on a part of its training rows, drawn within each category.
+
+    Raises:
+        UserError: The root has no test file, or too few rows of a category to validate on.
+    """
+    from sklearn.model_selection import train_test_split
+
+    if not corpus.test:
+        raise UserError(
+            f"data.split: published needs {TEST_FILE}, and {corpus.root} has none", "Add it, or use --data.split by_scene."
+        )
+    categories = [row.category.value for row in corpus.train]
+    try:
+        train, validation = train_test_split(
+            corpus.train, test_size=validation_fraction, stratify=categories, random_state=seed
+        )
+    except ValueError as error:
+        raise UserError(
+            f"data.validation_fraction: cannot hold {validation_fraction} of {len(corpus.train)} training rows out: {error}",
+            "Use another fraction, or more rows of each category.",
+        ) from error
+    return Split(train, validation, corpus.test)
+
+
+def split_by_scene(corpus: Corpus, folds: int, fold: int, seed: int = 0) -> Split:
+    """Hold whole scenes out: fold `fold` of all rows tests, the next fold validates, the rest trains.
+
+    Scenes are spread over the folds so that each fold has each category about equally often.
+
+    Raises:
+        UserError: There are fewer scenes than folds, or no such fold.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    scenes = [row.scene for row in corpus.rows]
+    if not 3 <= folds <= len(set(scenes)):
+        raise UserError(
+            f"data.folds: {folds} folds of {len(set(scenes))} scenes", "Use at least 3 folds and no more than scenes."
+        )
+    if not 0 <= fold < folds:
+        raise UserError(f"data.fold: there is no fold {fold} of {folds}", f"Use 0 to {folds - 1}.")
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    categories = [row.category.value for row in corpus.rows]
+    held_out = [list(test) for _, test in splitter.split(scenes, categories, scenes)]
+    test_rows, validation_rows = held_out[fold], held_out[(fold + 1) % folds]
+    train_rows = sorted(set(range(len(scenes))) - set(test_rows) - set(validation_rows))
+    return Split(*([corpus.rows[index] for index in indices] for indices in (train_rows, validation_rows, test_rows)))
+
+
+def history_digests(rows: Iterable[AnnotatedRow]) -> list[int]:
+    """The distinct histories of some rows, as sorted digests."""
+    return sorted({row.history_digest for row in rows})
+
+
+def contamination(training_digests: Iterable[int], test: Sequence[AnnotatedRow]) -> Contamination:
+    """Count the test rows whose history is among the histories trained on."""
+    known = set(training_digests)
+    return Contamination(len(test), sum(row.history_digest in known for row in test))

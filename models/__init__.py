@@ -1,0 +1,1 @@
+"""LightningModules, the backbones under them, their optimizers and their metrics."""

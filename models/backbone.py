@@ -1,0 +1,184 @@
+"""Sequence classifiers over any Hugging Face backbone: pretrained, from a configuration, or from scratch.
+
+Shape legend: B rows, T tokens, D hidden size, C classes (rejected, accepted).
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from datamodules.errors import UserError
+from datamodules.tokenizer import SCRATCH
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+Pooling = Literal["auto", "last", "cls", "mean"]
+DtypeName = Literal["float32", "bfloat16", "float16"]
+LABELS = {0: "rejected", 1: "accepted"}
+# A Llama-type decoder of about 2.2 million parameters, embeddings included.
+SCRATCH_CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 4096,
+}
+
+
+def build_classifier(
+    backbone: str,
+    tokenizer: "PreTrainedTokenizerFast",
+    scratch: dict[str, Any] | None = None,
+    *,
+    dtype: DtypeName = "float32",
+    attn_implementation: str | None = None,
+    dropout: float | None = None,
+    trust_remote_code: bool = False,
+) -> "PreTrainedModel":
+    """A Hugging Face sequence classifier with two classes, fit for `tokenizer`.
+
+    Args:
+        backbone: Hub id or local path, or "scratch" for random weights.
+        tokenizer: Settles the vocabulary of a backbone from scratch and the padding token of any.
+        scratch: For "scratch": a transformers configuration as a mapping, `model_type` included.
+        dtype: How the weights are stored.
+        attn_implementation: Any that transformers names; its own choice if None.
+        dropout: Set for every kind of dropout the configuration has; as configured if None.
+        trust_remote_code: Whether a backbone may run code of its own.
+
+    Raises:
+        UserError: There is no such backbone, it cannot classify, or the tokenizer does not fit it.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
+    with _clear_errors(backbone), quiet():
+        if backbone == SCRATCH:
+            settings = {"vocab_size": len(tokenizer), **(scratch or SCRATCH_CONFIG)}
+            config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        else:
+            config = AutoConfig.from_pretrained(backbone, trust_remote_code=trust_remote_code)
+        _prepare(config, tokenizer, dropout)
+        if len(tokenizer) > config.vocab_size:
+            raise UserError(
+                f"model.backbone: the tokenizer has {len(tokenizer)} tokens, {backbone} has embeddings for "
+                f"{config.vocab_size}",
+                "Give backbone and tokenizer that belong together.",
+            )
+        if backbone == SCRATCH:
+            return AutoModelForSequenceClassification.from_config(config, **options)
+        return AutoModelForSequenceClassification.from_pretrained(
+            backbone, config=config, use_safetensors=True, trust_remote_code=trust_remote_code, **options
+        )
+
+
+def classifier_from_config(
+    config: dict[str, Any], dtype: DtypeName, attn_implementation: str | None, trust_remote_code: bool = False
+) -> "PreTrainedModel":
+    """The classifier that a checkpoint's configuration describes, with random weights to load the real ones into."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    model_type = config["model_type"]
+    with _clear_errors(model_type), quiet():
+        return AutoModelForSequenceClassification.from_config(
+            AutoConfig.for_model(**config),
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+
+
+def load_classifier(path: str, *, attn_implementation: str | None = None) -> "PreTrainedModel":
+    """A classifier as `save_pretrained` wrote it."""
+    from transformers import AutoModelForSequenceClassification
+
+    with _clear_errors(path), quiet():
+        return AutoModelForSequenceClassification.from_pretrained(
+            path, use_safetensors=True, attn_implementation=attn_implementation
+        )
+
+
+def classify(model: "PreTrainedModel", input_ids: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
+    """Logits of the two classes.
+
+    Args:
+        model: A sequence classifier of transformers.
+        input_ids: (B, T) int64.
+        attention_mask: (B, T) int64, 1 for real tokens, padding on the right.
+        pooling: "auto" is the backbone's own: the last real token for a decoder, what its architecture
+            defines (as a rule CLS) for an encoder. The others read the final hidden states and go through
+            the last linear layer alone.
+
+    Returns:
+        (B, C) floating logits.
+    """
+    if pooling == "auto":
+        if not isinstance(getattr(model, "score", None), nn.Linear):
+            return model(input_ids=input_ids, attention_mask=attention_mask).logits
+        pooling = "last"
+    hidden_BTD = model.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    if pooling == "mean":
+        weight_BT1 = attention_mask.unsqueeze(-1).to(hidden_BTD.dtype)
+        pooled_BD = (hidden_BTD * weight_BT1).sum(1) / weight_BT1.sum(1)
+    elif pooling == "cls":
+        pooled_BD = hidden_BTD[:, 0]
+    else:
+        rows_B = torch.arange(len(hidden_BTD), device=hidden_BTD.device)
+        pooled_BD = hidden_BTD[rows_B, attention_mask.sum(1) - 1]
+    return read_out(model)(pooled_BD)
+
+
+def read_out(model: "PreTrainedModel") -> nn.Linear:
+    """The layer that turns a pooled state into the classes' logits: the last linear one."""
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == len(LABELS)]
+    if not layers:
+        raise UserError(f"{type(model).__name__} ends in no linear layer", "Use --model.pooling auto.")
+    return layers[-1]
+
+
+def _prepare(config: "PretrainedConfig", tokenizer: "PreTrainedTokenizerFast", dropout: float | None) -> None:
+    config.num_labels = len(LABELS)
+    config.id2label = dict(LABELS)
+    config.label2id = {label: index for index, label in LABELS.items()}
+    config.problem_type = "single_label_classification"
+    config.pad_token_id = tokenizer.pad_token_id
+    if dropout is not None:
+        for name, value in config.to_dict().items():
+            if isinstance(value, (int, float)) and ("dropout" in name or name.endswith("pdrop")):
+                setattr(config, name, dropout)
+
+
+@contextlib.contextmanager
+def _clear_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"model.backbone: cannot make a classifier of {name}: {reason}",
+            "Give a hub id that this machine can reach, or a folder that save_pretrained wrote with safetensors weights.",
+        ) from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the notes on new heads and the loading bars, which a classifier always causes."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,56 @@
+"""A temperature and a decision threshold, fitted on validation rows."""
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import binary_precision_recall_curve
+
+TEMPERATURE_RANGE = (0.05, 20.0)
+
+
+def calibrated(probability: Tensor, temperature: float | Tensor) -> Tensor:
+    """P(accepted) with its log-odds divided by the temperature (Guo et al. 2017, arXiv 1706.04599, section 4.2)."""
+    return torch.sigmoid(torch.logit(probability.double(), eps=1e-12) / temperature)
+
+
+def fit_temperature(probability: Tensor, target: Tensor) -> float:
+    """The temperature in `TEMPERATURE_RANGE` that makes the targets likeliest.
+
+    Args:
+        probability: (N,) floating, uncalibrated P(accepted).
+        target: (N,) int64, 1 for accepted.
+    """
+    log_odds_N = torch.logit(probability.double(), eps=1e-12)
+    low, high = (torch.log(torch.tensor(bound, dtype=torch.float64)) for bound in TEMPERATURE_RANGE)
+    log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        scaled_N = log_odds_N / torch.exp(log_temperature)
+        value = torch.nn.functional.binary_cross_entropy_with_logits(scaled_N, target.double())
+        value.backward()
+        return value
+
+    with torch.inference_mode(False), torch.enable_grad():
+        log_odds_N, target = log_odds_N.clone(), target.clone()
+        optimizer.step(loss)
+    return float(torch.exp(log_temperature.detach().clamp(low, high)))
+
+
+def fit_threshold(probability: Tensor, target: Tensor) -> float:
+    """The threshold with the greatest F1, halfway to the next lower probability so that it holds beyond these rows.
+
+    Args:
+        probability: (N,) floating, P(accepted) as it will be compared with the threshold.
+        target: (N,) int64, 1 for accepted.
+
+    Returns:
+        A threshold in [0, 1]; 0.5 where no row was accepted.
+    """
+    if not target.any():
+        return 0.5
+    precision_T, recall_T, threshold_T = binary_precision_recall_curve(probability, target)
+    f1_T = 2 * precision_T * recall_T / (precision_T + recall_T).clamp(min=1e-12)
+    best = threshold_T[f1_T[:-1].argmax()]
+    lower = probability[probability < best]
+    return float((best + lower.max()) / 2) if len(lower) else float(best) / 2

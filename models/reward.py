@@ -1,0 +1,253 @@
+"""RewardClassifier: reads a history and one proposal, gives the probability that the user accepts it.
+
+Shape legend: B rows, T tokens, C classes (rejected, accepted).
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from datamodules.batches import RewardBatch
+from datamodules.errors import UserError
+from datamodules.records import Category
+from datamodules.tokenizer import SCRATCH
+from models.backbone import (
+    DtypeName,
+    Pooling,
+    build_classifier,
+    classifier_from_config,
+    classify,
+    load_classifier,
+    quiet,
+)
+from models.calibration import calibrated, fit_temperature, fit_threshold
+from models.metrics import RewardMetrics, reward_figures
+from models.optimizers import OptimizerName, ScheduleName, build_optimizer, build_schedule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EXPORT_STATE = "proactive.json"
+BOOTSTRAP_RESAMPLES = 1000
+CategoryName = Literal["missed_need", "non_response", "correct_detection", "false_alarm"]
+
+
+class RewardClassifier(LightningModule):
+    """A backbone with a two-class head; its weights come into being in `configure_model`.
+
+    Args:
+        backbone: Hub id or local path of any Hugging Face encoder or decoder, or "scratch" for a small
+            decoder with random weights and a tokenizer trained on the run's own text.
+        scratch: For backbone "scratch": a transformers configuration with its model_type, in place of the
+            project's small Llama-type one.
+        pooling: Which state is read: "auto" (the last real token of a decoder, what an encoder's architecture
+            defines), "last", "cls" or "mean".
+        dtype: How the weights are stored; the trainer's precision says how they are computed with.
+        attn_implementation: Attention of transformers: eager, sdpa, flash_attention_2, ...; its choice if null.
+        dropout: Dropout everywhere the backbone has it; as the backbone has it if null.
+        gradient_checkpointing: Trade compute for memory: keep no activations inside a layer.
+        trust_remote_code: Let a backbone from the hub run code of its own. Off for a reason.
+        optimizer: adamw (fused where it can be), or adamw_8bit and paged_adamw_8bit from bitsandbytes.
+        learning_rate: Peak learning rate.
+        weight_decay: Decoupled weight decay on matrices.
+        warmup_ratio: The share of all steps over which the learning rate rises.
+        schedule: How the learning rate falls to zero afterwards.
+        category_weights: Factors on the loss of rows by category, for example {missed_need: 2.0}; 1 if left out.
+    """
+
+    category_weight: Tensor
+    step_loss: Tensor
+
+    def __init__(
+        self,
+        backbone: str = SCRATCH,
+        scratch: dict[str, Any] | None = None,
+        pooling: Pooling = "auto",
+        dtype: DtypeName = "float32",
+        attn_implementation: str | None = None,
+        dropout: float | None = None,
+        gradient_checkpointing: bool = False,
+        trust_remote_code: bool = False,
+        optimizer: OptimizerName = "adamw",
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.1,
+        warmup_ratio: float = 0.1,
+        schedule: ScheduleName = "linear",
+        category_weights: dict[CategoryName, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.network: PreTrainedModel | None = None
+        self.temperature = 1.0
+        self.threshold = 0.5
+        self.metrics = RewardMetrics()
+        self.test_rows: dict[str, Tensor] = {}
+        self.test_figures: dict[str, dict[str, float]] = {}
+        weights = {str(name): weight for name, weight in (category_weights or {}).items()}
+        weight_by_category = torch.tensor([weights.get(category.value, 1.0) for category in Category])
+        self.register_buffer("category_weight", weight_by_category, persistent=False)
+        self.register_buffer("step_loss", torch.tensor(0.0), persistent=False)
+
+    def configure_model(self) -> None:
+        """Make the network, once."""
+        if self.network is not None:
+            return
+        options = self.hparams
+        self.network = build_classifier(
+            options["backbone"],
+            self.trainer.datamodule.tokenizer,  # type: ignore[attr-defined]
+            options["scratch"],
+            dtype=options["dtype"],
+            attn_implementation=options["attn_implementation"],
+            dropout=options["dropout"],
+            trust_remote_code=options["trust_remote_code"],
+        )
+        if options["gradient_checkpointing"]:
+            self.network.gradient_checkpointing_enable({"use_reentrant": False})
+        self.network.train()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits (B, C) float32 of rejected and accepted, for `input_ids` and `attention_mask` (B, T) int64."""
+        assert self.network is not None, "configure_model makes the network"
+        return classify(self.network, input_ids, attention_mask, self.hparams["pooling"]).float()
+
+    def probability(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Uncalibrated P(accepted), (B,) float64."""
+        return self(input_ids, attention_mask).double().softmax(-1)[:, 1]
+
+    def training_step(self, batch: RewardBatch, batch_idx: int) -> Tensor:
+        logits_BC = self(batch["input_ids"], batch["attention_mask"])
+        loss_B = nn.functional.cross_entropy(logits_BC, batch["label"], reduction="none")
+        loss = (loss_B * self.category_weight[batch["category"]] * batch["weight"]).sum()
+        if not torch.isfinite(loss):
+            raise self._not_finite("the loss", loss)
+        self.step_loss += loss.detach() / self.trainer.accumulate_grad_batches
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm):
+            raise self._not_finite("the gradient norm", norm)
+        self.log("train/loss", self.step_loss.clone(), prog_bar=True, sync_dist=self.trainer.world_size > 1)
+        self.log("train/gradient_norm", norm)
+        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+        self.step_loss.zero_()
+
+    def on_validation_epoch_start(self) -> None:
+        self.metrics.reset()
+
+    def validation_step(self, batch: RewardBatch, batch_idx: int) -> None:
+        self._collect(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the figures, and fit temperature and threshold, so that every checkpoint carries its own."""
+        rows = self.metrics.rows()
+        probability_N, target_N = rows["probability"], rows["target"]
+        self.temperature = fit_temperature(probability_N, target_N)
+        self.threshold = fit_threshold(calibrated(probability_N, self.temperature), target_N)
+        figures = reward_figures(probability_N, target_N, rows["category"])
+        loss = nn.functional.binary_cross_entropy(probability_N, target_N.double())
+        logged = {"loss": loss, **{name: figures[name] for name in ("accuracy", "f1", "auroc")}}
+        self.log_dict({f"validation/{name}": value.float() for name, value in logged.items()}, prog_bar=True)
+
+    def on_test_epoch_start(self) -> None:
+        self.metrics.reset()
+
+    def test_step(self, batch: RewardBatch, batch_idx: int) -> None:
+        self._collect(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Put the rows of all ranks in `test_rows` and their figures, raw and calibrated, in `test_figures`."""
+        rows = self.metrics.rows()
+        rows["calibrated"] = calibrated(rows["probability"], self.temperature)
+        self.test_rows = {name: column.cpu() for name, column in rows.items()}
+        readings = {"raw": (rows["probability"], 0.5), "calibrated": (rows["calibrated"], self.threshold)}
+        for name, (probability_N, threshold) in readings.items():
+            figures = reward_figures(
+                probability_N, rows["target"], rows["category"], threshold, bootstrap=BOOTSTRAP_RESAMPLES
+            )
+            self.test_figures[name] = {figure: float(value) for figure, value in figures.items()}
+            self.log_dict({f"test/{name}_{figure}": value.float() for figure, value in figures.items()})
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        options = self.hparams
+        optimizer = build_optimizer(
+            self.parameters(), options["optimizer"], options["learning_rate"], options["weight_decay"]
+        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = build_schedule(optimizer, options["schedule"], options["warmup_ratio"], steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        assert self.network is not None, "a checkpoint is saved after configure_model"
+        checkpoint["backbone_config"] = self.network.config.to_json_string(use_diff=False)
+        checkpoint["calibration"] = {"temperature": self.temperature, "threshold": self.threshold}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.temperature = checkpoint["calibration"]["temperature"]
+        self.threshold = checkpoint["calibration"]["threshold"]
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: dict[str, Any]) -> "RewardClassifier":
+        """The classifier of a loaded checkpoint, weights included, without its backbone's original files."""
+        options = {name: value for name, value in checkpoint["hyper_parameters"].items() if not name.startswith("_")}
+        classifier = cls(**options)
+        classifier.network = classifier_from_config(
+            json.loads(checkpoint["backbone_config"]), options["dtype"], options["attn_implementation"]
+        )
+        classifier.load_state_dict(checkpoint["state_dict"])
+        classifier.on_load_checkpoint(checkpoint)
+        return classifier
+
+    def export(self, folder: Path, state: dict[str, Any]) -> None:
+        """Write weights and configuration for transformers, and what only this project reads.
+
+        Args:
+            folder: Where to, made if missing.
+            state: What else `proactive.json` shall hold: the data module's state.
+        """
+        assert self.network is not None, "configure_model makes the network"
+        with quiet():
+            self.network.save_pretrained(folder)
+        options = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
+        calibration = {"temperature": self.temperature, "threshold": self.threshold}
+        content = {"model": options, "calibration": calibration, "data": state}
+        (folder / EXPORT_STATE).write_text(json.dumps(content, indent=1))
+
+    @classmethod
+    def from_export(cls, folder: Path) -> tuple["RewardClassifier", dict[str, Any]]:
+        """The classifier of an exported folder, and the state that it was exported with.
+
+        Raises:
+            UserError: The folder is no export of this project.
+        """
+        try:
+            content = json.loads((folder / EXPORT_STATE).read_text())
+            classifier = cls(**content["model"])
+            classifier.on_load_checkpoint(content)
+            state = content["data"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{folder} is not a complete export: {EXPORT_STATE}: {error}", "Give the export folder of a run."
+            ) from error
+        classifier.network = load_classifier(
+            str(folder), attn_implementation=content["model"]["attn_implementation"]
+        )
+        return classifier, state
+
+    def _collect(self, batch: RewardBatch) -> None:
+        real = batch["weight"] > 0  # the others only fill a rank's last batch up
+        probability_B = self.probability(batch["input_ids"], batch["attention_mask"])
+        self.metrics.update(*(column[real] for column in (probability_B, batch["label"], batch["category"], batch["row"])))
+
+    def _not_finite(self, what: str, value: Tensor) -> UserError:
+        return UserError(
+            f"{what} is {float(value)} at step {self.trainer.global_step}; the run stops with its last good checkpoint kept",
+            "Resume from it with a smaller model.learning_rate, or with trainer.precision 32-true.",
+        )

@@ -1,0 +1,212 @@
+"""`python -m proactive.fit`: train a reward classifier, test its best weights, leave a run folder behind."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from callbacks.checkpoints import BEST, LAST, Interrupted, LastCheckpoint, SafeCheckpointIO, SeedEachStep
+from callbacks.export import ExportModel
+from callbacks.files import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    EXPORT,
+    LOGS,
+    METRICS_FILE,
+    REPORT_FILE,
+    RUN_FOLDER_VARIABLE,
+    latest_run_folder,
+    new_run_folder,
+    write_atomically,
+)
+from callbacks.progress import progress_callback
+from callbacks.record import MetricsFile, tested_record
+from callbacks.report import HtmlReport
+from datamodules.errors import UserError
+from datamodules.reward import RewardDataModule
+from models.reward import RewardClassifier
+from proactive.terminal import Parser, agreement_table, figures_table, run, show
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+TRAINER_DEFAULTS = {
+    "max_epochs": 5,
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 5,
+    "use_distributed_sampler": False,  # the data module's own sampler knows ranks and weights
+    "enable_model_summary": False,
+}
+NOT_IN_CONFIG = ("config", "ckpt_path", "quiet", "debug")  # what belongs to one call, not to the run
+
+
+class FitParser(Parser, LightningArgumentParser):
+    """LightningCLI's parser with errors in one line."""
+
+
+class FitCLI(LightningCLI):
+    """The options of a run, and the trainer that writes its folder."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        self.parser_class = FitParser
+        return super().init_parser(**kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run.root", type=str, default="runs", help="Where run folders are made.")
+        parser.add_argument("--run.name", type=str, default="reward", help="Runs of one name are numbered.")
+        parser.add_argument(
+            "--run.checkpoint_every_n_steps", type=int, default=50, help="Optimizer steps between saves of last.ckpt."
+        )
+        parser.add_argument(
+            "--run.monitor", type=str, default="validation/auroc", help="The figure that the best weights have the most of."
+        )
+        parser.add_argument(
+            "--ckpt_path", type=str, default=None, help='Resume: a checkpoint, or "last" for that of the newest run.'
+        )
+        parser.add_argument("--quiet", action="store_true", help="Print the run folder alone.")
+        parser.add_argument("--debug", action="store_true", help="Show tracebacks and the libraries' own messages.")
+        parser.link_arguments("model.backbone", "data.tokenizer")
+        parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
+
+    def before_instantiate_classes(self) -> None:
+        self.folder = _run_folder(self.config.run, self.config.ckpt_path)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        options = self.config_init["trainer"]
+        settings, folder = self.config_init["run"], self.folder
+        best = ModelCheckpoint(
+            folder / CHECKPOINTS,
+            Path(BEST).stem,
+            monitor=settings.monitor,
+            mode="min" if settings.monitor.endswith(("loss", "error")) else "max",
+            enable_version_counter=False,
+        )
+        callbacks = [
+            *(options.callbacks or []),
+            SeedEachStep(),
+            best,
+            LastCheckpoint(folder / CHECKPOINTS, settings.checkpoint_every_n_steps),
+            MetricsFile(folder),
+            ExportModel(folder),
+            HtmlReport(folder),
+        ]
+        if progress := progress_callback(self.config.quiet):
+            callbacks.append(progress)
+        given = {"callbacks": callbacks, "plugins": [*(options.plugins or []), SafeCheckpointIO()]}
+        if options.logger is None:
+            given["logger"] = [CSVLogger(folder, "", LOGS), TensorBoardLogger(folder, "", LOGS)]
+        if options.enable_progress_bar is None:
+            given["enable_progress_bar"] = any(hasattr(callback, "main_progress_bar") for callback in callbacks)
+        return super().instantiate_trainer(**given, **kwargs)
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, fit, test, and print where the run folder is."""
+    cli = FitCLI(
+        RewardClassifier,
+        RewardDataModule,
+        run=False,
+        args=_with_config_of_resumed_run(arguments),
+        seed_everything_default=0,
+        trainer_defaults=TRAINER_DEFAULTS,
+        save_config_callback=None,
+    )
+    folder, trainer = cli.folder, cli.trainer
+    checkpoint = _resume_from(cli.config.ckpt_path, folder)
+    if trainer.is_global_zero:
+        write_atomically(folder / CONFIG_FILE, _dump_config(cli.parser, cli.config))
+        _keep_earlier_curves(folder / LOGS / "metrics.csv")
+    try:
+        trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+        trainer.test(cli.model, cli.datamodule, ckpt_path=_weights_to_test(trainer, folder), weights_only=True, verbose=False)
+    except Interrupted as stop:
+        if trainer.is_global_zero:
+            print(f"stopped at step {stop.step}; resume with: python -m proactive.fit --ckpt_path {folder / CHECKPOINTS / LAST}")
+        raise SystemExit(128 + stop.signal_number) from None
+    if not trainer.is_global_zero:
+        return
+    if not cli.config.quiet:
+        record = tested_record(trainer, cli.model)
+        show(figures_table(record), agreement_table(record))
+        print(f"figures {METRICS_FILE}, report {REPORT_FILE} and weights {EXPORT}/ are in the run folder:")
+    print(folder)
+
+
+def _run_folder(settings: "Namespace", ckpt_path: str | None) -> Path:
+    """A new folder, or that of the run to resume; the processes that rank 0 starts use rank 0's."""
+    if RUN_FOLDER_VARIABLE in os.environ:
+        return Path(os.environ[RUN_FOLDER_VARIABLE])
+    folder = _resumed_folder(settings.root, settings.name, ckpt_path) or new_run_folder(Path(settings.root), settings.name)
+    os.environ[RUN_FOLDER_VARIABLE] = str(folder)
+    return folder
+
+
+def _resumed_folder(root: str, name: str, ckpt_path: str | None) -> Path | None:
+    """The run folder that `ckpt_path` belongs to; None if there is nothing to resume, or no run folder around it."""
+    if ckpt_path is None:
+        return None
+    if ckpt_path == "last":
+        return latest_run_folder(Path(root), name)
+    path = Path(ckpt_path)
+    if not path.is_file():
+        raise UserError(f"--ckpt_path: there is no file {path}", "Give a .ckpt file, or last.")
+    folder = path.parent.parent
+    return folder if (folder / CONFIG_FILE).is_file() else None
+
+
+def _resume_from(ckpt_path: str | None, folder: Path) -> str | None:
+    if ckpt_path != "last":
+        return ckpt_path
+    path = folder / CHECKPOINTS / LAST
+    if not path.exists():
+        print(f"{folder} was stopped before its first checkpoint; it begins anew")
+        return None
+    return str(path)
+
+
+def _with_config_of_resumed_run(arguments: list[str]) -> list[str]:
+    """Put the configuration of the run to resume first, unless the arguments name one."""
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    scan.add_argument("--ckpt_path")
+    scan.add_argument("--config", "-c")
+    scan.add_argument("--run.root", dest="root", default="runs")
+    scan.add_argument("--run.name", dest="name", default="reward")
+    try:
+        found, _ = scan.parse_known_args(arguments)
+    except argparse.ArgumentError:  # the real parser says what is wrong
+        return arguments
+    if found.ckpt_path is None or found.config is not None:
+        return arguments
+    folder = _resumed_folder(found.root, found.name, found.ckpt_path)
+    config = folder / CONFIG_FILE if folder else None
+    if config is None or not config.is_file():
+        return arguments
+    return ["--config", str(config), *arguments]
+
+
+def _dump_config(parser: LightningArgumentParser, config: "Namespace") -> str:
+    """The complete configuration as YAML that --config takes."""
+    content = yaml.safe_load(parser.dump(config, skip_none=False, skip_validation=True))
+    return yaml.safe_dump({key: value for key, value in content.items() if key not in NOT_IN_CONFIG}, sort_keys=False)
+
+
+def _keep_earlier_curves(path: Path) -> None:
+    """Lightning's CSV logger starts its file anew; what a resumed run logged before stays beside it."""
+    if path.exists():
+        path.rename(path.with_name(f"metrics-{len(list(path.parent.glob('metrics-*.csv')))}.csv"))
+
+
+def _weights_to_test(trainer: Trainer, folder: Path) -> str | None:
+    """The best weights; the last ones if no validation has picked any."""
+    best = folder / CHECKPOINTS / BEST
+    return str(best) if best.exists() else None
+
+
+if __name__ == "__main__":
+    run(main)

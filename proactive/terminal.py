@@ -1,0 +1,152 @@
+"""How every command starts, speaks and ends: parsers, errors in one line each, tables."""
+
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.table import Table
+
+from datamodules.errors import UserError
+
+MISTAKE = 2  # the exit code of a user's mistake
+
+
+class Parser(ArgumentParser):
+    """A parser whose errors take one line each."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        cause: BaseException | None = ex
+        while cause is not None:
+            if isinstance(cause, UserError):
+                raise cause
+            cause = cause.__cause__ or cause.__context__
+        raise UserError(_one_line(message), f"See {self.prog} --help.")
+
+
+def run(main: Callable[[list[str]], None]) -> NoReturn:
+    """Run a command's `main` on the process's arguments and exit: 0, or 2 after a user's mistake.
+
+    With --debug among the arguments, exceptions show their traceback.
+    """
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    _set_up_messages(debug, "--quiet" in arguments)
+    try:
+        main(arguments)
+    except SystemExit:
+        raise
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # the reader of our output is gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except Exception as error:
+        mistake = as_user_error(error)
+        if debug or mistake is None:
+            raise
+        print(f"error: {mistake.what}\n  help: {mistake.hint}", file=sys.stderr)
+        sys.exit(MISTAKE)
+    sys.exit(0)
+
+
+def as_user_error(error: BaseException) -> UserError | None:
+    """The user's mistake behind an exception, or None if it looks like one of ours."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from torch import OutOfMemoryError
+
+    if isinstance(error, UserError):
+        return error
+    text = _one_line(str(error))
+    if isinstance(error, (OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        return UserError(
+            f"out of memory: {text}", "Lower data.micro_batch_size or data.max_length, or set model.gradient_checkpointing."
+        )
+    if isinstance(error, MisconfigurationException):
+        return UserError(text, "Change the trainer's options; see --help.")
+    if isinstance(error, OSError) and error.filename:
+        return UserError(f"{error.filename}: {error.strerror}", "Check the path, its permissions and the room on the disk.")
+    return None
+
+
+def figures_table(record: dict[str, Any]) -> Table:
+    """A tested classifier's figures, raw and calibrated, with intervals, beside the published rows."""
+    found, test = record["contamination"], record["test"]
+    table = Table(
+        title=f"{record['split']}: {record['rows']['test']} test rows",
+        caption=(
+            f"{found['contaminated_rows']} of {found['test_rows']} test rows have a history that was trained on; "
+            "in brackets: 95% bootstrap intervals; published rows: 120 rows of the published split"
+        ),
+    )
+    for title in ("judge", "accuracy", "precision", "recall", "F1", "AUROC", "calibration error"):
+        table.add_column(title, justify="left" if title == "judge" else "right")
+    for name, label in (("raw", "this model, raw"), ("calibrated", "this model, calibrated")):
+        figures = test[name]
+        table.add_row(
+            label,
+            *(f"{figures[key]:.4f}{_interval(figures, key)}" for key in ("accuracy", "precision", "recall", "f1")),
+            f"{figures['auroc']:.4f}",
+            f"{figures['calibration_error']:.4f}",
+        )
+    table.add_section()
+    for name, figures in record["published"].items():
+        shown = (f"{figures[key]:.4f}" if key in figures else "" for key in ("accuracy", "precision", "recall", "f1"))
+        table.add_row(name, *shown, "", "")
+    return table
+
+
+def agreement_table(record: dict[str, Any]) -> Table:
+    """The share of right decisions within each category."""
+    table = Table(title="Agreement within each category")
+    names = [name for name in record["test"]["raw"] if name.startswith("agreement_")]
+    table.add_column("judge")
+    for name in names:
+        table.add_column(name.removeprefix("agreement_").replace("_", " "), justify="right")
+    for reading in ("raw", "calibrated"):
+        table.add_row(reading, *(f"{record['test'][reading][name]:.4f}" for name in names))
+    return table
+
+
+def show(*tables: Table) -> None:
+    """Print tables as wide as they need to be where there is no terminal to fit."""
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    for table in tables:
+        console.print(table)
+
+
+def _interval(figures: dict[str, float], key: str) -> str:
+    low, high = figures.get(f"{key}_low"), figures.get(f"{key}_high")
+    return "" if low is None else f" \\[{low:.3f}, {high:.3f}]"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:400]
+
+
+def _set_up_messages(debug: bool, quiet: bool) -> None:
+    """Our own messages on standard output, those of libraries only where they warn of something new."""
+    rank = int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
+    ours = logging.getLogger("proactive")
+    ours.handlers = [logging.StreamHandler(sys.stdout)]
+    ours.setLevel(logging.WARNING if quiet or rank else logging.INFO)
+    ours.propagate = False
+    if debug:
+        return
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*set_vital.*",  # torchdata calls what torch 2.13 deprecates
+        ".*does not have many workers.*",  # small batches are made faster than a process starts
+        ".*logging interval.*",  # short runs are short on purpose
+        ".*was configured so validation will run.*",
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+        ".*No device id is provided.*",
+    ):
+        warnings.filterwarnings("ignore", message)
