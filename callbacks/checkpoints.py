@@ -83,7 +83,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
             temporary.replace(target)
         except OSError as error:
             raise UserError(
-                f"cannot save {target}: {error.strerror or error}", "Make room there; the previous checkpoint is intact."
+                f"cannot save {target}: {error.strerror or error}",
+                "Make room there; the previous checkpoint is intact.",
             ) from error
         finally:
             temporary.unlink(missing_ok=True)
@@ -171,5 +172,3 @@ class SeedEachStep(Callback):
         for part in (run_seed, trainer.current_epoch, batch_idx, trainer.global_rank):
             seed = (seed * 6_364_136_223_846_793_005 + part + 1_442_695_040_888_963_407) % 2**63  # Knuth's MMIX
         torch.manual_seed(seed)
-
-

@@ -23,9 +23,8 @@ class ExportModel(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             assert isinstance(pl_module, RewardClassifier)
-            export_reward(
-                pl_module, trainer.datamodule, tested_record(trainer, pl_module), self.folder / EXPORT  # type: ignore[attr-defined]
-            )
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            export_reward(pl_module, data, tested_record(trainer, pl_module), self.folder / EXPORT)
 
 
 def export_reward(classifier: RewardClassifier, data: Any, record: dict[str, Any], folder: Path) -> None:

@@ -24,7 +24,7 @@ class PlainProgress(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         if time.monotonic() - self._last >= self.interval:
-            done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+            done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
             self._print(trainer, f"batch {done}/{trainer.num_training_batches}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -38,7 +38,10 @@ class PlainProgress(Callback):
     def _print(self, trainer: Trainer, text: str) -> None:
         self._last = time.monotonic()
         if trainer.is_global_zero:
-            print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, step {trainer.global_step}: {text}", flush=True)
+            print(
+                f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, step {trainer.global_step}: {text}",
+                flush=True,
+            )
 
 
 def _figures(trainer: Trainer) -> str:

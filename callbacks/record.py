@@ -15,7 +15,15 @@ from datamodules.reward import RewardDataModule
 from models.metrics import PUBLISHED_REWARD_ROWS
 from models.reward import RewardClassifier
 
-RECORDED_PACKAGES = ("proactive", "torch", "lightning", "transformers", "torchmetrics", "datasets", "tokenizers")
+RECORDED_PACKAGES = (
+    "proactive",
+    "torch",
+    "lightning",
+    "transformers",
+    "torchmetrics",
+    "datasets",
+    "tokenizers",
+)
 
 
 def reward_record(classifier: RewardClassifier, data: RewardDataModule, source: str) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def _category_plot(rows: dict[str, Tensor], threshold: float) -> str:
     decided = rows["calibrated"] > threshold
     axes = _axes("test rows", "")
     names = [category.value.replace("_", " ") for category in Category]
-    masks = [rows["category"] == category.index for category in Category]
+    masks = [rows["category"] == category.number for category in Category]
     rejected = [int((mask & ~decided).sum()) for mask in masks]
     accepted = [int((mask & decided).sum()) for mask in masks]
     axes.barh(names, rejected, label="decided rejected", color="tab:orange")

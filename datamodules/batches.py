@@ -110,14 +110,18 @@ class MicroBatchSampler(Sampler[MicroBatch]):
             start = (number * self.world_size + self.rank) * size
             mine = by_length[start : start + size]
             # A rank left without a row computes the step's shortest one and gives it no weight.
-            yield MicroBatch(tuple(mine), (weight,) * len(mine)) if mine else MicroBatch((by_length[0],), (0.0,))
+            yield (MicroBatch(tuple(mine), (weight,) * len(mine)) if mine else MicroBatch((by_length[0],), (0.0,)))
 
 
 class EncodedRows(Dataset[RewardBatch]):
     """Tokenized rows that give a padded batch for each micro-batch asked for."""
 
     def __init__(
-        self, input_ids: Sequence[Sequence[int]], labels: Sequence[int], categories: Sequence[int], pad_id: int
+        self,
+        input_ids: Sequence[Sequence[int]],
+        labels: Sequence[int],
+        categories: Sequence[int],
+        pad_id: int,
     ) -> None:
         self.input_ids = input_ids
         self.labels = torch.tensor(labels, dtype=torch.int64)

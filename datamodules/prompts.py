@@ -65,7 +65,12 @@ class PromptTemplate(BaseModel):
                 f"data.prompt: {where}, part {'.'.join(map(str, first['loc'])) or 'top level'}: {first['msg']}",
                 f"Start from {DEFAULT_PROMPT}.",
             ) from error
-        allowed = {"instructions": set[str](), "event": {"time", "event"}, "proposal": {"proposal"}, "no_proposal": set()}
+        allowed = {
+            "instructions": set[str](),
+            "event": {"time", "event"},
+            "proposal": {"proposal"},
+            "no_proposal": set(),
+        }
         for part, names in allowed.items():
             known = names | {f"{name}_json" for name in names}
             for name in _PLACEHOLDER.findall(getattr(template, part)):

@@ -14,7 +14,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from datamodules.errors import UserError
 
@@ -28,7 +36,7 @@ class Category(StrEnum):
     FALSE_ALARM = "false_alarm"  # a proposal in text that was rejected
 
     @property
-    def index(self) -> int:
+    def number(self) -> int:
         """The position of this category in `list(Category)`: how a batch names it, 0 to 3."""
         return list(Category).index(self)
 
@@ -54,7 +62,7 @@ def _proposal(value: Any) -> Any:
 
 
 def _proposals(value: Any) -> Any:
-    if not isinstance(value, list):
+    if not isinstance(value, (list, tuple)):
         raise ValueError("expected a list of proposals")
     return tuple(kept for item in value if (kept := _proposal(item)) is not None)
 
@@ -270,7 +278,9 @@ def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: expected JSON: {error}", "Mend that text; each record is one JSON object.") from error
+        raise UserError(
+            f"{where}: expected JSON: {error}", "Mend that text; each record is one JSON object."
+        ) from error
 
 
 def _shorten(value: Any, limit: int = 80) -> str:

@@ -14,7 +14,14 @@ from torch.utils.data import DataLoader
 
 from datamodules.batches import EncodedRows, MicroBatchSampler, RewardBatch
 from datamodules.errors import UserError
-from datamodules.prompts import DEFAULT_PROMPT, PromptTemplate, SegmentTokenizer, render, training_text, truncate
+from datamodules.prompts import (
+    DEFAULT_PROMPT,
+    PromptTemplate,
+    SegmentTokenizer,
+    render,
+    training_text,
+    truncate,
+)
 from datamodules.records import AnnotatedRow
 from datamodules.sources import Corpus, load_corpus
 from datamodules.splits import (
@@ -26,7 +33,13 @@ from datamodules.splits import (
     split_by_scene,
     split_published,
 )
-from datamodules.tokenizer import SCRATCH, load_tokenizer, tokenizer_from_state, tokenizer_state, train_tokenizer
+from datamodules.tokenizer import (
+    SCRATCH,
+    load_tokenizer,
+    tokenizer_from_state,
+    tokenizer_state,
+    train_tokenizer,
+)
 
 if TYPE_CHECKING:
     from torchdata.stateful_dataloader import StatefulDataLoader
@@ -260,7 +273,7 @@ class RewardDataModule(LightningDataModule):
         return EncodedRows(
             encoded.with_format("numpy")["input_ids"][:] if len(rows) else [],
             [int(row.accepted) for row in rows],
-            [row.category.index for row in rows],
+            [row.category.number for row in rows],
             self.tokenizer.pad_token_id,
         )
 
@@ -282,7 +295,7 @@ class RewardDataModule(LightningDataModule):
     def _evaluation_loader(self, stage: Stage) -> DataLoader[RewardBatch]:
         return DataLoader(
             self._encoded[stage],
-            sampler=self._sampler(stage, shuffle=False),  # type: ignore[arg-type]
+            sampler=self._sampler(stage, shuffle=False),
             **self._loader_options(),
         )
 
@@ -313,4 +326,3 @@ def _rows_digest(rows: Sequence[AnnotatedRow]) -> str:
     for row in rows:
         digest.update(json.dumps([row.history_digest, row.proposal, row.accepted]).encode())
     return digest.hexdigest()
-

@@ -232,7 +232,11 @@ def _scene(random: Random, domain: Domain, number: int) -> tuple[list[AnnotatedR
         apt = {"stuck": "obstacle", "exploring": "search"}.get(state)
         fitting = [_fill(text, topic) for text in domain.proposals[apt]] if apt else []
         steps.append(
-            TestStep(observation=event, agent_response=TraceProposals(candidate_task=fitting), task_status=bool(fitting))
+            TestStep(
+                observation=event,
+                agent_response=TraceProposals(candidate_task=tuple(fitting)),
+                task_status=bool(fitting),
+            )
         )
         second += random.uniform(5, 400)
         if random.random() > STAY:

@@ -65,12 +65,15 @@ def load_corpus(root: str, seed: int = 0) -> Corpus:
         return read_directory(download_published(), root)
     if not Path(root).is_dir():
         raise UserError(
-            f"data.root: {root} is not a directory", f'Give "embedded", "published" or a directory with {TRAIN_FILE}.'
+            f"data.root: {root} is not a directory",
+            f'Give "embedded", "published" or a directory with {TRAIN_FILE}.',
         )
     paths = {path.relative_to(root).as_posix(): path for path in sorted(Path(root).glob(f"{TRACES}/*.json"))}
     paths |= {name: path for name in (TRAIN_FILE, TEST_FILE) if (path := Path(root, name)).exists()}
     if TRAIN_FILE not in paths:
-        raise UserError(f"data.root: {root} has no {TRAIN_FILE}", "Put the annotated rows there, one JSON object a line.")
+        raise UserError(
+            f"data.root: {root} has no {TRAIN_FILE}", "Put the annotated rows there, one JSON object a line."
+        )
     return read_directory(paths, root)
 
 
@@ -106,7 +109,8 @@ def download_published(
 
     set_verbosity_error()
     manager = DownloadManager(
-        download_config=DownloadConfig(cache_dir=cache, max_retries=3, disable_tqdm=True), record_checksums=False
+        download_config=DownloadConfig(cache_dir=cache, max_retries=3, disable_tqdm=True),
+        record_checksums=False,
     )
     try:
         paths = {name: Path(path) for name, path in manager.download({n: f"{url}/{n}" for n in sha256}).items()}

@@ -48,7 +48,8 @@ def split_published(corpus: Corpus, validation_fraction: float, seed: int = 0) -
 
     if not corpus.test:
         raise UserError(
-            f"data.split: published needs {TEST_FILE}, and {corpus.root} has none", "Add it, or use --data.split by_scene."
+            f"data.split: published needs {TEST_FILE}, and {corpus.root} has none",
+            "Add it, or use --data.split by_scene.",
         )
     categories = [row.category.value for row in corpus.train]
     try:
@@ -57,7 +58,7 @@ def split_published(corpus: Corpus, validation_fraction: float, seed: int = 0) -
         )
     except ValueError as error:
         raise UserError(
-            f"data.validation_fraction: cannot hold {validation_fraction} of {len(corpus.train)} training rows out: {error}",
+            f"data.validation_fraction: cannot hold out {validation_fraction} of {len(corpus.train)} rows: {error}",
             "Use another fraction, or more rows of each category.",
         ) from error
     return Split(train, validation, corpus.test)
@@ -76,7 +77,8 @@ def split_by_scene(corpus: Corpus, folds: int, fold: int, seed: int = 0) -> Spli
     scenes = [row.scene for row in corpus.rows]
     if not 3 <= folds <= len(set(scenes)):
         raise UserError(
-            f"data.folds: {folds} folds of {len(set(scenes))} scenes", "Use at least 3 folds and no more than scenes."
+            f"data.folds: {folds} folds of {len(set(scenes))} scenes",
+            "Use at least 3 folds and no more than scenes.",
         )
     if not 0 <= fold < folds:
         raise UserError(f"data.fold: there is no fold {fold} of {folds}", f"Use 0 to {folds - 1}.")

@@ -25,7 +25,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> "PreTrainedTo
     special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
     if vocabulary_size < len(alphabet) + len(special):
         raise UserError(
-            f"data.vocabulary_size: {vocabulary_size} is too small", f"Use at least {len(alphabet) + len(special)}."
+            f"data.vocabulary_size: {vocabulary_size} is too small",
+            f"Use at least {len(alphabet) + len(special)}.",
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

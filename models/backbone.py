@@ -164,7 +164,7 @@ def _clear_errors(name: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"model.backbone: cannot make a classifier of {name}: {reason}",
-            "Give a hub id that this machine can reach, or a folder that save_pretrained wrote with safetensors weights.",
+            "Give a hub id that this machine can reach, or a folder that save_pretrained wrote as safetensors.",
         ) from error
 
 

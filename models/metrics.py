@@ -71,8 +71,8 @@ class RewardMetrics(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """The figures of `reward_figures`."""
-        columns = (dim_zero_cat(state) for state in (self.probability, self.target, self.category))
-        return reward_figures(*columns, threshold=self.threshold, bootstrap=self.bootstrap)
+        probability_N, target_N, category_N = map(dim_zero_cat, (self.probability, self.target, self.category))
+        return reward_figures(probability_N, target_N, category_N, self.threshold, self.bootstrap)
 
     def rows(self) -> dict[str, Tensor]:
         """The rows of all ranks: probability (N,) float64; target, category and row (N,) int64."""
@@ -111,7 +111,7 @@ def reward_figures(
         "rows": torch.tensor(len(target_N)),
     }
     for category in Category:
-        mine = category_N == category.index
+        mine = category_N == category.number
         agreement = binary_accuracy(decided_N[mine], target_N[mine]) if mine.any() else torch.tensor(0.0)
         figures[f"agreement_{category}"] = agreement
     if bootstrap:
@@ -131,7 +131,7 @@ def bootstrap_intervals(decided_N: Tensor, target_N: Tensor, resamples: int, see
     generator = torch.Generator().manual_seed(seed)
     rows_RN = torch.randint(len(target_N), (resamples, len(target_N)), generator=generator).to(target_N.device)
     bounds = torch.tensor([0.025, 0.975], device=target_N.device)
-    intervals = {}
+    intervals: dict[str, Tensor] = {}
     for name, figure in (("accuracy", binary_accuracy), ("f1", binary_f1_score)):
         values_R = figure(decided_N[rows_RN], target_N[rows_RN], multidim_average="samplewise")
         low, high = torch.quantile(values_R.float(), bounds)

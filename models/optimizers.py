@@ -34,8 +34,13 @@ def build_optimizer(
     try:
         import bitsandbytes
     except Exception as error:  # its import fails in many ways where its native library does not load
-        raise UserError(f"model.optimizer: bitsandbytes does not load: {error}", "Use model.optimizer adamw.") from error
-    kind = {"adamw_8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit}[name]
+        raise UserError(
+            f"model.optimizer: bitsandbytes does not load: {error}", "Use model.optimizer adamw."
+        ) from error
+    kind = {
+        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
+        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
+    }[name]
     return kind(groups, lr=learning_rate)
 
 

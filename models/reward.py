@@ -234,20 +234,21 @@ class RewardClassifier(LightningModule):
             state = content["data"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{folder} is not a complete export: {EXPORT_STATE}: {error}", "Give the export folder of a run."
+                f"{folder} is not a complete export: {EXPORT_STATE}: {error}",
+                "Give the export folder of a run.",
             ) from error
-        classifier.network = load_classifier(
-            str(folder), attn_implementation=content["model"]["attn_implementation"]
-        )
+        classifier.network = load_classifier(str(folder), attn_implementation=content["model"]["attn_implementation"])
         return classifier, state
 
     def _collect(self, batch: RewardBatch) -> None:
         real = batch["weight"] > 0  # the others only fill a rank's last batch up
         probability_B = self.probability(batch["input_ids"], batch["attention_mask"])
-        self.metrics.update(*(column[real] for column in (probability_B, batch["label"], batch["category"], batch["row"])))
+        self.metrics.update(
+            *(column[real] for column in (probability_B, batch["label"], batch["category"], batch["row"]))
+        )
 
     def _not_finite(self, what: str, value: Tensor) -> UserError:
         return UserError(
-            f"{what} is {float(value)} at step {self.trainer.global_step}; the run stops with its last good checkpoint kept",
+            f"{what} is {float(value)} at step {self.trainer.global_step}; the last good checkpoint is kept",
             "Resume from it with a smaller model.learning_rate, or with trainer.precision 32-true.",
         )

@@ -61,13 +61,22 @@ class FitCLI(LightningCLI):
         parser.add_argument("--run.root", type=str, default="runs", help="Where run folders are made.")
         parser.add_argument("--run.name", type=str, default="reward", help="Runs of one name are numbered.")
         parser.add_argument(
-            "--run.checkpoint_every_n_steps", type=int, default=50, help="Optimizer steps between saves of last.ckpt."
+            "--run.checkpoint_every_n_steps",
+            type=int,
+            default=50,
+            help="Optimizer steps between saves of last.ckpt.",
         )
         parser.add_argument(
-            "--run.monitor", type=str, default="validation/auroc", help="The figure that the best weights have the most of."
+            "--run.monitor",
+            type=str,
+            default="validation/auroc",
+            help="The figure that the best weights have the most of.",
         )
         parser.add_argument(
-            "--ckpt_path", type=str, default=None, help='Resume: a checkpoint, or "last" for that of the newest run.'
+            "--ckpt_path",
+            type=str,
+            default=None,
+            help='Resume: a checkpoint, or "last" for that of the newest run.',
         )
         parser.add_argument("--quiet", action="store_true", help="Print the run folder alone.")
         parser.add_argument("--debug", action="store_true", help="Show tracebacks and the libraries' own messages.")
@@ -98,7 +107,7 @@ class FitCLI(LightningCLI):
         ]
         if progress := progress_callback(self.config.quiet):
             callbacks.append(progress)
-        given = {"callbacks": callbacks, "plugins": [*(options.plugins or []), SafeCheckpointIO()]}
+        given: dict[str, Any] = {"callbacks": callbacks, "plugins": [*(options.plugins or []), SafeCheckpointIO()]}
         if options.logger is None:
             given["logger"] = [CSVLogger(folder, "", LOGS), TensorBoardLogger(folder, "", LOGS)]
         if options.enable_progress_bar is None:
@@ -116,6 +125,7 @@ def main(arguments: list[str]) -> None:
         seed_everything_default=0,
         trainer_defaults=TRAINER_DEFAULTS,
         save_config_callback=None,
+        auto_configure_optimizers=False,
     )
     folder, trainer = cli.folder, cli.trainer
     checkpoint = _resume_from(cli.config.ckpt_path, folder)
@@ -124,10 +134,17 @@ def main(arguments: list[str]) -> None:
         _keep_earlier_curves(folder / LOGS / "metrics.csv")
     try:
         trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
-        trainer.test(cli.model, cli.datamodule, ckpt_path=_weights_to_test(trainer, folder), weights_only=True, verbose=False)
+        trainer.test(
+            cli.model,
+            cli.datamodule,
+            ckpt_path=_weights_to_test(trainer, folder),
+            weights_only=True,
+            verbose=False,
+        )
     except Interrupted as stop:
         if trainer.is_global_zero:
-            print(f"stopped at step {stop.step}; resume with: python -m proactive.fit --ckpt_path {folder / CHECKPOINTS / LAST}")
+            command = f"python -m proactive.fit --ckpt_path {folder / CHECKPOINTS / LAST}"
+            print(f"stopped at step {stop.step}; resume with: {command}")
         raise SystemExit(128 + stop.signal_number) from None
     if not trainer.is_global_zero:
         return
@@ -142,7 +159,9 @@ def _run_folder(settings: "Namespace", ckpt_path: str | None) -> Path:
     """A new folder, or that of the run to resume; the processes that rank 0 starts use rank 0's."""
     if RUN_FOLDER_VARIABLE in os.environ:
         return Path(os.environ[RUN_FOLDER_VARIABLE])
-    folder = _resumed_folder(settings.root, settings.name, ckpt_path) or new_run_folder(Path(settings.root), settings.name)
+    folder = _resumed_folder(settings.root, settings.name, ckpt_path) or new_run_folder(
+        Path(settings.root), settings.name
+    )
     os.environ[RUN_FOLDER_VARIABLE] = str(folder)
     return folder
 

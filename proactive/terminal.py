@@ -66,12 +66,15 @@ def as_user_error(error: BaseException) -> UserError | None:
     text = _one_line(str(error))
     if isinstance(error, (OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         return UserError(
-            f"out of memory: {text}", "Lower data.micro_batch_size or data.max_length, or set model.gradient_checkpointing."
+            f"out of memory: {text}",
+            "Lower data.micro_batch_size or data.max_length, or set model.gradient_checkpointing.",
         )
     if isinstance(error, MisconfigurationException):
         return UserError(text, "Change the trainer's options; see --help.")
     if isinstance(error, OSError) and error.filename:
-        return UserError(f"{error.filename}: {error.strerror}", "Check the path, its permissions and the room on the disk.")
+        return UserError(
+            f"{error.filename}: {error.strerror}", "Check the path, its permissions and the room on the disk."
+        )
     return None
 
 
@@ -147,6 +150,8 @@ def _set_up_messages(debug: bool, quiet: bool) -> None:
         ".*logging interval.*",  # short runs are short on purpose
         ".*was configured so validation will run.*",
         ".*isinstance\\(treespec, LeafSpec\\).*",
+        ".*LightningCLI's args parameter.*",
+        ".*Experiment logs directory.*",  # what a resumed run logged before is kept beside it
         ".*No device id is provided.*",
     ):
         warnings.filterwarnings("ignore", message)

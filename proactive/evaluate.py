@@ -1,0 +1,123 @@
+"""`python -m proactive.evaluate reward`: measure a trained reward classifier and set it beside published rows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+
+from callbacks.checkpoints import BEST, LAST, Interrupted, LastCheckpoint, load_checkpoint
+from callbacks.files import CHECKPOINTS, write_atomically
+from callbacks.progress import progress_callback
+from callbacks.record import tested_record
+from datamodules.errors import UserError
+from datamodules.reward import RewardDataModule
+from datamodules.splits import SplitName
+from models.reward import EXPORT_STATE, RewardClassifier
+from proactive.terminal import Parser, agreement_table, figures_table, run, show
+
+
+def evaluate_reward(
+    checkpoint: Path,
+    root: str | None = None,
+    split: SplitName | None = None,
+    folds: int | None = None,
+    fold: int | None = None,
+    prompt: str | None = None,
+    micro_batch_size: int | None = None,
+    num_workers: int | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Test a reward classifier; options left out are as they were in training.
+
+    Args:
+        checkpoint: A run folder (its best weights), a .ckpt file, or an export folder.
+        root: Where the data is: embedded, published, or a directory in the published layout.
+        split: Which rows test: published or by_scene.
+        folds: For by_scene: into how many parts the scenes are divided.
+        fold: For by_scene: which part tests.
+        prompt: A prompt file, for a model that was trained with another prompt than the one it carries.
+        micro_batch_size: Rows computed at once.
+        num_workers: Processes that prepare batches.
+        quiet: Without a progress bar.
+
+    Returns:
+        The record of the test, as in a run's metrics.json.
+    """
+    classifier, state, source = _load(checkpoint)
+    data = RewardDataModule.from_state(
+        state,
+        root=root,
+        split=split,
+        folds=folds,
+        fold=fold,
+        prompt=prompt,
+        micro_batch_size=micro_batch_size,
+        batch_size=micro_batch_size,
+        num_workers=num_workers,
+    )
+    progress = progress_callback(quiet)
+    trainer = Trainer(
+        logger=False,
+        callbacks=[LastCheckpoint(source.parent), *([progress] if progress else [])],
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        enable_progress_bar=hasattr(progress, "main_progress_bar"),
+        enable_checkpointing=True,
+        devices=1,
+    )
+    with torch.random.fork_rng():
+        trainer.test(classifier, data, verbose=False)
+    return tested_record(trainer, classifier) | {"weights": str(source)}
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, evaluate, print the tables, write the figures."""
+    reward = Parser(prog="evaluate reward", description=evaluate_reward.__doc__.splitlines()[0])  # type: ignore[union-attr]
+    reward.add_function_arguments(
+        evaluate_reward, as_group=False, skip={"root", "split", "folds", "fold", "prompt", "quiet"}
+    )
+    reward.add_function_arguments(
+        evaluate_reward, "data", skip={"checkpoint", "micro_batch_size", "num_workers", "quiet"}
+    )
+    reward.add_argument("--output", type=Path, default=None, help="Write the figures to this JSON file.")
+    reward.add_argument("--quiet", action="store_true", help="Print nothing but errors.")
+    reward.add_argument("--debug", action="store_true", help="Show tracebacks and the libraries' own messages.")
+    parser = Parser(prog="python -m proactive.evaluate", description="Measure a trained model.")
+    parser.add_subcommands().add_subcommand("reward", reward, help="a reward classifier")
+    options = parser.parse_args(arguments).reward
+    own = {name: options[name] for name in ("checkpoint", "micro_batch_size", "num_workers", "quiet")}
+    try:
+        record = evaluate_reward(**own, **options.data.as_dict())
+    except Interrupted as stop:
+        raise SystemExit(128 + stop.signal_number) from None
+    if options.output:
+        write_atomically(options.output, json.dumps(record, indent=2) + "\n")
+    if not options.quiet:
+        show(figures_table(record), agreement_table(record))
+
+
+def _load(target: Path) -> tuple[RewardClassifier, dict[str, Any], Path]:
+    """The classifier, the data module's state, and the file or folder that the weights came from."""
+    if (target / EXPORT_STATE).is_file():
+        return (*RewardClassifier.from_export(target), target)
+    if (target / CHECKPOINTS).is_dir():
+        target = next((path for name in (BEST, LAST) if (path := target / CHECKPOINTS / name).exists()), target)
+    if target.is_dir() or not target.exists():
+        raise UserError(
+            f"--checkpoint: {target} holds no checkpoint" if target.exists() else f"--checkpoint: there is no {target}",
+            f"Give a run folder, a .ckpt file, or an export folder (with {EXPORT_STATE}).",
+        )
+    checkpoint = load_checkpoint(target)
+    missing = {"state_dict", "backbone_config", "calibration", "RewardDataModule"} - set(checkpoint)
+    if missing:
+        raise UserError(
+            f"--checkpoint: {target} is no checkpoint of a reward classifier: it lacks {', '.join(sorted(missing))}",
+            "Give one that python -m proactive.fit wrote.",
+        )
+    return RewardClassifier.from_checkpoint(checkpoint), checkpoint["RewardDataModule"], target
+
+
+if __name__ == "__main__":
+    run(main)

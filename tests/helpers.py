@@ -1,0 +1,121 @@
+"""What several tests need: small data in the published layout, small settings, commands as real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+
+from datamodules.records import AnnotatedRow
+from datamodules.simulator import simulate
+
+ROOT = Path(__file__).parents[1]
+SMALL_BACKBONE = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "attention_dropout": 0.1,
+}
+SMALL_RUN = [
+    f"--model.scratch={json.dumps(SMALL_BACKBONE)}",
+    "--data.vocabulary_size=400",
+    "--data.folds=3",
+    "--data.batch_size=8",
+    "--data.micro_batch_size=2",
+    "--trainer.max_epochs=2",
+    "--trainer.accelerator=cpu",
+    "--run.checkpoint_every_n_steps=3",
+]
+
+
+def published_form(row: AnnotatedRow) -> dict[str, Any]:
+    """A row as the published files write it."""
+    return {
+        "obs": [event.model_dump() for event in row.history],
+        "pred_task": row.proposal,
+        "valid": row.accepted,
+        "help_needed": row.help_needed,
+        "annotation": list(row.annotation),
+        "category": row.category.value,
+    }
+
+
+def write_jsonl(path: Path, rows: Iterable[AnnotatedRow]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(published_form(row)) + "\n" for row in rows), encoding="utf-8")
+
+
+def small_root(folder: Path, scenes: int = 9, rows_per_scene: int = 9) -> Path:
+    """A data root with a few rows of a few simulated scenes."""
+    train, test, _ = simulate(seed=1)
+    by_scene: dict[str, list[AnnotatedRow]] = {}
+    for row in train:
+        by_scene.setdefault(row.scene, []).append(row)
+    chosen = [row for rows in list(by_scene.values())[:scenes] for row in rows[:: len(rows) // rows_per_scene]]
+    write_jsonl(folder / "reward_data" / "train_data.jsonl", chosen)
+    write_jsonl(folder / "reward_data" / "test_data.jsonl", test[:20])
+    return folder
+
+
+def command(
+    module: str, *arguments: str | Path, cwd: Path, timeout: float = 180
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m module` to its end."""
+    return subprocess.run(
+        _command_line(module, arguments), cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=timeout
+    )
+
+
+def start(module: str, *arguments: str | Path, cwd: Path) -> subprocess.Popen[str]:
+    """Start `python -m module` and leave it running."""
+    return subprocess.Popen(
+        _command_line(module, arguments),
+        cwd=cwd,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _command_line(module: str, arguments: Sequence[str | Path]) -> list[str]:
+    return [sys.executable, "-m", module, *map(str, arguments)]
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "PROACTIVE_", "PYTEST_"))}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+
+
+class KillAtBatch(Callback):
+    """Kills its own process without warning after some micro-batches of training."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+        self.seen = 0
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seen += 1
+        if self.seen == self.batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class SignalAtBatch(KillAtBatch):
+    """Sends its own process a signal after some micro-batches of training."""
+
+    def __init__(self, batch: int, number: int) -> None:
+        super().__init__(batch)
+        self.number = number
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seen += 1
+        if self.seen == self.batch:
+            os.kill(os.getpid(), self.number)
