@@ -9,12 +9,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from lightning.pytorch.callbacks import Callback
 
 from datamodules.records import AnnotatedRow
 from datamodules.simulator import simulate
 
 ROOT = Path(__file__).parents[1]
+PROACTIVEBENCH = ROOT.parent / "shared" / "proactivebench"
+needs_proactivebench = pytest.mark.skipif(
+    not PROACTIVEBENCH.is_dir(), reason=f"the published files are not at {PROACTIVEBENCH}"
+)
 SMALL_BACKBONE = {
     "model_type": "llama",
     "hidden_size": 32,
