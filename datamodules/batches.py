@@ -1,146 +1,248 @@
-"""Micro-batches: which rows go together, in which order, on which rank, and with which weight in the step."""
+"""Steps and micro-batches: which rows go together, in which order, on which rank, and in which layout."""
 
-import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NotRequired, Protocol, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from datamodules.errors import UserError
+from datamodules.tree import PrefixOrder, build_tree, split
+
+
+class Inputs(TypedDict):
+    """What a backbone reads of R rows: padded rows with an attention mask, or one tree with the other fields."""
+
+    input_ids: Tensor  # (R, T) int64, padded on the right; of a tree (1, T)
+    attention_mask: NotRequired[Tensor]  # (R, T) int64, 1 for real tokens
+    position_ids: NotRequired[Tensor]  # (1, T) int64
+    subtree_end: NotRequired[Tensor]  # (1, T) int64, see Tree
+    read_out: NotRequired[Tensor]  # (R,) int64, where the rows' last tokens are
 
 
 class RewardBatch(TypedDict):
-    """A padded micro-batch of B rows, T tokens long."""
+    """A micro-batch of R rows."""
 
-    input_ids: Tensor  # (B, T) int64
-    attention_mask: Tensor  # (B, T) int64, 1 for real tokens; padding is on the right
-    label: Tensor  # (B,) int64, 1 for accepted
-    category: Tensor  # (B,) int64, the category's index
-    row: Tensor  # (B,) int64, the row's place in its split
-    weight: Tensor  # (B,) float32, see MicroBatch; 0 for a row that only fills the batch up
+    inputs: Inputs
+    label: Tensor  # (R,) int64, 1 for accepted
+    category: Tensor  # (R,) int64, the category's index
+    row: Tensor  # (R,) int64, the row's place in its split
+    weight: Tensor  # (R,) float32, see MicroBatch; 0 for a row that only fills a rank's share up
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """Rows computed together.
 
-    `weights` are such that the sum of weight x loss over a step's micro-batches, divided by the number of
-    micro-batches that a full step has and averaged over ranks (as Lightning and DDP do), is the mean loss of
-    the step's rows: also in a short last step, and with rows of weight 0 that give each rank equal work.
+    `weight` is such that the sum of weight x loss over a step's rows, averaged over ranks (as DDP and FSDP do
+    with gradients), is the mean loss of the step's rows.
     """
 
     rows: tuple[int, ...]
-    weights: tuple[float, ...]
+    weight: float
 
 
-class MicroBatchSampler(Sampler[MicroBatch]):
+Step = tuple[MicroBatch, ...]  # one rank's share of an optimizer step
+
+
+class Layout(Protocol):
+    """How the rows of a micro-batch are laid out for the backbone."""
+
+    def split(self, rows: Sequence[int], ranks: int) -> list[list[int]]:
+        """Divide rows into micro-batches that fit; at most the last `ranks` - 1 places of a round stay empty."""
+        ...
+
+    def inputs(self, rows: Sequence[int]) -> tuple[Sequence[int], Inputs]:
+        """The rows of a micro-batch in the order of its outputs, and what the backbone reads."""
+        ...
+
+
+class RowsLayout:
+    """Row by row: rows of similar length together, padded."""
+
+    def __init__(self, input_ids: Sequence[Sequence[int]], pad_id: int, micro_batch_size: int) -> None:
+        self.input_ids = input_ids
+        self.pad_id = pad_id
+        self.micro_batch_size = micro_batch_size
+
+    def split(self, rows: Sequence[int], ranks: int) -> list[list[int]]:
+        by_length = sorted(rows, key=lambda row: len(self.input_ids[row]))
+        rounds = -(-len(rows) // (self.micro_batch_size * ranks))
+        size = -(-len(rows) // (rounds * ranks))
+        return [by_length[start : start + size] for start in range(0, len(rows), size)]
+
+    def inputs(self, rows: Sequence[int]) -> tuple[Sequence[int], Inputs]:
+        ids = [torch.as_tensor(self.input_ids[row], dtype=torch.int64) for row in rows]
+        lengths = torch.tensor([len(row) for row in ids])
+        input_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.pad_id)
+        attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+        return rows, Inputs(input_ids=input_ids, attention_mask=attention_mask)
+
+
+class TreeLayout:
+    """As prefix trees of at most `token_budget` tokens; for `pair_cost` see `tree.split`."""
+
+    def __init__(self, input_ids: Sequence[Sequence[int]], token_budget: int, pair_cost: float = 0.0) -> None:
+        self.order = PrefixOrder(input_ids)
+        self.token_budget = token_budget
+        self.pair_cost = pair_cost
+
+    def split(self, rows: Sequence[int], ranks: int) -> list[list[int]]:
+        return [part.tolist() for part in split(self.order, rows, self.token_budget, ranks, self.pair_cost)]
+
+    def inputs(self, rows: Sequence[int]) -> tuple[Sequence[int], Inputs]:
+        tree = build_tree(self.order, rows)
+        inputs = Inputs(
+            input_ids=torch.from_numpy(tree.input_ids)[None],
+            position_ids=torch.from_numpy(tree.position_ids)[None],
+            subtree_end=torch.from_numpy(tree.subtree_end)[None],
+            read_out=torch.from_numpy(tree.read_out),
+        )
+        return tree.rows.tolist(), inputs
+
+
+class StepSampler(Sampler[Step]):
     """Every row once an epoch, in steps of `batch_size` rows over all ranks, in an order set by seed and epoch.
 
-    Rows of one step are put together by length, which changes no step's loss and pads less. With `odds`, an
-    epoch draws as many rows with replacement, each in proportion to its odds.
+    Args:
+        layout: Divides a step's rows into micro-batches, which changes no step's loss.
+        scenes: The scene of each row.
+        batch_size: Rows a step, over all ranks together; an epoch's last step may have fewer.
+        scenes_per_step: From how many scenes, in equal parts, a step takes its rows, as long as scenes have rows
+            left for a part; what remains is mixed. None draws from all rows alike.
+        seed: Together with the epoch's number, settles the order.
+        rank: Whose share of each step to give.
+        world_size: How many ranks share a step; each gets equally many micro-batches.
+        odds: An epoch draws as many rows with replacement, each in proportion to its odds.
 
     Raises:
-        UserError: `batch_size` is not a multiple of `micro_batch_size` times the number of ranks.
+        UserError: `batch_size` is not a multiple of `scenes_per_step`.
     """
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        layout: Layout,
+        scenes: Sequence[str],
         batch_size: int,
-        micro_batch_size: int,
+        scenes_per_step: int | None = None,
         *,
-        shuffle: bool,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
         odds: Sequence[float] | None = None,
     ) -> None:
-        per_round = micro_batch_size * world_size
-        if batch_size < 1 or micro_batch_size < 1 or batch_size % per_round:
+        if scenes_per_step is not None and (scenes_per_step < 1 or batch_size % scenes_per_step):
             raise UserError(
-                f"data.batch_size: {batch_size} rows a step cannot be shared among {world_size} device(s) "
-                f"with data.micro_batch_size {micro_batch_size}",
-                f"Make batch_size a multiple of {max(per_round, 1)}, or change micro_batch_size.",
+                f"data.scenes_per_step: {batch_size} rows a step cannot be taken in equal parts from "
+                f"{scenes_per_step} scenes",
+                "Make data.batch_size a multiple of it.",
             )
-        self.lengths = lengths
+        self.layout = layout
+        self.scenes = scenes
         self.batch_size = batch_size
-        self.micro_batch_size = micro_batch_size
-        self.shuffle = shuffle
+        self.scenes_per_step = scenes_per_step
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
         self.odds = odds
         self.epoch = 0
 
-    @property
-    def micro_batches_per_step(self) -> int:
-        """How many micro-batches each rank computes in a full step: the accumulation."""
-        return self.batch_size // (self.micro_batch_size * self.world_size)
-
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        full_steps, rest = divmod(len(self.lengths), self.batch_size)
-        return full_steps * self.micro_batches_per_step + math.ceil(rest / (self.micro_batch_size * self.world_size))
+        return -(-len(self.scenes) // self.batch_size)
 
-    def __iter__(self) -> Iterator[MicroBatch]:
-        order = self._order()
-        for start in range(0, len(order), self.batch_size):
-            yield from self._step(order[start : start + self.batch_size])
+    def __iter__(self) -> Iterator[Step]:
+        for rows in self.steps():
+            yield share(self.layout.split(rows, self.world_size), self.rank, self.world_size, len(rows))
 
-    def _order(self) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        if self.odds is not None:
-            odds = torch.tensor(self.odds, dtype=torch.float64)
-            return torch.multinomial(odds, len(self.lengths), replacement=True, generator=generator).tolist()
-        if self.shuffle:
-            return torch.randperm(len(self.lengths), generator=generator).tolist()
-        return list(range(len(self.lengths)))
+    def steps(self) -> list[list[int]]:
+        """The rows of each step of this epoch, the same on every rank and in every layout."""
+        random = np.random.default_rng([self.seed, self.epoch])
+        if self.odds is None:
+            rows = random.permutation(len(self.scenes)).tolist()
+        else:
+            odds = np.array(self.odds)
+            rows = random.choice(len(odds), size=len(odds), p=odds / odds.sum()).tolist()
+        steps, rest = self._from_few_scenes(rows, random)
+        steps += [rest[start : start + self.batch_size] for start in range(0, len(rest), self.batch_size)]
+        whole = [step for step in steps if len(step) == self.batch_size]
+        return [whole[place] for place in random.permutation(len(whole))] + steps[len(whole) :]
 
-    def _step(self, rows: list[int]) -> Iterator[MicroBatch]:
-        weight = self.micro_batches_per_step * self.world_size / len(rows)
-        by_length = sorted(rows, key=lambda row: self.lengths[row])
-        rounds = math.ceil(len(rows) / (self.micro_batch_size * self.world_size))
-        size = math.ceil(len(rows) / (rounds * self.world_size))
-        for number in range(rounds):
-            start = (number * self.world_size + self.rank) * size
-            mine = by_length[start : start + size]
-            # A rank left without a row computes the step's shortest one and gives it no weight.
-            yield (MicroBatch(tuple(mine), (weight,) * len(mine)) if mine else MicroBatch((by_length[0],), (0.0,)))
+    def _from_few_scenes(self, rows: list[int], random: np.random.Generator) -> tuple[list[list[int]], list[int]]:
+        """Whole steps of `scenes_per_step` scenes each, and the rows that are left, those of a scene together."""
+        if self.scenes_per_step is None:
+            return [], rows
+        size = self.batch_size // self.scenes_per_step
+        by_scene: dict[str, list[int]] = defaultdict(list)
+        for row in rows:
+            by_scene[self.scenes[row]].append(row)
+        left = list(by_scene.values())
+        steps: list[list[int]] = []
+        while True:
+            # The scenes with the most rows left first, so that scenes do not run out while others are still full.
+            order = sorted(random.permutation(len(left)).tolist(), key=lambda scene: -(len(left[scene]) // size))
+            chosen = order[: self.scenes_per_step]
+            if len(chosen) < self.scenes_per_step or any(len(left[scene]) < size for scene in chosen):
+                return steps, [row for scene in order for row in left[scene]]
+            steps.append([row for scene in chosen for row in left[scene][:size]])
+            for scene in chosen:
+                left[scene] = left[scene][size:]
 
 
-class EncodedRows(Dataset[RewardBatch]):
-    """Tokenized rows that give a padded batch for each micro-batch asked for."""
+class EvaluationSampler(Sampler[Step]):
+    """Every row once, in micro-batches that follow from the layout alone; each is a step of its own."""
 
-    def __init__(
-        self,
-        input_ids: Sequence[Sequence[int]],
-        labels: Sequence[int],
-        categories: Sequence[int],
-        pad_id: int,
-    ) -> None:
-        self.input_ids = input_ids
+    def __init__(self, layout: Layout, rows: int, rank: int = 0, world_size: int = 1) -> None:
+        parts = layout.split(range(rows), world_size) if rows else []
+        self.micro_batches = share(parts, rank, world_size, rows)
+
+    def __len__(self) -> int:
+        return len(self.micro_batches)
+
+    def __iter__(self) -> Iterator[Step]:
+        return ((micro_batch,) for micro_batch in self.micro_batches)
+
+
+def share(parts: Sequence[Sequence[int]], rank: int, world_size: int, rows: int) -> Step:
+    """One rank's micro-batches of a step that has `rows` rows, equally many on each rank.
+
+    A rank left without rows computes the first one of the step and gives it no weight.
+    """
+    rounds = -(-len(parts) // world_size)
+    mine = [parts[place] if place < len(parts) else None for place in range(rank, rounds * world_size, world_size)]
+    return tuple(
+        MicroBatch(tuple(part), world_size / rows) if part is not None else MicroBatch((parts[0][0],), 0.0)
+        for part in mine
+    )
+
+
+class EncodedRows(Dataset[list[RewardBatch]]):
+    """Tokenized rows that give the micro-batches of each step asked for."""
+
+    def __init__(self, layout: Layout, labels: Sequence[int], categories: Sequence[int]) -> None:
+        self.layout = layout
         self.labels = torch.tensor(labels, dtype=torch.int64)
         self.categories = torch.tensor(categories, dtype=torch.int64)
-        self.pad_id = pad_id
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, batch: MicroBatch) -> RewardBatch:
-        rows = torch.tensor(batch.rows)
-        ids = [torch.as_tensor(self.input_ids[row], dtype=torch.int64) for row in batch.rows]
-        lengths = torch.tensor([len(row) for row in ids])
-        input_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.pad_id)
+    def __getitem__(self, step: Step) -> list[RewardBatch]:
+        return [self._batch(micro_batch) for micro_batch in step]
+
+    def _batch(self, micro_batch: MicroBatch) -> RewardBatch:
+        rows, inputs = self.layout.inputs(micro_batch.rows)
+        row = torch.tensor(rows)
         return RewardBatch(
-            input_ids=input_ids,
-            attention_mask=(torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
-            label=self.labels[rows],
-            category=self.categories[rows],
-            row=rows,
-            weight=torch.tensor(batch.weights),
+            inputs=inputs,
+            label=self.labels[row],
+            category=self.categories[row],
+            row=row,
+            weight=torch.full((len(row),), micro_batch.weight),
         )

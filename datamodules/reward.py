@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
-from datamodules.batches import EncodedRows, MicroBatchSampler, RewardBatch
+from datamodules.batches import EncodedRows, EvaluationSampler, Layout, RewardBatch, RowsLayout, StepSampler, TreeLayout
 from datamodules.errors import UserError
 from datamodules.prompts import (
     DEFAULT_PROMPT,
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Stage = Literal["train", "validation", "test"]
+LayoutName = Literal["auto", "tree", "rows"]
 log = logging.getLogger("proactive")  # the commands show it, on rank 0
 
 
@@ -65,8 +66,14 @@ class RewardDataModule(LightningDataModule):
         trust_remote_code: Whether a tokenizer may run code of its own. Follows from model.trust_remote_code.
         vocabulary_size: Tokens of a tokenizer made from scratch, at most.
         max_length: Tokens a row, at most; the oldest events are dropped first.
-        batch_size: Rows of one optimizer step, over all devices together.
-        micro_batch_size: Rows that one device computes at once; accumulation follows from both.
+        batch_size: Rows of one optimizer step, over all devices together. How often gradients are accumulated
+            follows from it and from what a device computes at once.
+        layout: "tree" computes what rows share once, "rows" pads row by row; the result is the same to rounding.
+            "auto" is tree where the backbone allows it, which is tested at the start, and says so where not.
+        token_budget: For layout tree: tokens that one device computes at once, at most; not below max_length.
+        micro_batch_size: For layout rows: rows that one device computes at once.
+        scenes_per_step: From how many scenes a step takes its rows: fewer share more, more are better mixed. All
+            alike if null.
         balance: "category" draws training rows so that all categories are equally frequent.
         num_workers: Processes that prepare batches.
         cache: Whether to keep tokenized rows in the cache of Hugging Face `datasets`.
@@ -86,7 +93,10 @@ class RewardDataModule(LightningDataModule):
         vocabulary_size: int = 4096,
         max_length: int = 1024,
         batch_size: int = 32,
+        layout: LayoutName = "auto",
+        token_budget: int = 2048,
         micro_batch_size: int = 8,
+        scenes_per_step: int | None = 4,
         balance: Literal["none", "category"] = "none",
         num_workers: int = 0,
         cache: bool = True,
@@ -105,7 +115,10 @@ class RewardDataModule(LightningDataModule):
         self.vocabulary_size = vocabulary_size
         self.max_length = max_length
         self.batch_size = batch_size
+        self.layout = layout
+        self.token_budget = token_budget
         self.micro_batch_size = micro_batch_size
+        self.scenes_per_step = scenes_per_step
         self.balance = balance
         self.num_workers = num_workers
         self.cache = cache
@@ -114,7 +127,10 @@ class RewardDataModule(LightningDataModule):
         self._tokenizer: PreTrainedTokenizerFast | None = None
         self._training_digests: list[int] | None = None
         self._split: Split | None = None
-        self._encoded: dict[Stage, EncodedRows] = {}
+        self._input_ids: dict[Stage, Sequence[Sequence[int]]] = {}
+        self._layouts: dict[Stage, Layout] = {}
+        self._pair_cost = 0.0
+        self._refuse_impossible_sizes()
 
     @property
     def split(self) -> Split:
@@ -149,28 +165,55 @@ class RewardDataModule(LightningDataModule):
             self._split = self._divide(load_corpus(self.root, self.seed))
         if self._tokenizer is None:
             self._tokenizer = self._make_tokenizer(self._split.train)
-        for name in ("train", "validation", "test") if stage == "fit" else ("test",):
-            if name not in self._encoded:
-                self._encoded[name] = self._encode(name, getattr(self._split, name))
+        names: tuple[Stage, ...] = ("train", "validation", "test") if stage == "fit" else ("test",)
+        for name in names:
+            if name not in self._input_ids:
+                self._input_ids[name] = self._encode(name, getattr(self._split, name))
         if stage == "fit":
-            self._follow_batch_size()
-            counts = ", ".join(f"{len(getattr(self._split, name))} {name}" for name in self._encoded)
+            counts = ", ".join(f"{len(getattr(self._split, name))} {name}" for name in names)
             log.info(f"data: {self.description}: {counts} rows")
             log.info(f"contamination: {self.contamination}")
+
+    def settle_layout(self, problem: str | None, pair_cost: float = 0.0) -> None:
+        """Choose between tree and rows, once the model knows its backbone.
+
+        Args:
+            problem: What keeps the backbone from reading trees; None if nothing does.
+            pair_cost: What attention to one token more costs the backbone, see `tree.split`.
+
+        Raises:
+            UserError: The layout was to be tree, and the backbone cannot.
+        """
+        if problem is not None and self.layout == "tree":
+            raise UserError(f"data.layout: tree does not serve here: {problem}", "Use --data.layout auto or rows.")
+        if problem is not None and self.layout == "auto":
+            log.info(f"data.layout: rows, for trees do not serve here: {problem}")
+        self.layout = "rows" if problem is not None or self.layout == "rows" else "tree"
+        self._pair_cost = pair_cost
+        self._layouts.clear()
 
     def train_dataloader(self) -> "StatefulDataLoader":
         from torchdata.stateful_dataloader import StatefulDataLoader
 
         rows = self.split.train
         frequency = Counter(row.category for row in rows)
-        odds = [1 / frequency[row.category] for row in rows] if self.balance == "category" else None
-        sampler = self._sampler("train", shuffle=True, odds=odds)
-        return StatefulDataLoader(self._encoded["train"], sampler=sampler, **self._loader_options())
+        rank, world_size = self._place
+        sampler = StepSampler(
+            self._layout("train"),
+            [row.scene for row in rows],
+            self.batch_size,
+            self.scenes_per_step,
+            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
+            rank=rank,
+            world_size=world_size,
+            odds=[1 / frequency[row.category] for row in rows] if self.balance == "category" else None,
+        )
+        return StatefulDataLoader(self._rows("train"), **self._loader_options(sampler))
 
-    def val_dataloader(self) -> DataLoader[RewardBatch]:
+    def val_dataloader(self) -> DataLoader[list[RewardBatch]]:
         return self._evaluation_loader("validation")
 
-    def test_dataloader(self) -> DataLoader[RewardBatch]:
+    def test_dataloader(self) -> DataLoader[list[RewardBatch]]:
         return self._evaluation_loader("test")
 
     def state_dict(self) -> dict[str, Any]:
@@ -224,7 +267,8 @@ class RewardDataModule(LightningDataModule):
             return train_tokenizer(training_text(self.template, rows), self.vocabulary_size)
         return load_tokenizer(self.tokenizer_name, self.trust_remote_code)
 
-    def _encode(self, stage: Stage, rows: Sequence[AnnotatedRow]) -> EncodedRows:
+    def _encode(self, stage: Stage, rows: Sequence[AnnotatedRow]) -> Sequence[Sequence[int]]:
+        """The token ids of each row."""
         import datasets
 
         segmenter = SegmentTokenizer(self.tokenizer)
@@ -270,55 +314,47 @@ class RewardDataModule(LightningDataModule):
                 f"{self.truncated[stage]} of {len(rows)} {stage} rows lost their oldest events to "
                 f"data.max_length {self.max_length}"
             )
+        return list(encoded.with_format("numpy")["input_ids"][:]) if len(rows) else []
+
+    def _layout(self, stage: Stage) -> Layout:
+        if stage not in self._layouts:
+            ids = self._input_ids[stage]
+            self._layouts[stage] = (
+                TreeLayout(ids, self.token_budget, self._pair_cost)
+                if self.layout == "tree"
+                else RowsLayout(ids, self.tokenizer.pad_token_id, self.micro_batch_size)
+            )
+        return self._layouts[stage]
+
+    def _rows(self, stage: Stage) -> EncodedRows:
+        rows: list[AnnotatedRow] = getattr(self.split, stage)
         return EncodedRows(
-            encoded.with_format("numpy")["input_ids"][:] if len(rows) else [],
-            [int(row.accepted) for row in rows],
-            [row.category.number for row in rows],
-            self.tokenizer.pad_token_id,
+            self._layout(stage), [int(row.accepted) for row in rows], [row.category.number for row in rows]
         )
 
-    def _sampler(self, stage: Stage, *, shuffle: bool, odds: Sequence[float] | None = None) -> MicroBatchSampler:
-        lengths = [len(ids) for ids in self._encoded[stage].input_ids]
-        world_size = self.trainer.world_size if self.trainer else 1
-        per_round = self.micro_batch_size * world_size
-        return MicroBatchSampler(
-            lengths,
-            self.batch_size if shuffle else max(-(-len(lengths) // per_round), 1) * per_round,
-            self.micro_batch_size,
-            shuffle=shuffle,
-            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
-            rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=world_size,
-            odds=odds,
-        )
+    def _evaluation_loader(self, stage: Stage) -> DataLoader[list[RewardBatch]]:
+        sampler = EvaluationSampler(self._layout(stage), len(self._input_ids[stage]), *self._place)
+        return DataLoader(self._rows(stage), **self._loader_options(sampler))
 
-    def _evaluation_loader(self, stage: Stage) -> DataLoader[RewardBatch]:
-        return DataLoader(
-            self._encoded[stage],
-            sampler=self._sampler(stage, shuffle=False),
-            **self._loader_options(),
-        )
+    @property
+    def _place(self) -> tuple[int, int]:
+        """This process's rank, and how many there are."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _loader_options(self) -> dict[str, Any]:
+    def _loader_options(self, sampler: Sampler[Any]) -> dict[str, Any]:
         on_cuda = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        # batch_size None: the sampler says what a batch is, the dataset makes it.
-        return {"batch_size": None, "num_workers": self.num_workers, "pin_memory": on_cuda}
+        # batch_size None: the sampler says what a step is, the dataset makes it.
+        return {"sampler": sampler, "batch_size": None, "num_workers": self.num_workers, "pin_memory": on_cuda}
 
-    def _follow_batch_size(self) -> None:
-        """Have the trainer accumulate as many micro-batches as a step holds.
-
-        Raises:
-            UserError: The sizes do not fit each other, or the trainer was told another accumulation.
-        """
-        accumulation = self._sampler("train", shuffle=True).micro_batches_per_step
-        if self.trainer is not None:
-            if self.trainer.accumulate_grad_batches not in (1, accumulation):
-                raise UserError(
-                    f"trainer.accumulate_grad_batches: {self.trainer.accumulate_grad_batches}, but data.batch_size "
-                    f"{self.batch_size} and data.micro_batch_size {self.micro_batch_size} make it {accumulation}",
-                    "Leave it out: it follows from the two sizes.",
-                )
-            self.trainer.accumulate_grad_batches = accumulation
+    def _refuse_impossible_sizes(self) -> None:
+        for name in ("batch_size", "micro_batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"data.{name}: expected 1 or more, got {getattr(self, name)}", "Give a greater one.")
+        if self.token_budget < self.max_length:
+            raise UserError(
+                f"data.token_budget: {self.token_budget} is less than one row may have",
+                f"Make it at least data.max_length, {self.max_length}.",
+            )
 
 
 def _rows_digest(rows: Sequence[AnnotatedRow]) -> str:

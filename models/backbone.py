@@ -1,6 +1,6 @@
 """Sequence classifiers over any Hugging Face backbone: pretrained, from a configuration, or from scratch.
 
-Shape legend: B rows, T tokens, D hidden size, C classes (rejected, accepted).
+Shape legend: R rows, T tokens, D hidden size, C classes (rejected, accepted).
 """
 
 import contextlib
@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from datamodules.batches import Inputs
 from datamodules.errors import UserError
 from datamodules.tokenizer import SCRATCH
+from models.tree import read_tree
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -104,34 +106,39 @@ def load_classifier(path: str, *, attn_implementation: str | None = None) -> "Pr
         )
 
 
-def classify(model: "PreTrainedModel", input_ids: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
+def classify(model: "PreTrainedModel", inputs: Inputs, pooling: Pooling) -> Tensor:
     """Logits of the two classes.
 
     Args:
         model: A sequence classifier of transformers.
-        input_ids: (B, T) int64.
-        attention_mask: (B, T) int64, 1 for real tokens, padding on the right.
+        inputs: Padded rows or a tree.
         pooling: "auto" is the backbone's own: the last real token for a decoder, what its architecture
             defines (as a rule CLS) for an encoder. The others read the final hidden states and go through
-            the last linear layer alone.
+            the last linear layer alone. A tree is read at the last token of each row, whatever this says.
 
     Returns:
-        (B, C) floating logits.
+        (R, C) floating logits.
     """
-    if pooling == "auto":
-        if not isinstance(getattr(model, "score", None), nn.Linear):
-            return model(input_ids=input_ids, attention_mask=attention_mask).logits
-        pooling = "last"
-    hidden_BTD = model.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    if "subtree_end" in inputs:
+        return read_out(model)(read_tree(model, inputs))
+    input_ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]
+    if pooling == "auto" and not reads_last_token(model):
+        return model(input_ids=input_ids, attention_mask=attention_mask).logits
+    hidden_RTD = model.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
     if pooling == "mean":
-        weight_BT1 = attention_mask.unsqueeze(-1).to(hidden_BTD.dtype)
-        pooled_BD = (hidden_BTD * weight_BT1).sum(1) / weight_BT1.sum(1)
+        weight_RT1 = attention_mask.unsqueeze(-1).to(hidden_RTD.dtype)
+        pooled_RD = (hidden_RTD * weight_RT1).sum(1) / weight_RT1.sum(1)
     elif pooling == "cls":
-        pooled_BD = hidden_BTD[:, 0]
+        pooled_RD = hidden_RTD[:, 0]
     else:
-        rows_B = torch.arange(len(hidden_BTD), device=hidden_BTD.device)
-        pooled_BD = hidden_BTD[rows_B, attention_mask.sum(1) - 1]
-    return read_out(model)(pooled_BD)
+        rows_R = torch.arange(len(hidden_RTD), device=hidden_RTD.device)
+        pooled_RD = hidden_RTD[rows_R, attention_mask.sum(1) - 1]
+    return read_out(model)(pooled_RD)
+
+
+def reads_last_token(model: "PreTrainedModel") -> bool:
+    """Whether a classifier pools as decoders do in transformers, where the last layer is then named score."""
+    return isinstance(getattr(model, "score", None), nn.Linear)
 
 
 def read_out(model: "PreTrainedModel") -> nn.Linear:

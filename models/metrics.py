@@ -75,9 +75,11 @@ class RewardMetrics(Metric):
         return reward_figures(probability_N, target_N, category_N, self.threshold, self.bootstrap)
 
     def rows(self) -> dict[str, Tensor]:
-        """The rows of all ranks: probability (N,) float64; target, category and row (N,) int64."""
+        """The rows of all ranks, by their number: probability (N,) float64; target, category and row (N,) int64."""
         with self.sync_context():
-            return {name: dim_zero_cat(getattr(self, name)) for name in ("probability", "target", "category", "row")}
+            rows = {name: dim_zero_cat(getattr(self, name)) for name in ("probability", "target", "category", "row")}
+        order = rows["row"].argsort(stable=True)  # so that no figure depends on ranks and layout
+        return {name: column[order] for name, column in rows.items()}
 
 
 def reward_figures(

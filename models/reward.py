@@ -1,18 +1,20 @@
 """RewardClassifier: reads a history and one proposal, gives the probability that the user accepts it.
 
-Shape legend: B rows, T tokens, C classes (rejected, accepted).
+Shape legend: R rows, C classes (rejected, accepted).
 """
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from datamodules.batches import RewardBatch
+from datamodules.batches import Inputs, RewardBatch
 from datamodules.errors import UserError
 from datamodules.records import Category
 from datamodules.tokenizer import SCRATCH
@@ -24,10 +26,12 @@ from models.backbone import (
     classify,
     load_classifier,
     quiet,
+    reads_last_token,
 )
 from models.calibration import calibrated, fit_temperature, fit_threshold
 from models.metrics import RewardMetrics, reward_figures
 from models.optimizers import OptimizerName, ScheduleName, build_optimizer, build_schedule
+from models.tree import pair_cost, tree_problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +52,8 @@ class RewardClassifier(LightningModule):
         pooling: Which state is read: "auto" (the last real token of a decoder, what an encoder's architecture
             defines), "last", "cls" or "mean".
         dtype: How the weights are stored; the trainer's precision says how they are computed with.
-        attn_implementation: Attention of transformers: eager, sdpa, flash_attention_2, ...; its choice if null.
+        attn_implementation: Attention of transformers: eager, sdpa, flex_attention, flash_attention_2, ... If null,
+            its own choice, and for trees on a CUDA device flex_attention, which skips what the mask hides.
         dropout: Dropout everywhere the backbone has it; as the backbone has it if null.
         gradient_checkpointing: Trade compute for memory: keep no activations inside a layer.
         trust_remote_code: Let a backbone from the hub run code of its own. Off for a reason.
@@ -57,11 +62,11 @@ class RewardClassifier(LightningModule):
         weight_decay: Decoupled weight decay on matrices.
         warmup_ratio: The share of all steps over which the learning rate rises.
         schedule: How the learning rate falls to zero afterwards.
+        gradient_clip_norm: The greatest norm of a step's gradient; longer ones are scaled down to it. None if null.
         category_weights: Factors on the loss of rows by category, for example {missed_need: 2.0}; 1 if left out.
     """
 
     category_weight: Tensor
-    step_loss: Tensor
 
     def __init__(
         self,
@@ -78,10 +83,12 @@ class RewardClassifier(LightningModule):
         weight_decay: float = 0.1,
         warmup_ratio: float = 0.1,
         schedule: ScheduleName = "linear",
+        gradient_clip_norm: float | None = 1.0,
         category_weights: dict[CategoryName, float] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self.automatic_optimization = False  # a step's number of micro-batches follows from its rows
         self.network: PreTrainedModel | None = None
         self.temperature = 1.0
         self.threshold = 0.5
@@ -91,58 +98,70 @@ class RewardClassifier(LightningModule):
         weights = {str(name): weight for name, weight in (category_weights or {}).items()}
         weight_by_category = torch.tensor([weights.get(category.value, 1.0) for category in Category])
         self.register_buffer("category_weight", weight_by_category, persistent=False)
-        self.register_buffer("step_loss", torch.tensor(0.0), persistent=False)
 
     def configure_model(self) -> None:
-        """Make the network, once."""
-        if self.network is not None:
+        """Make the network, once, and settle with the data module in which layout it reads rows."""
+        options, data = self.hparams, self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.network is None:
+            self.network = build_classifier(
+                options["backbone"],
+                data.tokenizer,
+                options["scratch"],
+                dtype=options["dtype"],
+                attn_implementation=options["attn_implementation"],
+                dropout=options["dropout"],
+                trust_remote_code=options["trust_remote_code"],
+            )
+            if options["gradient_checkpointing"]:
+                self.network.gradient_checkpointing_enable({"use_reentrant": False})
+            self.network.train()
+        if data.layout == "rows":
+            data.settle_layout(None)
             return
-        options = self.hparams
-        self.network = build_classifier(
-            options["backbone"],
-            self.trainer.datamodule.tokenizer,  # type: ignore[attr-defined]
-            options["scratch"],
-            dtype=options["dtype"],
-            attn_implementation=options["attn_implementation"],
-            dropout=options["dropout"],
-            trust_remote_code=options["trust_remote_code"],
-        )
-        if options["gradient_checkpointing"]:
-            self.network.gradient_checkpointing_enable({"use_reentrant": False})
-        self.network.train()
+        if options["attn_implementation"] is None and self.trainer.strategy.root_device.type == "cuda":
+            with contextlib.suppress(ValueError):  # a backbone without it keeps its own
+                self.network.set_attn_implementation("flex_attention")
+        if options["pooling"] not in ("auto", "last") or not reads_last_token(self.network):
+            data.settle_layout("the backbone, or model.pooling, reads more than a row's last token")
+        else:
+            data.settle_layout(tree_problem(self.network, data.max_length), pair_cost(self.network))
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits (B, C) float32 of rejected and accepted, for `input_ids` and `attention_mask` (B, T) int64."""
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Logits (R, C) float32 of rejected and accepted."""
         assert self.network is not None, "configure_model makes the network"
-        return classify(self.network, input_ids, attention_mask, self.hparams["pooling"]).float()
+        return classify(self.network, inputs, self.hparams["pooling"]).float()
 
-    def probability(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Uncalibrated P(accepted), (B,) float64."""
-        return self(input_ids, attention_mask).double().softmax(-1)[:, 1]
-
-    def training_step(self, batch: RewardBatch, batch_idx: int) -> Tensor:
-        logits_BC = self(batch["input_ids"], batch["attention_mask"])
-        loss_B = nn.functional.cross_entropy(logits_BC, batch["label"], reduction="none")
-        loss = (loss_B * self.category_weight[batch["category"]] * batch["weight"]).sum()
+    def training_step(self, batch: list[RewardBatch], batch_idx: int) -> None:
+        """One optimizer step over this rank's micro-batches."""
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        loss = torch.zeros((), device=self.device)
+        for number, micro_batch in enumerate(batch, start=1):
+            with self._gradients_stay_here(number < len(batch)):
+                part = self._loss(micro_batch)
+                self.manual_backward(part)
+            loss += part.detach()
         if not torch.isfinite(loss):
             raise self._not_finite("the loss", loss)
-        self.step_loss += loss.detach() / self.trainer.accumulate_grad_batches
-        return loss
+        self.log("train/loss", loss, prog_bar=True, sync_dist=self.trainer.world_size > 1)
+        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])  # type: ignore[union-attr]
+        optimizer.step()  # type: ignore[union-attr]
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        schedule.step()  # type: ignore[union-attr]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip; the gradients are then those of the whole step, of all ranks and without a loss scale."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm):
             raise self._not_finite("the gradient norm", norm)
-        self.log("train/loss", self.step_loss.clone(), prog_bar=True, sync_dist=self.trainer.world_size > 1)
+        if self.hparams["gradient_clip_norm"] is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters(), self.hparams["gradient_clip_norm"], norm)
         self.log("train/gradient_norm", norm)
-        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
-        self.step_loss.zero_()
 
     def on_validation_epoch_start(self) -> None:
         self.metrics.reset()
 
-    def validation_step(self, batch: RewardBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: list[RewardBatch], batch_idx: int) -> None:
         self._collect(batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -159,7 +178,7 @@ class RewardClassifier(LightningModule):
     def on_test_epoch_start(self) -> None:
         self.metrics.reset()
 
-    def test_step(self, batch: RewardBatch, batch_idx: int) -> None:
+    def test_step(self, batch: list[RewardBatch], batch_idx: int) -> None:
         self._collect(batch)
 
     def on_test_epoch_end(self) -> None:
@@ -240,12 +259,25 @@ class RewardClassifier(LightningModule):
         classifier.network = load_classifier(str(folder), attn_implementation=content["model"]["attn_implementation"])
         return classifier, state
 
-    def _collect(self, batch: RewardBatch) -> None:
-        real = batch["weight"] > 0  # the others only fill a rank's last batch up
-        probability_B = self.probability(batch["input_ids"], batch["attention_mask"])
-        self.metrics.update(
-            *(column[real] for column in (probability_B, batch["label"], batch["category"], batch["row"]))
-        )
+    def _loss(self, batch: RewardBatch) -> Tensor:
+        """This micro-batch's part of the step's loss; a category's weight multiplies its rows' losses."""
+        loss_R = nn.functional.cross_entropy(self(batch["inputs"]), batch["label"], reduction="none")
+        return (loss_R * self.category_weight[batch["category"]] * batch["weight"]).sum()
+
+    def _gradients_stay_here(self, more_follow: bool) -> contextlib.AbstractContextManager[None]:
+        """Ranks exchange gradients with a step's last micro-batch alone."""
+        strategy = self.trainer.strategy
+        if more_follow and isinstance(strategy, ParallelStrategy):
+            return strategy.block_backward_sync()
+        return contextlib.nullcontext()
+
+    def _collect(self, batch: list[RewardBatch]) -> None:
+        """Keep P(accepted), uncalibrated, of the rows that do not only fill a rank's share up."""
+        for micro_batch in batch:
+            real_R = micro_batch["weight"] > 0
+            probability_R = self(micro_batch["inputs"]).double().softmax(-1)[:, 1]
+            columns = (probability_R, micro_batch["label"], micro_batch["category"], micro_batch["row"])
+            self.metrics.update(*(column[real_R] for column in columns))
 
     def _not_finite(self, what: str, value: Tensor) -> UserError:
         return UserError(

@@ -1,5 +1,6 @@
 """`python -m proactive.evaluate reward`: measure a trained reward classifier and set it beside published rows."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from callbacks.files import CHECKPOINTS, write_atomically
 from callbacks.progress import progress_callback
 from callbacks.record import tested_record
 from datamodules.errors import UserError
-from datamodules.reward import RewardDataModule
+from datamodules.reward import LayoutName, RewardDataModule
 from datamodules.splits import SplitName
 from models.reward import EXPORT_STATE, RewardClassifier
 from proactive.terminal import Parser, agreement_table, figures_table, run, show
@@ -25,6 +26,8 @@ def evaluate_reward(
     folds: int | None = None,
     fold: int | None = None,
     prompt: str | None = None,
+    layout: LayoutName | None = None,
+    token_budget: int | None = None,
     micro_batch_size: int | None = None,
     num_workers: int | None = None,
     quiet: bool = False,
@@ -38,7 +41,9 @@ def evaluate_reward(
         folds: For by_scene: into how many parts the scenes are divided.
         fold: For by_scene: which part tests.
         prompt: A prompt file, for a model that was trained with another prompt than the one it carries.
-        micro_batch_size: Rows computed at once.
+        layout: Score the rows as prefix trees or row by row: tree, rows, or auto.
+        token_budget: For layout tree: tokens computed at once, at most.
+        micro_batch_size: For layout rows: rows computed at once.
         num_workers: Processes that prepare batches.
         quiet: Without a progress bar.
 
@@ -53,8 +58,9 @@ def evaluate_reward(
         folds=folds,
         fold=fold,
         prompt=prompt,
+        layout=layout,
+        token_budget=token_budget,
         micro_batch_size=micro_batch_size,
-        batch_size=micro_batch_size,
         num_workers=num_workers,
     )
     progress = progress_callback(quiet)
@@ -74,22 +80,20 @@ def evaluate_reward(
 
 def main(arguments: list[str]) -> None:
     """Parse, evaluate, print the tables, write the figures."""
+    parameters = inspect.signature(evaluate_reward).parameters
     reward = Parser(prog="evaluate reward", description=evaluate_reward.__doc__.splitlines()[0])  # type: ignore[union-attr]
     reward.add_function_arguments(
-        evaluate_reward, as_group=False, skip={"root", "split", "folds", "fold", "prompt", "quiet"}
+        evaluate_reward, as_group=False, skip={name for name in parameters if name != "checkpoint"}
     )
-    reward.add_function_arguments(
-        evaluate_reward, "data", skip={"checkpoint", "micro_batch_size", "num_workers", "quiet"}
-    )
+    reward.add_function_arguments(evaluate_reward, "data", skip={"checkpoint", "quiet"})
     reward.add_argument("--output", type=Path, default=None, help="Write the figures to this JSON file.")
     reward.add_argument("--quiet", action="store_true", help="Print nothing but errors.")
     reward.add_argument("--debug", action="store_true", help="Show tracebacks and the libraries' own messages.")
     parser = Parser(prog="python -m proactive.evaluate", description="Measure a trained model.")
     parser.add_subcommands().add_subcommand("reward", reward, help="a reward classifier")
     options = parser.parse_args(arguments).reward
-    own = {name: options[name] for name in ("checkpoint", "micro_batch_size", "num_workers", "quiet")}
     try:
-        record = evaluate_reward(**own, **options.data.as_dict())
+        record = evaluate_reward(options.checkpoint, **options.data.as_dict(), quiet=options.quiet)
     except Interrupted as stop:
         raise SystemExit(128 + stop.signal_number) from None
     if options.output:

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 TRAINER_DEFAULTS = {
     "max_epochs": 5,
-    "gradient_clip_val": 1.0,
     "log_every_n_steps": 5,
     "use_distributed_sampler": False,  # the data module's own sampler knows ranks and weights
     "enable_model_summary": False,

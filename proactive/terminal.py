@@ -67,7 +67,7 @@ def as_user_error(error: BaseException) -> UserError | None:
     if isinstance(error, (OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         return UserError(
             f"out of memory: {text}",
-            "Lower data.micro_batch_size or data.max_length, or set model.gradient_checkpointing.",
+            "Lower data.token_budget (layout rows: data.micro_batch_size), or set model.gradient_checkpointing.",
         )
     if isinstance(error, MisconfigurationException):
         return UserError(text, "Change the trainer's options; see --help.")

@@ -1,0 +1,154 @@
+"""How a causal backbone reads a prefix tree: its attention mask, and whether it reads one rightly.
+
+Shape legend: R rows, T tokens of a tree, D hidden size.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from datamodules.batches import Inputs, TreeLayout
+from datamodules.tree import ancestors
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+    from transformers import PreTrainedModel
+
+BLOCK = 128  # FlexAttention's block of tokens
+# How far the states of tree and rows may differ, relatively: rounding, by the dtype of the weights.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+NO_DIFFERENCE = 1e-6  # where the same computation is repeated, and only what must not be seen is another
+MASKED_ATTENTIONS = ("sdpa", "eager", "flex_attention")  # those of transformers that take any mask
+
+
+def read_tree(model: "PreTrainedModel", inputs: Inputs) -> Tensor:
+    """The final hidden states (R, D) at the read-outs of a tree."""
+    subtree_end_T = inputs["subtree_end"][0]
+    input_ids, position_ids = inputs["input_ids"], inputs["position_ids"]
+    attention = model.config._attn_implementation
+    if attention == "flex_attention":
+        padding = -len(subtree_end_T) % BLOCK  # tokens that no one sees, and that see no one but themselves
+        input_ids, position_ids = (torch.nn.functional.pad(ids, (0, padding)) for ids in (input_ids, position_ids))
+    hidden_1TD = model.base_model(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=tree_mask(subtree_end_T, attention, model.dtype),
+        use_cache=False,
+    ).last_hidden_state
+    return hidden_1TD[0, inputs["read_out"]]
+
+
+def tree_mask(subtree_end_T: Tensor, attention: str, dtype: torch.dtype) -> "Tensor | BlockMask":
+    """The mask that lets each token of a tree see its ancestors, as transformers takes it.
+
+    Args:
+        subtree_end_T: (T,) int64, see `datamodules.tree.Tree`.
+        attention: sdpa takes (1, 1, T, T) bool; eager the same as 0 and the lowest number of `dtype`, to be added;
+            flex_attention a BlockMask over T rounded up to whole blocks.
+        dtype: That of the attention scores.
+    """
+    if attention == "flex_attention":
+        return _block_mask(subtree_end_T)
+    visible_11TT = ancestors(subtree_end_T)[None, None]
+    if attention == "eager":
+        return torch.zeros_like(visible_11TT, dtype=dtype).masked_fill(~visible_11TT, torch.finfo(dtype).min)
+    return visible_11TT
+
+
+def tree_problem(model: "PreTrainedModel", longest: int) -> str | None:
+    """What keeps a backbone from reading trees as it reads rows; None if nothing does.
+
+    Windows of attention are read off the configuration, for rows longer than them would have to be tried. All
+    else is tried on short random rows that share their beginning. A backbone with random weights hardly minds what
+    it sees, so what must not be seen is changed, and must change nothing at all.
+
+    Args:
+        model: A sequence classifier of transformers.
+        longest: Tokens of the longest row.
+    """
+    attention = model.config._attn_implementation
+    if attention not in MASKED_ATTENTIONS:
+        return f"attention {attention} takes no mask of our own"
+    window = attention_window(model.config)
+    if window is not None and window < longest:
+        return f"its layers see {window} tokens back, and rows have up to {longest}"
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return _misread(model)
+    except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError, KeyError) as error:
+        return f"it refuses them ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+    finally:
+        model.train(training)
+
+
+def _misread(model: "PreTrainedModel") -> str | None:
+    """How trees of two rows differ from the rows, or None."""
+    trunk, left, other, right = torch.randint(
+        4, model.config.vocab_size, (4, 6), generator=torch.Generator().manual_seed(0)
+    ).tolist()
+    left, other, right = [*trunk, 1, *left], [*trunk, 2, *other], [*trunk, 3, *right[:4]]  # in this order in a tree
+    left_TD, other_TD, right_TD = (_read_row(model, row) for row in (left, other, right))
+    if _difference(left_TD[: len(trunk)], other_TD[: len(trunk)]) > NO_DIFFERENCE:
+        return "the states of its tokens depend on what follows them"
+    merged_RD, beside_other_RD = (_read_rows_as_tree(model, [first, right]) for first in (left, other))
+    if _difference(merged_RD[1], beside_other_RD[1]) > NO_DIFFERENCE:
+        return "a row's state depends on the other rows of its tree"
+    difference = _difference(merged_RD, torch.stack([left_TD[-1], right_TD[-1]]))
+    if not difference <= TOLERANCE[model.dtype]:
+        return f"a tree of two rows gives other states than the rows one by one (relative difference {difference:.1e})"
+    return None
+
+
+def _read_rows_as_tree(model: "PreTrainedModel", rows: list[list[int]]) -> Tensor:
+    inputs: Any = TreeLayout(rows, token_budget=64).inputs(range(len(rows)))[1]
+    device = model.get_input_embeddings().weight.device
+    placed: Any = {name: value.to(device) for name, value in inputs.items()}
+    return read_tree(model, placed).float()
+
+
+def _read_row(model: "PreTrainedModel", row: list[int]) -> Tensor:
+    input_ids_1T = torch.tensor([row], device=model.get_input_embeddings().weight.device)
+    output = model.base_model(input_ids=input_ids_1T, attention_mask=torch.ones_like(input_ids_1T))
+    return output.last_hidden_state[0].float()
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+
+
+def pair_cost(model: "PreTrainedModel") -> float:
+    """What attention to one token more costs a token, in units of the layers' products with their weights.
+
+    A product with P weights takes 2 P operations a token, attention 4 D a token and pair in each layer. Where the
+    mask is a BlockMask, hidden pairs are skipped and there is nothing to save by smaller trees.
+    """
+    if model.config._attn_implementation == "flex_attention":
+        return 0.0
+    layers, width = model.config.num_hidden_layers, model.config.hidden_size
+    embeddings = sum(p.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters())
+    weights = sum(p.numel() for p in model.base_model.parameters()) - embeddings
+    return 2 * layers * width / weights
+
+
+def attention_window(config: Any) -> int | None:
+    """How many tokens back the layer of a backbone sees that sees the fewest; None if all see all."""
+    kinds = getattr(config, "layer_types", None)
+    windows = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+    found = [getattr(config, name, None) for kind, name in windows.items() if kinds is None or kind in kinds]
+    return min((window for window in found if window is not None), default=None)
+
+
+def _block_mask(subtree_end_T: Tensor) -> "BlockMask":
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    padding = -len(subtree_end_T) % BLOCK
+    places = torch.arange(len(subtree_end_T), len(subtree_end_T) + padding, device=subtree_end_T.device)
+    end = torch.cat([subtree_end_T, places + 1])
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < end[key])
+
+    return create_block_mask(sees, None, None, len(end), len(end), device=end.device, BLOCK_SIZE=BLOCK)

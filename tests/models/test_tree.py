@@ -1,0 +1,375 @@
+"""Trees against rows: the same loss and the same gradient of every parameter, or a refusal that says why."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+from datamodules.batches import EncodedRows, Layout, RowsLayout, StepSampler, TreeLayout, share
+from datamodules.errors import UserError
+from datamodules.reward import RewardDataModule
+from datamodules.tree import ancestors
+from models.reward import RewardClassifier
+from models.tree import attention_window, pair_cost, tree_mask, tree_problem
+from tests.helpers import PROACTIVEBENCH, SMALL_BACKBONE, needs_proactivebench
+
+VOCABULARY = 61
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 2048,
+    "num_labels": 2,
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
+    **dict.fromkeys(("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout"), 0.0),
+}
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt2", "gpt_neox"]
+TRUNK = [5, 6, 7, 8, 9]
+CASES = {
+    "a scene": [[*TRUNK, 10, 11], [*TRUNK, 10, 12, 13], [*TRUNK, 14], [*TRUNK, 14, 15, 16, 17], [*TRUNK, 18]],
+    "one row": [[*TRUNK, 10, 11]],
+    "one row a tree": [[1, 2, 3], [4, 5, 6, 7], [8, 9]],
+    "identical rows": [[*TRUNK, 10], [*TRUNK, 10], [*TRUNK, 11], [*TRUNK, 10]],
+    "empty history": [[5, 20, 21], [5, 22], [5, 6, 7, 20, 21]],
+    "a proposal that begins another": [[*TRUNK, 10], [*TRUNK, 10, 11], [*TRUNK, 10, 11, 12]],
+    "truncated histories": [[5, 6, 7, 8, 20], [5, 7, 8, 9, 21], [5, 8, 9, 10, 22], [5, 6, 7, 8, 23]],
+}
+Gradients = dict[str, Tensor]
+
+
+def network(family: str, **settings: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SMALL, **settings})
+    return AutoModelForSequenceClassification.from_config(config).train()
+
+
+def classifier(backbone: PreTrainedModel, **options: Any) -> RewardClassifier:
+    made = RewardClassifier(**options)
+    made.network = backbone
+    return made
+
+
+def step(model: RewardClassifier, layout: Layout, rows: Sequence[int], number: int) -> tuple[float, Gradients]:
+    """Loss and gradients of one optimizer step; labels and categories follow from the rows' places."""
+    data = EncodedRows(layout, [row % 2 for row in range(number)], [row % 4 for row in range(number)])
+    model.zero_grad()
+    loss = 0.0
+    for micro_batch in data[share(layout.split(rows, 1), 0, 1, len(rows))]:
+        part = model._loss(micro_batch)
+        part.backward()
+        loss += float(part.detach())
+    return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found: tuple[float, Gradients], expected: tuple[float, Gradients]) -> None:
+    """Relative difference below 1e-5.
+
+    A gradient that is zero but for rounding, as that of a key's bias, is held against a thousandth of the longest.
+    """
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert found[1].keys() == expected[1].keys()
+    longest = max(float(gradient.norm()) for gradient in expected[1].values())
+    for name, gradient in expected[1].items():
+        difference = float((found[1][name] - gradient).norm())
+        assert difference <= 1e-5 * max(float(gradient.norm()), 1e-3 * longest), name
+
+
+def assert_tree_is_rows(model: RewardClassifier, ids: list[list[int]], rows: Sequence[int], budget: int = 2048) -> None:
+    tree = step(model, TreeLayout(ids, budget), rows, len(ids))
+    for micro_batch_size in (4, 1):
+        assert_same(tree, step(model, RowsLayout(ids, 0, micro_batch_size), rows, len(ids)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_the_same_loss_and_gradients(family: str) -> None:
+    backbone = network(family)
+    assert tree_problem(backbone, longest=1024) is None
+    model = classifier(backbone)
+    for ids in CASES.values():
+        assert_tree_is_rows(model, ids, range(len(ids)))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attentions_that_take_a_mask_give_the_same(attention: str) -> None:
+    backbone = network("llama")
+    backbone.set_attn_implementation(attention)
+    assert tree_problem(backbone, longest=1024) is None
+    assert_tree_is_rows(classifier(backbone), CASES["a scene"], range(5))
+
+
+def test_category_weights_and_gradient_checkpointing_give_the_same() -> None:
+    backbone = network("llama")
+    backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    model = classifier(backbone, category_weights={"missed_need": 2.0, "false_alarm": 0.25})
+    assert_tree_is_rows(model, CASES["a scene"], range(5))
+
+
+@pytest.fixture(scope="module")
+def llama() -> RewardClassifier:
+    return classifier(network("llama"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=9), min_size=1, max_size=8),
+    st.integers(9, 40),
+    st.data(),
+)
+def test_random_trees_give_the_same(
+    llama: RewardClassifier, ids: list[list[int]], budget: int, data: st.DataObject
+) -> None:
+    """Any rows, any of them in a step, some twice, in as many micro-batches as the budget makes."""
+    rows = data.draw(st.lists(st.integers(0, len(ids) - 1), min_size=1, max_size=10))
+    assert_tree_is_rows(llama, ids, rows, budget)
+
+
+@needs_proactivebench
+@pytest.mark.parametrize("max_length", [1024, 180])  # none, and most, of the rows lose their oldest events
+def test_a_real_scene_gives_the_same(max_length: int) -> None:
+    data = RewardDataModule(root=str(PROACTIVEBENCH), split="published", max_length=max_length, vocabulary_size=1000)
+    data.setup("fit")
+    assert (data.truncated["train"] > 400) == (max_length == 180)
+    scenes = [row.scene for row in data.split.train]
+    ids = [row.tolist() for row in data._input_ids["train"]]
+    rows = [place for place, scene in enumerate(scenes) if scene == scenes[0]][:24]
+    rows.append(scenes.index(next(scene for scene in scenes if scene != scenes[0])))
+    model = classifier(network("qwen2", vocab_size=len(data.tokenizer)))
+    for budget in (4096, max_length):  # one tree, and several
+        assert_tree_is_rows(model, ids, rows, budget)
+
+
+class Losses(Callback):
+    """The logged loss of every step."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self.values.append(float(trainer.callback_metrics["train/loss"]))
+
+
+@needs_proactivebench
+def test_an_epoch_on_the_real_rows_has_the_same_loss_curve() -> None:
+    curves = []
+    for layout in ("tree", "rows"):
+        torch.manual_seed(0)
+        losses = Losses()
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            callbacks=[losses],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
+        scratch = {**SMALL_BACKBONE, "attention_dropout": 0.0}
+        data = RewardDataModule(root=str(PROACTIVEBENCH), split="published", layout=layout, vocabulary_size=1000)
+        trainer.fit(RewardClassifier(scratch=scratch), data)
+        assert data.layout == layout
+        curves.append(losses.values)
+    assert len(curves[0]) == -(-len(data.split.train) // 32)
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+
+
+class TokenLoss(LightningModule):
+    """Cross-entropy of every answer token, summed over rows: what an agent learns from."""
+
+    @staticmethod
+    def of_tree(model: PreTrainedModel, ids: list[list[int]], answer_start: list[int]) -> Tensor:
+        from datamodules.tree import PrefixOrder, build_tree
+
+        tree = build_tree(PrefixOrder(ids), range(len(ids)), answer_start)
+        end = torch.from_numpy(tree.subtree_end)
+        hidden_TD = model(
+            input_ids=torch.from_numpy(tree.input_ids)[None],
+            position_ids=torch.from_numpy(tree.position_ids)[None],
+            attention_mask=tree_mask(end, "sdpa", torch.float32),
+        ).logits[0]
+        counted = np.flatnonzero(tree.loss_weight)
+        loss = nn.functional.cross_entropy(
+            hidden_TD[tree.parent[counted]], torch.from_numpy(tree.input_ids[counted]), reduction="none"
+        )
+        return (loss * torch.from_numpy(tree.loss_weight[counted])).sum()
+
+    @staticmethod
+    def of_rows(model: PreTrainedModel, ids: list[list[int]], answer_start: list[int]) -> Tensor:
+        total = torch.zeros(())
+        for row, start in zip(ids, answer_start, strict=True):
+            logits_TV = model(input_ids=torch.tensor([row])).logits[0]
+            total = total + nn.functional.cross_entropy(
+                logits_TV[start - 1 : -1], torch.tensor(row[start:]), reduction="sum"
+            )
+        return total
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_loss_on_answer_tokens_is_the_same(case: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL))
+    ids = CASES[case]
+    answer_start = [max(len(row) - 2, 1) for row in ids]
+    results = []
+    for loss_of in (TokenLoss.of_tree, TokenLoss.of_rows):
+        model.zero_grad()
+        loss = loss_of(model, ids, answer_start)
+        loss.backward()
+        results.append((float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters()}))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings_", "reason"),
+    [
+        ("bert", {}, "depend on what follows"),
+        ("mistral", {"sliding_window": 100}, "see 100 tokens back, and rows have up to 101"),
+        ("gemma3_text", {"sliding_window": 64}, "see 64 tokens back"),
+        ("bloom", {}, "it refuses them"),
+        ("qwen3_next", {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "num_experts": 2}, "it refuses them"),
+    ],
+)
+def test_what_cannot_read_trees_is_found_out(family: str, settings_: dict[str, Any], reason: str) -> None:
+    assert reason in str(tree_problem(network(family, **settings_), longest=101))
+
+
+def test_a_window_as_long_as_the_longest_row_is_none() -> None:
+    assert tree_problem(network("mistral", sliding_window=101), longest=101) is None
+    assert attention_window(network("llama").config) is None
+
+
+def test_a_backbone_that_drops_the_mask_is_found_out() -> None:
+    """The self-test looks at what comes out: here branches see each other, as they must not."""
+    backbone = network("llama")
+    inner = backbone.model.forward
+
+    def forward(**inputs: Any) -> Any:
+        tokens = inputs["input_ids"].shape[1]
+        return inner(**{**inputs, "attention_mask": torch.ones(1, 1, tokens, tokens, dtype=torch.bool).tril()})
+
+    backbone.model.forward = forward
+    assert "depends on the other rows" in str(tree_problem(backbone, longest=64))
+
+
+def test_a_backbone_that_drops_the_positions_is_found_out() -> None:
+    backbone = network("gpt2")
+    inner = backbone.transformer.forward
+
+    def forward(**inputs: Any) -> Any:
+        return inner(**{**inputs, "position_ids": None})
+
+    backbone.transformer.forward = forward
+    assert "gives other states" in str(tree_problem(backbone, longest=64))
+
+
+def test_an_attention_without_masks_is_named() -> None:
+    backbone = network("llama")
+    backbone.config._attn_implementation = "flash_attention_2"
+    assert tree_problem(backbone, longest=64) == "attention flash_attention_2 takes no mask of our own"
+
+
+def fit_one_step(layout: str, **options: Any) -> RewardDataModule:
+    data = RewardDataModule(layout=layout, vocabulary_size=300, folds=8)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(RewardClassifier(**options), data)
+    return data
+
+
+def test_auto_falls_back_to_rows_and_says_so_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder["max_position_embeddings"] = 1024
+    monkeypatch.setattr(logging.getLogger("proactive"), "propagate", True)
+    with caplog.at_level(logging.INFO, "proactive"):
+        assert fit_one_step("auto", scratch=encoder).layout == "rows"
+    assert sum("data.layout: rows" in message for message in caplog.messages) == 1
+    with pytest.raises(UserError, match=r"data\.layout: tree does not serve here"):
+        fit_one_step("tree", scratch=encoder)
+
+
+def test_auto_is_tree_for_a_decoder() -> None:
+    assert fit_one_step("auto", scratch=SMALL_BACKBONE).layout == "tree"
+    assert fit_one_step("auto", scratch=SMALL_BACKBONE, pooling="mean").layout == "rows"
+
+
+def test_pair_cost_counts_the_layers_alone() -> None:
+    """2 x layers x hidden size over the layers' weights: here 4 projections of 32 x 32 and 3 of 32 x 48 each."""
+    backbone = network("llama", num_key_value_heads=4)
+    weights = 2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32
+    assert pair_cost(backbone) == pytest.approx(2 * 2 * 32 / weights)
+
+
+def test_a_block_mask_hides_what_the_mask_hides() -> None:
+    """The mask alone, without the attention that reads it: that one has no backward on a CPU."""
+    layout = TreeLayout(CASES["a scene"], 64)
+    end = layout.inputs(range(5))[1]["subtree_end"][0]
+    block_mask = tree_mask(end, "flex_attention", torch.float32)
+    places = torch.arange(len(end))
+    visible = block_mask.mask_mod(0, 0, places[:, None], places[None, :])
+    assert torch.equal(visible, ancestors(end))
+    assert block_mask.shape[-2:] == (128, 128)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="FlexAttention has no backward on a CPU, and there is no CUDA device"
+)
+def test_flex_attention_gives_the_same_and_compiles_once() -> None:
+    from torch._dynamo.utils import counters
+
+    backbone = network("llama", hidden_size=128, head_dim=32).cuda()
+    masked = network("llama", hidden_size=128, head_dim=32).cuda()
+    backbone.set_attn_implementation("flex_attention")
+    assert tree_problem(backbone, longest=1024) is None
+    counters.clear()
+    for case in ("a scene", "identical rows", "one row a tree"):
+        ids = [row * 40 for row in CASES[case]]  # over several blocks, each case of another shape
+        results = []
+        for model in (classifier(backbone), classifier(masked)):
+            layout = TreeLayout(ids, 4096)
+            data = EncodedRows(layout, [0] * len(ids), [0] * len(ids))
+            model.to("cuda").zero_grad()
+            for micro_batch in data[share(layout.split(range(len(ids)), 1), 0, 1, len(ids))]:
+                moved = {k: v.cuda() for k, v in micro_batch.items() if k != "inputs"}
+                inputs = {k: v.cuda() for k, v in micro_batch["inputs"].items()}
+                model._loss({**moved, "inputs": inputs}).backward()
+            results.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        assert float((results[0] - results[1]).norm() / results[1].norm()) < 1e-3
+    assert sum(counters["graph_break"].values()) == 0
+    assert counters["stats"]["unique_graphs"] <= 2  # the first shape, then one graph for every other
+
+
+def test_steps_are_the_same_in_both_layouts() -> None:
+    ids = CASES["a scene"] * 4
+    samplers = [
+        StepSampler(layout, [f"{row % 3}" for row in range(len(ids))], 8, 2, seed=3)
+        for layout in (TreeLayout(ids, 64), RowsLayout(ids, 0, 2))
+    ]
+    rows = [[sorted(row for part in share_ for row in part.rows) for share_ in sampler] for sampler in samplers]
+    assert rows[0] == rows[1]
