@@ -1,7 +1,7 @@
 """Checkpoints that survive a kill, refuse code, and let a run go on bit for bit.
 
 `SafeCheckpointIO` writes beside the old file and renames, and loads weights and plain values only.
-`LastCheckpoint` keeps `last.ckpt` current between optimizer steps, also when the process is asked to stop.
+`LastCheckpoint` keeps `last.ckpt` current, also when the process is asked to stop.
 `SeedEachStep` makes the randomness of a step a function of its number, so that it needs no state.
 """
 
@@ -22,6 +22,7 @@ from datamodules.errors import UserError
 
 LAST = "last.ckpt"
 BEST = "best.ckpt"
+PREVIOUS = "previous.ckpt"
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing went wrong
@@ -46,26 +47,36 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         hint = f"The newest good one is {newest}: give it as --ckpt_path or --checkpoint." if newest else ""
         raise UserError(f"{path}: {problem}", hint or "There is no good checkpoint beside it; start a new run.")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: refused, for it holds more than weights and plain values and could run code",
             "Use a checkpoint that this project wrote.",
         ) from error
+    except Exception as error:  # whatever a foreign or damaged archive makes the reader say
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: no checkpoint ({reason})", "Use a checkpoint that this project wrote.") from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(
+            f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint",
+            "Use a checkpoint that this project wrote.",
+        )
+    return checkpoint
 
 
 def checkpoint_problem(path: Path) -> str | None:
     """What keeps a file from being a whole checkpoint, or None; reads it once and compares its checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            odd = [info.filename for info in archive.infolist() if info.is_dir() or info.external_attr]
+            damaged = archive.testzip() or next(iter(odd), None)  # PyTorch reads a "folder" as zeros
             return f"damaged in {damaged}" if damaged else None
     except FileNotFoundError:
         return "there is no such checkpoint"
-    except (zipfile.BadZipFile, EOFError) as error:
-        return f"truncated, damaged or no checkpoint ({error})"
     except OSError as error:
-        return f"cannot be read: {error.strerror}"
+        return f"cannot be read: {error.strerror or error}"
+    except Exception as error:  # zipfile raises a dozen kinds on a damaged table of contents
+        return f"truncated, damaged or no checkpoint ({' '.join(str(error).split())[:200]})"
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -82,12 +93,19 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
             temporary.replace(target)
         except OSError as error:
-            raise UserError(
-                f"cannot save {target}: {error.strerror or error}",
-                "Make room there; the previous checkpoint is intact.",
-            ) from error
+            raise self._cannot_save(target, error.strerror or str(error)) from error
+        except RuntimeError as error:
+            # PyTorch's writer hides the disk's error behind its own, once it has begun to write
+            if not isinstance(error.__context__, OSError) and "inline_container" not in str(error):
+                raise
+            reason = getattr(error.__context__, "strerror", None) or "the disk took only a part of it"
+            raise self._cannot_save(target, reason) from error
         finally:
             temporary.unlink(missing_ok=True)
+
+    @staticmethod
+    def _cannot_save(target: Path, reason: str) -> UserError:
+        return UserError(f"cannot save {target}: {reason}", "Make room there; the previous checkpoint is intact.")
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = True
@@ -96,11 +114,11 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
 
 class LastCheckpoint(Checkpoint):
-    """Saves `last.ckpt` every few optimizer steps, after each validation and when asked to stop.
+    """Saves `last.ckpt` every few optimizer steps, after each validation, at the end and when asked to stop.
 
-    SIGTERM and SIGINT (Ctrl-C) end the run at the next optimizer step with a saved checkpoint; a second one
-    ends it at once. Lightning's own callback may save between two micro-batches of a step after a resume,
-    with the accumulated gradients lost; this one never does.
+    SIGTERM and SIGINT (Ctrl-C) end the run after the current step with a saved checkpoint; a second one ends it at
+    once. Whether a step was good, only the loss of the next one or a validation can tell: until then the checkpoint
+    before it is kept as `previous.ckpt`.
 
     Args:
         folder: Where `last.ckpt` is kept.
@@ -109,8 +127,9 @@ class LastCheckpoint(Checkpoint):
 
     def __init__(self, folder: Path, every_n_steps: int = 50) -> None:
         self.path = folder / LAST
+        self.previous = folder / PREVIOUS
         self.every_n_steps = every_n_steps
-        self._step = 0
+        self._saved = 0
         self._signal = 0
         self._handlers: dict[int, Any] = {}
 
@@ -125,37 +144,48 @@ class LastCheckpoint(Checkpoint):
         self._handlers = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step = trainer.global_step
+        self._saved = trainer.global_step
         for number in (signal.SIGTERM, signal.SIGINT):  # Lightning has put its own in their place since setup
             signal.signal(number, self._note)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self._step:
-            return  # in the middle of a step
-        self._step = trainer.global_step
+        self.previous.unlink(missing_ok=True)
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            return  # validation comes next, and saves after it
-        if self._signal or self._step % self.every_n_steps == 0:
-            trainer.save_checkpoint(self.path)
+            return  # the epoch's end, with its validation, comes next
+        if self._signal or trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer)
         self._stop_if_asked(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        if self._signal and trainer.sanity_checking:
+        if trainer.sanity_checking:
             self._stop_if_asked(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking and trainer.state.fn == "fit":
-            trainer.save_checkpoint(self.path)
+            self._save(trainer)
+            self.previous.unlink(missing_ok=True)
+            self._stop_if_asked(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._saved < trainer.global_step:  # no validation followed the epoch's last step
+            self._save(trainer)
             self._stop_if_asked(trainer)
 
     def on_test_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         self._stop_if_asked(trainer)
 
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero and self.path.is_file() and self._saved < trainer.global_step:
+            self.previous.unlink(missing_ok=True)
+            os.link(self.path, self.previous)
+        trainer.save_checkpoint(self.path)
+        self._saved = trainer.global_step
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._signal:
-            raise Interrupted(number, self._step)
+            raise Interrupted(number, self._saved)
         self._signal = number
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
@@ -164,7 +194,7 @@ class LastCheckpoint(Checkpoint):
 
 
 class SeedEachStep(Callback):
-    """Seeds dropout and the like before each micro-batch from the run's seed, the epoch, its place and the rank."""
+    """Seeds dropout and the like before each step from the run's seed, the epoch, the step's place and the rank."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         run_seed = int(os.environ.get("PL_GLOBAL_SEED", 0))

@@ -48,6 +48,8 @@ def read_curves(files: Sequence[Path]) -> dict[str, dict[int, float]]:
     for path in sorted(files, key=lambda file: file.stat().st_mtime):
         with path.open(newline="") as file:
             for line in csv.DictReader(file):
+                if not (line.get("step") or "").isdecimal():
+                    continue  # a kill cut it short while it was written
                 for name, value in line.items():
                     if name not in ("step", "epoch") and value:
                         curves.setdefault(name, {})[int(line["step"])] = float(value)

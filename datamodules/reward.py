@@ -271,6 +271,8 @@ class RewardDataModule(LightningDataModule):
         """The token ids of each row."""
         import datasets
 
+        if not rows:
+            return []
         segmenter = SegmentTokenizer(self.tokenizer)
         room = self.max_length - len(segmenter.prefix) - len(segmenter.suffix)
 
@@ -314,7 +316,7 @@ class RewardDataModule(LightningDataModule):
                 f"{self.truncated[stage]} of {len(rows)} {stage} rows lost their oldest events to "
                 f"data.max_length {self.max_length}"
             )
-        return list(encoded.with_format("numpy")["input_ids"][:]) if len(rows) else []
+        return list(encoded.with_format("numpy")["input_ids"][:])
 
     def _layout(self, stage: Stage) -> Layout:
         if stage not in self._layouts:

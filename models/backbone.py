@@ -4,6 +4,8 @@ Shape legend: R rows, T tokens, D hidden size, C classes (rejected, accepted).
 """
 
 import contextlib
+import pickle
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 Pooling = Literal["auto", "last", "cls", "mean"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
+POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet"}  # their first one is the padding id + 1
 LABELS = {0: "rejected", 1: "accepted"}
 # A Llama-type decoder of about 2.2 million parameters, embeddings included.
 SCRATCH_CONFIG: dict[str, Any] = {
@@ -66,6 +69,8 @@ def build_classifier(
             config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         else:
             config = AutoConfig.from_pretrained(backbone, trust_remote_code=trust_remote_code)
+        if not hasattr(config, "vocab_size"):
+            raise UserError(f"model.backbone: {backbone} reads no text", "Give an encoder or decoder of text.")
         _prepare(config, tokenizer, dropout)
         if len(tokenizer) > config.vocab_size:
             raise UserError(
@@ -141,6 +146,12 @@ def reads_last_token(model: "PreTrainedModel") -> bool:
     return isinstance(getattr(model, "score", None), nn.Linear)
 
 
+def position_room(config: "PretrainedConfig") -> int:
+    """For how many tokens a backbone has positions, or was trained on rotary ones."""
+    positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    return positions - (config.pad_token_id + 1 if config.model_type in POSITIONS_AFTER_PADDING else 0)
+
+
 def read_out(model: "PreTrainedModel") -> nn.Linear:
     """The layer that turns a pooled state into the classes' logits: the last linear one."""
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == len(LABELS)]
@@ -163,11 +174,16 @@ def _prepare(config: "PretrainedConfig", tokenizer: "PreTrainedTokenizerFast", d
 
 @contextlib.contextmanager
 def _clear_errors(name: str) -> Iterator[None]:
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    unfit = (OSError, ValueError, KeyError, ImportError, TypeError, StrictDataclassError)
+    broken = (SafetensorError, pickle.UnpicklingError, RuntimeError)
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+    except (*unfit, *broken) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"model.backbone: cannot make a classifier of {name}: {reason}",

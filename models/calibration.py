@@ -18,23 +18,27 @@ def fit_temperature(probability: Tensor, target: Tensor) -> float:
     Args:
         probability: (N,) floating, uncalibrated P(accepted).
         target: (N,) int64, 1 for accepted.
+
+    Raises:
+        ValueError: A probability is not a number.
     """
-    log_odds_N = torch.logit(probability.double(), eps=1e-12)
-    low, high = (torch.log(torch.tensor(bound, dtype=torch.float64)) for bound in TEMPERATURE_RANGE)
-    log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        scaled_N = log_odds_N / torch.exp(log_temperature)
-        value = torch.nn.functional.binary_cross_entropy_with_logits(scaled_N, target.double())
-        value.backward()
-        return value
-
+    _refuse_nan(probability)
+    # Lightning validates in inference mode, whose tensors record no gradients: all of them are made anew outside it.
     with torch.inference_mode(False), torch.enable_grad():
-        log_odds_N, target = log_odds_N.clone(), target.clone()
+        log_odds_N, target_N = torch.logit(probability.double().clone(), eps=1e-12), target.clone().double()
+        low, high = (torch.log(torch.tensor(bound, dtype=torch.float64)) for bound in TEMPERATURE_RANGE)
+        log_temperature = torch.zeros((), dtype=torch.float64, device=log_odds_N.device, requires_grad=True)
+        optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            scaled_N = log_odds_N / torch.exp(log_temperature)
+            value = torch.nn.functional.binary_cross_entropy_with_logits(scaled_N, target_N)
+            value.backward()
+            return value
+
         optimizer.step(loss)
-    return float(torch.exp(log_temperature.detach().clamp(low, high)))
+        return float(torch.exp(log_temperature.detach().cpu().clamp(low, high)))
 
 
 def fit_threshold(probability: Tensor, target: Tensor) -> float:
@@ -46,11 +50,23 @@ def fit_threshold(probability: Tensor, target: Tensor) -> float:
 
     Returns:
         A threshold in [0, 1]; 0.5 where no row was accepted.
+
+    Raises:
+        ValueError: A probability is not a number.
     """
+    _refuse_nan(probability)
     if not target.any():
         return 0.5
     precision_T, recall_T, threshold_T = binary_precision_recall_curve(probability, target)
     f1_T = 2 * precision_T * recall_T / (precision_T + recall_T).clamp(min=1e-12)
     best = threshold_T[f1_T[:-1].argmax()]
     lower = probability[probability < best]
-    return float((best + lower.max()) / 2) if len(lower) else float(best) / 2
+    if not len(lower):
+        return float(best) / 2
+    middle = (best + lower.max()) / 2
+    return float(middle if middle < best else lower.max())  # two neighbours have no number between them
+
+
+def _refuse_nan(probability: Tensor) -> None:
+    if probability.isnan().any():
+        raise ValueError("a probability is not a number")

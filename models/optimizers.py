@@ -1,6 +1,7 @@
 """Optimizers and learning rate schedules by name."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -8,40 +9,68 @@ from torch import nn
 
 from datamodules.errors import UserError
 
-OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
+OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adamw_8bit_stochastic_rounding"]
+FUSED = ("cpu", "cuda", "mps", "xpu")  # where PyTorch updates all parameters in one kernel
 ScheduleName = Literal["linear", "cosine"]
 
 
-def build_optimizer(
-    parameters: Iterable[nn.Parameter], name: OptimizerName, learning_rate: float, weight_decay: float
-) -> torch.optim.Optimizer:
-    """An optimizer over the parameters that are trained; vectors (norms, biases) do not decay.
+def optimizer_maker(name: OptimizerName) -> Callable[..., torch.optim.Optimizer]:
+    """What makes the optimizer of a name, given parameter groups and `lr`.
 
-    Args:
-        parameters: All parameters of a module.
-        name: adamw is PyTorch's, fused where the device has it; the 8-bit ones are bitsandbytes'.
-        learning_rate: Peak learning rate.
-        weight_decay: Decoupled weight decay; with 0, AdamW is Adam.
+    - adamw: PyTorch's.
+    - adamw_8bit, paged_adamw_8bit: bitsandbytes', for float32 weights.
+    - adamw_8bit_stochastic_rounding: torchao's, for weights stored in bfloat16. Those have 8 significant bits, so
+      at a learning rate of 1e-5 a rounded update is nearly always none; rounded at random, it is right on average.
+
+    Raises:
+        UserError: Its library is not installed, or does not load.
     """
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
     if name == "adamw":
-        fused = all(p.device.type in ("cpu", "cuda", "xpu") for p in trained)
-        return torch.optim.AdamW(groups, lr=learning_rate, fused=fused)
+        return torch.optim.AdamW
+    if name == "adamw_8bit_stochastic_rounding":
+        try:
+            from torchao.optim import AdamW8bit
+        except ImportError as error:
+            raise UserError(
+                f"model.optimizer: {name} needs torchao: {error}", 'Install it: pip install -e ".[torchao]"'
+            ) from error
+        return partial(AdamW8bit, bf16_stochastic_round=True)
     try:
         import bitsandbytes
     except Exception as error:  # its import fails in many ways where its native library does not load
         raise UserError(
             f"model.optimizer: bitsandbytes does not load: {error}", "Use model.optimizer adamw."
         ) from error
-    kind = {
-        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
-        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
-    }[name]
-    return kind(groups, lr=learning_rate)
+    return {"adamw_8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit}[name]
+
+
+def build_optimizer(
+    parameters: Iterable[nn.Parameter],
+    name: OptimizerName,
+    learning_rate: float,
+    weight_decay: float,
+    *,
+    loss_is_scaled: bool = False,
+) -> torch.optim.Optimizer:
+    """An optimizer over the parameters that are trained; vectors (norms, biases) do not decay.
+
+    Args:
+        parameters: All parameters of a module.
+        name: See `optimizer_maker`.
+        learning_rate: Peak learning rate.
+        weight_decay: Decoupled weight decay; with 0, AdamW is Adam.
+        loss_is_scaled: Whether gradients are those of a scaled loss, as in 16-mixed precision. A fused optimizer
+            would take the scale back itself, after they were clipped; so none is fused then.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    options: dict[str, Any] = {"lr": learning_rate}
+    if name == "adamw":
+        options["fused"] = not loss_is_scaled and all(parameter.device.type in FUSED for parameter in trained)
+    return optimizer_maker(name)([group for group in groups if group["params"]], **options)
 
 
 def build_schedule(

@@ -5,6 +5,7 @@ Shape legend: R rows, C classes (rejected, accepted).
 
 import contextlib
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,12 +26,13 @@ from models.backbone import (
     classifier_from_config,
     classify,
     load_classifier,
+    position_room,
     quiet,
     reads_last_token,
 )
 from models.calibration import calibrated, fit_temperature, fit_threshold
 from models.metrics import RewardMetrics, reward_figures
-from models.optimizers import OptimizerName, ScheduleName, build_optimizer, build_schedule
+from models.optimizers import OptimizerName, ScheduleName, build_optimizer, build_schedule, optimizer_maker
 from models.tree import pair_cost, tree_problem
 
 if TYPE_CHECKING:
@@ -57,7 +59,8 @@ class RewardClassifier(LightningModule):
         dropout: Dropout everywhere the backbone has it; as the backbone has it if null.
         gradient_checkpointing: Trade compute for memory: keep no activations inside a layer.
         trust_remote_code: Let a backbone from the hub run code of its own. Off for a reason.
-        optimizer: adamw (fused where it can be), or adamw_8bit and paged_adamw_8bit from bitsandbytes.
+        optimizer: adamw; adamw_8bit and paged_adamw_8bit from bitsandbytes; adamw_8bit_stochastic_rounding from
+            torchao, for dtype bfloat16, in which small updates would be lost to rounding.
         learning_rate: Peak learning rate.
         weight_decay: Decoupled weight decay on matrices.
         warmup_ratio: The share of all steps over which the learning rate rises.
@@ -87,6 +90,8 @@ class RewardClassifier(LightningModule):
         category_weights: dict[CategoryName, float] | None = None,
     ) -> None:
         super().__init__()
+        if not 0 <= warmup_ratio <= 1:
+            raise UserError(f"model.warmup_ratio: {warmup_ratio} is no share", "Give a number from 0 to 1.")
         self.save_hyperparameters()
         self.automatic_optimization = False  # a step's number of micro-batches follows from its rows
         self.network: PreTrainedModel | None = None
@@ -102,6 +107,7 @@ class RewardClassifier(LightningModule):
     def configure_model(self) -> None:
         """Make the network, once, and settle with the data module in which layout it reads rows."""
         options, data = self.hparams, self.trainer.datamodule  # type: ignore[attr-defined]
+        optimizer_maker(options["optimizer"])  # says what is missing before any weight is loaded
         if self.network is None:
             self.network = build_classifier(
                 options["backbone"],
@@ -112,6 +118,11 @@ class RewardClassifier(LightningModule):
                 dropout=options["dropout"],
                 trust_remote_code=options["trust_remote_code"],
             )
+            if data.max_length > (room := position_room(self.network.config)):
+                raise UserError(
+                    f"data.max_length: {data.max_length} tokens, but {options['backbone']} has positions for {room}",
+                    f"Use --data.max_length {room}, or a backbone that reads longer texts.",
+                )
             if options["gradient_checkpointing"]:
                 self.network.gradient_checkpointing_enable({"use_reentrant": False})
             self.network.train()
@@ -152,7 +163,7 @@ class RewardClassifier(LightningModule):
         """Clip; the gradients are then those of the whole step, of all ranks and without a loss scale."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        if not torch.isfinite(norm):
+        if not torch.isfinite(norm) and self._scaler is None:  # a scaler leaves such a step out
             raise self._not_finite("the gradient norm", norm)
         if self.hparams["gradient_clip_norm"] is not None:
             nn.utils.clip_grads_with_norm_(self.parameters(), self.hparams["gradient_clip_norm"], norm)
@@ -168,6 +179,8 @@ class RewardClassifier(LightningModule):
         """Log the figures, and fit temperature and threshold, so that every checkpoint carries its own."""
         rows = self.metrics.rows()
         probability_N, target_N = rows["probability"], rows["target"]
+        if not torch.isfinite(probability_N).all():
+            raise self._not_finite("a probability in validation", probability_N.sum())
         self.temperature = fit_temperature(probability_N, target_N)
         self.threshold = fit_threshold(calibrated(probability_N, self.temperature), target_N)
         figures = reward_figures(probability_N, target_N, rows["category"])
@@ -197,10 +210,16 @@ class RewardClassifier(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         options = self.hparams
         optimizer = build_optimizer(
-            self.parameters(), options["optimizer"], options["learning_rate"], options["weight_decay"]
+            self.parameters(),
+            options["optimizer"],
+            options["learning_rate"],
+            options["weight_decay"],
+            loss_is_scaled=self._scaler is not None,
         )
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = build_schedule(optimizer, options["schedule"], options["warmup_ratio"], steps)
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise UserError("a run without an end has no schedule", "Give trainer.max_epochs or trainer.max_steps.")
+        schedule = build_schedule(optimizer, options["schedule"], options["warmup_ratio"], int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -264,6 +283,11 @@ class RewardClassifier(LightningModule):
         loss_R = nn.functional.cross_entropy(self(batch["inputs"]), batch["label"], reduction="none")
         return (loss_R * self.category_weight[batch["category"]] * batch["weight"]).sum()
 
+    @property
+    def _scaler(self) -> Any:
+        """What scales the loss in 16-mixed precision; None in any other."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
     def _gradients_stay_here(self, more_follow: bool) -> contextlib.AbstractContextManager[None]:
         """Ranks exchange gradients with a step's last micro-batch alone."""
         strategy = self.trainer.strategy
@@ -281,6 +305,7 @@ class RewardClassifier(LightningModule):
 
     def _not_finite(self, what: str, value: Tensor) -> UserError:
         return UserError(
-            f"{what} is {float(value)} at step {self.trainer.global_step}; the last good checkpoint is kept",
-            "Resume from it with a smaller model.learning_rate, or with trainer.precision 32-true.",
+            f"{what} is {value.item()} at step {self.trainer.global_step}; the last good checkpoint is kept",
+            "Resume from checkpoints/previous.ckpt if there is one, else from last.ckpt, with a smaller "
+            "model.learning_rate or with trainer.precision 32-true.",
         )
