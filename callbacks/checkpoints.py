@@ -5,6 +5,7 @@
 `SeedEachStep` makes the randomness of a step a function of its number, so that it needs no state.
 """
 
+import contextlib
 import os
 import pickle
 import signal
@@ -179,7 +180,8 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         if trainer.is_global_zero and self.path.is_file() and self._saved < trainer.global_step:
             self.previous.unlink(missing_ok=True)
-            os.link(self.path, self.previous)
+            with contextlib.suppress(OSError):  # where the file system has no links, the new one is all there is
+                os.link(self.path, self.previous)
         trainer.save_checkpoint(self.path)
         self._saved = trainer.global_step
 

@@ -50,7 +50,7 @@ class PromptTemplate(BaseModel):
             raise UserError(
                 f"data.prompt: {path}: {error.strerror or error}", "Give the path of a prompt file."
             ) from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # bad text, dates or nesting
             problem = re.sub(r"\s+", " ", str(error))
             raise UserError(f"data.prompt: {path} is not YAML: {problem}", f"Start from {DEFAULT_PROMPT}.") from error
 
@@ -73,12 +73,18 @@ class PromptTemplate(BaseModel):
         }
         for part, names in allowed.items():
             known = names | {f"{name}_json" for name in names}
-            for name in _PLACEHOLDER.findall(getattr(template, part)):
+            found = set(_PLACEHOLDER.findall(getattr(template, part)))
+            for name in sorted(found):
                 if name not in known:
                     raise UserError(
                         f"data.prompt: {where}, part {part}: unknown placeholder {{{name}}}",
                         f"Use {', '.join(f'{{{name}}}' for name in sorted(known)) or 'no placeholder'} there.",
                     )
+            if part in names and not found & {part, f"{part}_json"}:
+                raise UserError(
+                    f"data.prompt: {where}, part {part}: does not say where the {part} stands",
+                    f"Write {{{part}}} or {{{part}_json}} there.",
+                )
         return template
 
 
@@ -133,7 +139,16 @@ class SegmentTokenizer:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
+        from tokenizers import Tokenizer
+
         self.tokenizer = tokenizer
+        # Without this, "<tool_call>" in the data would become a token of its own: not every added one is special.
+        plain = json.loads(tokenizer.backend_tokenizer.to_str())
+        plain["added_tokens"] = [{**token, "special": True} for token in plain["added_tokens"]]
+        self._plain = Tokenizer.from_str(json.dumps(plain))
+        self._plain.no_padding()
+        self._plain.no_truncation()
+        self._plain.encode_special_tokens = True  # means: take them apart
         special = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._special = re.compile(f"({'|'.join(map(re.escape, special))})") if special else None
         self._ids: dict[str, list[int]] = {}
@@ -172,7 +187,7 @@ class SegmentTokenizer:
         return parts
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
+        return [encoding.ids for encoding in self._plain.encode_batch(list(texts), add_special_tokens=False)]
 
 
 def truncate(segments_ids: Sequence[Sequence[int]], limit: int) -> tuple[list[int], int]:

@@ -8,7 +8,8 @@ order mark, CRLF line ends and a blank last line.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
@@ -50,9 +51,42 @@ PUBLISHED_CATEGORIES = {
 }
 
 
+@dataclass(frozen=True)
+class _Refused:
+    """In place of a value that JSON does not have: no field takes it, and the one that refuses it is named."""
+
+    why: str
+
+    def __str__(self) -> str:
+        return self.why
+
+
 def _text(value: Any) -> Any:
     if isinstance(value, str) and not value.strip():
         raise ValueError("expected text, got a blank")
+    if isinstance(value, str) and not _is_unicode(value):
+        raise ValueError("expected text, got half a surrogate pair")
+    return value
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether UTF-8 can write a text: JSON can escape half a surrogate pair, which nothing else takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _object(value: Any) -> Any:
+    """An object of any content that JSON can write."""
+    if isinstance(value, dict):
+        try:
+            sound = _is_unicode(json.dumps(value, ensure_ascii=False, allow_nan=False))
+        except (TypeError, ValueError, RecursionError):
+            sound = False
+        if not sound:
+            raise ValueError("expected JSON")
     return value
 
 
@@ -61,10 +95,23 @@ def _proposal(value: Any) -> Any:
     return None if isinstance(value, str) and value.strip().lower() == "null" else _text(value)
 
 
-def _proposals(value: Any) -> Any:
-    if not isinstance(value, (list, tuple)):
-        raise ValueError("expected a list of proposals")
-    return tuple(kept for item in value if (kept := _proposal(item)) is not None)
+def _proposals(*kinds: type) -> Callable[[Any], Any]:
+    """Proposals of some kinds, without those that are null; a bad one is named by its place in the file."""
+
+    def kept(value: Any) -> Any:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError("expected a list of proposals")
+        proposals = []
+        for index, item in enumerate(value):
+            try:
+                if item is not None and not isinstance(item, kinds):
+                    raise ValueError(f"expected a proposal, got {_shorten(item)}")
+                proposals.append(_object(_proposal(item)))
+            except ValueError as error:
+                raise ValueError(f"index {index}: {error}") from None
+        return tuple(proposal for proposal in proposals if proposal is not None)
+
+    return kept
 
 
 def _judgment(value: Any) -> Any:
@@ -168,7 +215,7 @@ class AnnotatedRow(_Record):
 class TraceProposals(_Record):
     """The reference proposals of one step of the agent's test set."""
 
-    candidate_task: Annotated[tuple[str, ...], BeforeValidator(_proposals)]
+    candidate_task: Annotated[tuple[str, ...], BeforeValidator(_proposals(str))]
 
 
 class TestStep(_Record):
@@ -189,10 +236,10 @@ class PublishedStep(_Record):
     """
 
     observation: Event
-    agent_response: Annotated[tuple[str | dict[str, Any], ...], BeforeValidator(_proposals)]
+    agent_response: Annotated[tuple[str | dict[str, Any], ...], BeforeValidator(_proposals(str, dict))]
     task_status: bool
     judgment: Judgment | None = Field(default=None, validation_alias=AliasChoices(*JUDGMENT_SPELLINGS))
-    other_information: dict[str, Any] = Field(
+    other_information: Annotated[dict[str, Any], BeforeValidator(_object)] = Field(
         default_factory=dict, validation_alias=AliasChoices("other_infomation", "other_information")
     )
 
@@ -206,8 +253,8 @@ def read_jsonl(path: Path, record: type[RecordType]) -> list[RecordType]:
     Raises:
         UserError: The file cannot be read, or a line is not such a record.
     """
-    lines = _read_text(path).split("\n")
-    if lines and not lines[-1].strip():
+    lines = _read_text(path).removesuffix("\n").split("\n")
+    if not lines[-1].strip():
         lines.pop()
     return [
         validate(_parse_json(line.rstrip("\r"), f"{path}, line {number}"), record, f"{path}, line {number}")
@@ -241,7 +288,7 @@ def validate(item: Any, record: type[RecordType], where: str) -> RecordType:
         expected = first["msg"].removeprefix("Value error, ")
         got = "" if first["type"] == "missing" or "got" in expected else f", got {_shorten(first['input'])}"
         raise UserError(
-            f"{where}{f', field {field}' if field else ''}: {expected}{got}",
+            f"{where}{f', field {_printable(field)}' if field else ''}: {_printable(expected)}{got}",
             "Mend that record; docs/how-to/own-data.md shows every field.",
         ) from error
 
@@ -266,14 +313,15 @@ def _read_text(path: Path) -> str:
 
 
 def _parse_json(text: str, where: str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Refused:
         record = dict(pairs)
         if len(record) < len(pairs):
-            raise ValueError("a field occurs twice in one object")
+            names = [name for name, _ in pairs]
+            return _Refused(f"an object with twice the field {next(n for n in names if names.count(n) > 1)}")
         return record
 
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
+    def refuse(constant: str) -> _Refused:
+        return _Refused(f"{constant}, which is not JSON")
 
     try:
         return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
@@ -284,5 +332,10 @@ def _parse_json(text: str, where: str) -> Any:
 
 
 def _shorten(value: Any, limit: int = 80) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    text = str(value) if isinstance(value, _Refused) else json.dumps(value, ensure_ascii=False, default=str)
+    return _printable(text if len(text) <= limit else text[: limit - 1] + "…")
+
+
+def _printable(text: str) -> str:
+    """Text on one line that a terminal can show, and does not obey."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

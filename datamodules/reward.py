@@ -165,7 +165,8 @@ class RewardDataModule(LightningDataModule):
             self._split = self._divide(load_corpus(self.root, self.seed))
         if self._tokenizer is None:
             self._tokenizer = self._make_tokenizer(self._split.train)
-        names: tuple[Stage, ...] = ("train", "validation", "test") if stage == "fit" else ("test",)
+        stages: dict[str, tuple[Stage, ...]] = {"fit": ("train", "validation", "test"), "validate": ("validation",)}
+        names = stages.get(stage, ("test",))
         for name in names:
             if name not in self._input_ids:
                 self._input_ids[name] = self._encode(name, getattr(self._split, name))
@@ -231,9 +232,17 @@ class RewardDataModule(LightningDataModule):
         """Check that a resumed run goes on with the data that it began with.
 
         Raises:
-            UserError: The training rows, the prompt or the tokenizer are not those of the checkpoint.
+            UserError: The training rows, what orders them, the prompt or the tokenizer are not those of the
+                checkpoint.
         """
         current = self.state_dict()
+        for name in ("max_length", "batch_size", "scenes_per_step", "balance"):
+            before, now = state_dict["hyperparameters"][name], current["hyperparameters"][name]
+            if before != now:
+                raise UserError(
+                    f"data.{name}: {now}, but the checkpoint's run has {before}",
+                    f"Resume with --data.{name} {before}, or start a new run.",
+                )
         for key, option in (("training_rows", "data.root or data.split"), ("prompt", "data.prompt")):
             if state_dict[key] != current[key]:
                 raise UserError(

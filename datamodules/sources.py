@@ -109,12 +109,17 @@ def download_published(
 
     set_verbosity_error()
     manager = DownloadManager(
-        download_config=DownloadConfig(cache_dir=cache, max_retries=3, disable_tqdm=True),
+        download_config=DownloadConfig(
+            cache_dir=cache,
+            max_retries=3,
+            disable_tqdm=True,
+            use_etag=False,  # the digest says which file it is: what is cached needs no network
+        ),
         record_checksums=False,
     )
     try:
         paths = {name: Path(path) for name, path in manager.download({n: f"{url}/{n}" for n in sha256}).items()}
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the HTTP client has errors of its own, which `datasets` lets through
         reason = re.sub(r"\s+", " ", str(error)) or type(error).__name__
         raise UserError(
             f"cannot fetch the published data from {url}: {reason}",

@@ -1,5 +1,6 @@
 """Which rows train, which validate, which test; and how much of the test the training rows give away."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -84,7 +85,16 @@ def split_by_scene(corpus: Corpus, folds: int, fold: int, seed: int = 0) -> Spli
         raise UserError(f"data.fold: there is no fold {fold} of {folds}", f"Use 0 to {folds - 1}.")
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     categories = [row.category.value for row in corpus.rows]
-    held_out = [list(test) for _, test in splitter.split(scenes, categories, scenes)]
+    try:
+        with warnings.catch_warnings():
+            # Also a category that is rarer than folds is spread as far as it goes.
+            warnings.filterwarnings("ignore", message="The least populated class in y has only", category=UserWarning)
+            held_out = [list(test) for _, test in splitter.split(scenes, categories, scenes)]
+    except ValueError as error:
+        raise UserError(
+            f"data.folds: cannot divide {len(scenes)} rows into {folds} folds: {error}",
+            "Use fewer folds, or more rows of each category.",
+        ) from error
     test_rows, validation_rows = held_out[fold], held_out[(fold + 1) % folds]
     train_rows = sorted(set(range(len(scenes))) - set(test_rows) - set(validation_rows))
     return Split(*([corpus.rows[index] for index in indices] for indices in (train_rows, validation_rows, test_rows)))

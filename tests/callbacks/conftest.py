@@ -1,0 +1,50 @@
+"""One trained and tested classifier with its run folder, which most tests of callbacks read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from callbacks.checkpoints import LastCheckpoint
+from callbacks.export import ExportModel
+from callbacks.record import MetricsFile
+from callbacks.report import HtmlReport
+from datamodules.reward import RewardDataModule
+from models.reward import RewardClassifier
+from tests.helpers import small_root
+from tests.models.small import small_classifier, small_data, small_trainer
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+    classifier: RewardClassifier
+    data: RewardDataModule
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root with a few rows of nine simulated scenes."""
+    return small_root(tmp_path_factory.mktemp("root"))
+
+
+@pytest.fixture(scope="session")
+def run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """What two epochs and a test leave behind."""
+    folder = tmp_path_factory.mktemp("run")
+    classifier, data = small_classifier(), small_data(root)
+    torch.manual_seed(0)
+    trainer = small_trainer(
+        LastCheckpoint(folder / "checkpoints"),
+        MetricsFile(folder),
+        ExportModel(folder),
+        HtmlReport(folder),
+        max_epochs=2,
+        logger=CSVLogger(folder, "", "logs"),
+        log_every_n_steps=1,
+    )
+    trainer.fit(classifier, data)
+    trainer.test(classifier, data, verbose=False)
+    return Run(folder, classifier, data)

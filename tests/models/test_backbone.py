@@ -1,0 +1,376 @@
+"""Backbones of many families: what is read, what padding may not change, what is refused, and no code from a folder.
+
+Shape legend: B rows, T tokens, D hidden size, C classes.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from datamodules.batches import Inputs
+from datamodules.errors import UserError
+from datamodules.tokenizer import load_tokenizer, train_tokenizer
+from models.backbone import (
+    LABELS,
+    SCRATCH_CONFIG,
+    Pooling,
+    build_classifier,
+    classifier_from_config,
+    classify,
+    load_classifier,
+    quiet,
+    read_out,
+)
+from tests.models.small import DECODERS, ENCODERS, FAMILIES, SMALL_LLAMA
+
+LENGTHS = (9, 5, 1)  # rows of one batch: none, some and nearly all of it padding
+READ_OUT = dict.fromkeys(DECODERS, "score") | dict.fromkeys(ENCODERS, "classifier") | {"roberta": "classifier.out_proj"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(["The user opens a file.", "Offer: run the tests."], 280)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A small Llama-type classifier with its tokenizer, as save_pretrained writes them."""
+    folder = tmp_path_factory.mktemp("saved")
+    with quiet():
+        build_classifier("scratch", tokenizer, SMALL_LLAMA).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy of `saved` for a test to spoil."""
+    return Path(shutil.copytree(saved, tmp_path / "backbone"))
+
+
+def build(family: str, tokenizer: PreTrainedTokenizerFast, **options: Any) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    return build_classifier("scratch", tokenizer, {"model_type": family, **FAMILIES[family]}, **options).eval()
+
+
+def padded_batch(tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+    ids_BT = torch.randint(5, 200, (len(LENGTHS), max(LENGTHS)), generator=torch.Generator().manual_seed(0))
+    mask_BT = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
+    return ids_BT.masked_fill(mask_BT == 0, tokenizer.pad_token_id), mask_BT
+
+
+@pytest.mark.parametrize("pooling", get_args(Pooling))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_is_read_as_by_hand_and_padding_changes_nothing(
+    family: str, pooling: Pooling, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = build(family, tokenizer)
+    ids_BT, mask_BT = padded_batch(tokenizer)
+    head = model.get_submodule(READ_OUT[family])
+    with torch.no_grad():
+        logits_BC = classify(model, Inputs(input_ids=ids_BT, attention_mask=mask_BT), pooling)
+        for row, length in enumerate(LENGTHS):
+            alone = {"input_ids": ids_BT[row : row + 1, :length], "attention_mask": mask_BT[row : row + 1, :length]}
+            hidden_TD = model.base_model(**alone).last_hidden_state[0]
+            if pooling == "auto" and family in ENCODERS:
+                expected_C = model(**alone).logits[0]
+            else:
+                read_D = {"cls": hidden_TD[0], "mean": hidden_TD.mean(0)}.get(pooling, hidden_TD[-1])
+                expected_C = head.weight @ read_D + (0 if head.bias is None else head.bias)
+            torch.testing.assert_close(logits_BC[row], expected_C, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_plain_transformers_class_pools_as_auto_does(family: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """So an exported model gives the same probabilities where this project is not installed."""
+    model = build(family, tokenizer)
+    ids_BT, mask_BT = padded_batch(tokenizer)
+    with torch.no_grad():
+        plain_BC = model(input_ids=ids_BT, attention_mask=mask_BT).logits
+        torch.testing.assert_close(
+            classify(model, Inputs(input_ids=ids_BT, attention_mask=mask_BT), "auto"), plain_BC, atol=2e-6, rtol=1e-4
+        )
+
+
+def test_a_padding_token_inside_the_text_does_not_end_it(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Models without a padding token of their own pad with the end token, which a prompt may contain."""
+    model = build("llama", tokenizer)
+    ids_BT, mask_BT = padded_batch(tokenizer)
+    ids_BT[1, 4] = tokenizer.pad_token_id
+    with torch.no_grad():
+        together = classify(model, Inputs(input_ids=ids_BT, attention_mask=mask_BT), "auto")[1]
+        hidden_TD = model.base_model(ids_BT[1:2, :5], mask_BT[1:2, :5]).last_hidden_state[0]
+        torch.testing.assert_close(together, model.score.weight @ hidden_TD[-1], atol=2e-6, rtol=1e-4)
+
+
+def test_scratch_is_a_llama_of_a_few_million_parameters(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build_classifier("scratch", tokenizer)
+    assert SCRATCH_CONFIG["model_type"] == model.config.model_type == "llama"
+    assert 1e6 < sum(parameter.numel() for parameter in model.parameters()) < 5e6
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.config.id2label == LABELS == {0: "rejected", 1: "accepted"}
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize("load", ["build", "load"])
+def test_a_local_folder_gives_back_its_weights(load: str, saved: Path) -> None:
+    path = str(saved)
+    model = build_classifier(path, load_tokenizer(path)) if load == "build" else load_classifier(path)
+    weights = load_file(saved / "model.safetensors")
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in weights.items())
+
+
+def test_a_backbone_without_a_head_is_given_one(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    body = build("bert", tokenizer).base_model
+    with quiet():
+        body.save_pretrained(tmp_path)
+    model = build_classifier(str(tmp_path), tokenizer)
+    found, wanted = (part.embeddings.word_embeddings.weight for part in (model.base_model, body))
+    assert torch.equal(found, wanted)
+    assert read_out(model).out_features == 2
+
+
+def configure(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def cut_short(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def pickle_only(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def pickle_behind_an_index(folder: Path) -> None:
+    """An index of safetensors that names a pickle file."""
+    pickle_only(folder)
+    names = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "pytorch_model.bin")}
+    torch.save({"payload": Payload(folder.parent / "executed")}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+class Payload:
+    """Leaves a file behind when a pickle that holds it is loaded with trust."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda folder: shutil.rmtree(folder), id="missing"),
+        pytest.param(lambda folder: (folder / "model.safetensors").unlink(), id="no weights"),
+        pytest.param(lambda folder: (folder / "config.json").write_text("{"), id="configuration cut short"),
+        pytest.param(lambda folder: configure(folder, model_type="no-such-type"), id="unknown type"),
+        pytest.param(lambda folder: configure(folder, intermediate_size=48), id="weights of another shape"),
+        pytest.param(lambda folder: configure(folder, vocab_size=100), id="fewer embeddings than tokens"),
+        pytest.param(lambda folder: configure(folder, hidden_size="big"), id="wrong kind of value"),
+        pytest.param(cut_short, id="weights cut short"),
+        pytest.param(pickle_only, id="pickle only"),
+        pytest.param(pickle_behind_an_index, id="pickle behind an index"),
+    ],
+)
+def test_a_folder_that_cannot_serve_is_the_users_mistake(
+    spoil: Callable[[Path], None], folder: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    spoil(folder)
+    with pytest.raises(UserError) as error:
+        build_classifier(str(folder), tokenizer)
+    assert str(folder) in error.value.what
+    assert error.value.hint
+    assert "\n" not in error.value.what + error.value.hint
+    assert not (folder.parent / "executed").exists()
+
+
+@pytest.mark.parametrize("spoil", [cut_short, pickle_only, pickle_behind_an_index])
+def test_an_export_that_cannot_be_read_is_refused(spoil: Callable[[Path], None], folder: Path) -> None:
+    spoil(folder)
+    with pytest.raises(UserError, match="backbone"):
+        load_classifier(str(folder))
+    assert not (folder.parent / "executed").exists()
+
+
+def test_a_hub_id_that_cannot_be_reached_is_named(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # what no network looks like, at once
+    with pytest.raises(UserError, match="nobody/no-such-model"):
+        build_classifier("nobody/no-such-model", tokenizer)
+
+
+def test_a_network_for_pictures_cannot_classify_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with quiet():
+        transformers.ViTForImageClassification(transformers.ViTConfig(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=str(tmp_path)):
+        build_classifier(str(tmp_path), tokenizer)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "no-such-type"},
+        {"model_type": "mamba"},
+        {"hidden_size": "big"},
+        {"num_attention_heads": 3},
+        {"vocab_size": 20},
+    ],
+    ids=["unknown type", "no classifier of this type", "wrong kind of value", "sizes do not fit", "small vocabulary"],
+)
+def test_a_scratch_configuration_that_cannot_be_is_the_users_mistake(
+    changes: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(UserError):
+        build_classifier("scratch", tokenizer, SMALL_LLAMA | changes)
+
+
+def test_attention_that_does_not_exist_is_the_users_mistake(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match="attn_implementation"):
+        build_classifier("scratch", tokenizer, SMALL_LLAMA, attn_implementation="no-such-attention")
+
+
+CODE = """
+from pathlib import Path
+from torch import nn
+from transformers import LlamaConfig, LlamaModel, PreTrainedModel, PreTrainedTokenizerFast
+Path({marker!r}).touch()
+class Config(LlamaConfig):
+    model_type = {model_type!r}
+class Model(PreTrainedModel):
+    config_class = Config
+    base_model_prefix = "model"
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+class Tokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def with_code(folder: Path, model_type: str) -> Path:
+    """Let a folder name code of its own for configuration, model and tokenizer; returns what that code would touch."""
+    marker = folder.parent / "executed"
+    (folder / "custom.py").write_text(CODE.format(marker=str(marker), model_type=model_type))
+    parts = {"AutoConfig": "custom.Config", "AutoModelForSequenceClassification": "custom.Model"}
+    configure(folder, model_type=model_type, auto_map=parts)
+    file = folder / "tokenizer_config.json"
+    own = {"tokenizer_class": "Tokenizer", "auto_map": {"AutoTokenizer": [None, "custom.Tokenizer"]}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    return marker
+
+
+LOADERS: dict[str, Callable[[Path, PreTrainedTokenizerFast], object]] = {
+    "backbone": lambda folder, tokenizer: build_classifier(str(folder), tokenizer),
+    "export": lambda folder, tokenizer: load_classifier(str(folder)),
+    "checkpoint": lambda folder, tokenizer: classifier_from_config(
+        json.loads((folder / "config.json").read_text()), "float32", None
+    ),
+    "tokenizer": lambda folder, tokenizer: load_tokenizer(str(folder)),
+}
+
+
+@pytest.mark.parametrize("model_type", ["own-type", "llama"])
+@pytest.mark.parametrize("loader", LOADERS)
+def test_code_in_a_folder_is_not_run_unless_asked_for(
+    loader: str, model_type: str, folder: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Where the type is one that transformers knows, its own code serves; where not, the folder is refused."""
+    marker = with_code(folder, model_type)
+    try:
+        LOADERS[loader](folder, tokenizer)
+    except UserError:
+        assert model_type == "own-type" or loader == "tokenizer"
+    else:
+        assert model_type == "llama" or loader == "tokenizer"
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("loader", ["backbone", "tokenizer"])
+def test_code_in_a_folder_is_run_where_asked_for(
+    loader: str, folder: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also shows that the test above would see code run."""
+    marker = with_code(folder, "own-type")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder.parent / "modules"))
+    monkeypatch.syspath_prepend(str(folder.parent / "modules"))
+    if loader == "backbone":
+        model = build_classifier(str(folder), tokenizer, trust_remote_code=True)
+        assert type(model).__name__ == "Model"
+    else:
+        load_tokenizer(str(folder), trust_remote_code=True)
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "distilbert", "deberta-v2", "modernbert"])
+def test_dropout_reaches_all_that_the_backbone_has(family: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    ids_BT, mask_BT = padded_batch(tokenizer)
+    for dropout in (0.0, 0.4):
+        model = build(family, tokenizer, dropout=dropout).train()
+        layers = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+        assert set(layers) <= {dropout}
+        with torch.no_grad():
+            one, two = (classify(model, Inputs(input_ids=ids_BT, attention_mask=mask_BT), "auto") for _ in range(2))
+        assert torch.equal(one, two) == (dropout == 0.0)
+
+
+def test_dropout_stays_as_configured_if_not_given(tokenizer: PreTrainedTokenizerFast) -> None:
+    scratch = {"model_type": "bert", **ENCODERS["bert"], "hidden_dropout_prob": 0.3}
+    model = build_classifier("scratch", tokenizer, scratch)
+    assert model.config.hidden_dropout_prob == 0.3
+    assert model.config.attention_probs_dropout_prob == 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_are_stored_in_the_dtype_asked_for(dtype: Any, saved: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    for model in (
+        build_classifier("scratch", tokenizer, SMALL_LLAMA, dtype=dtype),
+        build_classifier(str(saved), tokenizer, dtype=dtype),
+        classifier_from_config(json.loads((saved / "config.json").read_text()), dtype, None),
+    ):
+        assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_attention_can_be_chosen_and_computes_the_same(family: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    ids_BT, mask_BT = padded_batch(tokenizer)
+    logits = []
+    for attention in ("eager", "sdpa"):
+        model = build(family, tokenizer, attn_implementation=attention)
+        assert model.config._attn_implementation == attention
+        with torch.no_grad():
+            logits.append(classify(model, Inputs(input_ids=ids_BT, attention_mask=mask_BT), "mean"))
+    torch.testing.assert_close(*logits, atol=2e-6, rtol=1e-4)
+
+
+def test_decoders_and_encoders_are_told_apart_by_what_they_read(tokenizer: PreTrainedTokenizerFast) -> None:
+    """By itself a decoder reads its last real token, and no encoder does."""
+    ids_BT, mask_BT = padded_batch(tokenizer)
+    with torch.no_grad():
+        for family in FAMILIES:
+            model = build(family, tokenizer)
+            auto, last = (
+                classify(model, Inputs(input_ids=ids_BT, attention_mask=mask_BT), pooling)
+                for pooling in ("auto", "last")
+            )
+            assert torch.equal(auto, last) == (family in DECODERS), family
