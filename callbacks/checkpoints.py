@@ -24,6 +24,7 @@ from datamodules.errors import UserError
 LAST = "last.ckpt"
 BEST = "best.ckpt"
 PREVIOUS = "previous.ckpt"
+RUN_KEYS = {"state_dict", "pytorch-lightning_version", "backbone_config", "calibration", "RewardDataModule"}
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing went wrong
@@ -61,6 +62,21 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint",
             "Use a checkpoint that this project wrote.",
+        )
+    return checkpoint
+
+
+def load_run(path: Path) -> dict[str, Any]:
+    """Load a checkpoint that `python -m proactive.fit` wrote.
+
+    Raises:
+        UserError: As `load_checkpoint`, or it is something else.
+    """
+    checkpoint = load_checkpoint(path)
+    if missing := sorted(RUN_KEYS - set(checkpoint)):
+        raise UserError(
+            f"{path} is no checkpoint of a reward classifier: it lacks {', '.join(missing)}",
+            "Give one that python -m proactive.fit wrote.",
         )
     return checkpoint
 
@@ -111,7 +127,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
-        return load_checkpoint(Path(path))
+        return load_run(Path(path))
 
 
 class LastCheckpoint(Checkpoint):

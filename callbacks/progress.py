@@ -25,7 +25,7 @@ class PlainProgress(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         if time.monotonic() - self._last >= self.interval:
             done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-            self._print(trainer, f"batch {done}/{trainer.num_training_batches}")
+            self._print(trainer, f"{done} of {trainer.num_training_batches} steps")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:

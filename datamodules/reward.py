@@ -209,7 +209,14 @@ class RewardDataModule(LightningDataModule):
             world_size=world_size,
             odds=[1 / frequency[row.category] for row in rows] if self.balance == "category" else None,
         )
+        if self.trainer is not None:  # a resumed run's workers ask for rows before Lightning sets the epoch
+            sampler.set_epoch(self.trainer.current_epoch)
         return StatefulDataLoader(self._rows("train"), **self._loader_options(sampler))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """How many optimizer steps see every training row once."""
+        return -(-len(self.split.train) // self.batch_size)
 
     def val_dataloader(self) -> DataLoader[list[RewardBatch]]:
         return self._evaluation_loader("validation")
@@ -236,7 +243,8 @@ class RewardDataModule(LightningDataModule):
                 checkpoint.
         """
         current = self.state_dict()
-        for name in ("max_length", "batch_size", "scenes_per_step", "balance"):
+        # The loader's position is kept for each worker.
+        for name in ("max_length", "batch_size", "scenes_per_step", "balance", "num_workers"):
             before, now = state_dict["hyperparameters"][name], current["hyperparameters"][name]
             if before != now:
                 raise UserError(
@@ -358,9 +366,9 @@ class RewardDataModule(LightningDataModule):
         return {"sampler": sampler, "batch_size": None, "num_workers": self.num_workers, "pin_memory": on_cuda}
 
     def _refuse_impossible_sizes(self) -> None:
-        for name in ("batch_size", "micro_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"data.{name}: expected 1 or more, got {getattr(self, name)}", "Give a greater one.")
+        for name, least in (("batch_size", 1), ("micro_batch_size", 1), ("num_workers", 0)):
+            if (value := getattr(self, name)) < least:
+                raise UserError(f"data.{name}: expected {least} or more, got {value}", "Give a greater one.")
         if self.token_budget < self.max_length:
             raise UserError(
                 f"data.token_budget: {self.token_budget} is less than one row may have",

@@ -5,7 +5,6 @@ Shape legend: R rows, C classes (rejected, accepted).
 
 import contextlib
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
 
 EXPORT_STATE = "proactive.json"
 BOOTSTRAP_RESAMPLES = 1000
+LOGGED_FIGURES = ("validation/loss", "validation/accuracy", "validation/f1", "validation/auroc")
 CategoryName = Literal["missed_need", "non_response", "correct_detection", "false_alarm"]
 
 
@@ -92,6 +92,13 @@ class RewardClassifier(LightningModule):
         super().__init__()
         if not 0 <= warmup_ratio <= 1:
             raise UserError(f"model.warmup_ratio: {warmup_ratio} is no share", "Give a number from 0 to 1.")
+        if learning_rate < 0:
+            raise UserError(f"model.learning_rate: {learning_rate} is negative", "Give 0 or more.")
+        names = [category.value for category in Category]
+        if unknown := sorted(set(category_weights or {}) - set(names)):
+            raise UserError(
+                f"model.category_weights: there is no category {', '.join(unknown)}", f"Use {', '.join(names)}."
+            )
         self.save_hyperparameters()
         self.automatic_optimization = False  # a step's number of micro-batches follows from its rows
         self.network: PreTrainedModel | None = None
@@ -216,10 +223,7 @@ class RewardClassifier(LightningModule):
             options["weight_decay"],
             loss_is_scaled=self._scaler is not None,
         )
-        steps = self.trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
-            raise UserError("a run without an end has no schedule", "Give trainer.max_epochs or trainer.max_steps.")
-        schedule = build_schedule(optimizer, options["schedule"], options["warmup_ratio"], int(steps))
+        schedule = build_schedule(optimizer, options["schedule"], options["warmup_ratio"], self._total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -228,6 +232,12 @@ class RewardClassifier(LightningModule):
         checkpoint["calibration"] = {"temperature": self.temperature, "threshold": self.threshold}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own, saved = self.state_dict(), checkpoint.get("state_dict", {})
+        if saved and {name: own[name].shape for name in own} != {name: saved[name].shape for name in saved}:
+            raise UserError(
+                "the model or its tokenizer differs in size from the one in the checkpoint",
+                "Resume with the same model options and data.vocabulary_size, or start a new run.",
+            )
         self.temperature = checkpoint["calibration"]["temperature"]
         self.threshold = checkpoint["calibration"]["threshold"]
 
@@ -282,6 +292,21 @@ class RewardClassifier(LightningModule):
         """This micro-batch's part of the step's loss; a category's weight multiplies its rows' losses."""
         loss_R = nn.functional.cross_entropy(self(batch["inputs"]), batch["label"], reduction="none")
         return (loss_R * self.category_weight[batch["category"]] * batch["weight"]).sum()
+
+    def _total_steps(self) -> int:
+        """The optimizer steps of the whole run.
+
+        Lightning's own estimate makes the training loader before a resumed run's position in it is restored.
+        """
+        trainer = self.trainer
+        steps, limit = trainer.datamodule.steps_per_epoch, trainer.limit_train_batches  # type: ignore[attr-defined]
+        steps = min(steps, limit) if isinstance(limit, int) else int(steps * limit)
+        ends = [trainer.max_steps] if trainer.max_steps >= 0 else []
+        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+            ends.append(trainer.max_epochs * steps)
+        if not ends:
+            raise UserError("a run without an end has no schedule", "Give trainer.max_epochs or trainer.max_steps.")
+        return min(ends)
 
     @property
     def _scaler(self) -> Any:

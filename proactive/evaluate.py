@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.callbacks import ProgressBar
 
-from callbacks.checkpoints import BEST, LAST, Interrupted, LastCheckpoint, load_checkpoint
+from callbacks.checkpoints import BEST, LAST, Interrupted, LastCheckpoint, load_run
 from callbacks.files import CHECKPOINTS, write_atomically
 from callbacks.progress import progress_callback
 from callbacks.record import tested_record
@@ -69,7 +70,7 @@ def evaluate_reward(
         callbacks=[LastCheckpoint(source.parent), *([progress] if progress else [])],
         use_distributed_sampler=False,
         enable_model_summary=False,
-        enable_progress_bar=hasattr(progress, "main_progress_bar"),
+        enable_progress_bar=isinstance(progress, ProgressBar),
         enable_checkpointing=True,
         devices=1,
     )
@@ -92,6 +93,8 @@ def main(arguments: list[str]) -> None:
     parser = Parser(prog="python -m proactive.evaluate", description="Measure a trained model.")
     parser.add_subcommands().add_subcommand("reward", reward, help="a reward classifier")
     options = parser.parse_args(arguments).reward
+    if options.output and options.output.is_dir():
+        raise UserError(f"--output: {options.output} is a folder", "Give the path of a file.")
     try:
         record = evaluate_reward(options.checkpoint, **options.data.as_dict(), quiet=options.quiet)
     except Interrupted as stop:
@@ -113,13 +116,7 @@ def _load(target: Path) -> tuple[RewardClassifier, dict[str, Any], Path]:
             f"--checkpoint: {target} holds no checkpoint" if target.exists() else f"--checkpoint: there is no {target}",
             f"Give a run folder, a .ckpt file, or an export folder (with {EXPORT_STATE}).",
         )
-    checkpoint = load_checkpoint(target)
-    missing = {"state_dict", "backbone_config", "calibration", "RewardDataModule"} - set(checkpoint)
-    if missing:
-        raise UserError(
-            f"--checkpoint: {target} is no checkpoint of a reward classifier: it lacks {', '.join(sorted(missing))}",
-            "Give one that python -m proactive.fit wrote.",
-        )
+    checkpoint = load_run(target)
     return RewardClassifier.from_checkpoint(checkpoint), checkpoint["RewardDataModule"], target
 
 

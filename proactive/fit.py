@@ -1,13 +1,17 @@
 """`python -m proactive.fit`: train a reward classifier, test its best weights, leave a run folder behind."""
 
 import argparse
+import contextlib
 import os
+import shlex
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from lightning import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
@@ -30,7 +34,7 @@ from callbacks.record import MetricsFile, tested_record
 from callbacks.report import HtmlReport
 from datamodules.errors import UserError
 from datamodules.reward import RewardDataModule
-from models.reward import RewardClassifier
+from models.reward import LOGGED_FIGURES, RewardClassifier
 from proactive.terminal import Parser, agreement_table, figures_table, run, show
 
 if TYPE_CHECKING:
@@ -83,7 +87,31 @@ class FitCLI(LightningCLI):
         parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
 
     def before_instantiate_classes(self) -> None:
-        self.folder = _run_folder(self.config.run, self.config.ckpt_path)
+        if self.config.run.monitor not in LOGGED_FIGURES:
+            raise UserError(
+                f"run.monitor: no figure {self.config.run.monitor} is logged",
+                f"Use one of {', '.join(LOGGED_FIGURES)}.",
+            )
+        if self.config.run.checkpoint_every_n_steps < 1:
+            raise UserError(
+                f"run.checkpoint_every_n_steps: {self.config.run.checkpoint_every_n_steps} is not a number of steps",
+                "Use 1 or more.",
+            )
+        self.folder, self.folder_is_new = _run_folder(self.config.run, self.config.ckpt_path)
+
+    def instantiate_classes(self) -> None:
+        with self.without_empty_folder():
+            super().instantiate_classes()
+
+    @contextlib.contextmanager
+    def without_empty_folder(self) -> Iterator[None]:
+        """A new run that fails before its first checkpoint leaves no folder: `--ckpt_path last` would find it."""
+        try:
+            yield
+        except Exception:
+            if self.folder_is_new and not (self.folder / CHECKPOINTS).exists():
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self.config_init["trainer"]
@@ -110,8 +138,12 @@ class FitCLI(LightningCLI):
         if options.logger is None:
             given["logger"] = [CSVLogger(folder, "", LOGS), TensorBoardLogger(folder, "", LOGS)]
         if options.enable_progress_bar is None:
-            given["enable_progress_bar"] = any(hasattr(callback, "main_progress_bar") for callback in callbacks)
-        return super().instantiate_trainer(**given, **kwargs)
+            given["enable_progress_bar"] = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        try:
+            return super().instantiate_trainer(**given, **kwargs)
+        except (ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"trainer: {reason}", "Change the trainer's options; see --help.") from error
 
 
 def main(arguments: list[str]) -> None:
@@ -125,7 +157,13 @@ def main(arguments: list[str]) -> None:
         trainer_defaults=TRAINER_DEFAULTS,
         save_config_callback=None,
         auto_configure_optimizers=False,
+        parser_kwargs={"prog": "python -m proactive.fit"},
     )
+    with cli.without_empty_folder():
+        _fit_and_test(cli)
+
+
+def _fit_and_test(cli: FitCLI) -> None:
     folder, trainer = cli.folder, cli.trainer
     checkpoint = _resume_from(cli.config.ckpt_path, folder)
     if trainer.is_global_zero:
@@ -142,8 +180,9 @@ def main(arguments: list[str]) -> None:
         )
     except Interrupted as stop:
         if trainer.is_global_zero:
-            command = f"python -m proactive.fit --ckpt_path {folder / CHECKPOINTS / LAST}"
-            print(f"stopped at step {stop.step}; resume with: {command}")
+            saved = folder / CHECKPOINTS / LAST
+            how = f"resume with: python -m proactive.fit --ckpt_path {shlex.quote(str(saved))}"
+            print(f"stopped at step {stop.step}; {how if saved.exists() else 'nothing was trained yet'}")
         raise SystemExit(128 + stop.signal_number) from None
     if not trainer.is_global_zero:
         return
@@ -154,15 +193,14 @@ def main(arguments: list[str]) -> None:
     print(folder)
 
 
-def _run_folder(settings: "Namespace", ckpt_path: str | None) -> Path:
-    """A new folder, or that of the run to resume; the processes that rank 0 starts use rank 0's."""
+def _run_folder(settings: "Namespace", ckpt_path: str | None) -> tuple[Path, bool]:
+    """A new folder, or that of the run to resume, and whether it is new; rank 0 names it for the other processes."""
     if RUN_FOLDER_VARIABLE in os.environ:
-        return Path(os.environ[RUN_FOLDER_VARIABLE])
-    folder = _resumed_folder(settings.root, settings.name, ckpt_path) or new_run_folder(
-        Path(settings.root), settings.name
-    )
+        return Path(os.environ[RUN_FOLDER_VARIABLE]), False
+    resumed = _resumed_folder(settings.root, settings.name, ckpt_path)
+    folder = resumed or new_run_folder(Path(settings.root), settings.name)
     os.environ[RUN_FOLDER_VARIABLE] = str(folder)
-    return folder
+    return folder, resumed is None
 
 
 def _resumed_folder(root: str, name: str, ckpt_path: str | None) -> Path | None:
@@ -192,20 +230,37 @@ def _with_config_of_resumed_run(arguments: list[str]) -> list[str]:
     """Put the configuration of the run to resume first, unless the arguments name one."""
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     scan.add_argument("--ckpt_path")
-    scan.add_argument("--config", "-c")
+    scan.add_argument("--config", "-c", action="append", default=[])
     scan.add_argument("--run.root", dest="root", default="runs")
     scan.add_argument("--run.name", dest="name", default="reward")
     try:
         found, _ = scan.parse_known_args(arguments)
     except argparse.ArgumentError:  # the real parser says what is wrong
         return arguments
-    if found.ckpt_path is None or found.config is not None:
+    for config in found.config:
+        _check_config(Path(config))
+    if found.ckpt_path is None or found.config:
         return arguments
     folder = _resumed_folder(found.root, found.name, found.ckpt_path)
     config = folder / CONFIG_FILE if folder else None
     if config is None or not config.is_file():
         return arguments
     return ["--config", str(config), *arguments]
+
+
+def _check_config(path: Path) -> None:
+    """Name a configuration file that is no YAML mapping; the parser's own message does not."""
+    if not path.is_file():
+        return  # the parser names it
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--config: {path} is not YAML: {reason}", "Mend it, or start from a file in configs/."
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"--config: {path} holds no options", "Start from a file in configs/.")
 
 
 def _dump_config(parser: LightningArgumentParser, config: "Namespace") -> str:

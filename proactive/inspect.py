@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from datamodules.errors import UserError
 from datamodules.prompts import DEFAULT_PROMPT, PromptTemplate, SegmentTokenizer, render, training_text
 from datamodules.records import AnnotatedRow, Category
 from datamodules.sources import Corpus, load_corpus
@@ -78,6 +79,8 @@ def _row_figures(rows: Sequence[AnnotatedRow], template: PromptTemplate, segment
 
 
 def _contamination_figures(corpus: Corpus, folds: int, seed: int) -> dict[str, Any]:
+    if folds < 3:
+        raise UserError(f"--folds: {folds} folds do not train, validate and test", "Use 3 or more.")
     found = {}
     if corpus.test:
         found["published"] = contamination(history_digests(corpus.train), corpus.test)

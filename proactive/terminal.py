@@ -129,6 +129,15 @@ def _interval(figures: dict[str, float], key: str) -> str:
     return "" if low is None else f" \\[{low:.3f}, {high:.3f}]"
 
 
+class _Messages(logging.StreamHandler):
+    """Messages that end the command, as print does, when nobody reads them any more."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            raise
+        super().handleError(record)
+
+
 def _one_line(text: str) -> str:
     return " ".join(text.split())[:400]
 
@@ -137,13 +146,17 @@ def _set_up_messages(debug: bool, quiet: bool) -> None:
     """Our own messages on standard output, those of libraries only where they warn of something new."""
     rank = int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
     ours = logging.getLogger("proactive")
-    ours.handlers = [logging.StreamHandler(sys.stdout)]
+    ours.handlers = [_Messages(sys.stdout)]
     ours.setLevel(logging.WARNING if quiet or rank else logging.INFO)
     ours.propagate = False
     if debug:
         return
     for name in ("lightning.pytorch", "lightning.fabric", "lightning", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Kernels of other machines that torchao did not load, what it registers twice, and each try to reach a hub,
+    # the last of which is shown as an error.
+    for name in ("torchao", "torch.utils._pytree", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
         ".*set_vital.*",  # torchdata calls what torch 2.13 deprecates
         ".*does not have many workers.*",  # small batches are made faster than a process starts
@@ -151,6 +164,8 @@ def _set_up_messages(debug: bool, quiet: bool) -> None:
         ".*was configured so validation will run.*",
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*LightningCLI's args parameter.*",
+        ".*Checkpoint directory .* exists and is not empty.*",  # so it is in a resumed run
+        ".*could not find the monitored key.*",  # at the end of an epoch whose validation was before a resume
         ".*Experiment logs directory.*",  # what a resumed run logged before is kept beside it
         ".*No device id is provided.*",
     ):

@@ -98,27 +98,22 @@ def _environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
 
 
-class KillAtBatch(Callback):
-    """Kills its own process without warning after some micro-batches of training."""
+class SignalAtStep(Callback):
+    """Sends its own process a signal in the middle of an optimizer step: there are gradients, and no new weights."""
 
-    def __init__(self, batch: int) -> None:
-        self.batch = batch
+    def __init__(self, step: int, number: int) -> None:
+        self.step = step
+        self.number = number
         self.seen = 0
 
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_before_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.seen += 1
-        if self.seen == self.batch:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-class SignalAtBatch(KillAtBatch):
-    """Sends its own process a signal after some micro-batches of training."""
-
-    def __init__(self, batch: int, number: int) -> None:
-        super().__init__(batch)
-        self.number = number
-
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seen += 1
-        if self.seen == self.batch:
+        if self.seen == self.step:
             os.kill(os.getpid(), self.number)
+
+
+class KillAtStep(SignalAtStep):
+    """Kills its own process without warning in the middle of an optimizer step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step, signal.SIGKILL)

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from callbacks.checkpoints import Interrupted, LastCheckpoint, SafeCheckpointIO, SeedEachStep, load_checkpoint
+from callbacks.checkpoints import RUN_KEYS, Interrupted, LastCheckpoint, SafeCheckpointIO, SeedEachStep, load_checkpoint
 from datamodules.errors import UserError
-from tests.helpers import ROOT, SignalAtBatch
+from tests.helpers import ROOT, SignalAtStep
 from tests.models.small import fit, small_classifier, small_data
 
 CONTENT: dict[str, Any] = {
@@ -61,10 +61,17 @@ def same(one: Any, other: Any) -> bool:
 
 
 def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
-    path = save(tmp_path / "new" / "folder" / "last.ckpt")
-    assert same(load_checkpoint(path), CONTENT)
-    assert same(SafeCheckpointIO().load_checkpoint(path), CONTENT)
+    content = {**CONTENT, **dict.fromkeys(RUN_KEYS - set(CONTENT), 1)}
+    path = save(tmp_path / "new" / "folder" / "last.ckpt", content)
+    assert same(load_checkpoint(path), content)
+    assert same(SafeCheckpointIO().load_checkpoint(path), content)
     assert [entry.name for entry in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_a_checkpoint_of_something_else_is_told_apart_from_a_runs(tmp_path: Path) -> None:
+    path = save(tmp_path / "last.ckpt")
+    with pytest.raises(UserError, match="it lacks RewardDataModule, backbone_config, calibration"):
+        SafeCheckpointIO().load_checkpoint(path)
 
 
 def test_a_save_that_fails_keeps_the_former_file(tmp_path: Path) -> None:
@@ -229,15 +236,16 @@ def handlers() -> Iterator[dict[int, Any]]:
 
 
 @pytest.mark.parametrize("options", [{}, {"val_check_interval": 3}], ids=["whole epochs", "validation mid-step"])
-def test_last_is_saved_between_optimizer_steps_only(root: Path, tmp_path: Path, options: dict[str, Any]) -> None:
-    """Four micro-batches make a step; saved after three, a resumed run would lose their gradients."""
+def test_last_is_saved_every_few_steps_and_at_the_end(root: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """Four micro-batches make a step, and the loader gives them together."""
     saves, data = Saves(), small_data(root)
     fit(small_classifier(), data, LastCheckpoint(tmp_path, 2), plugins=[saves], **options)
     batches = len(data.train_dataloader())
-    assert saves.places[-1] == (-(-batches // 4), batches), "the end of the epoch"
+    assert saves.places[-1] == (batches, batches), "the end of the epoch"
     assert {step for step, _ in saves.places} >= {2, 4}
     for step, batch in saves.places:
-        assert batch == min(4 * step, batches), (step, batch)
+        assert batch == step
+    assert not (tmp_path / "previous.ckpt").exists(), "kept until the next step was good, and no longer"
 
 
 def test_last_is_current_at_the_end_of_a_run_without_validation(root: Path, tmp_path: Path) -> None:
@@ -251,8 +259,8 @@ def test_a_signal_saves_after_the_step_and_ends_the_run(
     root: Path, tmp_path: Path, number: int, handlers: dict[int, Any]
 ) -> None:
     with pytest.raises(Interrupted) as stop:
-        fit(small_classifier(), small_data(root), SignalAtBatch(6, number), LastCheckpoint(tmp_path))
-    assert (stop.value.signal_number, stop.value.step) == (number, 2), "the second step ends with the eighth"
+        fit(small_classifier(), small_data(root), SignalAtStep(2, number), LastCheckpoint(tmp_path))
+    assert (stop.value.signal_number, stop.value.step) == (number, 2)
     assert load_checkpoint(tmp_path / "last.ckpt")["global_step"] == 2
 
 
@@ -263,9 +271,9 @@ def test_a_signal_at_the_end_of_an_epoch_saves_after_its_validation(
     data.setup("fit")
     batches = len(data.train_dataloader())
     with pytest.raises(Interrupted):
-        fit(small_classifier(), data, SignalAtBatch(batches, signal.SIGTERM), LastCheckpoint(tmp_path), max_epochs=2)
+        fit(small_classifier(), data, SignalAtStep(batches, signal.SIGTERM), LastCheckpoint(tmp_path), max_epochs=2)
     checkpoint = load_checkpoint(tmp_path / "last.ckpt")
-    assert checkpoint["global_step"] == -(-batches // 4)
+    assert checkpoint["global_step"] == batches
     assert checkpoint["calibration"] != {"temperature": 1.0, "threshold": 0.5}
 
 
@@ -275,7 +283,7 @@ def test_signals_mean_after_a_run_what_they_meant_before(root: Path, tmp_path: P
 
 
 class Draws(Callback):
-    """Draws at the start of each micro-batch, as dropout would; `waste` draws more after each."""
+    """Draws at the start of each step, as dropout would; `waste` draws more after each."""
 
     def __init__(self, waste: int = 0) -> None:
         self.waste = waste
@@ -294,12 +302,12 @@ def drawn(root: Path, waste: int = 0) -> dict[tuple[int, int], float]:
     return draws.drawn
 
 
-def test_a_micro_batch_draws_by_its_number_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_draws_by_its_number_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever was drawn before it, so that a resumed run needs no state of the generator."""
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
     first = drawn(root)
     assert drawn(root, waste=3) == first
-    assert len(set(first.values())) == len(first), "no two micro-batches of two epochs draw alike"
+    assert len(set(first.values())) == len(first), "no two steps of two epochs draw alike"
     monkeypatch.setenv("PL_GLOBAL_SEED", "8")
     assert not set(drawn(root).values()) & set(first.values())
 

@@ -67,7 +67,7 @@ def test_transformers_alone_gives_the_same_probabilities(run: Run, tmp_path: Pat
     found = in_another_process(run.folder / "export", [texts[row] for row in rows], tmp_path)
     assert found["ours"] == []
     assert found["labels"] == {"0": "rejected", "1": "accepted"}
-    assert found["ids"] == [list(map(int, run.data._encoded["test"].input_ids[row])) for row in rows]
+    assert found["ids"] == [list(map(int, run.data._input_ids["test"][row])) for row in rows]
     tested = run.classifier.test_rows
     by_row = dict(zip(tested["row"].tolist(), tested["probability"].tolist(), strict=True))
     expected = [by_row[row] for row in rows]
@@ -85,7 +85,7 @@ def test_the_export_holds_safetensors_tokenizer_and_card_and_no_pickle(run: Run)
 
 def test_this_project_reads_its_export_back(run: Run) -> None:
     classifier, state = RewardClassifier.from_export(run.folder / "export")
-    batch = next(iter(run.data.test_dataloader()))
+    batch = next(iter(run.data.test_dataloader()))[0]
     assert torch.equal(probabilities(classifier, batch), probabilities(run.classifier, batch))
     assert (classifier.temperature, classifier.threshold) == (run.classifier.temperature, run.classifier.threshold)
     assert state["training_rows"] == run.data.state_dict()["training_rows"]
@@ -155,5 +155,5 @@ def test_an_encoder_is_exported_as_well(root: Path, tmp_path: Path) -> None:
     trainer.test(classifier, data, verbose=False)
     export_reward(classifier, data, reward_record(classifier, data, "weights"), tmp_path / "export")
     again, _ = RewardClassifier.from_export(tmp_path / "export")
-    batch = next(iter(data.test_dataloader()))
+    batch = next(iter(data.test_dataloader()))[0]
     assert torch.equal(probabilities(again, batch), probabilities(classifier, batch))

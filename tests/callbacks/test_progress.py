@@ -39,8 +39,5 @@ def test_one_line_for_each_epoch_and_each_test(root: Path, capsys: pytest.Captur
 
 def test_lines_in_between_say_how_far_the_epoch_is(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = printed(root, capsys, interval=0)
-    batches = [re.fullmatch(r"epoch 1/2, step (\d+): batch (\d+)/(\d+)", line) for line in lines]
-    seen = [tuple(map(int, found.groups())) for found in batches if found]
-    total = seen[0][2]
-    assert [(done, of) for _, done, of in seen] == [(done, total) for done in range(1, total + 1)]
-    assert [step for step, _, _ in seen[:5]] == [0, 0, 0, 1, 1]
+    found = [re.fullmatch(r"epoch 1/2, step (\d+): (\d+) of 6 steps", line) for line in lines]
+    assert [tuple(map(int, match.groups())) for match in found if match] == [(step, step) for step in range(1, 7)]

@@ -1,0 +1,131 @@
+"""The evaluate command on each thing that it takes: the figures are those that the run itself found."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from datamodules.records import AnnotatedRow
+from datamodules.sources import load_corpus
+from datamodules.splits import split_by_scene
+from models.metrics import PUBLISHED_REWARD_ROWS
+from proactive import evaluate
+from tests.helpers import command, published_form, small_root
+from tests.proactive.conftest import FinishedRun
+
+
+def metrics(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def histories(rows: list[AnnotatedRow]) -> list[tuple]:
+    return [tuple((event.time, event.event) for event in row.history) for row in rows]
+
+
+@pytest.mark.parametrize("what", [".", "checkpoints/best.ckpt", "export"])
+def test_figures_are_those_of_the_run(what: str, finished_run: FinishedRun, call: Callable, tmp_path: Path) -> None:
+    ended = call(evaluate.main, "reward", "--checkpoint", finished_run.folder / what, "--output", "new/metrics.json")
+    assert (ended.code, ended.err) == (0, "")
+    found, expected = metrics(tmp_path / "new" / "metrics.json"), metrics(finished_run.folder / "metrics.json")
+    for reading in ("raw", "calibrated"):
+        assert found["test"][reading] == pytest.approx(expected["test"][reading], abs=1e-6)
+    for same in ("temperature", "threshold", "contamination", "split", "published", "versions", "task"):
+        assert found[same] == expected[same], same
+    assert found["rows"]["test"] == expected["rows"]["test"]
+
+
+def test_a_run_folder_without_best_weights_gives_its_last_ones(
+    finished_run: FinishedRun, call: Callable, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished_run.folder / "checkpoints", folder / "checkpoints")
+    (folder / "checkpoints" / "best.ckpt").unlink()
+    assert call(evaluate.main, "reward", "--checkpoint", folder, "--output", "m.json").code == 0
+    assert metrics(tmp_path / "m.json")["weights"] == str(folder / "checkpoints" / "last.ckpt")
+
+
+def test_another_root_and_split_are_measured_with_their_contamination(
+    finished_run: FinishedRun, call: Callable, tmp_path: Path
+) -> None:
+    trained = split_by_scene(load_corpus(str(finished_run.root)), 3, 0).train
+    trained_on = set(histories(trained))
+    root = small_root(tmp_path / "other", scenes=12, rows_per_scene=6)
+    with (root / "reward_data" / "test_data.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(published_form(row)) + "\n" for row in trained[:3])
+    corpus = load_corpus(str(root))
+    expected = sum(history in trained_on for history in histories(corpus.test))
+    assert 0 < expected < len(corpus.test)  # else this test would show nothing
+    ended = call(
+        evaluate.main,
+        "reward",
+        f"--checkpoint={finished_run.folder}",
+        f"--data.root={root}",
+        "--data.split=published",
+        "--output=m.json",
+    )
+    assert (ended.code, ended.err) == (0, "")
+    record = metrics(tmp_path / "m.json")
+    assert record["split"] == f"{root}, published split"
+    assert record["rows"]["test"] == record["test"]["raw"]["rows"] == len(corpus.test)
+    assert record["contamination"]["contaminated_rows"] == expected
+    assert f"{expected} of {len(corpus.test)} test rows have a history that was trained on" in ended.out
+
+
+def test_another_fold_tests_other_rows(finished_run: FinishedRun, call: Callable, tmp_path: Path) -> None:
+    """Rows of another fold were trained on, and the report says so."""
+    call(evaluate.main, "reward", f"--checkpoint={finished_run.folder}", "--data.fold=2", "--output=m.json")
+    record = metrics(tmp_path / "m.json")
+    assert record["split"].endswith("fold 2 of 3")
+    rows = len(split_by_scene(load_corpus(str(finished_run.root)), 3, 2).test)
+    assert record["contamination"] == {"test_rows": rows, "contaminated_rows": rows, "fraction": 1.0}
+
+
+def test_quiet_prints_nothing_and_still_writes(finished_run: FinishedRun, call: Callable, tmp_path: Path) -> None:
+    ended = call(evaluate.main, "reward", f"--checkpoint={finished_run.folder}", "--quiet", "--output=m.json")
+    assert (ended.code, ended.out, ended.err) == (0, "", "")
+    assert metrics(tmp_path / "m.json")["test"]
+
+
+def test_the_printed_table_on_embedded_data(finished_run: FinishedRun, tmp_path: Path) -> None:
+    """As a process: the figures, their intervals, the published rows and the contamination, as plain text."""
+    ended = command(
+        "proactive.evaluate",
+        "reward",
+        f"--checkpoint={finished_run.folder / 'export'}",
+        "--data.root=embedded",
+        "--data.split=published",
+        "--data.token_budget=1500",
+        "--output=m.json",
+        cwd=tmp_path,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "\x1b" not in ended.stdout
+    assert "\r" not in ended.stdout
+    rows = {
+        cells[0]: cells[1:]
+        for line in ended.stdout.splitlines()
+        if len(cells := [cell.strip() for cell in line.strip("│").split("│")]) == 7
+    }
+    record = metrics(tmp_path / "m.json")
+    for reading in ("raw", "calibrated"):
+        figures, shown = record["test"][reading], rows[f"this model, {reading}"]
+        for column, name in ((0, "accuracy"), (3, "f1")):
+            low, high = figures[f"{name}_low"], figures[f"{name}_high"]
+            assert low <= figures[name] <= high
+            assert shown[column] == f"{figures[name]:.4f} [{low:.3f}, {high:.3f}]"
+        assert shown[1:3] == [f"{figures[name]:.4f}" for name in ("precision", "recall")]
+        assert shown[4:] == [f"{figures[name]:.4f}" for name in ("auroc", "calibration_error")]
+    published = {
+        "GPT-4o": ("0.5083", "0.6704"),
+        "GPT-4o-mini": ("0.5833", "0.6324"),
+        "Llama-3.1-8B": ("0.5500", "0.5846"),
+        "Llama-3.1-70B": ("0.5583", "0.6748"),
+        "published 8B reward model": ("0.9167", "0.9180"),
+    }
+    assert set(published) == set(PUBLISHED_REWARD_ROWS)
+    assert {name: (rows[name][0], rows[name][3]) for name in published} == published
+    found = record["contamination"]
+    assert f"{found['contaminated_rows']} of {found['test_rows']} test rows have a history" in ended.stdout

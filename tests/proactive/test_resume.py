@@ -1,0 +1,275 @@
+"""Killed, stopped, damaged: a run goes on bit for bit, or says what is wrong and what is still good."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from proactive import evaluate, fit
+from tests.helpers import SMALL_RUN, command
+from tests.proactive.conftest import FinishedRun
+
+# SMALL_RUN, with dropout, on the small root: 45 rows in steps of 8, so 6 steps an epoch, and there are two epochs;
+# last.ckpt every 3 steps.
+NO_CALLBACKS = "--trainer.callbacks=null"  # a resumed run takes up the configuration, its own end included
+
+
+def kill_at(step: int) -> str:
+    callback = {"class_path": "tests.helpers.KillAtStep", "init_args": {"step": step}}
+    return f"--trainer.callbacks={json.dumps([callback])}"
+
+
+def signal_at(step: int, number: int) -> str:
+    callback = {"class_path": "tests.helpers.SignalAtStep", "init_args": {"step": step, "number": number}}
+    return f"--trainer.callbacks={json.dumps([callback])}"
+
+
+def small_fit(run: FinishedRun) -> list[str]:
+    return [*SMALL_RUN, f"--data.root={run.root}"]
+
+
+def last(folder: Path) -> Path:
+    return folder / "checkpoints" / "last.ckpt"
+
+
+def load(path: Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def assert_same_tensors(found: Any, expected: Any, where: str) -> None:
+    """Compare nested states bit for bit."""
+    assert type(found) is type(expected), where
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected), where
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            assert_same_tensors(found[key], expected[key], f"{where}.{key}")
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected), where
+        for place, (one, other) in enumerate(zip(found, expected, strict=True)):
+            assert_same_tensors(one, other, f"{where}[{place}]")
+    else:
+        assert found == expected, where
+
+
+def assert_as_uninterrupted(folder: Path, run: FinishedRun) -> None:
+    """Weights, optimizer and schedule are bit-identical, and so are the best weights and the figures."""
+    found, expected = load(last(folder)), load(last(run.folder))
+    assert expected["state_dict"]
+    for part in ("global_step", "epoch", "state_dict", "optimizer_states", "lr_schedulers", "calibration"):
+        assert_same_tensors(found[part], expected[part], part)
+    best = [load(at / "checkpoints" / "best.ckpt") for at in (folder, run.folder)]
+    assert_same_tensors(best[0]["state_dict"], best[1]["state_dict"], "best")
+    figures = [json.loads((at / "metrics.json").read_text(encoding="utf-8")) for at in (folder, run.folder)]
+    assert figures[0]["test"] == figures[1]["test"]
+
+
+def progress(path: Path) -> tuple[int, int]:
+    """Epoch and optimizer step of a checkpoint."""
+    checkpoint = load(path)
+    return checkpoint["epoch"], checkpoint["global_step"]
+
+
+def test_killed_three_times_and_resumed(finished_run: FinishedRun, tmp_path: Path) -> None:
+    """Each time in the middle of a step: of the first one, of the first epoch, of the second epoch."""
+    folder = tmp_path / "runs" / "reward" / "0"
+    ended = command("proactive.fit", *small_fit(finished_run), kill_at(1), cwd=tmp_path)
+    assert ended.returncode == -signal.SIGKILL
+    assert not last(folder).exists()
+
+    ended = command("proactive.fit", "--ckpt_path=last", kill_at(5), cwd=tmp_path)
+    assert ended.returncode == -signal.SIGKILL
+    assert "stopped before its first checkpoint; it begins anew" in ended.stdout
+    assert progress(last(folder)) == (0, 3)  # step 4 and half of step 5 are lost
+
+    ended = command("proactive.fit", "--ckpt_path", "last", kill_at(7), cwd=tmp_path)
+    assert ended.returncode == -signal.SIGKILL
+    assert progress(last(folder)) == (1, 9)  # it did steps 4 to 9 and half of step 10
+
+    ended = command("proactive.fit", f"--ckpt_path={last(folder)}", NO_CALLBACKS, cwd=tmp_path)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.splitlines()[-1] == str(folder)  # the same folder, not a new one
+    assert [path.name for path in folder.parent.iterdir()] == ["0"]
+    assert_as_uninterrupted(folder, finished_run)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_in_each_epoch_and_resumed_with_workers(workers: int, finished_run: FinishedRun, tmp_path: Path) -> None:
+    """Batches that workers had prepared ahead are not taken for seen; the order is the epoch's."""
+    folder = tmp_path / "runs" / "reward" / "0"
+    options = [*small_fit(finished_run), f"--data.num_workers={workers}"]
+    first, second = {0: (11, None), 2: (4, 8)}[workers]
+    assert command("proactive.fit", *options, kill_at(first), cwd=tmp_path).returncode == -signal.SIGKILL
+    if second:
+        ended = command("proactive.fit", "--ckpt_path=last", kill_at(second), cwd=tmp_path)
+        assert ended.returncode == -signal.SIGKILL
+    assert progress(last(folder)) == (1, 9)
+    ended = command("proactive.fit", "--ckpt_path=last", NO_CALLBACKS, "--quiet", cwd=tmp_path)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "runs/reward/0\n", "")
+    assert_as_uninterrupted(folder, finished_run)
+
+
+def test_asked_to_stop_it_saves_and_says_how_to_go_on(finished_run: FinishedRun, tmp_path: Path) -> None:
+    """SIGTERM in the middle of a step, then Ctrl-C's SIGINT in the second epoch, each time resumed as was said."""
+
+    def stopped(ended: Any, number: int, step: int) -> list[str]:
+        assert (ended.returncode, ended.stderr) == (128 + number, "")
+        line = next(line for line in ended.stdout.splitlines() if line.startswith("stopped at step"))
+        said, told = line.split("; resume with: ")
+        assert said == f"stopped at step {step}"
+        python, dash, module, *arguments = shlex.split(told)
+        assert (python, dash, module) == ("python", "-m", "proactive.fit")
+        assert progress(Path(tmp_path, arguments[-1]))[1] == step
+        return arguments
+
+    ended = command("proactive.fit", *small_fit(finished_run), signal_at(2, signal.SIGTERM), cwd=tmp_path)
+    resume = stopped(ended, signal.SIGTERM, 2)  # which is done to its end
+    ended = command("proactive.fit", *resume, signal_at(6, signal.SIGINT), cwd=tmp_path)
+    resume = stopped(ended, signal.SIGINT, 8)  # the second of epoch 2
+    ended = command("proactive.fit", *resume, NO_CALLBACKS, cwd=tmp_path)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert_as_uninterrupted(tmp_path / "runs" / "reward" / "0", finished_run)
+
+
+@pytest.fixture
+def copied_run(finished_run: FinishedRun, tmp_path: Path) -> Path:
+    """A run folder to damage, in the place where a run named reward is looked for."""
+    folder = tmp_path / "runs" / "reward" / "0"
+    shutil.copytree(finished_run.folder, folder)
+    return folder
+
+
+def test_damaged_last_checkpoint_and_the_good_one_that_is_offered(
+    finished_run: FinishedRun, copied_run: Path, tmp_path: Path
+) -> None:
+    content = last(copied_run).read_bytes()
+    last(copied_run).write_bytes(content[: len(content) // 2])
+    ended = command("proactive.fit", "--ckpt_path=last", cwd=tmp_path)
+    assert ended.returncode == 2
+    what, hint = ended.stderr.splitlines()
+    assert what.startswith("error: ")
+    assert "runs/reward/0/checkpoints/last.ckpt" in what
+    assert hint.startswith("  help: ")
+    assert "runs/reward/0/checkpoints/best.ckpt" in hint
+    offered = hint.split(" is ")[1].split(":")[0]
+    (copied_run / "metrics.json").unlink()
+    ended = command("proactive.fit", f"--ckpt_path={offered}", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    figures = [
+        json.loads((at / "metrics.json").read_text(encoding="utf-8")) for at in (copied_run, finished_run.folder)
+    ]
+    assert figures[0]["test"] == figures[1]["test"]
+
+
+def flip_a_bit(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda content: content[:-1], flip_a_bit, lambda content: b"", lambda content: b"\0" * len(content)],
+    ids=["last byte lost", "one bit wrong", "empty", "zeros"],
+)
+@pytest.mark.parametrize("newest", ["best.ckpt", "older.ckpt"])
+def test_every_damage_is_found_and_the_newest_good_one_offered(
+    damage: Callable[[bytes], bytes], newest: str, copied_run: Path, call: Callable
+) -> None:
+    best, older = copied_run / "checkpoints" / "best.ckpt", copied_run / "checkpoints" / "older.ckpt"
+    shutil.copy(best, older)
+    os.utime(best, (2_000, 2_000))
+    os.utime(older, (3_000, 3_000) if newest == older.name else (1_000, 1_000))
+    (copied_run / "checkpoints" / "bad.ckpt").write_bytes(best.read_bytes()[:-9])  # newer still, and no good
+    last(copied_run).write_bytes(damage(last(copied_run).read_bytes()))
+    for main, arguments in (
+        (fit.main, ("--ckpt_path", last(copied_run))),
+        (evaluate.main, ("reward", "--checkpoint", last(copied_run))),
+    ):
+        ended = call(main, *arguments)
+        assert ended.code == 2
+        what, hint = ended.err.splitlines()
+        assert str(last(copied_run)) in what
+        assert str(copied_run / "checkpoints" / newest) in hint
+
+
+class Payload:
+    """Makes a file where it is unpickled: harmless, and it shows."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["as torch saves", "as torch once saved"])
+def test_a_checkpoint_with_code_in_it_is_refused(
+    zipped: bool, copied_run: Path, call: Callable, tmp_path: Path
+) -> None:
+    mark = tmp_path / "executed"
+    content = load(last(copied_run)) | {"payload": Payload(mark)}
+    torch.save(content, last(copied_run), _use_new_zipfile_serialization=zipped)
+    for main, arguments in (
+        (fit.main, ("--ckpt_path", "last")),
+        (fit.main, ("--ckpt_path", last(copied_run))),
+        (evaluate.main, ("reward", "--checkpoint", last(copied_run))),
+    ):
+        ended = call(main, *arguments)
+        assert ended.code == 2
+        what, hint = ended.err.splitlines()
+        assert what.startswith("error: ")
+        assert "last.ckpt" in what
+        assert hint.startswith("  help: ")
+        assert not mark.exists()
+    torch.load(last(copied_run), weights_only=False)
+    assert mark.exists()  # the payload would have worked
+
+
+def test_best_weights_with_code_in_them_are_refused(copied_run: Path, call: Callable, tmp_path: Path) -> None:
+    """A run folder is evaluated by its best weights."""
+    best = copied_run / "checkpoints" / "best.ckpt"
+    torch.save(load(best) | {"payload": Payload(tmp_path / "executed")}, best)
+    ended = call(evaluate.main, "reward", "--checkpoint", copied_run)
+    assert (ended.code, len(ended.err.splitlines())) == (2, 2)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("--data.fold=1", "training rows"),
+        ("--data.vocabulary_size=300", "tokenizer"),
+        ("--data.num_workers=2", "num_workers"),
+        ("--data.batch_size=16", "batch_size"),
+        ('--model.scratch={"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2}', "model"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_data(change: str, named: str, copied_run: Path, call: Callable) -> None:
+    before = last(copied_run).read_bytes()
+    ended = call(fit.main, "--ckpt_path=last", change, "--trainer.max_epochs=3")
+    assert ended.code == 2
+    what, hint = ended.err.splitlines()
+    assert named in what
+    assert hint.startswith("  help: ")
+    assert last(copied_run).read_bytes() == before
+
+
+def test_weights_of_something_else_are_no_checkpoint(copied_run: Path, call: Callable) -> None:
+    torch.save({"state_dict": {"weight": torch.ones(2)}}, last(copied_run))
+    for main, arguments in (
+        (fit.main, ("--ckpt_path", last(copied_run))),
+        (evaluate.main, ("reward", "--checkpoint", last(copied_run))),
+    ):
+        ended = call(main, *arguments)
+        assert ended.code == 2
+        what, hint = ended.err.splitlines()
+        assert str(last(copied_run)) in what
+        assert hint.startswith("  help: ")

@@ -1,0 +1,93 @@
+"""Every shipped configuration, found by its place: a new file in configs/ is covered without a change here."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from callbacks.files import RUN_FOLDER_VARIABLE
+from datamodules.reward import RewardDataModule
+from models.reward import RewardClassifier
+from proactive.fit import TRAINER_DEFAULTS, FitCLI
+from tests.helpers import ROOT
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.fixture
+def clean_environment() -> Iterator[None]:
+    """The command line leaves its seed and its run folder in the environment; here they are taken out again."""
+    environment = dict(os.environ)
+    os.environ.pop(RUN_FOLDER_VARIABLE, None)
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def instantiate(arguments: list[str], root: Path) -> FitCLI:
+    """All that `python -m proactive.fit` makes before it reads data or makes weights."""
+    return FitCLI(
+        RewardClassifier,
+        RewardDataModule,
+        run=False,
+        args=[*arguments, f"--run.root={root}"],
+        seed_everything_default=0,
+        trainer_defaults=TRAINER_DEFAULTS,
+        save_config_callback=None,
+        auto_configure_optimizers=False,
+    )
+
+
+def leaves(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each option of a configuration by its full name."""
+    for name, value in content.items():
+        if isinstance(value, dict) and f"{prefix}{name}" != "model.scratch":
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def test_the_recipes_of_the_issue_are_there() -> None:
+    names = {path.relative_to(ROOT / "configs").as_posix() for path in CONFIGS}
+    assert {"reward/paper.yaml", "reward/tiny.yaml"} <= names
+
+
+@pytest.mark.usefixtures("clean_environment")
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT / "configs").as_posix())
+def test_config_is_instantiated_without_weights(path: Path, tmp_path: Path) -> None:
+    cli = instantiate(["--config", str(path)], tmp_path)
+    assert isinstance(cli.model, RewardClassifier)
+    assert cli.model.network is None
+    assert not list(cli.model.parameters())
+    assert isinstance(cli.datamodule, RewardDataModule)
+    with pytest.raises(RuntimeError, match="setup"):  # no row has been read
+        _ = cli.datamodule.split
+    given = dict(leaves(yaml.safe_load(path.read_text(encoding="utf-8"))))
+    assert given
+    for name, value in given.items():  # what the file says has arrived, with its type
+        assert cli.config[name] == value, name
+        if name.startswith("model."):
+            assert cli.model.hparams[name.removeprefix("model.")] == value, name
+    assert cli.trainer.max_epochs == given["trainer.max_epochs"]
+    assert cli.datamodule.batch_size == given["data.batch_size"]
+
+
+def test_paper_config_is_the_papers_recipe() -> None:
+    recipe = dict(leaves(yaml.safe_load((ROOT / "configs/reward/paper.yaml").read_text(encoding="utf-8"))))
+    assert recipe["model.backbone"] == "meta-llama/Llama-3.1-8B-Instruct"
+    assert (recipe["data.root"], recipe["data.split"], recipe["data.batch_size"]) == ("published", "published", 32)
+    assert (recipe["model.learning_rate"], recipe["model.warmup_ratio"]) == (1e-5, 0.1)
+    assert (recipe["model.optimizer"], recipe["model.weight_decay"]) == ("adamw", 0.0)  # that is Adam
+    assert recipe["trainer.max_epochs"] == 5
+
+
+@pytest.mark.usefixtures("clean_environment")
+def test_no_arguments_mean_embedded_data_and_a_backbone_from_scratch(tmp_path: Path) -> None:
+    cli = instantiate([], tmp_path)
+    assert cli.datamodule.root == "embedded"
+    assert cli.datamodule.tokenizer_name == cli.model.hparams["backbone"] == "scratch"
+    assert not list(cli.model.parameters())
+    assert cli.folder == tmp_path / "reward" / "0"
