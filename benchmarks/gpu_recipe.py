@@ -35,6 +35,7 @@ LLAMA_3_1_8B = {
     "rope_theta": 500_000.0,
 }
 SMALL = LLAMA_3_1_8B | {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 EPOCHS = 5  # of the paper's recipe
 WARM_UP_STEPS = 5  # compile, and find their memory
 
@@ -97,6 +98,7 @@ def main(
     scenes_per_step: int = 4,
     token_budget: int = 4096,
     gradient_checkpointing: bool = False,
+    validation_fraction: float = 0.005,
     small: bool = False,
 ) -> None:
     """Run the recipe, or a part of it.
@@ -107,14 +109,14 @@ def main(
         scenes_per_step: From how many scenes a step of 32 rows takes them.
         token_budget: Tokens computed at once, at most.
         gradient_checkpointing: Keep no activations inside a layer.
+        validation_fraction: The share of training rows that is not trained on; as small as can be.
         small: A backbone of 2 small layers, float32 Adam.
     """
     torch.set_float32_matmul_precision("high")
-    # A validation share as small as can be, so that the steps are those of an epoch over all training rows.
     data = RewardDataModule(
         root=root,
         split="published",
-        validation_fraction=0.005,
+        validation_fraction=validation_fraction,
         layout="tree",
         scenes_per_step=scenes_per_step,
         token_budget=token_budget,
@@ -137,6 +139,8 @@ def main(
         callbacks=[SeedEachStep(), meter],
         logger=False,
         enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
         limit_val_batches=0,
         num_sanity_val_steps=0,
     )

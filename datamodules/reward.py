@@ -317,7 +317,6 @@ class RewardDataModule(LightningDataModule):
         cache_file = Path(datasets.config.HF_DATASETS_CACHE, "proactive", f"{fingerprint}.arrow")
         if self.cache:
             cache_file.parent.mkdir(parents=True, exist_ok=True)
-        datasets.disable_progress_bars()
         encoded = datasets.Dataset.from_dict({"index": range(len(rows))}).map(
             encode,
             input_columns="index",
@@ -326,6 +325,7 @@ class RewardDataModule(LightningDataModule):
             cache_file_name=str(cache_file) if self.cache else None,
             new_fingerprint=fingerprint,
             keep_in_memory=not self.cache,
+            desc=f"tokenizing {stage} rows",
         )
         self.truncated[stage] = sum(dropped > 0 for dropped in encoded["dropped_events"])
         if self.truncated[stage]:

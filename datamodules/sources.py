@@ -104,7 +104,7 @@ def download_published(
     Raises:
         UserError: A file cannot be had, or is not the one that the digest names.
     """
-    from datasets import DownloadConfig, DownloadManager
+    from datasets import DownloadConfig, DownloadManager, are_progress_bars_disabled
     from datasets.utils.logging import set_verbosity_error
 
     set_verbosity_error()
@@ -112,7 +112,7 @@ def download_published(
         download_config=DownloadConfig(
             cache_dir=cache,
             max_retries=3,
-            disable_tqdm=True,
+            disable_tqdm=are_progress_bars_disabled(),
             use_etag=False,  # the digest says which file it is: what is cached needs no network
         ),
         record_checksums=False,

@@ -149,6 +149,8 @@ def _set_up_messages(debug: bool, quiet: bool) -> None:
     ours.handlers = [_Messages(sys.stdout)]
     ours.setLevel(logging.WARNING if quiet or rank else logging.INFO)
     ours.propagate = False
+    if quiet or rank or not sys.stderr.isatty():
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # those of tokenizing and downloading
     if debug:
         return
     for name in ("lightning.pytorch", "lightning.fabric", "lightning", "bitsandbytes"):
