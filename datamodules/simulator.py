@@ -38,10 +38,6 @@ CODING = Domain(
         ("the login form", "login.ts"),
         ("the retry loop", "client.go"),
         ("the image cache", "cache.rs"),
-        ("the date picker", "picker.jsx"),
-        ("the backup job", "backup.sh"),
-        ("the search index", "index.java"),
-        ("the payment hook", "hooks.rb"),
     ),
     events={
         "stuck": (
@@ -81,10 +77,6 @@ WRITING = Domain(
         ("the travel essay", "essay.odt"),
         ("the quarterly report", "report.docx"),
         ("the wedding speech", "speech.txt"),
-        ("the thesis chapter", "chapter2.tex"),
-        ("the cover letter", "letter.docx"),
-        ("the product page", "landing.md"),
-        ("the short story", "story.md"),
     ),
     events={
         "stuck": (
@@ -124,10 +116,6 @@ DAILY_LIFE = Domain(
         ("the birthday dinner", "the guest list"),
         ("the electricity contract", "the household folder"),
         ("the bicycle repair", "the to-do list"),
-        ("the language course", "the study plan"),
-        ("the garden fence", "the shopping list"),
-        ("the dentist visit", "the calendar entry"),
-        ("the used camera", "the price list"),
     ),
     events={
         "stuck": (
@@ -218,7 +206,7 @@ def simulate(seed: int = 0) -> tuple[list[AnnotatedRow], list[AnnotatedRow], dic
 
 
 def _scene(random: Random, domain: Domain, number: int) -> tuple[list[AnnotatedRow], list[TestStep]]:
-    topic = random.choice(domain.topics)
+    topic = domain.topics[number // len(DOMAINS) % len(domain.topics)]  # each in equally many scenes
     state = _state(random)
     second = FIRST_EPOCH_SECOND + number * 86_400.0
     as_words = random.random() < 0.3
