@@ -138,7 +138,7 @@ def llama() -> RewardClassifier:
     return classifier(network("llama"))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=9), min_size=1, max_size=8),
     st.integers(9, 40),
