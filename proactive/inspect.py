@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from rich.table import Table
@@ -13,6 +14,7 @@ from datamodules.records import AnnotatedRow, Category
 from datamodules.sources import Corpus, load_corpus
 from datamodules.splits import contamination, history_digests, split_by_scene
 from datamodules.tokenizer import SCRATCH, load_tokenizer, train_tokenizer
+from datamodules.tree import PrefixOrder
 from proactive.terminal import Parser, run, show
 
 VOCABULARY_SIZE = 4096
@@ -65,15 +67,16 @@ def main(arguments: list[str]) -> None:
 
 def _row_figures(rows: Sequence[AnnotatedRow], template: PromptTemplate, segmenter: SegmentTokenizer) -> dict[str, Any]:
     categories = Counter(row.category for row in rows)
-    around = len(segmenter.prefix) + len(segmenter.suffix)
-    tokens = [sum(map(len, segmenter.encode(render(template, row)))) + around for row in rows]
+    ids = [[*segmenter.prefix, *chain(*segmenter.encode(render(template, row))), *segmenter.suffix] for row in rows]
+    tokens = [len(row) for row in ids]
     answers = [answer == row.accepted for row in rows for answer in row.annotation]
     return {
         "rows": len(rows),
         "categories": {category.value: categories[category] for category in Category},
         "scenes": len({row.scene for row in rows}),
         "distinct_histories": len(history_digests(rows)),
-        "tokens_per_row": {"mean": sum(tokens) / len(tokens), "greatest": max(tokens), "all": sum(tokens)},
+        "tokens_per_row": {"mean": sum(tokens) / len(tokens), "greatest": max(tokens)},
+        "tokens": {"as_rows": sum(tokens), "as_tree": PrefixOrder(ids).tokens(range(len(ids)))},
         "human_agreement": sum(answers) / len(answers) if answers else None,
     }
 
@@ -136,6 +139,8 @@ def _tables(figures: dict[str, Any]) -> list[Table]:
     add("distinct histories", [str(column["distinct_histories"]) for column in columns])
     add("tokens per row, mean", [f"{column['tokens_per_row']['mean']:.1f}" for column in columns])
     add("tokens per row, greatest", [str(column["tokens_per_row"]["greatest"]) for column in columns])
+    add("tokens, row by row", [f"{column['tokens']['as_rows']:,}" for column in columns])
+    add("tokens, as a prefix tree", [f"{column['tokens']['as_tree']:,}" for column in columns])
     agreements = [column["human_agreement"] for column in columns]
     add("human agreement", ["" if agreement is None else f"{agreement:.3f}" for agreement in agreements])
     every = figures["all"]

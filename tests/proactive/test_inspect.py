@@ -81,9 +81,9 @@ def test_embedded_figures_are_those_of_a_recount(call: Callable) -> None:
     answers = [answer == row.accepted for row in test for answer in row.annotation]
     assert figures["rows"]["test"]["human_agreement"] == pytest.approx(sum(answers) / len(answers))
     assert figures["contamination"]["published"]["contaminated_rows"] == len(histories(train) & histories(test)) == 0
-    tokens = figures["rows"]["train"]["tokens_per_row"]
-    assert tokens["mean"] * len(train) == pytest.approx(tokens["all"])
-    assert tokens["mean"] < tokens["greatest"] < tokens["all"]
+    a_row, tokens = figures["rows"]["train"]["tokens_per_row"], figures["rows"]["train"]["tokens"]
+    assert a_row["mean"] * len(train) == pytest.approx(tokens["as_rows"])
+    assert a_row["mean"] < a_row["greatest"] < tokens["as_tree"] < tokens["as_rows"]
     assert figures["traces"]["events"] == sum(map(len, traces.values()))
 
 
