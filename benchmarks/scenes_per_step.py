@@ -3,7 +3,7 @@
     python benchmarks/scenes_per_step.py --root embedded
     python benchmarks/scenes_per_step.py --root DIR
 
-A small decoder from scratch (hidden size 96, 4 layers), 5 epochs, 32 rows a step; every fold of the by_scene split
+A small decoder from scratch (hidden size 96, 4 layers), 32 rows a step; every fold of the by_scene split
 that is asked for, with every seed. The best epoch by validation AUROC is tested, as `python -m proactive.fit` does.
 Runs share nothing and go on side by side, each with one thread. Prints the mean over folds and seeds, and the
 standard error of the difference from 4 scenes, fold by fold and seed by seed.
@@ -37,7 +37,7 @@ BACKBONE = {
     "max_position_embeddings": 2048,
 }
 REFERENCE = "4"
-Run = tuple[str, str, int, int]  # root, scenes a step, fold, seed
+Run = tuple[str, str, int, int, int]  # root, scenes a step, fold, seed, epochs
 
 
 def fit(run: Run) -> dict[str, float]:
@@ -45,7 +45,7 @@ def fit(run: Run) -> dict[str, float]:
     import logging
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    root, scenes, fold, seed = run
+    root, scenes, fold, seed, epochs = run
     torch.set_num_threads(1)
     seed_everything(seed, verbose=False)
     data = RewardDataModule(
@@ -56,7 +56,7 @@ def fit(run: Run) -> dict[str, float]:
         best = ModelCheckpoint(folder, monitor="validation/auroc", mode="max")
         trainer = Trainer(
             accelerator="cpu",
-            max_epochs=5,
+            max_epochs=epochs,
             callbacks=[best],
             logger=False,
             enable_progress_bar=False,
@@ -78,6 +78,7 @@ def main(
     scenes: list[str] = ["1", "2", "4", "8", "all"],  # noqa: B006
     folds: list[int] = [0, 1, 2, 3, 4],  # noqa: B006
     seeds: list[int] = [0, 1, 2],  # noqa: B006
+    epochs: int = 5,
 ) -> None:
     """Train with each number of scenes, fold and seed, and print the table.
 
@@ -86,8 +87,9 @@ def main(
         scenes: Numbers of scenes a step, and all.
         folds: Folds of five.
         seeds: Seeds of weights and order.
+        epochs: Epochs of each run.
     """
-    runs: list[Run] = [(root, number, fold, seed) for fold in folds for seed in seeds for number in scenes]
+    runs: list[Run] = [(root, number, fold, seed, epochs) for fold in folds for seed in seeds for number in scenes]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         results = list(track(pool.map(fit, runs), total=len(runs), console=Console(stderr=True)))
     found = dict(zip(runs, results, strict=True))
@@ -98,10 +100,10 @@ def main(
     for number in scenes:
         cells = []
         for name in results[0]:
-            values = [found[root, number, fold, seed][name] for fold in folds for seed in seeds]
+            values = [found[root, number, fold, seed, epochs][name] for fold in folds for seed in seeds]
             cell = f"{statistics.mean(values):.3f}"
             if number != REFERENCE and REFERENCE in scenes and name != "CPU seconds":
-                others = [found[root, REFERENCE, fold, seed][name] for fold in folds for seed in seeds]
+                others = [found[root, REFERENCE, fold, seed, epochs][name] for fold in folds for seed in seeds]
                 differences = [value - other for value, other in zip(values, others, strict=True)]
                 error = statistics.stdev(differences) / len(differences) ** 0.5
                 cell += f" ({statistics.mean(differences):+.3f} ± {error:.3f})"

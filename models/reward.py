@@ -158,9 +158,10 @@ class RewardClassifier(LightningModule):
                 part = self._loss(micro_batch)
                 self.manual_backward(part)
             loss += part.detach()
+        loss = self.trainer.strategy.reduce(loss, reduce_op="mean")  # of all ranks, so that they stop together
         if not torch.isfinite(loss):
             raise self._not_finite("the loss", loss)
-        self.log("train/loss", loss, prog_bar=True, sync_dist=self.trainer.world_size > 1)
+        self.log("train/loss", loss, prog_bar=True)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])  # type: ignore[union-attr]
         optimizer.step()  # type: ignore[union-attr]
         optimizer.zero_grad()  # type: ignore[union-attr]
