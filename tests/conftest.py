@@ -1,6 +1,9 @@
 """What holds for every test."""
 
+import os
+
 from hypothesis import settings
 
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read once, when `datasets` is imported; commands set it first
 settings.register_profile("untimed", deadline=None)  # tests never assert time
 settings.load_profile("untimed")
