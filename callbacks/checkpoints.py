@@ -1,6 +1,7 @@
 """Checkpoints that survive a kill, refuse code, and let a run go on bit for bit.
 
 `SafeCheckpointIO` writes beside the old file and renames, and loads weights and plain values only.
+`BestCheckpoint` keeps the best weights.
 `LastCheckpoint` keeps `last.ckpt` current, also when the process is asked to stop.
 `SeedEachStep` makes the randomness of a step a function of its number, so that it needs no state.
 """
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from datamodules.errors import UserError
@@ -209,6 +210,31 @@ class LastCheckpoint(Checkpoint):
     def _stop_if_asked(self, trainer: Trainer) -> None:
         if self._signal:
             raise Interrupted(self._signal, trainer.global_step)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the weights with the best figure in `best.ckpt`, also when the run folder was moved before a resume.
+
+    Args:
+        folder: Where `best.ckpt` is kept.
+        monitor: The logged figure to judge by; one that ends in loss or error is best when least.
+    """
+
+    def __init__(self, folder: Path, monitor: str) -> None:
+        mode = "min" if monitor.endswith(("loss", "error")) else "max"
+        super().__init__(folder, Path(BEST).stem, monitor=monitor, mode=mode, enable_version_counter=False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        here = Path(str(self.dirpath), BEST)
+        if here.exists():  # Lightning forgets the best figure where the folder's path is another
+            score = state_dict["best_model_score"]
+            paths = {
+                "best_model_path": str(here),
+                "kth_best_model_path": str(here),
+                "best_k_models": {str(here): score},
+            }
+            state_dict = {**state_dict, **paths, "dirpath": self.dirpath}
+        super().load_state_dict(state_dict)
 
 
 class SeedEachStep(Callback):

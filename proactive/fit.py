@@ -11,11 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from lightning import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from callbacks.checkpoints import BEST, LAST, Interrupted, LastCheckpoint, SafeCheckpointIO, SeedEachStep
+from callbacks.checkpoints import (
+    BEST,
+    LAST,
+    BestCheckpoint,
+    Interrupted,
+    LastCheckpoint,
+    SafeCheckpointIO,
+    SeedEachStep,
+)
 from callbacks.export import ExportModel
 from callbacks.files import (
     CHECKPOINTS,
@@ -116,17 +124,10 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self.config_init["trainer"]
         settings, folder = self.config_init["run"], self.folder
-        best = ModelCheckpoint(
-            folder / CHECKPOINTS,
-            Path(BEST).stem,
-            monitor=settings.monitor,
-            mode="min" if settings.monitor.endswith(("loss", "error")) else "max",
-            enable_version_counter=False,
-        )
         callbacks = [
             *(options.callbacks or []),
             SeedEachStep(),
-            best,
+            BestCheckpoint(folder / CHECKPOINTS, settings.monitor),
             LastCheckpoint(folder / CHECKPOINTS, settings.checkpoint_every_n_steps),
             MetricsFile(folder),
             ExportModel(folder),
