@@ -222,11 +222,14 @@ class BestCheckpoint(ModelCheckpoint):
 
     def __init__(self, folder: Path, monitor: str) -> None:
         mode = "min" if monitor.endswith(("loss", "error")) else "max"
-        super().__init__(folder, Path(BEST).stem, monitor=monitor, mode=mode, enable_version_counter=False)
+        # At validation's end, before `LastCheckpoint` saves: so that a resumed run knows of it.
+        options: dict[str, Any] = {"save_on_train_epoch_end": False, "enable_version_counter": False}
+        super().__init__(folder, Path(BEST).stem, monitor=monitor, mode=mode, **options)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         here = Path(str(self.dirpath), BEST)
-        if here.exists():  # Lightning forgets the best figure where the folder's path is another
+        score = state_dict["best_model_score"]
+        if here.exists() and score is not None:  # Lightning forgets the best figure where the folder's path is another
             score = state_dict["best_model_score"]
             paths = {
                 "best_model_path": str(here),

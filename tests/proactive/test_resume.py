@@ -101,6 +101,20 @@ def test_killed_three_times_and_resumed(finished_run: FinishedRun, tmp_path: Pat
     assert_as_uninterrupted(folder, finished_run)
 
 
+def test_killed_after_an_epoch_it_remembers_the_best_weights(finished_run: FinishedRun, tmp_path: Path) -> None:
+    """Those of the first epoch, in this run; the checkpoint of its end knows of them."""
+    assert progress(finished_run.folder / "checkpoints" / "best.ckpt") == (0, 6)
+    folder = tmp_path / "runs" / "reward" / "0"
+    assert command("proactive.fit", *small_fit(finished_run), kill_at(7), cwd=tmp_path).returncode == -signal.SIGKILL
+    assert progress(last(folder)) == (0, 6)
+    ended = command("proactive.fit", "--ckpt_path=last", NO_CALLBACKS, cwd=tmp_path)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert_as_uninterrupted(folder, finished_run)
+    ended = command("proactive.fit", "--ckpt_path=last", "--trainer.max_epochs=3", cwd=tmp_path)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert progress(last(folder)) == (2, 18)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_in_each_epoch_and_resumed_with_workers(workers: int, finished_run: FinishedRun, tmp_path: Path) -> None:
     """Batches that workers had prepared ahead are not taken for seen; the order is the epoch's."""
