@@ -13,19 +13,24 @@ import signal
 import zipfile
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from callbacks.files import CHECKPOINTS
 from datamodules.errors import UserError
+from models.training import EXPORT_STATE, BackboneModule
 
 LAST = "last.ckpt"
 BEST = "best.ckpt"
 PREVIOUS = "previous.ckpt"
-RUN_KEYS = {"state_dict", "pytorch-lightning_version", "backbone_config", "calibration", "RewardDataModule"}
+RUN_KEYS = {"state_dict", "pytorch-lightning_version", "backbone_config", "calibration", "task"}
+DATA_KEYS = {"reward": "RewardDataModule", "agent": "AgentDataModule"}  # where Lightning keeps the data module's state
+
+Model = TypeVar("Model", bound=BackboneModule)
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing went wrong
@@ -67,19 +72,48 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def load_run(path: Path) -> dict[str, Any]:
-    """Load a checkpoint that `python -m proactive.fit` wrote.
+def load_run(path: Path, task: str) -> dict[str, Any]:
+    """Load a checkpoint that `python -m proactive.fit --task ...` wrote.
 
     Raises:
-        UserError: As `load_checkpoint`, or it is something else.
+        UserError: As `load_checkpoint`, or it is something else, or of another task.
     """
     checkpoint = load_checkpoint(path)
     if missing := sorted(RUN_KEYS - set(checkpoint)):
         raise UserError(
-            f"{path} is no checkpoint of a reward classifier: it lacks {', '.join(missing)}",
+            f"{path} is no checkpoint of a run: it lacks {', '.join(missing)}",
             "Give one that python -m proactive.fit wrote.",
         )
+    if (found := checkpoint["task"]) != task or DATA_KEYS[task] not in checkpoint:
+        raise UserError(f"{path} is of task {found}, not {task}", f"Give a checkpoint of task {task}.")
     return checkpoint
+
+
+def load_trained(kind: type[Model], target: Path, option: str) -> tuple[Model, dict[str, Any], Path]:
+    """A trained model, from a run folder (its best weights), a checkpoint, or an export folder.
+
+    Args:
+        kind: The model's class.
+        target: Where it is.
+        option: What the user gave `target` as.
+
+    Returns:
+        The model, its data module's state, and the file or folder that the weights came from.
+
+    Raises:
+        UserError: There is no such model there.
+    """
+    if (target / EXPORT_STATE).is_file():
+        return (*kind.from_export(target), target)
+    if (target / CHECKPOINTS).is_dir():
+        target = next((path for name in (BEST, LAST) if (path := target / CHECKPOINTS / name).exists()), target)
+    if target.is_dir() or not target.exists():
+        raise UserError(
+            f"{option}: {target} holds no checkpoint" if target.exists() else f"{option}: there is no {target}",
+            f"Give a run folder, a .ckpt file, or an export folder (with {EXPORT_STATE}).",
+        )
+    checkpoint = load_run(target, kind.task)
+    return kind.from_checkpoint(checkpoint), checkpoint[DATA_KEYS[kind.task]], target
 
 
 def checkpoint_problem(path: Path) -> str | None:
@@ -98,7 +132,15 @@ def checkpoint_problem(path: Path) -> str | None:
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Atomic saves, loads with weights_only, and errors that say what to do."""
+    """Atomic saves, loads with weights_only, and errors that say what to do.
+
+    Args:
+        task: Which kind of run's checkpoints to load.
+    """
+
+    def __init__(self, task: str = "reward") -> None:
+        super().__init__()
+        self.task = task
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         target = Path(path)
@@ -128,7 +170,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
-        return load_run(Path(path))
+        return load_run(Path(path), self.task)
 
 
 class LastCheckpoint(Checkpoint):

@@ -1,6 +1,7 @@
 """The weights as other tools load them: safetensors, tokenizer and a model card in one folder."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from lightning.pytorch.callbacks import Callback
 
 from callbacks.files import EXPORT
 from callbacks.record import tested_record
-from models.reward import RewardClassifier
+from datamodules.rows import RowsDataModule
+from models.training import BackboneModule
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -22,25 +24,25 @@ class ExportModel(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            assert isinstance(pl_module, RewardClassifier)
+            assert isinstance(pl_module, BackboneModule)
             data = trainer.datamodule  # type: ignore[attr-defined]
-            export_reward(pl_module, data, tested_record(trainer, pl_module), self.folder / EXPORT)
+            export_model(pl_module, data, tested_record(trainer, pl_module), self.folder / EXPORT)
 
 
-def export_reward(classifier: RewardClassifier, data: Any, record: dict[str, Any], folder: Path) -> None:
+def export_model(model: BackboneModule, data: RowsDataModule, record: dict[str, Any], folder: Path) -> None:
     """Write weights, configuration, tokenizer and model card to `folder`, in place of what was there."""
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    classifier.export(unfinished, data.state_dict())
+    model.export(unfinished, data.state_dict())
     data.tokenizer.save_pretrained(unfinished)
-    (unfinished / "README.md").write_text(model_card(record, classifier.hparams["pooling"]), encoding="utf-8")
+    (unfinished / "README.md").write_text(model_card(record, model.hparams), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
 
 
-def model_card(record: dict[str, Any], pooling: str) -> str:
-    """A model card in the form that model hubs read."""
+def model_card(record: dict[str, Any], options: Mapping[str, Any]) -> str:
+    """A model card in the form that model hubs read, made of a run's record and the model's options."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -50,4 +52,4 @@ def model_card(record: dict[str, Any], pooling: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("model_card.md").render(record=record, pooling=pooling)
+    return environment.get_template(f"{record['task']}_card.md").render(record=record, options=options)

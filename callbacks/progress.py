@@ -45,6 +45,13 @@ class PlainProgress(Callback):
 
 
 def _figures(trainer: Trainer) -> str:
-    shown = ("train/loss", "validation/loss", "validation/accuracy", "validation/f1", "validation/auroc")
+    shown = (
+        "train/loss",
+        "validation/loss",
+        "validation/accuracy",
+        "validation/f1",
+        "validation/auroc",
+        "validation/json_validity",
+    )
     metrics = trainer.callback_metrics
     return ", ".join(f"{name} {float(metrics[name]):.4f}" for name in shown if name in metrics)

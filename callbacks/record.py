@@ -11,9 +11,9 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from callbacks.files import METRICS_FILE, write_atomically
-from datamodules.reward import RewardDataModule
+from datamodules.rows import RowsDataModule
 from models.metrics import PUBLISHED_REWARD_ROWS
-from models.reward import RewardClassifier
+from models.training import BackboneModule
 
 RECORDED_PACKAGES = (
     "proactive",
@@ -26,31 +26,32 @@ RECORDED_PACKAGES = (
 )
 
 
-def reward_record(classifier: RewardClassifier, data: RewardDataModule, source: str) -> dict[str, Any]:
-    """The figures of a tested classifier, with all that is needed to read them.
+def run_record(model: BackboneModule, data: RowsDataModule, source: str) -> dict[str, Any]:
+    """The figures of a tested model, with all that is needed to read them.
 
     Args:
-        classifier: A classifier that has been tested.
+        model: A model that has been tested.
         data: What it was tested on.
         source: Which weights were tested.
     """
     found = data.contamination
     return {
-        "task": "reward",
+        "task": model.task,
         "weights": source,
-        "backbone": classifier.hparams["backbone"],
+        "backbone": model.hparams["backbone"],
         "split": data.description,
-        "rows": {name: len(getattr(data.split, name)) for name in ("train", "validation", "test")},
+        "rows": data.row_counts,
         "truncated_rows": dict(data.truncated),
         "contamination": {
             "test_rows": found.test_rows,
             "contaminated_rows": found.contaminated_rows,
             "fraction": found.fraction,
+            "allowed": data.contamination_allowed,
         },
-        "temperature": classifier.temperature,
-        "threshold": classifier.threshold,
-        "test": classifier.test_figures,
-        "published": PUBLISHED_REWARD_ROWS,
+        "temperature": model.temperature,
+        "threshold": model.threshold,
+        "test": model.test_figures,
+        "published": PUBLISHED_REWARD_ROWS if model.task == "reward" else {},
         "versions": {"python": platform.python_version(), **_versions()},
     }
 
@@ -69,9 +70,9 @@ class MetricsFile(Callback):
 
 def tested_record(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """The record of the test that `trainer` has just run."""
-    assert isinstance(pl_module, RewardClassifier)
+    assert isinstance(pl_module, BackboneModule)
     data = trainer.datamodule  # type: ignore[attr-defined]
-    return reward_record(pl_module, data, str(trainer.ckpt_path or "in memory"))
+    return run_record(pl_module, data, str(trainer.ckpt_path or "in memory"))
 
 
 def _versions() -> Mapping[str, str]:

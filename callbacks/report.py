@@ -1,8 +1,6 @@
-"""report.html: one self-contained page on how a reward classifier was trained and where it errs."""
+"""report.html: one self-contained page on how a model was trained and where it errs."""
 
-import base64
 import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +11,15 @@ from torch import Tensor
 
 from callbacks.export import TEMPLATES
 from callbacks.files import LOGS, REPORT_FILE, write_atomically
+from callbacks.plots import axes_of, image, loss_plot, precision_recall_plot, reliability_plot
 from callbacks.record import tested_record
+from callbacks.samples import read_samples
 from datamodules.records import AnnotatedRow, Category
+from models.agent import ProactiveAgent
 from models.reward import RewardClassifier
 
 WORST_MISTAKES = 12
 EVENTS_SHOWN = 6
-CALIBRATION_BINS = 10
 
 
 class HtmlReport(Callback):
@@ -31,14 +31,14 @@ class HtmlReport(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        assert isinstance(pl_module, RewardClassifier)
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        page = report(
-            tested_record(trainer, pl_module),
-            pl_module.test_rows,
-            data.split.test,
-            read_curves(sorted((self.folder / LOGS).glob("metrics*.csv"))),
-        )
+        record = tested_record(trainer, pl_module)
+        curves = read_curves(sorted((self.folder / LOGS).glob("metrics*.csv")))
+        if isinstance(pl_module, RewardClassifier):
+            test = trainer.datamodule.split.test  # type: ignore[attr-defined]
+            page = report(record, pl_module.test_rows, test, curves)
+        else:
+            assert isinstance(pl_module, ProactiveAgent)
+            page = agent_report(record, pl_module.test_rows, read_samples(self.folder / LOGS), curves)
         write_atomically(self.folder / REPORT_FILE, page)
 
 
@@ -65,25 +65,56 @@ def report(
     """The page as HTML; text from data stands in it escaped.
 
     Args:
-        record: As `reward_record` gives it.
+        record: As `run_record` gives it.
         rows: The classifier's `test_rows`: probability, calibrated (N,) float64; target, category, row (N,) int64.
         test: The test rows that `row` counts.
         curves: As `read_curves` gives them.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, autoescape=True)
-    return environment.get_template("report.html").render(
+    return _page(
+        "reward_report.html",
         record=record,
         plots={
-            "Loss": _loss_plot(curves),
-            "Precision and recall": _precision_recall_plot(rows, record),
-            "Reliability": _reliability_plot(rows),
+            "Loss": loss_plot(curves),
+            "Precision and recall": precision_recall_plot(rows, record),
+            "Reliability": reliability_plot(rows),
             "Decisions by category": _category_plot(rows, record["threshold"]),
         },
         mistakes=_mistakes(rows, test, record["threshold"]),
         categories=[category.value for category in Category],
     )
+
+
+def agent_report(
+    record: dict[str, Any],
+    rows: dict[str, Tensor],
+    samples: Sequence[dict[str, str]],
+    curves: dict[str, dict[int, float]],
+) -> str:
+    """The page as HTML; text from data and model stands in it escaped.
+
+    Args:
+        record: As `run_record` gives it.
+        rows: The agent's `test_rows`: probability, calibrated (N,) float64; target (N,) int64.
+        samples: As `read_samples` gives them.
+        curves: As `read_curves` gives them.
+    """
+    return _page(
+        "agent_report.html",
+        record=record,
+        plots={
+            "Loss": loss_plot(curves),
+            "Precision and recall": precision_recall_plot(rows, record),
+            "Reliability": reliability_plot(rows),
+        },
+        samples=samples,
+    )
+
+
+def _page(template: str, **content: Any) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, autoescape=True)
+    return environment.get_template(template).render(**content)
 
 
 def _mistakes(rows: dict[str, Tensor], test: Sequence[AnnotatedRow], threshold: float) -> list[dict[str, Any]]:
@@ -103,46 +134,9 @@ def _mistakes(rows: dict[str, Tensor], test: Sequence[AnnotatedRow], threshold: 
     ]
 
 
-def _loss_plot(curves: dict[str, dict[int, float]]) -> str:
-    axes = _axes("optimizer step", "cross-entropy")
-    for name, style in (("train/loss", {"alpha": 0.7}), ("validation/loss", {"marker": "o"})):
-        if points := curves.get(name):
-            axes.plot(list(points), list(points.values()), label=name, **style)
-    axes.set_ylim(bottom=0)
-    return _image(axes)
-
-
-def _precision_recall_plot(rows: dict[str, Tensor], record: dict[str, Any]) -> str:
-    from torchmetrics.functional.classification import binary_precision_recall_curve
-
-    precision, recall, _ = binary_precision_recall_curve(rows["probability"], rows["target"])
-    axes = _axes("recall", "precision")
-    axes.plot(recall, precision, drawstyle="steps-post", label="all thresholds")
-    for name, marker in (("raw", "o"), ("calibrated", "s")):
-        figures = record["test"][name]
-        axes.plot(figures["recall"], figures["precision"], marker, label=f"{name}: F1 {figures['f1']:.3f}")
-    accepted = float(rows["target"].double().mean())
-    axes.axhline(accepted, color="grey", linestyle=":", label="all accepted")
-    axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
-    return _image(axes)
-
-
-def _reliability_plot(rows: dict[str, Tensor]) -> str:
-    axes = _axes("P(accepted), mean of bin", "share accepted")
-    axes.plot([0, 1], [0, 1], color="grey", linestyle=":")
-    for column, label in (("probability", "raw"), ("calibrated", "calibrated")):
-        bins = (rows[column] * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
-        filled = bins.unique().tolist()
-        means = [float(rows[column][bins == number].mean()) for number in filled]
-        shares = [float(rows["target"][bins == number].double().mean()) for number in filled]
-        axes.plot(means, shares, marker="o", label=label)
-    axes.set(xlim=(0, 1), ylim=(0, 1))
-    return _image(axes)
-
-
 def _category_plot(rows: dict[str, Tensor], threshold: float) -> str:
     decided = rows["calibrated"] > threshold
-    axes = _axes("test rows", "")
+    axes = axes_of("test rows", "")
     names = [category.value.replace("_", " ") for category in Category]
     masks = [rows["category"] == category.number for category in Category]
     rejected = [int((mask & ~decided).sum()) for mask in masks]
@@ -150,21 +144,4 @@ def _category_plot(rows: dict[str, Tensor], threshold: float) -> str:
     axes.barh(names, rejected, label="decided rejected", color="tab:orange")
     axes.barh(names, accepted, left=rejected, label="decided accepted", color="tab:green")
     axes.invert_yaxis()
-    return _image(axes)
-
-
-def _axes(x_label: str, y_label: str) -> Any:
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
-
-    axes = Figure(figsize=(5, 3.6), layout="constrained").add_subplot()
-    axes.set(xlabel=x_label, ylabel=y_label)
-    axes.grid(alpha=0.3)
-    return axes
-
-
-def _image(axes: Any) -> str:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small")
-    content = io.BytesIO()
-    axes.figure.savefig(content, format="png", dpi=120)
-    return base64.b64encode(content.getvalue()).decode()
+    return image(axes)

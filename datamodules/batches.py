@@ -1,9 +1,9 @@
 """Steps and micro-batches: which rows go together, in which order, on which rank, and in which layout."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NotRequired, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from datamodules.errors import UserError
-from datamodules.tree import PrefixOrder, build_tree, split
+from datamodules.tree import Integers, PrefixOrder, build_tree, split
 
 
 class Inputs(TypedDict):
@@ -24,14 +24,36 @@ class Inputs(TypedDict):
     read_out: NotRequired[Tensor]  # (R,) int64, where the rows' last tokens are
 
 
-class RewardBatch(TypedDict):
-    """A micro-batch of R rows."""
+class AnswerTokens(TypedDict):
+    """The tokens of R rows' answers: L distinct ones, which stand in rows P times in all."""
+
+    predicted_at: Tensor  # (L,) int64, which state, of all rows' one after the other, predicts each token
+    target: Tensor  # (L,) int64, token ids
+    pair_token: Tensor  # (P,) int64, 0 to L - 1
+    pair_row: Tensor  # (P,) int64, 0 to R - 1
+
+
+class Batch(TypedDict):
+    """What every micro-batch of R rows has."""
 
     inputs: Inputs
-    label: Tensor  # (R,) int64, 1 for accepted
-    category: Tensor  # (R,) int64, the category's index
     row: Tensor  # (R,) int64, the row's place in its split
     weight: Tensor  # (R,) float32, see MicroBatch; 0 for a row that only fills a rank's share up
+
+
+class RewardBatch(Batch):
+    """Proposals to judge."""
+
+    label: Tensor  # (R,) int64, 1 for accepted
+    category: Tensor  # (R,) int64, the category's index
+
+
+class AgentBatch(Batch):
+    """Answers to write."""
+
+    answers: AnswerTokens
+    kind: Tensor  # (R,) int64, the index of the answer's AnswerKind
+    help_needed: Tensor  # (R,) int64, 1 if help was needed, 0 if not, -1 if that is unknown
 
 
 @dataclass(frozen=True)
@@ -39,7 +61,7 @@ class MicroBatch:
     """Rows computed together.
 
     `weight` is such that the sum of weight x loss over a step's rows, averaged over ranks (as DDP and FSDP do
-    with gradients), is the mean loss of the step's rows.
+    with gradients), is the mean loss of the step's rows, or of their tokens.
     """
 
     rows: tuple[int, ...]
@@ -49,25 +71,45 @@ class MicroBatch:
 Step = tuple[MicroBatch, ...]  # one rank's share of an optimizer step
 
 
+@dataclass(frozen=True)
+class LaidOut:
+    """Rows as the backbone reads them, in the order of its outputs; `answers` if the layout knows of any."""
+
+    rows: Sequence[int]
+    inputs: Inputs
+    answers: AnswerTokens | None
+
+
 class Layout(Protocol):
-    """How the rows of a micro-batch are laid out for the backbone."""
+    """How the rows of a micro-batch are laid out for the backbone.
+
+    Those below take all rows' token ids, and of each row's answer, if there are any to learn, the places of its
+    tokens in the row, above 0.
+    """
 
     def split(self, rows: Sequence[int], ranks: int) -> list[list[int]]:
         """Divide rows into micro-batches that fit; at most the last `ranks` - 1 places of a round stay empty."""
         ...
 
-    def inputs(self, rows: Sequence[int]) -> tuple[Sequence[int], Inputs]:
-        """The rows of a micro-batch in the order of its outputs, and what the backbone reads."""
+    def lay_out(self, rows: Sequence[int]) -> LaidOut:
+        """The rows of a micro-batch for the backbone."""
         ...
 
 
 class RowsLayout:
     """Row by row: rows of similar length together, padded."""
 
-    def __init__(self, input_ids: Sequence[Sequence[int]], pad_id: int, micro_batch_size: int) -> None:
+    def __init__(
+        self,
+        input_ids: Sequence[Sequence[int]],
+        pad_id: int,
+        micro_batch_size: int,
+        answers: Sequence[Integers] | None = None,
+    ) -> None:
         self.input_ids = input_ids
         self.pad_id = pad_id
         self.micro_batch_size = micro_batch_size
+        self.answers = answers
 
     def split(self, rows: Sequence[int], ranks: int) -> list[list[int]]:
         by_length = sorted(rows, key=lambda row: len(self.input_ids[row]))
@@ -75,34 +117,68 @@ class RowsLayout:
         size = -(-len(rows) // (rounds * ranks))
         return [by_length[start : start + size] for start in range(0, len(rows), size)]
 
-    def inputs(self, rows: Sequence[int]) -> tuple[Sequence[int], Inputs]:
+    def lay_out(self, rows: Sequence[int]) -> LaidOut:
         ids = [torch.as_tensor(self.input_ids[row], dtype=torch.int64) for row in rows]
         lengths = torch.tensor([len(row) for row in ids])
         input_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.pad_id)
-        attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-        return rows, Inputs(input_ids=input_ids, attention_mask=attention_mask)
+        width = input_ids.shape[1]
+        inputs = Inputs(input_ids=input_ids, attention_mask=(torch.arange(width) < lengths[:, None]).long())
+        answers = None
+        if self.answers is not None:
+            mine = [self.answers[row] for row in rows]
+            pair_row = np.repeat(np.arange(len(rows)), [len(places) for places in mine])
+            place = np.concatenate(mine) + pair_row * width
+            answers = AnswerTokens(
+                predicted_at=torch.from_numpy(place - 1),
+                target=input_ids.flatten()[torch.from_numpy(place)],
+                pair_token=torch.arange(len(place)),
+                pair_row=torch.from_numpy(pair_row),
+            )
+        return LaidOut(rows, inputs, answers)
 
 
 class TreeLayout:
     """As prefix trees of at most `token_budget` tokens; for `pair_cost` see `tree.split`."""
 
-    def __init__(self, input_ids: Sequence[Sequence[int]], token_budget: int, pair_cost: float = 0.0) -> None:
-        self.order = PrefixOrder(input_ids)
+    def __init__(
+        self,
+        input_ids: Sequence[Sequence[int]],
+        token_budget: int,
+        pair_cost: float = 0.0,
+        answers: Sequence[Integers] | None = None,
+    ) -> None:
+        self.input_ids = input_ids
         self.token_budget = token_budget
         self.pair_cost = pair_cost
+        self.answers = answers
 
     def split(self, rows: Sequence[int], ranks: int) -> list[list[int]]:
-        return [part.tolist() for part in split(self.order, rows, self.token_budget, ranks, self.pair_cost)]
+        parts = split(self._order(rows), range(len(rows)), self.token_budget, ranks, self.pair_cost)
+        return [[rows[place] for place in part] for part in parts]
 
-    def inputs(self, rows: Sequence[int]) -> tuple[Sequence[int], Inputs]:
-        tree = build_tree(self.order, rows)
+    def lay_out(self, rows: Sequence[int]) -> LaidOut:
+        answers = None if self.answers is None else [self.answers[row] for row in rows]
+        tree = build_tree(self._order(rows), range(len(rows)), answers)
         inputs = Inputs(
             input_ids=torch.from_numpy(tree.input_ids)[None],
             position_ids=torch.from_numpy(tree.position_ids)[None],
             subtree_end=torch.from_numpy(tree.subtree_end)[None],
             read_out=torch.from_numpy(tree.read_out),
         )
-        return tree.rows.tolist(), inputs
+        answer_tokens = None
+        if answers is not None:
+            place, pair_token = np.unique(tree.answer_place, return_inverse=True)
+            answer_tokens = AnswerTokens(
+                predicted_at=torch.from_numpy(tree.parent[place]),
+                target=torch.from_numpy(tree.input_ids[place]),
+                pair_token=torch.from_numpy(pair_token),
+                pair_row=torch.from_numpy(tree.answer_branch),
+            )
+        return LaidOut([rows[place] for place in tree.rows], inputs, answer_tokens)
+
+    def _order(self, rows: Sequence[int]) -> PrefixOrder:
+        """Of these rows alone: all rows' token ids may be more than memory holds."""
+        return PrefixOrder([self.input_ids[row] for row in rows])
 
 
 class StepSampler(Sampler[Step]):
@@ -118,6 +194,7 @@ class StepSampler(Sampler[Step]):
         rank: Whose share of each step to give.
         world_size: How many ranks share a step; each gets equally many micro-batches.
         odds: An epoch draws as many rows with replacement, each in proportion to its odds.
+        sizes: How many times each row counts in a step's mean, such as its number of tokens; once if None.
 
     Raises:
         UserError: `batch_size` is not a multiple of `scenes_per_step`.
@@ -134,6 +211,7 @@ class StepSampler(Sampler[Step]):
         rank: int = 0,
         world_size: int = 1,
         odds: Sequence[float] | None = None,
+        sizes: Sequence[int] | None = None,
     ) -> None:
         if scenes_per_step is not None and (scenes_per_step < 1 or batch_size % scenes_per_step):
             raise UserError(
@@ -149,6 +227,7 @@ class StepSampler(Sampler[Step]):
         self.rank = rank
         self.world_size = world_size
         self.odds = odds
+        self.sizes = sizes
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -159,7 +238,8 @@ class StepSampler(Sampler[Step]):
 
     def __iter__(self) -> Iterator[Step]:
         for rows in self.steps():
-            yield share(self.layout.split(rows, self.world_size), self.rank, self.world_size, len(rows))
+            total = len(rows) if self.sizes is None else sum(self.sizes[row] for row in rows)
+            yield share(self.layout.split(rows, self.world_size), self.rank, self.world_size, total)
 
     def steps(self) -> list[list[int]]:
         """The rows of each step of this epoch, the same on every rank and in every layout."""
@@ -209,40 +289,41 @@ class EvaluationSampler(Sampler[Step]):
         return ((micro_batch,) for micro_batch in self.micro_batches)
 
 
-def share(parts: Sequence[Sequence[int]], rank: int, world_size: int, rows: int) -> Step:
-    """One rank's micro-batches of a step that has `rows` rows, equally many on each rank.
+def share(parts: Sequence[Sequence[int]], rank: int, world_size: int, total: int) -> Step:
+    """One rank's micro-batches of a step whose mean is over `total` rows or tokens, equally many on each rank.
 
     A rank left without rows computes the first one of the step and gives it no weight.
     """
     rounds = -(-len(parts) // world_size)
     mine = [parts[place] if place < len(parts) else None for place in range(rank, rounds * world_size, world_size)]
     return tuple(
-        MicroBatch(tuple(part), world_size / rows) if part is not None else MicroBatch((parts[0][0],), 0.0)
+        MicroBatch(tuple(part), world_size / total) if part is not None else MicroBatch((parts[0][0],), 0.0)
         for part in mine
     )
 
 
-class EncodedRows(Dataset[list[RewardBatch]]):
-    """Tokenized rows that give the micro-batches of each step asked for."""
+class EncodedRows(Dataset[list[dict[str, Any]]]):
+    """Tokenized rows that give the micro-batches of each step asked for.
 
-    def __init__(self, layout: Layout, labels: Sequence[int], categories: Sequence[int]) -> None:
+    Args:
+        layout: How rows are laid out.
+        columns: What a micro-batch has of each row besides: tensors (N, ...) by name.
+    """
+
+    def __init__(self, layout: Layout, columns: Mapping[str, Tensor]) -> None:
         self.layout = layout
-        self.labels = torch.tensor(labels, dtype=torch.int64)
-        self.categories = torch.tensor(categories, dtype=torch.int64)
+        self.columns = columns
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, step: Step) -> list[RewardBatch]:
+    def __getitem__(self, step: Step) -> list[dict[str, Any]]:
         return [self._batch(micro_batch) for micro_batch in step]
 
-    def _batch(self, micro_batch: MicroBatch) -> RewardBatch:
-        rows, inputs = self.layout.inputs(micro_batch.rows)
-        row = torch.tensor(rows)
-        return RewardBatch(
-            inputs=inputs,
-            label=self.labels[row],
-            category=self.categories[row],
-            row=row,
-            weight=torch.full((len(row),), micro_batch.weight),
-        )
+    def _batch(self, micro_batch: MicroBatch) -> dict[str, Any]:
+        laid_out = self.layout.lay_out(micro_batch.rows)
+        row = torch.tensor(laid_out.rows)
+        batch = {
+            "inputs": laid_out.inputs,
+            "row": row,
+            "weight": torch.full((len(row),), micro_batch.weight),
+            **{name: column[row] for name, column in self.columns.items()},
+        }
+        return batch if laid_out.answers is None else {**batch, "answers": laid_out.answers}

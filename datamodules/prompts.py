@@ -1,7 +1,8 @@
-"""Rows to segments to token ids: the prompt template, and a rendering that text from the data cannot break.
+"""Rows to segments to token ids: the prompt templates, and a rendering that text from the data cannot break.
 
-A prompt is a list of segments in a fixed order (instructions, events, proposal with its verdict slot), each
-tokenized on its own: so rows that share a history share its token ids, and truncation can take whole events.
+A prompt is a list of segments in a fixed order (instructions, events, then the proposal with its verdict slot or the
+agent's answer), each tokenized on its own: so rows that share a history share its token ids, and truncation can take
+whole events.
 Text from the data stays on one line and is never read as a special token, whatever it looks like.
 """
 
@@ -10,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -22,23 +23,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 DEFAULT_PROMPT = Path(__file__).with_name("reward_prompt.yaml")
+DEFAULT_AGENT_PROMPT = Path(__file__).with_name("agent_prompt.yaml")
 # Everything that a terminal, an editor or str.splitlines takes for the end of a line, and other control characters.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
-class PromptTemplate(BaseModel):
-    """The parts of a prompt; `reward_prompt.yaml` explains each."""
+class Template(BaseModel):
+    """The parts that every prompt has; `placeholders` names what stands for text from the data in each part."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    default: ClassVar[Path]
+    placeholders: ClassVar[dict[str, set[str]]] = {"event": {"time", "event"}}
 
     instructions: str
     event: str
-    proposal: str
-    no_proposal: str
 
     @classmethod
-    def read(cls, path: Path) -> "PromptTemplate":
+    def read(cls, path: Path) -> Self:
         """Read a template from a YAML file.
 
         Raises:
@@ -52,10 +54,10 @@ class PromptTemplate(BaseModel):
             ) from error
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # bad text, dates or nesting
             problem = re.sub(r"\s+", " ", str(error))
-            raise UserError(f"data.prompt: {path} is not YAML: {problem}", f"Start from {DEFAULT_PROMPT}.") from error
+            raise UserError(f"data.prompt: {path} is not YAML: {problem}", f"Start from {cls.default}.") from error
 
     @classmethod
-    def parse(cls, parts: Any, where: str) -> "PromptTemplate":
+    def parse(cls, parts: Any, where: str) -> Self:
         """Make a template of the parts in a mapping; see `read` for what is raised."""
         try:
             template = cls.model_validate(parts)
@@ -63,15 +65,10 @@ class PromptTemplate(BaseModel):
             first = error.errors(include_url=False)[0]
             raise UserError(
                 f"data.prompt: {where}, part {'.'.join(map(str, first['loc'])) or 'top level'}: {first['msg']}",
-                f"Start from {DEFAULT_PROMPT}.",
+                f"Start from {cls.default}.",
             ) from error
-        allowed = {
-            "instructions": set[str](),
-            "event": {"time", "event"},
-            "proposal": {"proposal"},
-            "no_proposal": set(),
-        }
-        for part, names in allowed.items():
+        for part in cls.model_fields:
+            names = cls.placeholders.get(part, set())
             known = names | {f"{name}_json" for name in names}
             found = set(_PLACEHOLDER.findall(getattr(template, part)))
             for name in sorted(found):
@@ -88,9 +85,27 @@ class PromptTemplate(BaseModel):
         return template
 
 
+class PromptTemplate(Template):
+    """How a judge reads a row; `reward_prompt.yaml` explains each part."""
+
+    default = DEFAULT_PROMPT
+    placeholders: ClassVar[dict[str, set[str]]] = {**Template.placeholders, "proposal": {"proposal"}}
+
+    proposal: str
+    no_proposal: str
+
+
+class AgentTemplate(Template):
+    """How an agent reads a history; `agent_prompt.yaml` explains each part."""
+
+    default = DEFAULT_AGENT_PROMPT
+
+    answer: str
+
+
 @dataclass(frozen=True)
 class Data:
-    """Text that came from the data: never special tokens, never more than one line."""
+    """Text that came from the data: never special tokens."""
 
     text: str
 
@@ -100,16 +115,20 @@ Segment = tuple[str | Data, ...]  # the template's own text as str, in turn with
 
 def render(template: PromptTemplate, row: AnnotatedRow) -> list[Segment]:
     """The segments of a row: instructions, each event in time order, the proposal with its verdict slot."""
-    return [
-        _fill(template.instructions, {}),
-        *(render_event(template, event) for event in row.history),
+    branch = (
         _fill(template.no_proposal, {})
         if row.proposal is None
-        else _fill(template.proposal, {"proposal": row.proposal}),
-    ]
+        else _fill(template.proposal, {"proposal": row.proposal})
+    )
+    return [*render_history(template, row.history), branch]
 
 
-def render_event(template: PromptTemplate, event: Event) -> Segment:
+def render_history(template: Template, history: Iterable[Event]) -> list[Segment]:
+    """The segments of a history: instructions, and each event in the order given."""
+    return [_fill(template.instructions, {}), *(render_event(template, event) for event in history)]
+
+
+def render_event(template: Template, event: Event) -> Segment:
     """The segment of one event."""
     return _fill(template.event, {"time": event.time, "event": event.event})
 
@@ -121,13 +140,14 @@ def _fill(text: str, values: Mapping[str, str]) -> Segment:
             parts.append(piece)
         elif piece.endswith("_json"):
             quoted = json.dumps(values[piece.removesuffix("_json")], ensure_ascii=False)
-            parts.append(Data(_one_line(quoted)))
+            parts.append(Data(on_one_line(quoted)))
         else:
-            parts.append(Data(_one_line(values[piece])))
+            parts.append(Data(on_one_line(values[piece])))
     return tuple(part for part in parts if part)
 
 
-def _one_line(text: str) -> str:
+def on_one_line(text: str) -> str:
+    """Text with its line breaks and other control characters escaped as JSON does it."""
     return _CONTROL.sub(lambda match: json.dumps(match[0])[1:-1], text)
 
 
@@ -211,9 +231,9 @@ def truncate(segments_ids: Sequence[Sequence[int]], limit: int) -> tuple[list[in
 
 def training_text(template: PromptTemplate, rows: Iterable[AnnotatedRow]) -> list[str]:
     """Every distinct segment of some rows as plain text, in order of appearance: what a tokenizer is trained on."""
-    texts = (
-        "".join(part.text if isinstance(part, Data) else part for part in segment)
-        for row in rows
-        for segment in render(template, row)
-    )
-    return list(dict.fromkeys(texts))
+    return list(dict.fromkeys(plain_text(segment) for row in rows for segment in render(template, row)))
+
+
+def plain_text(segment: Segment) -> str:
+    """A segment's text, whether the template's or the data's."""
+    return "".join(part.text if isinstance(part, Data) else part for part in segment)

@@ -8,7 +8,7 @@ order mark, CRLF line ends and a blank last line.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -203,13 +203,13 @@ class AnnotatedRow(_Record):
 
     @cached_property
     def history_digest(self) -> int:
-        """A 64-bit digest of the history, signed so that an int64 tensor holds it."""
-        return _digest(self.history)
+        """As `history_digest` gives it."""
+        return history_digest(self.history)
 
     @cached_property
     def scene(self) -> str:
-        """The session that the history belongs to, named by its first event: histories of a session share it."""
-        return format(_digest(self.history[:1]) & (2**64 - 1), "016x")
+        """As `scene_of` gives it."""
+        return scene_of(self.history)
 
 
 class TraceProposals(_Record):
@@ -257,7 +257,7 @@ def read_jsonl(path: Path, record: type[RecordType]) -> list[RecordType]:
     if not lines[-1].strip():
         lines.pop()
     return [
-        validate(_parse_json(line.rstrip("\r"), f"{path}, line {number}"), record, f"{path}, line {number}")
+        validate(parse_json(line.rstrip("\r"), f"{path}, line {number}"), record, f"{path}, line {number}")
         for number, line in enumerate(lines, start=1)
     ]
 
@@ -268,7 +268,7 @@ def read_json_list(path: Path, record: type[RecordType]) -> list[RecordType]:
     Raises:
         UserError: The file cannot be read, is no JSON list, or an item is not such a record.
     """
-    items = _parse_json(_read_text(path), str(path))
+    items = parse_json(_read_text(path), str(path))
     if not isinstance(items, list):
         raise UserError(f"{path}: expected a JSON list, got {_shorten(items)}", "Wrap the records in [ ].")
     return [validate(item, record, f"{path}, index {index}") for index, item in enumerate(items)]
@@ -293,9 +293,15 @@ def validate(item: Any, record: type[RecordType], where: str) -> RecordType:
         ) from error
 
 
-def _digest(events: Iterable[Event]) -> int:
+def history_digest(events: Iterable[Event]) -> int:
+    """A 64-bit digest of a history, signed so that an int64 tensor holds it."""
     text = json.dumps([[event.time, event.event] for event in events])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)
+
+
+def scene_of(events: Sequence[Event]) -> str:
+    """The session that a history or trace belongs to, named by its first event: histories of a session share it."""
+    return format(history_digest(events[:1]) & (2**64 - 1), "016x")
 
 
 def _read_text(path: Path) -> str:
@@ -312,7 +318,13 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
-def _parse_json(text: str, where: str) -> Any:
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text, in which no field is there twice and no number is none.
+
+    Raises:
+        UserError: It is no JSON; the message names `where`.
+    """
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Refused:
         record = dict(pairs)
         if len(record) < len(pairs):

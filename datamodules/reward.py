@@ -1,295 +1,58 @@
 """RewardDataModule: annotated rows as micro-batches for a reward classifier."""
 
-import hashlib
-import json
-import logging
-import os
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from lightning import LightningDataModule
-from torch.utils.data import DataLoader, Sampler
+import torch
 
-from datamodules.batches import EncodedRows, EvaluationSampler, Layout, RewardBatch, RowsLayout, StepSampler, TreeLayout
 from datamodules.errors import UserError
-from datamodules.prompts import (
-    DEFAULT_PROMPT,
-    PromptTemplate,
-    SegmentTokenizer,
-    render,
-    training_text,
-    truncate,
-)
+from datamodules.prompts import PromptTemplate, SegmentTokenizer, render, training_text, truncate
 from datamodules.records import AnnotatedRow
-from datamodules.sources import Corpus, load_corpus
-from datamodules.splits import (
-    Contamination,
-    Split,
-    SplitName,
-    contamination,
-    history_digests,
-    split_by_scene,
-    split_published,
-)
-from datamodules.tokenizer import (
-    SCRATCH,
-    load_tokenizer,
-    tokenizer_from_state,
-    tokenizer_state,
-    train_tokenizer,
-)
-
-if TYPE_CHECKING:
-    from torchdata.stateful_dataloader import StatefulDataLoader
-    from transformers import PreTrainedTokenizerFast
-
-Stage = Literal["train", "validation", "test"]
-LayoutName = Literal["auto", "tree", "rows"]
-log = logging.getLogger("proactive")  # the commands show it, on rank 0
+from datamodules.rows import Encoded, RowsDataModule, Stage, cached_map, rows_digest
+from datamodules.sources import Corpus
+from datamodules.splits import Split, split_by_scene, split_published
+from datamodules.tokenizer import tokenizer_state
 
 
-class RewardDataModule(LightningDataModule):
-    """Annotated rows, tokenized and batched.
+class RewardDataModule(RowsDataModule):
+    """Annotated rows: a history, a proposal, and whether it was accepted.
 
     Args:
-        root: Where the data is: "embedded" (simulated sessions), "published" (downloads the files of
-            ProactiveBench), or a directory that holds reward_data/ and test_data/.
-        split: "by_scene" holds whole scenes out; "published" tests on the root's own test file, whose
-            histories may also occur in the training rows.
-        folds: For by_scene: into how many parts the scenes are divided; one tests, the next one validates.
-        fold: For by_scene: which part tests.
-        validation_fraction: For published: the share of the training rows that validates.
-        prompt: A prompt file; the project's own if not given.
-        tokenizer: Hub id or path of a tokenizer, or "scratch" to train one. Follows from model.backbone.
-        trust_remote_code: Whether a tokenizer may run code of its own. Follows from model.trust_remote_code.
-        vocabulary_size: Tokens of a tokenizer made from scratch, at most.
-        max_length: Tokens a row, at most; the oldest events are dropped first.
-        batch_size: Rows of one optimizer step, over all devices together. How often gradients are accumulated
-            follows from it and from what a device computes at once.
-        layout: "tree" computes what rows share once, "rows" pads row by row; the result is the same to rounding.
-            "auto" is tree where the backbone allows it, which is tested at the start, and says so where not.
-        token_budget: For layout tree: tokens that one device computes at once, at most; not below max_length.
-        micro_batch_size: For layout rows: rows that one device computes at once.
-        scenes_per_step: From how many scenes a step takes its rows: fewer share more, more are better mixed. All
-            alike if null.
         balance: "category" draws training rows so that all categories are equally frequent.
-        num_workers: Processes that prepare batches.
-        cache: Whether to keep tokenized rows in the cache of Hugging Face `datasets`.
-        seed: Which embedded data and which division into splits; the order of rows follows seed_everything.
+        options: See RowsDataModule.
     """
 
-    def __init__(
-        self,
-        root: str = "embedded",
-        split: SplitName = "by_scene",
-        folds: int = 5,
-        fold: int = 0,
-        validation_fraction: float = 0.1,
-        prompt: str | None = None,
-        tokenizer: str = SCRATCH,
-        trust_remote_code: bool = False,
-        vocabulary_size: int = 4096,
-        max_length: int = 1024,
-        batch_size: int = 32,
-        layout: LayoutName = "auto",
-        token_budget: int = 2048,
-        micro_batch_size: int = 8,
-        scenes_per_step: int | None = 4,
-        balance: Literal["none", "category"] = "none",
-        num_workers: int = 0,
-        cache: bool = True,
-        seed: int = 0,
-    ) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.root = root
-        self.split_name = split
-        self.folds = folds
-        self.fold = fold
-        self.validation_fraction = validation_fraction
-        self.template = PromptTemplate.read(Path(prompt) if prompt else DEFAULT_PROMPT)
-        self.tokenizer_name = tokenizer
-        self.trust_remote_code = trust_remote_code
-        self.vocabulary_size = vocabulary_size
-        self.max_length = max_length
-        self.batch_size = batch_size
-        self.layout = layout
-        self.token_budget = token_budget
-        self.micro_batch_size = micro_batch_size
-        self.scenes_per_step = scenes_per_step
+    template_class = PromptTemplate
+    template: PromptTemplate
+    settled = (*RowsDataModule.settled, "balance")
+
+    def __init__(self, balance: Literal["none", "category"] = "none", **options: Any) -> None:
+        super().__init__(**options)
         self.balance = balance
-        self.num_workers = num_workers
-        self.cache = cache
-        self.seed = seed
-        self.truncated: dict[Stage, int] = {}
-        self._tokenizer: PreTrainedTokenizerFast | None = None
-        self._training_digests: list[int] | None = None
-        self._split: Split | None = None
-        self._input_ids: dict[Stage, Sequence[Sequence[int]]] = {}
-        self._layouts: dict[Stage, Layout] = {}
-        self._pair_cost = 0.0
-        self._refuse_impossible_sizes()
 
-    @property
-    def split(self) -> Split:
-        """The rows of the three splits, once `setup` has run."""
-        if self._split is None:
-            raise RuntimeError("setup() has not run")
-        return self._split
-
-    @property
-    def tokenizer(self) -> "PreTrainedTokenizerFast":
-        """The tokenizer, once `setup` has run."""
-        if self._tokenizer is None:
-            raise RuntimeError("setup() has not run")
-        return self._tokenizer
-
-    @property
-    def contamination(self) -> Contamination:
-        """How many of the test rows have a history that was trained on."""
-        digests = history_digests(self.split.train) if self._training_digests is None else self._training_digests
-        return contamination(digests, self.split.test)
-
-    @property
-    def description(self) -> str:
-        """The split in words, for reports."""
-        if self.split_name == "published":
-            return f"{self.root}, published split"
-        return f"{self.root}, by_scene split, fold {self.fold} of {self.folds}"
-
-    def setup(self, stage: str) -> None:
-        """Load, split and tokenize the rows; `stage` is Lightning's: fit, validate or test."""
-        if self._split is None:
-            self._split = self._divide(load_corpus(self.root, self.seed))
-        if self._tokenizer is None:
-            self._tokenizer = self._make_tokenizer(self._split.train)
-        stages: dict[str, tuple[Stage, ...]] = {"fit": ("train", "validation", "test"), "validate": ("validation",)}
-        names = stages.get(stage, ("test",))
-        for name in names:
-            if name not in self._input_ids:
-                self._input_ids[name] = self._encode(name, getattr(self._split, name))
-        if stage == "fit":
-            counts = ", ".join(f"{len(getattr(self._split, name))} {name}" for name in names)
-            log.info(f"data: {self.description}: {counts} rows")
-            log.info(f"contamination: {self.contamination}")
-
-    def settle_layout(self, problem: str | None, pair_cost: float = 0.0) -> None:
-        """Choose between tree and rows, once the model knows its backbone.
-
-        Args:
-            problem: What keeps the backbone from reading trees; None if nothing does.
-            pair_cost: What attention to one token more costs the backbone, see `tree.split`.
-
-        Raises:
-            UserError: The layout was to be tree, and the backbone cannot.
-        """
-        if problem is not None and self.layout == "tree":
-            raise UserError(f"data.layout: tree does not serve here: {problem}", "Use --data.layout auto or rows.")
-        if problem is not None and self.layout == "auto":
-            log.info(f"data.layout: rows, for trees do not serve here: {problem}")
-        self.layout = "rows" if problem is not None or self.layout == "rows" else "tree"
-        self._pair_cost = pair_cost
-        self._layouts.clear()
-
-    def train_dataloader(self) -> "StatefulDataLoader":
-        from torchdata.stateful_dataloader import StatefulDataLoader
-
-        rows = self.split.train
-        frequency = Counter(row.category for row in rows)
-        rank, world_size = self._place
-        sampler = StepSampler(
-            self._layout("train"),
-            [row.scene for row in rows],
-            self.batch_size,
-            self.scenes_per_step,
-            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
-            rank=rank,
-            world_size=world_size,
-            odds=[1 / frequency[row.category] for row in rows] if self.balance == "category" else None,
-        )
-        if self.trainer is not None:  # a resumed run's workers ask for rows before Lightning sets the epoch
-            sampler.set_epoch(self.trainer.current_epoch)
-        return StatefulDataLoader(self._rows("train"), **self._loader_options(sampler))
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """How many optimizer steps see every training row once."""
-        return -(-len(self.split.train) // self.batch_size)
-
-    def val_dataloader(self) -> DataLoader[list[RewardBatch]]:
-        return self._evaluation_loader("validation")
-
-    def test_dataloader(self) -> DataLoader[list[RewardBatch]]:
-        return self._evaluation_loader("test")
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps, so that the model can be used, and honestly measured, without this data."""
-        digests = history_digests(self.split.train) if self._training_digests is None else self._training_digests
-        return {
-            "hyperparameters": {name: value for name, value in self.hparams.items() if not name.startswith("_")},
-            "prompt": self.template.model_dump(),
-            "tokenizer": tokenizer_state(self.tokenizer),
-            "training_histories": digests,
-            "training_rows": _rows_digest(self.split.train),
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that a resumed run goes on with the data that it began with.
-
-        Raises:
-            UserError: The training rows, what orders them, the prompt or the tokenizer are not those of the
-                checkpoint.
-        """
-        current = self.state_dict()
-        # The loader's position is kept for each worker.
-        for name in ("max_length", "batch_size", "scenes_per_step", "balance", "num_workers"):
-            before, now = state_dict["hyperparameters"][name], current["hyperparameters"][name]
-            if before != now:
-                raise UserError(
-                    f"data.{name}: {now}, but the checkpoint's run has {before}",
-                    f"Resume with --data.{name} {before}, or start a new run.",
-                )
-        for key, option in (("training_rows", "data.root or data.split"), ("prompt", "data.prompt")):
-            if state_dict[key] != current[key]:
-                raise UserError(
-                    f"the {key.replace('_', ' ')} differ from those of the checkpoint",
-                    f"Resume with the same {option}, or start a new run.",
-                )
-        if state_dict["tokenizer"]["json"] != current["tokenizer"]["json"]:
-            raise UserError(
-                "the tokenizer differs from the one in the checkpoint",
-                "Resume with the same model.backbone and data.vocabulary_size, or start a new run.",
-            )
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any], **overrides: Any) -> "RewardDataModule":
-        """The data module of a checkpoint, with some options replaced, for evaluation only."""
-        given = {name: value for name, value in overrides.items() if value is not None}
-        data = cls(**{**state["hyperparameters"], "prompt": None, **given})
-        if "prompt" not in given:
-            data.template = PromptTemplate.parse(state["prompt"], "the checkpoint")
-        data._tokenizer = tokenizer_from_state(state["tokenizer"])
-        data._training_digests = list(state["training_histories"])
-        return data
-
-    def _divide(self, corpus: Corpus) -> Split:
+    def divide(self, corpus: Corpus) -> Split:
         if self.split_name == "published":
             return split_published(corpus, self.validation_fraction, self.seed)
         return split_by_scene(corpus, self.folds, self.fold, self.seed)
 
-    def _make_tokenizer(self, rows: Sequence[AnnotatedRow]) -> "PreTrainedTokenizerFast":
-        if self.tokenizer_name == SCRATCH:
-            return train_tokenizer(training_text(self.template, rows), self.vocabulary_size)
-        return load_tokenizer(self.tokenizer_name, self.trust_remote_code)
+    def training_text(self) -> list[str]:
+        return training_text(self.template, self.split.train)
 
-    def _encode(self, stage: Stage, rows: Sequence[AnnotatedRow]) -> Sequence[Sequence[int]]:
+    def encode(self, stage: Stage) -> Encoded:
+        rows: list[AnnotatedRow] = getattr(self.split, stage)
+        frequency = Counter(row.category for row in rows)
+        return Encoded(
+            input_ids=self._input_ids(stage, rows) if rows else [],
+            scenes=[row.scene for row in rows],
+            columns={
+                "label": torch.tensor([int(row.accepted) for row in rows], dtype=torch.int64),
+                "category": torch.tensor([row.category.number for row in rows], dtype=torch.int64),
+            },
+            odds=[1 / frequency[row.category] for row in rows] if self.balance == "category" else None,
+        )
+
+    def _input_ids(self, stage: Stage, rows: list[AnnotatedRow]) -> list[Any]:
         """The token ids of each row."""
-        import datasets
-
-        if not rows:
-            return []
         segmenter = SegmentTokenizer(self.tokenizer)
         room = self.max_length - len(segmenter.prefix) - len(segmenter.suffix)
 
@@ -307,77 +70,7 @@ class RewardDataModule(LightningDataModule):
                 columns["dropped_events"].append(dropped)
             return columns
 
-        what = [
-            _rows_digest(rows),
-            self.template.model_dump(),
-            tokenizer_state(self.tokenizer),
-            self.max_length,
-        ]
-        fingerprint = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
-        cache_file = Path(datasets.config.HF_DATASETS_CACHE, "proactive", f"{fingerprint}.arrow")
-        if self.cache:
-            cache_file.parent.mkdir(parents=True, exist_ok=True)
-        encoded = datasets.Dataset.from_dict({"index": range(len(rows))}).map(
-            encode,
-            input_columns="index",
-            batched=True,
-            remove_columns="index",
-            cache_file_name=str(cache_file) if self.cache else None,
-            new_fingerprint=fingerprint,
-            keep_in_memory=not self.cache,
-            desc=f"tokenizing {stage} rows",
-        )
-        self.truncated[stage] = sum(dropped > 0 for dropped in encoded["dropped_events"])
-        if self.truncated[stage]:
-            log.info(
-                f"{self.truncated[stage]} of {len(rows)} {stage} rows lost their oldest events to "
-                f"data.max_length {self.max_length}"
-            )
+        what = [rows_digest(rows), self.template.model_dump(), tokenizer_state(self.tokenizer), self.max_length]
+        encoded = cached_map(len(rows), encode, what, self.cache, f"tokenizing {stage} rows")
+        self.note_truncated(stage, encoded["dropped_events"])
         return list(encoded.with_format("numpy")["input_ids"][:])
-
-    def _layout(self, stage: Stage) -> Layout:
-        if stage not in self._layouts:
-            ids = self._input_ids[stage]
-            self._layouts[stage] = (
-                TreeLayout(ids, self.token_budget, self._pair_cost)
-                if self.layout == "tree"
-                else RowsLayout(ids, self.tokenizer.pad_token_id, self.micro_batch_size)
-            )
-        return self._layouts[stage]
-
-    def _rows(self, stage: Stage) -> EncodedRows:
-        rows: list[AnnotatedRow] = getattr(self.split, stage)
-        return EncodedRows(
-            self._layout(stage), [int(row.accepted) for row in rows], [row.category.number for row in rows]
-        )
-
-    def _evaluation_loader(self, stage: Stage) -> DataLoader[list[RewardBatch]]:
-        sampler = EvaluationSampler(self._layout(stage), len(self._input_ids[stage]), *self._place)
-        return DataLoader(self._rows(stage), **self._loader_options(sampler))
-
-    @property
-    def _place(self) -> tuple[int, int]:
-        """This process's rank, and how many there are."""
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
-    def _loader_options(self, sampler: Sampler[Any]) -> dict[str, Any]:
-        on_cuda = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        # batch_size None: the sampler says what a step is, the dataset makes it.
-        return {"sampler": sampler, "batch_size": None, "num_workers": self.num_workers, "pin_memory": on_cuda}
-
-    def _refuse_impossible_sizes(self) -> None:
-        for name, least in (("batch_size", 1), ("micro_batch_size", 1), ("num_workers", 0)):
-            if (value := getattr(self, name)) < least:
-                raise UserError(f"data.{name}: expected {least} or more, got {value}", "Give a greater one.")
-        if self.token_budget < self.max_length:
-            raise UserError(
-                f"data.token_budget: {self.token_budget} is less than one row may have",
-                f"Make it at least data.max_length, {self.max_length}.",
-            )
-
-
-def _rows_digest(rows: Sequence[AnnotatedRow]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps([row.history_digest, row.proposal, row.accepted]).encode())
-    return digest.hexdigest()

@@ -5,9 +5,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from datamodules.errors import UserError
-from datamodules.records import AnnotatedRow
-from datamodules.sources import TEST_FILE, Corpus
+from datamodules.records import AnnotatedRow, scene_of
+from datamodules.sources import TEST_FILE, TRACES, Corpus
 
 SplitName = Literal["published", "by_scene"]
 
@@ -63,6 +65,35 @@ def split_published(corpus: Corpus, validation_fraction: float, seed: int = 0) -
             "Use another fraction, or more rows of each category.",
         ) from error
     return Split(train, validation, corpus.test)
+
+
+def split_outside_traces(corpus: Corpus, validation_fraction: float, seed: int = 0) -> Split:
+    """Test on the scenes of the root's test traces; train and validate on whole scenes outside them.
+
+    Args:
+        corpus: What a root holds.
+        validation_fraction: The part of the scenes that validates, at least one.
+        seed: Which ones.
+
+    Raises:
+        UserError: The root has no test traces, or fewer than two scenes outside them.
+    """
+    tested = {scene_of([step.observation for step in steps]) for steps in corpus.traces.values()}
+    others = sorted({row.scene for row in corpus.rows} - tested)
+    if not tested:
+        raise UserError(
+            f"data.split: published needs the traces of {TRACES}/, and {corpus.root} has none",
+            "Add them, or use --data.split by_scene.",
+        )
+    if len(others) < 2:
+        raise UserError(
+            f"data.split: {len(others)} scenes lie outside the test traces, too few to train and to validate on",
+            "Use --data.split by_scene, or add annotated rows of other scenes.",
+        )
+    number = min(max(round(validation_fraction * len(others)), 1), len(others) - 1)
+    held_out = set(np.random.default_rng(seed).permutation(others)[:number].tolist())
+    parts = (set(others) - held_out, held_out, tested)
+    return Split(*([row for row in corpus.rows if row.scene in scenes] for scenes in parts))
 
 
 def split_by_scene(corpus: Corpus, folds: int, fold: int, seed: int = 0) -> Split:

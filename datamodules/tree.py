@@ -77,17 +77,17 @@ class Tree:
     position_ids: Integers  # (T,) how many tokens precede each one in its row
     parent: Integers  # (T,) where the token before each one in its row is; -1 for a first token
     subtree_end: Integers  # (T,) one past the last descendant of each token
-    loss_weight: npt.NDArray[np.float32]  # (T,) in how many rows each token counts for a token loss
+    answer_branch: Integers  # (P,) which branch, 0 to R - 1, each of P answer tokens stands in
+    answer_place: Integers  # (P,) where that token is: one that several rows share stands here once for each
 
 
-def build_tree(order: PrefixOrder, rows: Sequence[int], answer_start: Sequence[int] | None = None) -> Tree:
+def build_tree(order: PrefixOrder, rows: Sequence[int], answers: Sequence[Integers] | None = None) -> Tree:
     """Merge rows.
 
     Args:
         order: The order of all rows.
         rows: Which of them to merge; they may repeat.
-        answer_start: For each row of `order`, from which of its tokens on they count for a token loss: the loss of
-            token t, predicted at `parent[t]`, times `loss_weight[t]`, sums to the rows' loss. None counts none.
+        answers: For each row of `order`, which of its tokens, counted from 0, are its answer. None if none are.
     """
     ordered = order.sorted(rows)
     shared = order.shared(ordered)
@@ -96,7 +96,7 @@ def build_tree(order: PrefixOrder, rows: Sequence[int], answer_start: Sequence[i
     size = int(starts[-1])
     input_ids, position_ids = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
     parent, subtree_end = np.arange(-1, size - 1), np.full(size, size, dtype=np.int64)
-    loss_weight = np.zeros(size, dtype=np.float32)
+    answer_places: list[Integers] = []
     path = np.empty(int(lengths.max(initial=0)), dtype=np.int64)  # of the current row: where each of its tokens is
     read_out = np.empty(len(ordered), dtype=np.int64)
     depth = 0
@@ -108,11 +108,13 @@ def build_tree(order: PrefixOrder, rows: Sequence[int], answer_start: Sequence[i
         position_ids[start:end] = np.arange(common, length)
         if end > start:
             parent[start] = path[common - 1] if common else -1
-        if answer_start is not None:
-            loss_weight[path[answer_start[row] : length]] += 1
+        if answers is not None:
+            answer_places.append(path[answers[row]])
         read_out[number] = path[length - 1]
         depth = length
-    return Tree(ordered, read_out, input_ids, position_ids, parent, subtree_end, loss_weight)
+    answer_branch = np.repeat(np.arange(len(answer_places)), [len(places) for places in answer_places])
+    answer_place = np.concatenate([*answer_places, np.empty(0, dtype=np.int64)])
+    return Tree(ordered, read_out, input_ids, position_ids, parent, subtree_end, answer_branch, answer_place)
 
 
 def split(

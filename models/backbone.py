@@ -1,6 +1,6 @@
-"""Sequence classifiers over any Hugging Face backbone: pretrained, from a configuration, or from scratch.
+"""Networks over any Hugging Face backbone: pretrained, from a configuration, or from scratch.
 
-Shape legend: R rows, T tokens, D hidden size, C classes (rejected, accepted).
+Shape legend: R rows, T tokens, D hidden size, C classes (rejected, accepted), L tokens to predict, V vocabulary.
 """
 
 import contextlib
@@ -11,19 +11,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from datamodules.batches import Inputs
 from datamodules.errors import UserError
 from datamodules.tokenizer import SCRATCH
-from models.tree import read_tree
+from models.tree import TOLERANCE, read_tree, tree_states
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+Head = Literal["classifier", "language model"]
 Pooling = Literal["auto", "last", "cls", "mean"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet"}  # their first one is the padding id + 1
 LABELS = {0: "rejected", 1: "accepted"}
+LOGITS_AT_ONCE = 2**25  # of a chunk: 128 MiB in float32, and as much again for their gradients
 # A Llama-type decoder of about 2.2 million parameters, embeddings included.
 SCRATCH_CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -36,7 +39,8 @@ SCRATCH_CONFIG: dict[str, Any] = {
 }
 
 
-def build_classifier(
+def build_network(
+    head: Head,
     backbone: str,
     tokenizer: "PreTrainedTokenizerFast",
     scratch: dict[str, Any] | None = None,
@@ -46,9 +50,10 @@ def build_classifier(
     dropout: float | None = None,
     trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
-    """A Hugging Face sequence classifier with two classes, fit for `tokenizer`.
+    """A Hugging Face sequence classifier with two classes, or causal language model, fit for `tokenizer`.
 
     Args:
+        head: What the backbone is to end in.
         backbone: Hub id or local path, or "scratch" for random weights.
         tokenizer: Settles the vocabulary of a backbone from scratch and the padding token of any.
         scratch: For "scratch": a transformers configuration as a mapping, `model_type` included.
@@ -58,12 +63,12 @@ def build_classifier(
         trust_remote_code: Whether a backbone may run code of its own.
 
     Raises:
-        UserError: There is no such backbone, it cannot classify, or the tokenizer does not fit it.
+        UserError: There is no such backbone, it has no such head, or the tokenizer does not fit it.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoConfig
 
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
-    with _clear_errors(backbone), quiet():
+    with _clear_errors(head, backbone), quiet():
         if backbone == SCRATCH:
             settings = {"vocab_size": len(tokenizer), **(scratch or SCRATCH_CONFIG)}
             config = AutoConfig.for_model(settings.pop("model_type"), **settings)
@@ -71,7 +76,7 @@ def build_classifier(
             config = AutoConfig.from_pretrained(backbone, trust_remote_code=trust_remote_code)
         if not hasattr(config, "vocab_size"):
             raise UserError(f"model.backbone: {backbone} reads no text", "Give an encoder or decoder of text.")
-        _prepare(config, tokenizer, dropout)
+        _prepare(config, head, tokenizer, dropout)
         if len(tokenizer) > config.vocab_size:
             raise UserError(
                 f"model.backbone: the tokenizer has {len(tokenizer)} tokens, {backbone} has embeddings for "
@@ -79,36 +84,35 @@ def build_classifier(
                 "Give backbone and tokenizer that belong together.",
             )
         if backbone == SCRATCH:
-            return AutoModelForSequenceClassification.from_config(config, **options)
-        return AutoModelForSequenceClassification.from_pretrained(
+            return _auto_class(head).from_config(config, **options)
+        return _auto_class(head).from_pretrained(
             backbone, config=config, use_safetensors=True, trust_remote_code=trust_remote_code, **options
         )
 
 
-def classifier_from_config(
-    config: dict[str, Any], dtype: DtypeName, attn_implementation: str | None, trust_remote_code: bool = False
+def network_from_config(
+    head: Head, config: dict[str, Any], dtype: DtypeName, attn_implementation: str | None
 ) -> "PreTrainedModel":
-    """The classifier that a checkpoint's configuration describes, with random weights to load the real ones into."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    """The network that a checkpoint's configuration describes, with random weights to load the real ones into."""
+    from transformers import AutoConfig
 
-    model_type = config["model_type"]
-    with _clear_errors(model_type), quiet():
-        return AutoModelForSequenceClassification.from_config(
-            AutoConfig.for_model(**config),
-            dtype=getattr(torch, dtype),
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
+    with _clear_errors(head, config["model_type"]), quiet():
+        return _auto_class(head).from_config(
+            AutoConfig.for_model(**config), dtype=getattr(torch, dtype), attn_implementation=attn_implementation
         )
 
 
-def load_classifier(path: str, *, attn_implementation: str | None = None) -> "PreTrainedModel":
-    """A classifier as `save_pretrained` wrote it."""
-    from transformers import AutoModelForSequenceClassification
+def load_network(head: Head, path: str, *, attn_implementation: str | None = None) -> "PreTrainedModel":
+    """A network as `save_pretrained` wrote it."""
+    with _clear_errors(head, path), quiet():
+        return _auto_class(head).from_pretrained(path, use_safetensors=True, attn_implementation=attn_implementation)
 
-    with _clear_errors(path), quiet():
-        return AutoModelForSequenceClassification.from_pretrained(
-            path, use_safetensors=True, attn_implementation=attn_implementation
-        )
+
+def _auto_class(head: Head) -> Any:
+    import transformers
+
+    classes = {"classifier": "AutoModelForSequenceClassification", "language model": "AutoModelForCausalLM"}
+    return getattr(transformers, classes[head])
 
 
 def classify(model: "PreTrainedModel", inputs: Inputs, pooling: Pooling) -> Tensor:
@@ -141,6 +145,60 @@ def classify(model: "PreTrainedModel", inputs: Inputs, pooling: Pooling) -> Tens
     return read_out(model)(pooled_RD)
 
 
+def token_losses(model: "PreTrainedModel", inputs: Inputs, predicted_at: Tensor, target: Tensor) -> Tensor:
+    """The cross-entropy of tokens to predict, in chunks whose logits are made anew for the gradient.
+
+    So no more than `LOGITS_AT_ONCE` logits exist at once. PyTorch's own chunked loss, `linear_cross_entropy`, gives
+    sums alone, where rows have weights, and no capped logits.
+
+    Args:
+        model: A causal language model of transformers.
+        inputs: Padded rows or a tree.
+        predicted_at: (L,) int64, which of all states predicts each token.
+        target: (L,) int64.
+
+    Returns:
+        (L,) float32.
+    """
+    if "subtree_end" in inputs:
+        hidden_BTD = tree_states(model, inputs)
+    else:
+        hidden_BTD = model.base_model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+        ).last_hidden_state
+    hidden_LD = hidden_BTD.flatten(0, 1)[predicted_at]
+    chunk = max(LOGITS_AT_ONCE // model.config.get_text_config().vocab_size, 1)
+
+    def losses(part_LD: Tensor, part_target_L: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(language_logits(model, part_LD), part_target_L, reduction="none")
+
+    parts = zip(hidden_LD.split(chunk), target.split(chunk), strict=True)
+    if len(target) <= chunk:
+        return torch.cat([losses(*part) for part in parts])
+    return torch.cat([checkpoint(losses, *part, use_reentrant=False) for part in parts])
+
+
+def language_logits(model: "PreTrainedModel", hidden_LD: Tensor) -> Tensor:
+    """The logits (L, V) float32 that a language model predicts from its final states."""
+    logits_LV = model.get_output_embeddings()(hidden_LD)
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2's
+    return (logits_LV if cap is None else torch.tanh(logits_LV / cap) * cap).float()
+
+
+def language_problem(model: "PreTrainedModel") -> str | None:
+    """How a language model's own logits differ from `language_logits`, on a short row; None if they do not."""
+    row_1T = torch.arange(4, 12, device=model.get_input_embeddings().weight.device)[None]
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        own_TV = model(input_ids=row_1T).logits[0].float()
+        states_TD = model.base_model(input_ids=row_1T).last_hidden_state[0]
+        found_TV = language_logits(model, states_TD)
+    model.train(training)
+    difference = float((found_TV - own_TV).norm() / own_TV.norm())
+    return None if difference <= TOLERANCE[model.dtype] else f"relative difference {difference:.1e}"
+
+
 def reads_last_token(model: "PreTrainedModel") -> bool:
     """Whether a classifier pools as decoders do in transformers, where the last layer is then named score."""
     return isinstance(getattr(model, "score", None), nn.Linear)
@@ -160,11 +218,16 @@ def read_out(model: "PreTrainedModel") -> nn.Linear:
     return layers[-1]
 
 
-def _prepare(config: "PretrainedConfig", tokenizer: "PreTrainedTokenizerFast", dropout: float | None) -> None:
-    config.num_labels = len(LABELS)
-    config.id2label = dict(LABELS)
-    config.label2id = {label: index for index, label in LABELS.items()}
-    config.problem_type = "single_label_classification"
+def _prepare(
+    config: "PretrainedConfig", head: Head, tokenizer: "PreTrainedTokenizerFast", dropout: float | None
+) -> None:
+    if head == "classifier":
+        config.num_labels = len(LABELS)
+        config.id2label = dict(LABELS)
+        config.label2id = {label: index for index, label in LABELS.items()}
+        config.problem_type = "single_label_classification"
+    else:
+        config.eos_token_id = tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
     if dropout is not None:
         for name, value in config.to_dict().items():
@@ -173,7 +236,7 @@ def _prepare(config: "PretrainedConfig", tokenizer: "PreTrainedTokenizerFast", d
 
 
 @contextlib.contextmanager
-def _clear_errors(name: str) -> Iterator[None]:
+def _clear_errors(head: Head, name: str) -> Iterator[None]:
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
@@ -186,14 +249,14 @@ def _clear_errors(name: str) -> Iterator[None]:
     except (*unfit, *broken) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"model.backbone: cannot make a classifier of {name}: {reason}",
+            f"model.backbone: cannot make a {head} of {name}: {reason}",
             "Give a hub id that this machine can reach, or a folder that save_pretrained wrote as safetensors.",
         ) from error
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the notes on new heads and the loading bars, which a classifier always causes."""
+    """Without the notes on new heads and the loading bars, which every start causes."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -3,179 +3,73 @@
 Shape legend: R rows, C classes (rejected, accepted).
 """
 
-import contextlib
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning import LightningModule
-from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from datamodules.batches import Inputs, RewardBatch
 from datamodules.errors import UserError
 from datamodules.records import Category
-from datamodules.tokenizer import SCRATCH
-from models.backbone import (
-    DtypeName,
-    Pooling,
-    build_classifier,
-    classifier_from_config,
-    classify,
-    load_classifier,
-    position_room,
-    quiet,
-    reads_last_token,
-)
+from models.backbone import Pooling, classify, reads_last_token
 from models.calibration import calibrated, fit_temperature, fit_threshold
 from models.metrics import RewardMetrics, reward_figures
-from models.optimizers import OptimizerName, ScheduleName, build_optimizer, build_schedule, optimizer_maker
-from models.tree import pair_cost, tree_problem
+from models.training import BackboneModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-EXPORT_STATE = "proactive.json"
 BOOTSTRAP_RESAMPLES = 1000
-LOGGED_FIGURES = ("validation/loss", "validation/accuracy", "validation/f1", "validation/auroc")
 CategoryName = Literal["missed_need", "non_response", "correct_detection", "false_alarm"]
 
 
-class RewardClassifier(LightningModule):
-    """A backbone with a two-class head; its weights come into being in `configure_model`.
+class RewardClassifier(BackboneModule):
+    """A backbone with a two-class head.
 
     Args:
-        backbone: Hub id or local path of any Hugging Face encoder or decoder, or "scratch" for a small
-            decoder with random weights and a tokenizer trained on the run's own text.
-        scratch: For backbone "scratch": a transformers configuration with its model_type, in place of the
-            project's small Llama-type one.
         pooling: Which state is read: "auto" (the last real token of a decoder, what an encoder's architecture
             defines), "last", "cls" or "mean".
-        dtype: How the weights are stored; the trainer's precision says how they are computed with.
-        attn_implementation: Attention of transformers: eager, sdpa, flex_attention, flash_attention_2, ... If null,
-            its own choice, and for trees on a CUDA device flex_attention, which skips what the mask hides.
-        dropout: Dropout everywhere the backbone has it; as the backbone has it if null.
-        gradient_checkpointing: Trade compute for memory: keep no activations inside a layer.
-        trust_remote_code: Let a backbone from the hub run code of its own. Off for a reason.
-        optimizer: adamw; adamw_8bit and paged_adamw_8bit from bitsandbytes; adamw_8bit_stochastic_rounding from
-            torchao, for dtype bfloat16, in which small updates would be lost to rounding.
-        learning_rate: Peak learning rate.
-        weight_decay: Decoupled weight decay on matrices.
-        warmup_ratio: The share of all steps over which the learning rate rises.
-        schedule: How the learning rate falls to zero afterwards.
-        gradient_clip_norm: The greatest norm of a step's gradient; longer ones are scaled down to it. None if null.
         category_weights: Factors on the loss of rows by category, for example {missed_need: 2.0}; 1 if left out.
+        options: See BackboneModule.
     """
 
+    task = "reward"
+    head = "classifier"
+    logged_figures = ("validation/auroc", "validation/loss", "validation/accuracy", "validation/f1")
     category_weight: Tensor
 
     def __init__(
         self,
-        backbone: str = SCRATCH,
-        scratch: dict[str, Any] | None = None,
         pooling: Pooling = "auto",
-        dtype: DtypeName = "float32",
-        attn_implementation: str | None = None,
-        dropout: float | None = None,
-        gradient_checkpointing: bool = False,
-        trust_remote_code: bool = False,
-        optimizer: OptimizerName = "adamw",
-        learning_rate: float = 1e-3,
-        weight_decay: float = 0.1,
-        warmup_ratio: float = 0.1,
-        schedule: ScheduleName = "linear",
-        gradient_clip_norm: float | None = 1.0,
         category_weights: dict[CategoryName, float] | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        if not 0 <= warmup_ratio <= 1:
-            raise UserError(f"model.warmup_ratio: {warmup_ratio} is no share", "Give a number from 0 to 1.")
-        if learning_rate < 0:
-            raise UserError(f"model.learning_rate: {learning_rate} is negative", "Give 0 or more.")
+        super().__init__(**options)
         names = [category.value for category in Category]
         if unknown := sorted(set(category_weights or {}) - set(names)):
             raise UserError(
                 f"model.category_weights: there is no category {', '.join(unknown)}", f"Use {', '.join(names)}."
             )
-        self.save_hyperparameters()
-        self.automatic_optimization = False  # a step's number of micro-batches follows from its rows
-        self.network: PreTrainedModel | None = None
-        self.temperature = 1.0
-        self.threshold = 0.5
         self.metrics = RewardMetrics()
         self.test_rows: dict[str, Tensor] = {}
-        self.test_figures: dict[str, dict[str, float]] = {}
         weights = {str(name): weight for name, weight in (category_weights or {}).items()}
         weight_by_category = torch.tensor([weights.get(category.value, 1.0) for category in Category])
         self.register_buffer("category_weight", weight_by_category, persistent=False)
-
-    def configure_model(self) -> None:
-        """Make the network, once, and settle with the data module in which layout it reads rows."""
-        options, data = self.hparams, self.trainer.datamodule  # type: ignore[attr-defined]
-        optimizer_maker(options["optimizer"])  # says what is missing before any weight is loaded
-        if self.network is None:
-            self.network = build_classifier(
-                options["backbone"],
-                data.tokenizer,
-                options["scratch"],
-                dtype=options["dtype"],
-                attn_implementation=options["attn_implementation"],
-                dropout=options["dropout"],
-                trust_remote_code=options["trust_remote_code"],
-            )
-            if data.max_length > (room := position_room(self.network.config)):
-                raise UserError(
-                    f"data.max_length: {data.max_length} tokens, but {options['backbone']} has positions for {room}",
-                    f"Use --data.max_length {room}, or a backbone that reads longer texts.",
-                )
-            if options["gradient_checkpointing"]:
-                self.network.gradient_checkpointing_enable({"use_reentrant": False})
-            self.network.train()
-        if data.layout == "rows":
-            data.settle_layout(None)
-            return
-        if options["attn_implementation"] is None and self.trainer.strategy.root_device.type == "cuda":
-            with contextlib.suppress(ValueError):  # a backbone without it keeps its own
-                self.network.set_attn_implementation("flex_attention")
-        if options["pooling"] not in ("auto", "last") or not reads_last_token(self.network):
-            data.settle_layout("the backbone, or model.pooling, reads more than a row's last token")
-        else:
-            data.settle_layout(tree_problem(self.network, data.max_length), pair_cost(self.network))
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Logits (R, C) float32 of rejected and accepted."""
         assert self.network is not None, "configure_model makes the network"
         return classify(self.network, inputs, self.hparams["pooling"]).float()
 
-    def training_step(self, batch: list[RewardBatch], batch_idx: int) -> None:
-        """One optimizer step over this rank's micro-batches."""
-        optimizer, schedule = self.optimizers(), self.lr_schedulers()
-        loss = torch.zeros((), device=self.device)
-        for number, micro_batch in enumerate(batch, start=1):
-            with self._gradients_stay_here(number < len(batch)):
-                part = self._loss(micro_batch)
-                self.manual_backward(part)
-            loss += part.detach()
-        loss = self.trainer.strategy.reduce(loss, reduce_op="mean")  # of all ranks, so that they stop together
-        if not torch.isfinite(loss):
-            raise self._not_finite("the loss", loss)
-        self.log("train/loss", loss, prog_bar=True)
-        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])  # type: ignore[union-attr]
-        optimizer.step()  # type: ignore[union-attr]
-        optimizer.zero_grad()  # type: ignore[union-attr]
-        schedule.step()  # type: ignore[union-attr]
+    def loss(self, batch: RewardBatch) -> Tensor:
+        """A micro-batch's part of the step's loss; a category's weight multiplies its rows' losses."""
+        loss_R = nn.functional.cross_entropy(self(batch["inputs"]), batch["label"], reduction="none")
+        return (loss_R * self.category_weight[batch["category"]] * batch["weight"]).sum()
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip; the gradients are then those of the whole step, of all ranks and without a loss scale."""
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if not torch.isfinite(norm) and self._scaler is None:  # a scaler leaves such a step out
-            raise self._not_finite("the gradient norm", norm)
-        if self.hparams["gradient_clip_norm"] is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters(), self.hparams["gradient_clip_norm"], norm)
-        self.log("train/gradient_norm", norm)
+    def tree_problem(self, network: "PreTrainedModel", longest: int) -> str | None:
+        if self.hparams["pooling"] not in ("auto", "last") or not reads_last_token(network):
+            return "the backbone, or model.pooling, reads more than a row's last token"
+        return super().tree_problem(network, longest)
 
     def on_validation_epoch_start(self) -> None:
         self.metrics.reset()
@@ -188,7 +82,7 @@ class RewardClassifier(LightningModule):
         rows = self.metrics.rows()
         probability_N, target_N = rows["probability"], rows["target"]
         if not torch.isfinite(probability_N).all():
-            raise self._not_finite("a probability in validation", probability_N.sum())
+            raise self.not_finite("a probability in validation", probability_N.sum())
         self.temperature = fit_temperature(probability_N, target_N)
         self.threshold = fit_threshold(calibrated(probability_N, self.temperature), target_N)
         figures = reward_figures(probability_N, target_N, rows["category"])
@@ -215,112 +109,6 @@ class RewardClassifier(LightningModule):
             self.test_figures[name] = {figure: float(value) for figure, value in figures.items()}
             self.log_dict({f"test/{name}_{figure}": value.float() for figure, value in figures.items()})
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        options = self.hparams
-        optimizer = build_optimizer(
-            self.parameters(),
-            options["optimizer"],
-            options["learning_rate"],
-            options["weight_decay"],
-            loss_is_scaled=self._scaler is not None,
-        )
-        schedule = build_schedule(optimizer, options["schedule"], options["warmup_ratio"], self._total_steps())
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        assert self.network is not None, "a checkpoint is saved after configure_model"
-        checkpoint["backbone_config"] = self.network.config.to_json_string(use_diff=False)
-        checkpoint["calibration"] = {"temperature": self.temperature, "threshold": self.threshold}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        own, saved = self.state_dict(), checkpoint.get("state_dict", {})
-        if saved and {name: own[name].shape for name in own} != {name: saved[name].shape for name in saved}:
-            raise UserError(
-                "the model or its tokenizer differs in size from the one in the checkpoint",
-                "Resume with the same model options and data.vocabulary_size, or start a new run.",
-            )
-        self.temperature = checkpoint["calibration"]["temperature"]
-        self.threshold = checkpoint["calibration"]["threshold"]
-
-    @classmethod
-    def from_checkpoint(cls, checkpoint: dict[str, Any]) -> "RewardClassifier":
-        """The classifier of a loaded checkpoint, weights included, without its backbone's original files."""
-        options = {name: value for name, value in checkpoint["hyper_parameters"].items() if not name.startswith("_")}
-        classifier = cls(**options)
-        classifier.network = classifier_from_config(
-            json.loads(checkpoint["backbone_config"]), options["dtype"], options["attn_implementation"]
-        )
-        classifier.load_state_dict(checkpoint["state_dict"])
-        classifier.on_load_checkpoint(checkpoint)
-        return classifier
-
-    def export(self, folder: Path, state: dict[str, Any]) -> None:
-        """Write weights and configuration for transformers, and what only this project reads.
-
-        Args:
-            folder: Where to, made if missing.
-            state: What else `proactive.json` shall hold: the data module's state.
-        """
-        assert self.network is not None, "configure_model makes the network"
-        with quiet():
-            self.network.save_pretrained(folder)
-        options = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
-        calibration = {"temperature": self.temperature, "threshold": self.threshold}
-        content = {"model": options, "calibration": calibration, "data": state}
-        (folder / EXPORT_STATE).write_text(json.dumps(content, indent=1))
-
-    @classmethod
-    def from_export(cls, folder: Path) -> tuple["RewardClassifier", dict[str, Any]]:
-        """The classifier of an exported folder, and the state that it was exported with.
-
-        Raises:
-            UserError: The folder is no export of this project.
-        """
-        try:
-            content = json.loads((folder / EXPORT_STATE).read_text())
-            classifier = cls(**content["model"])
-            classifier.on_load_checkpoint(content)
-            state = content["data"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{folder} is not a complete export: {EXPORT_STATE}: {error}",
-                "Give the export folder of a run.",
-            ) from error
-        classifier.network = load_classifier(str(folder), attn_implementation=content["model"]["attn_implementation"])
-        return classifier, state
-
-    def _loss(self, batch: RewardBatch) -> Tensor:
-        """This micro-batch's part of the step's loss; a category's weight multiplies its rows' losses."""
-        loss_R = nn.functional.cross_entropy(self(batch["inputs"]), batch["label"], reduction="none")
-        return (loss_R * self.category_weight[batch["category"]] * batch["weight"]).sum()
-
-    def _total_steps(self) -> int:
-        """The optimizer steps of the whole run.
-
-        Lightning's own estimate makes the training loader before a resumed run's position in it is restored.
-        """
-        trainer = self.trainer
-        steps, limit = trainer.datamodule.steps_per_epoch, trainer.limit_train_batches  # type: ignore[attr-defined]
-        steps = min(steps, limit) if isinstance(limit, int) else int(steps * limit)
-        ends = [trainer.max_steps] if trainer.max_steps >= 0 else []
-        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-            ends.append(trainer.max_epochs * steps)
-        if not ends:
-            raise UserError("a run without an end has no schedule", "Give trainer.max_epochs or trainer.max_steps.")
-        return min(ends)
-
-    @property
-    def _scaler(self) -> Any:
-        """What scales the loss in 16-mixed precision; None in any other."""
-        return getattr(self.trainer.precision_plugin, "scaler", None)
-
-    def _gradients_stay_here(self, more_follow: bool) -> contextlib.AbstractContextManager[None]:
-        """Ranks exchange gradients with a step's last micro-batch alone."""
-        strategy = self.trainer.strategy
-        if more_follow and isinstance(strategy, ParallelStrategy):
-            return strategy.block_backward_sync()
-        return contextlib.nullcontext()
-
     def _collect(self, batch: list[RewardBatch]) -> None:
         """Keep P(accepted), uncalibrated, of the rows that do not only fill a rank's share up."""
         for micro_batch in batch:
@@ -328,10 +116,3 @@ class RewardClassifier(LightningModule):
             probability_R = self(micro_batch["inputs"]).double().softmax(-1)[:, 1]
             columns = (probability_R, micro_batch["label"], micro_batch["category"], micro_batch["row"])
             self.metrics.update(*(column[real_R] for column in columns))
-
-    def _not_finite(self, what: str, value: Tensor) -> UserError:
-        return UserError(
-            f"{what} is {value.item()} at step {self.trainer.global_step}; the last good checkpoint is kept",
-            "Resume from checkpoints/previous.ckpt if there is one, else from last.ckpt, with a smaller "
-            "model.learning_rate or with trainer.precision 32-true.",
-        )

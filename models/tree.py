@@ -24,19 +24,23 @@ MASKED_ATTENTIONS = ("sdpa", "eager", "flex_attention")  # those of transformers
 
 def read_tree(model: "PreTrainedModel", inputs: Inputs) -> Tensor:
     """The final hidden states (R, D) at the read-outs of a tree."""
+    return tree_states(model, inputs)[0, inputs["read_out"]]
+
+
+def tree_states(model: "PreTrainedModel", inputs: Inputs) -> Tensor:
+    """The final hidden states (1, T, D) of a tree; FlexAttention adds states of padding behind them."""
     subtree_end_T = inputs["subtree_end"][0]
     input_ids, position_ids = inputs["input_ids"], inputs["position_ids"]
     attention = model.config._attn_implementation
     if attention == "flex_attention":
         padding = -len(subtree_end_T) % BLOCK  # tokens that no one sees, and that see no one but themselves
         input_ids, position_ids = (torch.nn.functional.pad(ids, (0, padding)) for ids in (input_ids, position_ids))
-    hidden_1TD = model.base_model(
+    return model.base_model(
         input_ids=input_ids,
         position_ids=position_ids,
         attention_mask=tree_mask(subtree_end_T, attention, model.dtype),
         use_cache=False,
     ).last_hidden_state
-    return hidden_1TD[0, inputs["read_out"]]
 
 
 def tree_mask(subtree_end_T: Tensor, attention: str, dtype: torch.dtype) -> "Tensor | BlockMask":
@@ -103,7 +107,7 @@ def _misread(model: "PreTrainedModel") -> str | None:
 
 
 def _read_rows_as_tree(model: "PreTrainedModel", rows: list[list[int]]) -> Tensor:
-    inputs: Any = TreeLayout(rows, token_budget=64).inputs(range(len(rows)))[1]
+    inputs: Any = TreeLayout(rows, token_budget=64).lay_out(range(len(rows))).inputs
     device = model.get_input_embeddings().weight.device
     placed: Any = {name: value.to(device) for name, value in inputs.items()}
     return read_tree(model, placed).float()

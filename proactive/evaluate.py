@@ -9,15 +9,16 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
-from callbacks.checkpoints import BEST, LAST, Interrupted, LastCheckpoint, load_run
-from callbacks.files import CHECKPOINTS, write_atomically
+from callbacks.checkpoints import Interrupted, LastCheckpoint, load_trained
+from callbacks.files import write_atomically
 from callbacks.progress import progress_callback
 from callbacks.record import tested_record
 from datamodules.errors import UserError
-from datamodules.reward import LayoutName, RewardDataModule
+from datamodules.reward import RewardDataModule
+from datamodules.rows import LayoutName
 from datamodules.splits import SplitName
-from models.reward import EXPORT_STATE, RewardClassifier
-from proactive.terminal import Parser, agreement_table, figures_table, run, show
+from models.reward import RewardClassifier
+from proactive.terminal import Parser, run, show, test_tables
 
 
 def evaluate_reward(
@@ -51,7 +52,7 @@ def evaluate_reward(
     Returns:
         The record of the test, as in a run's metrics.json.
     """
-    classifier, state, source = _load(checkpoint)
+    classifier, state, source = load_trained(RewardClassifier, checkpoint, "--checkpoint")
     data = RewardDataModule.from_state(
         state,
         root=root,
@@ -102,22 +103,7 @@ def main(arguments: list[str]) -> None:
     if options.output:
         write_atomically(options.output, json.dumps(record, indent=2) + "\n")
     if not options.quiet:
-        show(figures_table(record), agreement_table(record))
-
-
-def _load(target: Path) -> tuple[RewardClassifier, dict[str, Any], Path]:
-    """The classifier, the data module's state, and the file or folder that the weights came from."""
-    if (target / EXPORT_STATE).is_file():
-        return (*RewardClassifier.from_export(target), target)
-    if (target / CHECKPOINTS).is_dir():
-        target = next((path for name in (BEST, LAST) if (path := target / CHECKPOINTS / name).exists()), target)
-    if target.is_dir() or not target.exists():
-        raise UserError(
-            f"--checkpoint: {target} holds no checkpoint" if target.exists() else f"--checkpoint: there is no {target}",
-            f"Give a run folder, a .ckpt file, or an export folder (with {EXPORT_STATE}).",
-        )
-    checkpoint = load_run(target)
-    return RewardClassifier.from_checkpoint(checkpoint), checkpoint["RewardDataModule"], target
+        show(*test_tables(record))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m proactive.fit`: train a reward classifier, test its best weights, leave a run folder behind."""
+"""`python -m proactive.fit`: train a reward classifier or an agent, test its best weights, leave a run folder."""
 
 import argparse
 import contextlib
@@ -40,14 +40,23 @@ from callbacks.files import (
 from callbacks.progress import progress_callback
 from callbacks.record import MetricsFile, tested_record
 from callbacks.report import HtmlReport
+from callbacks.samples import SampledAnswers
+from datamodules.agent import AgentDataModule
 from datamodules.errors import UserError
 from datamodules.reward import RewardDataModule
-from models.reward import LOGGED_FIGURES, RewardClassifier
-from proactive.terminal import Parser, agreement_table, figures_table, run, show
+from datamodules.rows import RowsDataModule
+from models.agent import ProactiveAgent
+from models.reward import RewardClassifier
+from models.training import BackboneModule
+from proactive.terminal import Parser, run, show, test_tables
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
+TASKS: dict[str, tuple[type[BackboneModule], type[RowsDataModule]]] = {
+    "reward": (RewardClassifier, RewardDataModule),
+    "agent": (ProactiveAgent, AgentDataModule),
+}
 TRAINER_DEFAULTS = {
     "max_epochs": 5,
     "log_every_n_steps": 5,
@@ -64,13 +73,30 @@ class FitParser(Parser, LightningArgumentParser):
 class FitCLI(LightningCLI):
     """The options of a run, and the trainer that writes its folder."""
 
+    def __init__(self, task: str, arguments: list[str]) -> None:
+        self.task = task
+        model_class, data_class = TASKS[task]
+        super().__init__(
+            model_class,
+            data_class,
+            run=False,
+            args=arguments,
+            seed_everything_default=0,
+            trainer_defaults=TRAINER_DEFAULTS,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            parser_kwargs={"prog": "python -m proactive.fit"},
+        )
+
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         self.parser_class = FitParser
         return super().init_parser(**kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        figures = TASKS[self.task][0].logged_figures
+        parser.add_argument("--task", choices=list(TASKS), default=self.task, help="Which model to train.")
         parser.add_argument("--run.root", type=str, default="runs", help="Where run folders are made.")
-        parser.add_argument("--run.name", type=str, default="reward", help="Runs of one name are numbered.")
+        parser.add_argument("--run.name", type=str, default=self.task, help="Runs of one name are numbered.")
         parser.add_argument(
             "--run.checkpoint_every_n_steps",
             type=int,
@@ -79,9 +105,9 @@ class FitCLI(LightningCLI):
         )
         parser.add_argument(
             "--run.monitor",
-            type=str,
-            default="validation/auroc",
-            help="The figure that the best weights have the most of.",
+            choices=figures,
+            default=figures[0],
+            help="The figure that the best weights have the most of; of a loss, the least.",
         )
         parser.add_argument(
             "--ckpt_path",
@@ -95,11 +121,6 @@ class FitCLI(LightningCLI):
         parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
 
     def before_instantiate_classes(self) -> None:
-        if self.config.run.monitor not in LOGGED_FIGURES:
-            raise UserError(
-                f"run.monitor: no figure {self.config.run.monitor} is logged",
-                f"Use one of {', '.join(LOGGED_FIGURES)}.",
-            )
         if self.config.run.checkpoint_every_n_steps < 1:
             raise UserError(
                 f"run.checkpoint_every_n_steps: {self.config.run.checkpoint_every_n_steps} is not a number of steps",
@@ -133,9 +154,14 @@ class FitCLI(LightningCLI):
             ExportModel(folder),
             HtmlReport(folder),
         ]
+        if self.task == "agent":
+            callbacks.append(SampledAnswers(folder / LOGS))
         if progress := progress_callback(self.config.quiet):
             callbacks.append(progress)
-        given: dict[str, Any] = {"callbacks": callbacks, "plugins": [*(options.plugins or []), SafeCheckpointIO()]}
+        given: dict[str, Any] = {
+            "callbacks": callbacks,
+            "plugins": [*(options.plugins or []), SafeCheckpointIO(self.task)],
+        }
         if options.logger is None:
             given["logger"] = [CSVLogger(folder, "", LOGS), TensorBoardLogger(folder, "", LOGS)]
         if options.enable_progress_bar is None:
@@ -149,17 +175,8 @@ class FitCLI(LightningCLI):
 
 def main(arguments: list[str]) -> None:
     """Parse, fit, test, and print where the run folder is."""
-    cli = FitCLI(
-        RewardClassifier,
-        RewardDataModule,
-        run=False,
-        args=_with_config_of_resumed_run(arguments),
-        seed_everything_default=0,
-        trainer_defaults=TRAINER_DEFAULTS,
-        save_config_callback=None,
-        auto_configure_optimizers=False,
-        parser_kwargs={"prog": "python -m proactive.fit"},
-    )
+    arguments = _with_config_of_resumed_run(arguments)
+    cli = FitCLI(task_of(arguments), arguments)
     with cli.without_empty_folder():
         _fit_and_test(cli)
 
@@ -188,8 +205,7 @@ def _fit_and_test(cli: FitCLI) -> None:
     if not trainer.is_global_zero:
         return
     if not cli.config.quiet:
-        record = tested_record(trainer, cli.model)
-        show(figures_table(record), agreement_table(record))
+        show(*test_tables(tested_record(trainer, cli.model)))
         print(f"figures {METRICS_FILE}, report {REPORT_FILE} and weights {EXPORT}/ are in the run folder:")
     print(folder)
 
@@ -227,22 +243,39 @@ def _resume_from(ckpt_path: str | None, folder: Path) -> str | None:
     return str(path)
 
 
-def _with_config_of_resumed_run(arguments: list[str]) -> list[str]:
-    """Put the configuration of the run to resume first, unless the arguments name one."""
+def task_of(arguments: list[str]) -> str:
+    """Which model the arguments, or the last configuration that says so, want trained; it settles the other options."""
+    found = _scan(arguments)
+    named = [yaml.safe_load(Path(config).read_text()).get("task") for config in found.config if Path(config).is_file()]
+    task = found.task or next((task for task in reversed(named) if task), "reward")
+    if task not in TASKS:
+        raise UserError(f"task: there is no task {task}", f"Use {' or '.join(TASKS)}.")
+    return task
+
+
+def _scan(arguments: list[str]) -> argparse.Namespace:
+    """What has to be known before the options are."""
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    scan.add_argument("--task")
     scan.add_argument("--ckpt_path")
     scan.add_argument("--config", "-c", action="append", default=[])
     scan.add_argument("--run.root", dest="root", default="runs")
-    scan.add_argument("--run.name", dest="name", default="reward")
+    scan.add_argument("--run.name", dest="name")
     try:
         found, _ = scan.parse_known_args(arguments)
     except argparse.ArgumentError:  # the real parser says what is wrong
-        return arguments
+        found = scan.parse_args([])
+    return found
+
+
+def _with_config_of_resumed_run(arguments: list[str]) -> list[str]:
+    """Put the configuration of the run to resume first, unless the arguments name one."""
+    found = _scan(arguments)
     for config in found.config:
         _check_config(Path(config))
     if found.ckpt_path is None or found.config:
         return arguments
-    folder = _resumed_folder(found.root, found.name, found.ckpt_path)
+    folder = _resumed_folder(found.root, found.name or found.task or "reward", found.ckpt_path)
     config = folder / CONFIG_FILE if folder else None
     if config is None or not config.is_file():
         return arguments

@@ -78,7 +78,31 @@ def as_user_error(error: BaseException) -> UserError | None:
     return None
 
 
-def figures_table(record: dict[str, Any]) -> Table:
+def test_tables(record: dict[str, Any]) -> list[Table]:
+    """What a test found out, for a person to read."""
+    return [_judge_table(record), _agreement_table(record)] if record["task"] == "reward" else [_decision_table(record)]
+
+
+def _decision_table(record: dict[str, Any]) -> Table:
+    """A tested agent's decisions to propose, raw and calibrated."""
+    found, stamp = record["contamination"], ""
+    if found["allowed"]:
+        stamp = "CONTAMINATED: trained on scenes that it is tested on; "
+    table = Table(
+        title=f"{record['split']}: the decision to propose after {record['test']['raw']['histories']:.0f} histories",
+        caption=f"{stamp}{found['contaminated_rows']} of {found['test_rows']} rows have a history that was trained on",
+    )
+    names = ("accuracy", "precision", "recall", "f1", "auroc", "proposed", "loss", "loss_text", "loss_null")
+    table.add_column("agent")
+    for name in names:
+        table.add_column(name.replace("_", ", "), justify="right")
+    for reading in ("raw", "calibrated"):
+        figures = record["test"][reading]
+        table.add_row(f"this model, {reading}", *(f"{figures[n]:.4f}" if n in figures else "" for n in names))
+    return table
+
+
+def _judge_table(record: dict[str, Any]) -> Table:
     """A tested classifier's figures, raw and calibrated, with intervals, beside the published rows."""
     found, test = record["contamination"], record["test"]
     table = Table(
@@ -105,7 +129,7 @@ def figures_table(record: dict[str, Any]) -> Table:
     return table
 
 
-def agreement_table(record: dict[str, Any]) -> Table:
+def _agreement_table(record: dict[str, Any]) -> Table:
     """The share of right decisions within each category."""
     table = Table(title="Agreement within each category")
     names = [name for name in record["test"]["raw"] if name.startswith("agreement_")]

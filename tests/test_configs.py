@@ -9,9 +9,7 @@ import pytest
 import yaml
 
 from callbacks.files import RUN_FOLDER_VARIABLE
-from datamodules.reward import RewardDataModule
-from models.reward import RewardClassifier
-from proactive.fit import TRAINER_DEFAULTS, FitCLI
+from proactive.fit import TASKS, FitCLI, task_of
 from tests.helpers import ROOT
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -29,16 +27,8 @@ def clean_environment() -> Iterator[None]:
 
 def instantiate(arguments: list[str], root: Path) -> FitCLI:
     """All that `python -m proactive.fit` makes before it reads data or makes weights."""
-    return FitCLI(
-        RewardClassifier,
-        RewardDataModule,
-        run=False,
-        args=[*arguments, f"--run.root={root}"],
-        seed_everything_default=0,
-        trainer_defaults=TRAINER_DEFAULTS,
-        save_config_callback=None,
-        auto_configure_optimizers=False,
-    )
+    arguments = [*arguments, f"--run.root={root}"]
+    return FitCLI(task_of(arguments), arguments)
 
 
 def leaves(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -52,17 +42,18 @@ def leaves(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def test_the_recipes_of_the_issue_are_there() -> None:
     names = {path.relative_to(ROOT / "configs").as_posix() for path in CONFIGS}
-    assert {"reward/paper.yaml", "reward/tiny.yaml"} <= names
+    assert {f"{task}/{size}.yaml" for task in ("reward", "agent") for size in ("paper", "tiny")} <= names
 
 
 @pytest.mark.usefixtures("clean_environment")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT / "configs").as_posix())
 def test_config_is_instantiated_without_weights(path: Path, tmp_path: Path) -> None:
     cli = instantiate(["--config", str(path)], tmp_path)
-    assert isinstance(cli.model, RewardClassifier)
+    model_class, data_class = TASKS[path.parent.name]
+    assert isinstance(cli.model, model_class)
     assert cli.model.network is None
     assert not list(cli.model.parameters())
-    assert isinstance(cli.datamodule, RewardDataModule)
+    assert isinstance(cli.datamodule, data_class)
     with pytest.raises(RuntimeError, match="setup"):  # no row has been read
         _ = cli.datamodule.split
     given = dict(leaves(yaml.safe_load(path.read_text(encoding="utf-8"))))
@@ -82,6 +73,12 @@ def test_paper_config_is_the_papers_recipe() -> None:
     assert (recipe["model.learning_rate"], recipe["model.warmup_ratio"]) == (1e-5, 0.1)
     assert (recipe["model.optimizer"], recipe["model.weight_decay"]) == ("adamw", 0.0)  # that is Adam
     assert recipe["trainer.max_epochs"] == 5
+
+
+def test_the_agents_paper_config_is_the_papers_recipe() -> None:
+    recipe = dict(leaves(yaml.safe_load((ROOT / "configs/agent/paper.yaml").read_text(encoding="utf-8"))))
+    assert recipe["model.backbone"] == "Qwen/Qwen2-7B-Instruct"
+    assert (recipe["data.batch_size"], recipe["model.learning_rate"], recipe["trainer.max_epochs"]) == (32, 1e-5, 3)
 
 
 @pytest.mark.usefixtures("clean_environment")

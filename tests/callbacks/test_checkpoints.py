@@ -61,7 +61,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
-    content = {**CONTENT, **dict.fromkeys(RUN_KEYS - set(CONTENT), 1)}
+    content = {**CONTENT, **dict.fromkeys(RUN_KEYS - set(CONTENT), 1), "task": "reward", "RewardDataModule": {}}
     path = save(tmp_path / "new" / "folder" / "last.ckpt", content)
     assert same(load_checkpoint(path), content)
     assert same(SafeCheckpointIO().load_checkpoint(path), content)
@@ -70,7 +70,15 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_something_else_is_told_apart_from_a_runs(tmp_path: Path) -> None:
     path = save(tmp_path / "last.ckpt")
-    with pytest.raises(UserError, match="it lacks RewardDataModule, backbone_config, calibration"):
+    with pytest.raises(UserError, match="it lacks backbone_config, calibration"):
+        SafeCheckpointIO().load_checkpoint(path)
+
+
+def test_a_run_of_the_other_task_is_refused(tmp_path: Path) -> None:
+    content = {**CONTENT, **dict.fromkeys(RUN_KEYS - set(CONTENT), 1), "task": "agent", "AgentDataModule": {}}
+    path = save(tmp_path / "last.ckpt", content)
+    assert same(SafeCheckpointIO("agent").load_checkpoint(path), content)
+    with pytest.raises(UserError, match="is of task agent, not reward"):
         SafeCheckpointIO().load_checkpoint(path)
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 import yaml
 
-from callbacks.export import export_reward, model_card
-from callbacks.record import reward_record
+from callbacks.export import export_model, model_card
+from callbacks.record import run_record
 from datamodules.prompts import Data, render
 from models.reward import RewardClassifier
 from tests.callbacks.conftest import Run
@@ -67,7 +67,7 @@ def test_transformers_alone_gives_the_same_probabilities(run: Run, tmp_path: Pat
     found = in_another_process(run.folder / "export", [texts[row] for row in rows], tmp_path)
     assert found["ours"] == []
     assert found["labels"] == {"0": "rejected", "1": "accepted"}
-    assert found["ids"] == [list(map(int, run.data._input_ids["test"][row])) for row in rows]
+    assert found["ids"] == [list(map(int, run.data._encoded["test"].input_ids[row])) for row in rows]
     tested = run.classifier.test_rows
     by_row = dict(zip(tested["row"].tolist(), tested["probability"].tolist(), strict=True))
     expected = [by_row[row] for row in rows]
@@ -92,28 +92,28 @@ def test_this_project_reads_its_export_back(run: Run) -> None:
 
 
 def test_a_new_export_takes_the_place_of_the_old_one(run: Run, tmp_path: Path) -> None:
-    record = reward_record(run.classifier, run.data, "weights")
+    record = run_record(run.classifier, run.data, "weights")
     folder = tmp_path / "export"
     folder.mkdir()
     (folder / "stale.bin").touch()
-    export_reward(run.classifier, run.data, record, folder)
+    export_model(run.classifier, run.data, record, folder)
     assert {path.name for path in folder.iterdir()} == {path.name for path in (run.folder / "export").iterdir()}
 
 
 def test_an_export_that_fails_keeps_the_former_one(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "export"
-    record = reward_record(run.classifier, run.data, "weights")
-    export_reward(run.classifier, run.data, record, folder)
+    record = run_record(run.classifier, run.data, "weights")
+    export_model(run.classifier, run.data, record, folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(jinja2.UndefinedError):
-        export_reward(run.classifier, run.data, {}, folder)
+        export_model(run.classifier, run.data, {"task": "reward"}, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    export_reward(run.classifier, run.data, record, folder)
+    export_model(run.classifier, run.data, record, folder)
     assert [path.name for path in tmp_path.iterdir()] == ["export"], "the next one clears up"
 
 
 def test_the_card_states_figures_split_and_contamination(run: Run) -> None:
-    record = reward_record(run.classifier, run.data, "weights")
+    record = run_record(run.classifier, run.data, "weights")
     card = (run.folder / "export" / "README.md").read_text(encoding="utf-8")
     for name in ("accuracy", "precision", "recall", "f1", "auroc", "calibration_error", "agreement_false_alarm"):
         cells = " | ".join(f"{record['test'][reading][name]:.4f}" for reading in ("raw", "calibrated"))
@@ -131,8 +131,8 @@ def test_the_card_states_figures_split_and_contamination(run: Run) -> None:
 @pytest.mark.parametrize("text", ["x\n---\nlicense: none\n---\n", "---", "`{{ 7 * 7 }}` {% raw %}", "é\u2028:\t- '\""])
 def test_options_cannot_change_what_the_card_declares(run: Run, text: str) -> None:
     """A path or a hub id is text: never front matter, never part of a template."""
-    record = deepcopy(reward_record(run.classifier, run.data, text)) | {"backbone": text, "split": text}
-    card = model_card(record, "auto")
+    record = deepcopy(run_record(run.classifier, run.data, text)) | {"backbone": text, "split": text}
+    card = model_card(record, {"pooling": "auto"})
     start, front, _ = card.split("---\n", 2)
     assert start == ""
     assert yaml.safe_load(front) == {
@@ -145,7 +145,7 @@ def test_options_cannot_change_what_the_card_declares(run: Run, text: str) -> No
 
 @pytest.mark.parametrize(("pooling", "warned"), [("auto", False), ("mean", True), ("cls", True), ("last", True)])
 def test_the_card_warns_where_transformers_pools_otherwise(run: Run, pooling: str, warned: bool) -> None:
-    card = model_card(reward_record(run.classifier, run.data, "weights"), pooling)
+    card = model_card(run_record(run.classifier, run.data, "weights"), {"pooling": pooling})
     assert (f"trained with pooling `{pooling}`" in card) == warned
 
 
@@ -153,7 +153,7 @@ def test_an_encoder_is_exported_as_well(root: Path, tmp_path: Path) -> None:
     classifier, data = small_classifier("bert"), small_data(root, max_length=120)
     trainer = fit(classifier, data, max_steps=3)
     trainer.test(classifier, data, verbose=False)
-    export_reward(classifier, data, reward_record(classifier, data, "weights"), tmp_path / "export")
+    export_model(classifier, data, run_record(classifier, data, "weights"), tmp_path / "export")
     again, _ = RewardClassifier.from_export(tmp_path / "export")
     batch = next(iter(data.test_dataloader()))[0]
     assert torch.equal(probabilities(again, batch), probabilities(classifier, batch))

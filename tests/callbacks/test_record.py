@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from callbacks.record import RECORDED_PACKAGES, reward_record
+from callbacks.record import RECORDED_PACKAGES, run_record
 from models.metrics import PUBLISHED_REWARD_ROWS
 from tests.callbacks.conftest import Run
 from tests.models.small import small_trainer
@@ -47,6 +47,7 @@ def test_it_counts_the_contaminated_test_rows(record: dict[str, Any], run: Run) 
         "test_rows": test_rows,
         "contaminated_rows": contaminated,
         "fraction": contaminated / test_rows,
+        "allowed": False,
     }
 
 
@@ -69,7 +70,7 @@ def test_it_names_the_versions_that_gave_the_figures(record: dict[str, Any]) -> 
 
 def test_it_says_which_weights_were_tested(run: Run, record: dict[str, Any]) -> None:
     assert record["weights"], "of the run itself"
-    assert reward_record(run.classifier, run.data, "some/best.ckpt")["weights"] == "some/best.ckpt"
+    assert run_record(run.classifier, run.data, "some/best.ckpt")["weights"] == "some/best.ckpt"
 
 
 def test_a_second_test_writes_the_file_anew(run: Run, tmp_path: Any) -> None:

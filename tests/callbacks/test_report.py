@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from callbacks.record import reward_record
+from callbacks.record import run_record
 from callbacks.report import WORST_MISTAKES, read_curves, report
 from datamodules.records import AnnotatedRow, Category
 from models.metrics import reward_figures
@@ -62,7 +62,7 @@ def made_of(probability: list[float], rows: list[AnnotatedRow], run: Run, **chan
         "row": order,
     }
     figures = reward_figures(columns["probability"], columns["target"], columns["category"], bootstrap=20)
-    record = deepcopy(reward_record(run.classifier, run.data, "weights")) | {"threshold": 0.5}
+    record = deepcopy(run_record(run.classifier, run.data, "weights")) | {"threshold": 0.5}
     plain = {name: float(value) for name, value in figures.items()}
     record["test"] = {"raw": plain, "calibrated": plain}
     curves = changes.pop("curves", {"train/loss": {1: 0.7, 2: 0.6}, "validation/loss": {2: 0.65}})
@@ -81,7 +81,7 @@ def test_the_page_needs_nothing_else(run: Run) -> None:
 def test_it_shows_figures_plots_and_contamination(run: Run) -> None:
     text = (run.folder / "report.html").read_text(encoding="utf-8")
     page = Page(text)
-    record = reward_record(run.classifier, run.data, "weights")
+    record = run_record(run.classifier, run.data, "weights")
     for reading in ("raw", "calibrated"):
         for name in ("accuracy", "precision", "recall", "f1", "auroc", "calibration_error"):
             assert f"{record['test'][reading][name]:.4f}" in page.text

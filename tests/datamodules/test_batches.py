@@ -30,6 +30,10 @@ LAYOUTS = st.sampled_from(["tree", "rows"])
 Ranks = list[Step]  # one step, as each rank has it
 
 
+def columns(**values: list[int]) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(column) for name, column in values.items()}
+
+
 def layout_of(lengths: Sequence[int], name: Literal["tree", "rows"] = "rows", micro_batch_size: int = 2) -> Layout:
     """Rows of these lengths, that all begin alike; a tree holds a few of them."""
     ids = [[*range(1, length), 100 + row] for row, length in enumerate(lengths)]
@@ -195,7 +199,9 @@ def test_rows_are_padded_on_the_right_and_kept(rows: list[list[int]], data: st.D
     labels = [len(ids) % 2 for ids in rows]
     categories = [len(ids) % 4 for ids in rows]
     chosen = tuple(data.draw(st.permutations(range(len(rows)))))
-    (batch,) = EncodedRows(RowsLayout(rows, 0, 2), labels, categories)[(MicroBatch(chosen, 0.5),)]
+    (batch,) = EncodedRows(RowsLayout(rows, 0, 2), columns(label=labels, category=categories))[
+        (MicroBatch(chosen, 0.5),)
+    ]
     inputs = batch["inputs"]
     assert inputs["input_ids"].shape == inputs["attention_mask"].shape == (len(rows), max(map(len, rows)))
     for place, row in enumerate(chosen):
@@ -218,7 +224,7 @@ def test_rows_are_padded_on_the_right_and_kept(rows: list[list[int]], data: st.D
 def test_a_trees_labels_stand_in_the_order_of_its_read_outs(rows: list[list[int]]) -> None:
     labels = [ids[-1] % 2 for ids in rows]
     chosen = tuple(range(len(rows)))
-    (batch,) = EncodedRows(TreeLayout(rows, 64), labels, labels)[(MicroBatch(chosen, 1.0),)]
+    (batch,) = EncodedRows(TreeLayout(rows, 64), columns(label=labels))[(MicroBatch(chosen, 1.0),)]
     inputs = batch["inputs"]
     last = inputs["input_ids"][0][inputs["read_out"]]
     assert last.tolist() == [rows[row][-1] for row in batch["row"]]

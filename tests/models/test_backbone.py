@@ -23,10 +23,10 @@ from models.backbone import (
     LABELS,
     SCRATCH_CONFIG,
     Pooling,
-    build_classifier,
-    classifier_from_config,
+    build_network,
     classify,
-    load_classifier,
+    load_network,
+    network_from_config,
     quiet,
     read_out,
 )
@@ -46,7 +46,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
     """A small Llama-type classifier with its tokenizer, as save_pretrained writes them."""
     folder = tmp_path_factory.mktemp("saved")
     with quiet():
-        build_classifier("scratch", tokenizer, SMALL_LLAMA).save_pretrained(folder)
+        build_network("classifier", "scratch", tokenizer, SMALL_LLAMA).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -59,7 +59,9 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 def build(family: str, tokenizer: PreTrainedTokenizerFast, **options: Any) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    return build_classifier("scratch", tokenizer, {"model_type": family, **FAMILIES[family]}, **options).eval()
+    return build_network(
+        "classifier", "scratch", tokenizer, {"model_type": family, **FAMILIES[family]}, **options
+    ).eval()
 
 
 def padded_batch(tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
@@ -113,7 +115,7 @@ def test_a_padding_token_inside_the_text_does_not_end_it(tokenizer: PreTrainedTo
 
 
 def test_scratch_is_a_llama_of_a_few_million_parameters(tokenizer: PreTrainedTokenizerFast) -> None:
-    model = build_classifier("scratch", tokenizer)
+    model = build_network("classifier", "scratch", tokenizer)
     assert SCRATCH_CONFIG["model_type"] == model.config.model_type == "llama"
     assert 1e6 < sum(parameter.numel() for parameter in model.parameters()) < 5e6
     assert model.config.vocab_size == len(tokenizer)
@@ -124,7 +126,9 @@ def test_scratch_is_a_llama_of_a_few_million_parameters(tokenizer: PreTrainedTok
 @pytest.mark.parametrize("load", ["build", "load"])
 def test_a_local_folder_gives_back_its_weights(load: str, saved: Path) -> None:
     path = str(saved)
-    model = build_classifier(path, load_tokenizer(path)) if load == "build" else load_classifier(path)
+    model = (
+        build_network("classifier", path, load_tokenizer(path)) if load == "build" else load_network("classifier", path)
+    )
     weights = load_file(saved / "model.safetensors")
     assert weights.keys() == model.state_dict().keys()
     assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in weights.items())
@@ -134,7 +138,7 @@ def test_a_backbone_without_a_head_is_given_one(tmp_path: Path, tokenizer: PreTr
     body = build("bert", tokenizer).base_model
     with quiet():
         body.save_pretrained(tmp_path)
-    model = build_classifier(str(tmp_path), tokenizer)
+    model = build_network("classifier", str(tmp_path), tokenizer)
     found, wanted = (part.embeddings.word_embeddings.weight for part in (model.base_model, body))
     assert torch.equal(found, wanted)
     assert read_out(model).out_features == 2
@@ -194,7 +198,7 @@ def test_a_folder_that_cannot_serve_is_the_users_mistake(
 ) -> None:
     spoil(folder)
     with pytest.raises(UserError) as error:
-        build_classifier(str(folder), tokenizer)
+        build_network("classifier", str(folder), tokenizer)
     assert str(folder) in error.value.what
     assert error.value.hint
     assert "\n" not in error.value.what + error.value.hint
@@ -205,7 +209,7 @@ def test_a_folder_that_cannot_serve_is_the_users_mistake(
 def test_an_export_that_cannot_be_read_is_refused(spoil: Callable[[Path], None], folder: Path) -> None:
     spoil(folder)
     with pytest.raises(UserError, match="backbone"):
-        load_classifier(str(folder))
+        load_network("classifier", str(folder))
     assert not (folder.parent / "executed").exists()
 
 
@@ -214,7 +218,7 @@ def test_a_hub_id_that_cannot_be_reached_is_named(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # what no network looks like, at once
     with pytest.raises(UserError, match="nobody/no-such-model"):
-        build_classifier("nobody/no-such-model", tokenizer)
+        build_network("classifier", "nobody/no-such-model", tokenizer)
 
 
 def test_a_network_for_pictures_cannot_classify_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -222,7 +226,7 @@ def test_a_network_for_pictures_cannot_classify_text(tmp_path: Path, tokenizer: 
     with quiet():
         transformers.ViTForImageClassification(transformers.ViTConfig(**sizes)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=str(tmp_path)):
-        build_classifier(str(tmp_path), tokenizer)
+        build_network("classifier", str(tmp_path), tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -240,12 +244,12 @@ def test_a_scratch_configuration_that_cannot_be_is_the_users_mistake(
     changes: dict[str, Any], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     with pytest.raises(UserError):
-        build_classifier("scratch", tokenizer, SMALL_LLAMA | changes)
+        build_network("classifier", "scratch", tokenizer, SMALL_LLAMA | changes)
 
 
 def test_attention_that_does_not_exist_is_the_users_mistake(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UserError, match="attn_implementation"):
-        build_classifier("scratch", tokenizer, SMALL_LLAMA, attn_implementation="no-such-attention")
+        build_network("classifier", "scratch", tokenizer, SMALL_LLAMA, attn_implementation="no-such-attention")
 
 
 CODE = """
@@ -281,10 +285,10 @@ def with_code(folder: Path, model_type: str) -> Path:
 
 
 LOADERS: dict[str, Callable[[Path, PreTrainedTokenizerFast], object]] = {
-    "backbone": lambda folder, tokenizer: build_classifier(str(folder), tokenizer),
-    "export": lambda folder, tokenizer: load_classifier(str(folder)),
-    "checkpoint": lambda folder, tokenizer: classifier_from_config(
-        json.loads((folder / "config.json").read_text()), "float32", None
+    "backbone": lambda folder, tokenizer: build_network("classifier", str(folder), tokenizer),
+    "export": lambda folder, tokenizer: load_network("classifier", str(folder)),
+    "checkpoint": lambda folder, tokenizer: network_from_config(
+        "classifier", json.loads((folder / "config.json").read_text()), "float32", None
     ),
     "tokenizer": lambda folder, tokenizer: load_tokenizer(str(folder)),
 }
@@ -315,7 +319,7 @@ def test_code_in_a_folder_is_run_where_asked_for(
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder.parent / "modules"))
     monkeypatch.syspath_prepend(str(folder.parent / "modules"))
     if loader == "backbone":
-        model = build_classifier(str(folder), tokenizer, trust_remote_code=True)
+        model = build_network("classifier", str(folder), tokenizer, trust_remote_code=True)
         assert type(model).__name__ == "Model"
     else:
         load_tokenizer(str(folder), trust_remote_code=True)
@@ -336,7 +340,7 @@ def test_dropout_reaches_all_that_the_backbone_has(family: str, tokenizer: PreTr
 
 def test_dropout_stays_as_configured_if_not_given(tokenizer: PreTrainedTokenizerFast) -> None:
     scratch = {"model_type": "bert", **ENCODERS["bert"], "hidden_dropout_prob": 0.3}
-    model = build_classifier("scratch", tokenizer, scratch)
+    model = build_network("classifier", "scratch", tokenizer, scratch)
     assert model.config.hidden_dropout_prob == 0.3
     assert model.config.attention_probs_dropout_prob == 0.1
 
@@ -344,9 +348,9 @@ def test_dropout_stays_as_configured_if_not_given(tokenizer: PreTrainedTokenizer
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_weights_are_stored_in_the_dtype_asked_for(dtype: Any, saved: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     for model in (
-        build_classifier("scratch", tokenizer, SMALL_LLAMA, dtype=dtype),
-        build_classifier(str(saved), tokenizer, dtype=dtype),
-        classifier_from_config(json.loads((saved / "config.json").read_text()), dtype, None),
+        build_network("classifier", "scratch", tokenizer, SMALL_LLAMA, dtype=dtype),
+        build_network("classifier", str(saved), tokenizer, dtype=dtype),
+        network_from_config("classifier", json.loads((saved / "config.json").read_text()), dtype, None),
     ):
         assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
 

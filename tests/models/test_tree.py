@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from datamodules.batches import EncodedRows, Layout, RowsLayout, StepSampler, TreeLayout, share
@@ -74,11 +73,11 @@ class Result:
 
 def step(model: RewardClassifier, layout: Layout, rows: Sequence[int], number: int) -> Result:
     """Loss and gradients; labels and categories follow from the rows' places."""
-    data = EncodedRows(layout, [row % 2 for row in range(number)], [row % 4 for row in range(number)])
+    data = EncodedRows(layout, {"label": torch.arange(number) % 2, "category": torch.arange(number) % 4})
     result = Result(0.0, {}, {})
     for micro_batch in data[share(layout.split(rows, 1), 0, 1, len(rows))]:
         model.zero_grad()
-        loss = model._loss(micro_batch)
+        loss = model.loss(micro_batch)
         loss.backward()
         result.loss += float(loss.detach())
         for name, parameter in model.named_parameters():
@@ -159,7 +158,7 @@ def test_a_real_scene_gives_the_same(max_length: int) -> None:
     data.setup("fit")
     assert (data.truncated["train"] > 400) == (max_length == 180)
     scenes = [row.scene for row in data.split.train]
-    ids = [row.tolist() for row in data._input_ids["train"]]
+    ids = [row.tolist() for row in data._encoded["train"].input_ids]
     rows = [place for place, scene in enumerate(scenes) if scene == scenes[0]][:24]
     rows.append(scenes.index(next(scene for scene in scenes if scene != scenes[0])))
     model = classifier(network("qwen2", vocab_size=len(data.tokenizer)))
@@ -202,57 +201,6 @@ def test_an_epoch_on_the_real_rows_has_the_same_loss_curve() -> None:
         curves.append(losses.values)
     assert len(curves[0]) == -(-len(data.split.train) // 32)
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
-
-
-class TokenLoss(LightningModule):
-    """Cross-entropy of every answer token, summed over rows: what an agent learns from."""
-
-    @staticmethod
-    def of_tree(model: PreTrainedModel, ids: list[list[int]], answer_start: list[int]) -> Tensor:
-        from datamodules.tree import PrefixOrder, build_tree
-
-        tree = build_tree(PrefixOrder(ids), range(len(ids)), answer_start)
-        end = torch.from_numpy(tree.subtree_end)
-        hidden_TD = model(
-            input_ids=torch.from_numpy(tree.input_ids)[None],
-            position_ids=torch.from_numpy(tree.position_ids)[None],
-            attention_mask=tree_mask(end, "sdpa", torch.float32),
-        ).logits[0]
-        counted = np.flatnonzero(tree.loss_weight)
-        loss = nn.functional.cross_entropy(
-            hidden_TD[tree.parent[counted]], torch.from_numpy(tree.input_ids[counted]), reduction="none"
-        )
-        return (loss * torch.from_numpy(tree.loss_weight[counted])).sum()
-
-    @staticmethod
-    def of_rows(model: PreTrainedModel, ids: list[list[int]], answer_start: list[int]) -> Tensor:
-        total = torch.zeros(())
-        for row, start in zip(ids, answer_start, strict=True):
-            logits_TV = model(input_ids=torch.tensor([row])).logits[0]
-            total = total + nn.functional.cross_entropy(
-                logits_TV[start - 1 : -1], torch.tensor(row[start:]), reduction="sum"
-            )
-        return total
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_the_loss_on_answer_tokens_is_the_same(case: str) -> None:
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL))
-    ids = CASES[case]
-    answer_start = [max(len(row) - 2, 1) for row in ids]
-    results = []
-    for loss_of in (TokenLoss.of_tree, TokenLoss.of_rows):
-        model.zero_grad()
-        loss = loss_of(model, ids, answer_start)
-        loss.backward()
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-        results.append(
-            Result(float(loss.detach()), gradients, {name: float(g.norm()) for name, g in gradients.items()})
-        )
-    assert_same(*results, results[1].parts)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +296,7 @@ def test_pair_cost_counts_the_layers_alone() -> None:
 def test_a_block_mask_hides_what_the_mask_hides() -> None:
     """The mask alone, without the attention that reads it: that one has no backward on a CPU."""
     layout = TreeLayout(CASES["a scene"], 64)
-    end = layout.inputs(range(5))[1]["subtree_end"][0]
+    end = layout.lay_out(range(5)).inputs["subtree_end"][0]
     block_mask = tree_mask(end, "flex_attention", torch.float32)
     places = torch.arange(len(end))
     visible = block_mask.mask_mod(0, 0, places[:, None], places[None, :])
@@ -372,12 +320,14 @@ def test_flex_attention_gives_the_same_and_compiles_once() -> None:
         results = []
         for model in (classifier(backbone), classifier(masked)):
             layout = TreeLayout(ids, 4096)
-            data = EncodedRows(layout, [0] * len(ids), [0] * len(ids))
+            data = EncodedRows(
+                layout, {name: torch.zeros(len(ids), dtype=torch.int64) for name in ("label", "category")}
+            )
             model.to("cuda").zero_grad()
             for micro_batch in data[share(layout.split(range(len(ids)), 1), 0, 1, len(ids))]:
                 moved = {k: v.cuda() for k, v in micro_batch.items() if k != "inputs"}
                 inputs = {k: v.cuda() for k, v in micro_batch["inputs"].items()}
-                model._loss({**moved, "inputs": inputs}).backward()
+                model.loss({**moved, "inputs": inputs}).backward()
             results.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         assert float((results[0] - results[1]).norm() / results[1].norm()) < 1e-3
     assert sum(counters["graph_break"].values()) == 0

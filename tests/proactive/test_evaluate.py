@@ -80,7 +80,7 @@ def test_another_fold_tests_other_rows(finished_run: FinishedRun, call: Callable
     record = metrics(tmp_path / "m.json")
     assert record["split"].endswith("fold 2 of 3")
     rows = len(split_by_scene(load_corpus(str(finished_run.root)), 3, 2).test)
-    assert record["contamination"] == {"test_rows": rows, "contaminated_rows": rows, "fraction": 1.0}
+    assert record["contamination"] == {"test_rows": rows, "contaminated_rows": rows, "fraction": 1.0, "allowed": False}
 
 
 def test_quiet_prints_nothing_and_still_writes(finished_run: FinishedRun, call: Callable, tmp_path: Path) -> None:

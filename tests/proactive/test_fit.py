@@ -16,14 +16,24 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from datamodules.reward import RewardDataModule
+from datamodules.rows import RowsDataModule
 from datamodules.sources import load_corpus
 from datamodules.splits import split_by_scene
 from datamodules.tokenizer import tokenizer_from_state
 from models.reward import RewardClassifier
+from models.training import BackboneModule
 from tests.helpers import ROOT
 from tests.proactive.conftest import FinishedRun
 
 LOGGED = ("train/loss", "train/gradient_norm", "validation/auroc", "validation/loss", "test/raw_f1")
+
+OPTIONS = {
+    name: {option for owner in owners for option in inspect.signature(owner).parameters} - {"options"}
+    for name, owners in {
+        "model": (BackboneModule, RewardClassifier),
+        "data": (RowsDataModule, RewardDataModule),
+    }.items()
+}
 
 
 def test_the_run_folder_is_complete_and_nothing_else(finished_run: FinishedRun) -> None:
@@ -68,7 +78,12 @@ def test_metrics_hold_rows_contamination_and_versions(finished_run: FinishedRun)
     record = json.loads((finished_run.folder / "metrics.json").read_text(encoding="utf-8"))
     split = split_by_scene(load_corpus(str(finished_run.root)), 3, 0)
     assert record["rows"] == {name: len(getattr(split, name)) for name in ("train", "validation", "test")}
-    assert record["contamination"] == {"test_rows": len(split.test), "contaminated_rows": 0, "fraction": 0.0}
+    assert record["contamination"] == {
+        "test_rows": len(split.test),
+        "contaminated_rows": 0,
+        "fraction": 0.0,
+        "allowed": False,
+    }
     assert record["truncated_rows"] == {"train": 0, "validation": 0, "test": 0}
     assert record["versions"].pop("python") == ".".join(map(str, sys.version_info[:3]))
     assert {"proactive", "torch", "lightning", "transformers", "datasets"} <= set(record["versions"])
@@ -116,10 +131,11 @@ def test_the_model_card_states_figures_split_and_contamination(finished_run: Fin
 def test_the_configuration_is_complete(finished_run: FinishedRun) -> None:
     """Every option stands there with the value that it had, defaults too."""
     config = yaml.safe_load((finished_run.folder / "config.yaml").read_text(encoding="utf-8"))
-    assert config.keys() == {"seed_everything", "trainer", "model", "data", "run"}
-    assert config["model"].keys() == inspect.signature(RewardClassifier).parameters.keys()
+    assert config.keys() == {"seed_everything", "trainer", "model", "data", "task", "run"}
+    assert config["task"] == "reward"
+    assert config["model"].keys() == OPTIONS["model"]
     follow_from_the_model = {"tokenizer", "trust_remote_code"}
-    assert config["data"].keys() == inspect.signature(RewardDataModule).parameters.keys() - follow_from_the_model
+    assert config["data"].keys() == OPTIONS["data"] - follow_from_the_model
     assert config["run"] == {
         "root": "runs",
         "name": "reward",
@@ -192,8 +208,8 @@ finally:
     )
     assert ended.stdout.splitlines()[-1] == "imported: []"
     shown = " ".join(ended.stdout.split())
-    for options, owner in (("model", RewardClassifier), ("data", RewardDataModule)):
-        for name in inspect.signature(owner).parameters:
-            assert f"{options}.{name}" in shown
+    for name, options in OPTIONS.items():
+        for option in options:
+            assert f"{name}.{option}" in shown
     assert "Tokens a row, at most; the oldest events are dropped first." in shown  # the docstring is the help
     assert "Optimizer steps between saves of last.ckpt." in shown

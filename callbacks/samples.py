@@ -1,0 +1,42 @@
+"""The answers that an agent writes while it is trained, epoch by epoch."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from models.agent import ProactiveAgent
+
+SAMPLES = "answers.csv"
+COLUMNS = ("epoch", "step", "event", "help_needed", "answer", "valid")
+
+
+class SampledAnswers(Callback):
+    """Adds the answers sampled at each validation to answers.csv."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / SAMPLES
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, ProactiveAgent)
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not self.path.exists()
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if is_new:
+                writer.writeheader()
+            place = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+            writer.writerows({**place, **sample} for sample in pl_module.samples)
+
+
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """The rows of answers.csv; of those that a resumed run wrote again, the later ones."""
+    if not (folder / SAMPLES).exists():
+        return []
+    with (folder / SAMPLES).open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if None not in row.values()]  # a kill may cut the last one short
+    return list({(row["step"], row["event"]): row for row in rows}.values())

@@ -1,0 +1,289 @@
+"""AgentDataModule: answers after histories, and conversations, as micro-batches for an agent."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import ConcatDataset
+
+from datamodules.answers import Answer, write_answer
+from datamodules.conversations import ConversationTokenizer, mentions, read_conversations, telltale_pattern
+from datamodules.errors import UserError
+from datamodules.prompts import AgentTemplate, Data, Segment, SegmentTokenizer, plain_text, render_history, truncate
+from datamodules.records import AnnotatedRow, Category, Event, history_digest, scene_of
+from datamodules.rows import Encoded, RowsDataModule, Stage, cached_map, log, rows_digest
+from datamodules.sources import Corpus
+from datamodules.splits import Split, split_by_scene, split_outside_traces
+from datamodules.tokenizer import tokenizer_state
+
+if TYPE_CHECKING:
+    import datasets
+
+TURNS_FOR_VOCABULARY = 20_000  # of conversations, to train a tokenizer on
+SILENCE = write_answer(Answer(proposal=None))
+AN_OFFER = write_answer(Answer(proposal="A"))
+
+
+class AnswerKind(IntEnum):
+    """What a row is learned or asked for."""
+
+    TEXT = 0  # an accepted proposal
+    NULL = 1  # silence, where that was right
+    CONVERSATION = 2  # a conversation's answers
+    PROBE = 3  # P(null) after a history; never learned
+
+
+@dataclass(frozen=True)
+class Example:
+    """An answer after a history."""
+
+    history: tuple[Event, ...]
+    proposal: str | None
+    kind: AnswerKind
+    help_needed: bool | None
+
+
+def _learned(rows: Sequence[AnnotatedRow]) -> list[Example]:
+    """The accepted proposals, and silence where that was right; each once."""
+    kinds = {Category.CORRECT_DETECTION: AnswerKind.TEXT, Category.NON_RESPONSE: AnswerKind.NULL}
+    right = [row for row in rows if row.category in kinds]
+    examples = {
+        (row.history_digest, row.proposal): Example(row.history, row.proposal, kinds[row.category], row.help_needed)
+        for row in right
+    }
+    return list(examples.values())
+
+
+def _probes(rows: Sequence[AnnotatedRow]) -> list[Example]:
+    """One for each history of which some row tells whether help was needed."""
+    known: dict[int, Example] = {}
+    for row in rows:
+        needed = row.help_needed
+        if needed is None and (row.proposal is None or row.accepted):
+            needed = row.accepted is (row.proposal is not None)
+        if needed is not None and (row.help_needed is not None or row.history_digest not in known):
+            known[row.history_digest] = Example(row.history, None, AnswerKind.PROBE, needed)
+    return list(known.values())
+
+
+class AgentDataModule(RowsDataModule):
+    """The accepted proposals of annotated rows, null where null was right, and conversations.
+
+    Args:
+        annotated: Whether the root's annotated rows are learned. Their histories measure the decision to propose in any
+            case.
+        conversations: Conversation files to learn from as well: JSON lists or JSON lines of
+            {"conversations": [{"role": ..., "content": ...}, ...]}.
+        allow_contamination: Whether to train on scenes that are tested on as well. The run, its figures and its model
+            card then say so.
+        options: See RowsDataModule. With split "published" the root's test traces test, and whole scenes outside them
+            train and validate.
+    """
+
+    template_class = AgentTemplate
+    template: AgentTemplate
+
+    def __init__(
+        self,
+        annotated: bool = True,
+        conversations: list[str] | None = None,
+        allow_contamination: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.annotated = annotated
+        self.conversations = [Path(path) for path in conversations or []]
+        self.contamination_allowed = allow_contamination
+        self.left_out: Counter[str] = Counter()  # conversations, by why
+        self._digests: dict[Path, str] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        if not annotated and not self.conversations:
+            raise UserError("data.annotated: false leaves nothing to learn from", "Give data.conversations.")
+
+    def divide(self, corpus: Corpus) -> Split:
+        split = (
+            split_outside_traces(corpus, self.validation_fraction, self.seed)
+            if self.split_name == "published"
+            else split_by_scene(corpus, self.folds, self.fold, self.seed)
+        )
+        if self.contamination_allowed:
+            split = Split(split.train + split.test, split.validation, split.test)
+        return split if self.annotated else Split([], split.validation, split.test)
+
+    def training_text(self) -> list[str]:
+        segments = (
+            segment
+            for example in _learned(self.split.train)
+            for segment in [*render_history(self.template, example.history), *self._branch(example.proposal)]
+        )
+        conversations = chain.from_iterable(map(read_conversations, self.conversations))
+        told = (turn.content for conversation in conversations for turn in conversation.conversations)
+        return list(dict.fromkeys(chain(map(plain_text, segments), islice(told, TURNS_FOR_VOCABULARY))))
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit":
+            kinds = self._encoded["train"].columns["kind"]
+            counts = {kind.name.lower(): int((kinds == kind).sum()) for kind in AnswerKind if kind in kinds}
+            log.info(f"answers to learn: {', '.join(f'{count} {name}' for name, count in counts.items())}")
+            if self.left_out:
+                log.info(f"conversations left out: {', '.join(f'{n} {why}' for why, n in self.left_out.items())}")
+            if self.contamination_allowed:
+                log.info("contaminated: data.allow_contamination trains on scenes that are tested on")
+
+    def rows(self, stage: Stage) -> list[Example]:
+        """The answers, and but for training a probe of each history; conversations come besides."""
+        rows: list[AnnotatedRow] = getattr(self.split, stage)
+        return (_learned(rows) if self.annotated else []) + (_probes(rows) if stage != "train" else [])
+
+    def encode(self, stage: Stage) -> Encoded:
+        examples = self.rows(stage)
+        input_ids: Any
+        answers: Any
+        input_ids, answers = self._encode_examples(stage, examples) if examples else ([], [])
+        scenes = [scene_of(example.history) for example in examples]
+        kinds = [int(example.kind) for example in examples]
+        needed = [-1 if example.help_needed is None else int(example.help_needed) for example in examples]
+        if self.conversations and stage != "test":
+            told = self._tell(stage)
+            if len(told):
+                input_ids = ConcatDataset([input_ids, told["input_ids"]]) if input_ids else told["input_ids"]
+                answers = ConcatDataset([answers, told["answer"]]) if answers else told["answer"]
+                scenes += told["scene"][:].tolist()
+                kinds += [int(AnswerKind.CONVERSATION)] * len(told)
+                needed += [-1] * len(told)
+        if stage != "test" and not set(kinds) - {AnswerKind.PROBE}:
+            raise UserError(f"data: there is no answer in the {stage} split", "Give more scenes or conversations.")
+        columns = {
+            "kind": torch.tensor(kinds, dtype=torch.int64),
+            "help_needed": torch.tensor(needed, dtype=torch.int64),
+        }
+        return Encoded(input_ids, scenes, columns, answers)
+
+    def training_digest(self) -> str:
+        return hashlib.sha256(
+            "".join([super().training_digest(), *map(self._digest, self.conversations)]).encode()
+        ).hexdigest()
+
+    def opening(self) -> list[int]:
+        """The token ids that an answer follows."""
+        return SegmentTokenizer(self.tokenizer).encode([(self.template.answer,)])[0]
+
+    def segments(self, history: Sequence[Event]) -> list[list[int]]:
+        """The token ids of the instructions, with what begins every text, and of each event."""
+        segmenter = SegmentTokenizer(self.tokenizer)
+        first, *events = segmenter.encode(render_history(self.template, history))
+        return [[*segmenter.prefix, *first], *events]
+
+    def _branch(self, proposal: str | None) -> list[Segment]:
+        return [(self.template.answer,), (Data(write_answer(Answer(proposal=proposal))),)]
+
+    def _encode_examples(self, stage: Stage, examples: list[Example]) -> tuple[list[Any], list[Any]]:
+        """The token ids of each example, and the places of those that are its answer."""
+        segmenter = SegmentTokenizer(self.tokenizer)
+        room = self.max_length - len(segmenter.prefix)
+        silence, offer = segmenter.encode([(Data(SILENCE),), (Data(AN_OFFER),)])
+        decided_after = next(place for place, (a, b) in enumerate(zip(silence, offer, strict=False)) if a != b)
+
+        def encode(indices: list[int]) -> dict[str, list[Any]]:
+            columns: dict[str, list[Any]] = {"input_ids": [], "answer": [], "dropped_events": []}
+            for index in indices:
+                example = examples[index]
+                history = segmenter.encode(render_history(self.template, example.history))
+                opening, answer = segmenter.encode(self._branch(example.proposal))
+                ids, dropped = truncate([*history, [*opening, *answer, self.tokenizer.eos_token_id]], room)
+                if len(ids) > room:
+                    raise UserError(
+                        f"data.max_length: instructions and answer of row {index} of the {stage} split take "
+                        f"{len(ids) + self.max_length - room} tokens, more than {self.max_length}",
+                        "Use a greater max_length or a shorter prompt.",
+                    )
+                ids = [*segmenter.prefix, *ids]
+                begin = len(ids) - len(answer) - 1
+                columns["input_ids"].append(ids)
+                skipped = decided_after if example.kind == AnswerKind.PROBE else 0
+                columns["answer"].append(list(range(begin + skipped, len(ids))))
+                columns["dropped_events"].append(dropped)
+            return columns
+
+        what = [
+            [[history_digest(example.history), example.proposal, example.kind] for example in examples],
+            self.template.model_dump(),
+            tokenizer_state(self.tokenizer),
+            self.max_length,
+        ]
+        encoded = cached_map(len(examples), encode, what, self.cache, f"tokenizing {stage} answers")
+        self.note_truncated(stage, encoded["dropped_events"])
+        columns = encoded.with_format("numpy")
+        return list(columns["input_ids"][:]), list(columns["answer"][:])
+
+    def _tell(self, stage: Stage) -> "datasets.Dataset":
+        """The tokenized conversations of a split, on disk; whole ones that begin alike stay together."""
+        import datasets
+        from datasets.arrow_writer import ArrowWriter
+
+        what = [
+            *map(self._digest, self.conversations),
+            tokenizer_state(self.tokenizer),
+            self.max_length,
+            self.validation_fraction,
+            stage,
+            None if self.contamination_allowed else rows_digest(self.split.test),
+        ]
+        name = f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}.arrow"
+        folder = Path(datasets.config.HF_DATASETS_CACHE, "proactive")
+        if not self.cache:
+            self._folder = self._folder or tempfile.TemporaryDirectory()
+            folder = Path(self._folder.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        left_out = folder / f"{name}.json"
+        if not (folder / name).exists():
+            numbers = datasets.List(datasets.Value("int32"))
+            features = datasets.Features(input_ids=numbers, answer=numbers, scene=datasets.Value("string"))
+            unfinished = folder / f".{name}.{os.getpid()}"
+            with ArrowWriter(path=str(unfinished), features=features) as writer:
+                counts: Counter[str] = Counter()
+                for row in self._told(stage, counts):
+                    writer.write(row)
+                writer.finalize()
+            left_out.write_text(json.dumps(counts))
+            unfinished.replace(folder / name)
+        self.left_out.update(json.loads(left_out.read_text()))
+        return datasets.Dataset.from_file(str(folder / name)).with_format("numpy")
+
+    def _told(self, stage: Stage, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
+        """The conversations of a split, one after the other; those that are not learned are counted."""
+        encoder = ConversationTokenizer(self.tokenizer, self.max_length)
+        tested = {event.event for row in self.split.test for event in row.history}
+        guard = None if self.contamination_allowed else telltale_pattern(tested)
+        for path in self.conversations:
+            for conversation in read_conversations(path):
+                held_out = int(conversation.scene, 16) < self.validation_fraction * 2**64
+                if held_out is not (stage == "validation"):
+                    continue
+                if mentions(conversation, guard):
+                    left_out["for events of test scenes"] += 1
+                elif (encoded := encoder.encode(conversation)) is None:
+                    left_out["for their length"] += 1
+                elif encoded[1]:
+                    yield {"input_ids": encoded[0], "answer": encoded[1], "scene": conversation.scene}
+
+    def _digest(self, path: Path) -> str:
+        if path not in self._digests:
+            try:
+                with path.open("rb") as file:
+                    self._digests[path] = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise UserError(
+                    f"data.conversations: {path}: {error.strerror or error}", "Check the path and its permissions."
+                ) from error
+        return self._digests[path]

@@ -1,0 +1,87 @@
+"""Figures of an agent's answers by teacher forcing: how likely it finds them, and whether it would have proposed.
+
+Shape legend: R rows of a batch, N probes.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.functional.classification import (
+    binary_accuracy,
+    binary_auroc,
+    binary_f1_score,
+    binary_precision,
+    binary_recall,
+)
+from torchmetrics.utilities import dim_zero_cat
+
+from datamodules.agent import AnswerKind
+
+
+class AnswerLosses(Metric):
+    """The losses of answers, kept until all ranks' are asked for, so that ranks may hold unequal numbers."""
+
+    full_state_update = False
+    names = ("loss", "tokens", "kind", "help_needed", "row")
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in self.names:
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    def update(self, loss: Tensor, tokens: Tensor, kind: Tensor, help_needed: Tensor, row: Tensor) -> None:
+        """Add rows: the loss (R,) floating, summed over its tokens; the others (R,) int64, see AgentBatch."""
+        for name, column in zip(self.names, (loss.double(), tokens, kind, help_needed, row), strict=True):
+            getattr(self, name).append(column)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The figures of `answer_losses` and `decision_figures`."""
+        rows = self.rows()
+        return answer_losses(rows) | decision_figures(*decisions(rows))
+
+    def rows(self) -> dict[str, Tensor]:
+        """The rows of all ranks, by their number."""
+        with self.sync_context():
+            rows = {name: dim_zero_cat(getattr(self, name)) for name in self.names}
+        order = rows["row"].argsort(stable=True)
+        return {name: column[order] for name, column in rows.items()}
+
+
+def answer_losses(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The mean loss of a token of all answers, and of those in text and of null alone; nats; absent where none are."""
+    kinds = {"loss": list(AnswerKind)[:3], "loss_text": [AnswerKind.TEXT], "loss_null": [AnswerKind.NULL]}
+    figures: dict[str, Tensor] = {}
+    for name, counted in kinds.items():
+        mine = torch.isin(rows["kind"], torch.tensor([int(kind) for kind in counted], device=rows["kind"].device))
+        if mine.any():
+            figures[name] = rows["loss"][mine].sum() / rows["tokens"][mine].sum()
+    return figures
+
+
+def decisions(rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """1 - P(null) after each probed history, (N,) float64, and whether help was needed, (N,) int64."""
+    probe = rows["kind"] == AnswerKind.PROBE
+    return -torch.expm1(-rows["loss"][probe]), rows["help_needed"][probe]
+
+
+def decision_figures(offers_N: Tensor, needed_N: Tensor, threshold: float = 0.5) -> dict[str, Tensor]:
+    """How well the decision to propose fits whether help was needed; help needed is the positive class.
+
+    Args:
+        offers_N: (N,) floating, the probability of a proposal.
+        needed_N: (N,) int64, 1 where help was needed.
+        threshold: A probability above it counts as a proposal.
+    """
+    proposed_N = (offers_N > threshold).long()
+    both = bool(needed_N.any()) and not bool(needed_N.all())
+    return {
+        "accuracy": binary_accuracy(proposed_N, needed_N),
+        "precision": binary_precision(proposed_N, needed_N),
+        "recall": binary_recall(proposed_N, needed_N),
+        "f1": binary_f1_score(proposed_N, needed_N),
+        "auroc": binary_auroc(offers_N, needed_N) if both else torch.tensor(0.0),
+        "proposed": proposed_N.double().mean(),
+        "histories": torch.tensor(float(len(needed_N))),
+    }
