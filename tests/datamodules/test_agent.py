@@ -1,0 +1,222 @@
+"""AgentDataModule: which answers are learned, what is asked of histories, and that no tested scene is learned."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from datamodules.agent import AgentDataModule, AnswerKind
+from datamodules.answers import read_answer
+from datamodules.batches import AgentBatch
+from datamodules.errors import UserError
+from datamodules.records import Category, scene_of
+from datamodules.sources import load_corpus
+from tests.helpers import PROACTIVEBENCH, needs_proactivebench, small_root
+
+Batches = list[AgentBatch]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_root(tmp_path_factory.mktemp("root"), scenes=9, rows_per_scene=20)
+
+
+def made(root: Path | str, stage: str = "fit", **options: Any) -> AgentDataModule:
+    data = AgentDataModule(**{"root": str(root), "folds": 3, "vocabulary_size": 400, "batch_size": 8, **options})
+    data.setup(stage)
+    data.settle_layout(None)
+    return data
+
+
+def conversations_file(path: Path, *contents: str) -> str:
+    turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": "Fine."}] for text in contents]
+    path.write_text(json.dumps([{"conversations": turn} for turn in turns]))
+    return str(path)
+
+
+def test_accepted_proposals_and_right_silence_are_learned_and_nothing_else(root: Path) -> None:
+    data = made(root)
+    expected = {
+        (row.history, row.proposal, row.proposal is None)
+        for row in data.split.train
+        if row.category in (Category.CORRECT_DETECTION, Category.NON_RESPONSE)
+    }
+    learned = [(e.history, e.proposal, e.kind == AnswerKind.NULL) for e in data.rows("train")]
+    assert len(learned) == len(set(learned))
+    assert set(learned) == expected
+    assert {kind for _, _, kind in learned} == {True, False}
+
+
+@pytest.mark.parametrize("layout", ["tree", "rows"])
+def test_the_learned_tokens_are_the_answer_and_its_end(root: Path, layout: Any) -> None:
+    data = made(root, layout=layout)
+    examples = data.rows("train")
+    seen = []
+    for step in data.train_dataloader():
+        total = 0.0
+        for batch in step:
+            answers = batch["answers"]
+            for number, row in enumerate(batch["row"].tolist()):
+                tokens = answers["target"][answers["pair_token"][answers["pair_row"] == number]]
+                text = data.tokenizer.decode(tokens)
+                answer = read_answer(text)
+                assert text.endswith("}<eos>")
+                assert answer is not None
+                assert answer.proposal == examples[row].proposal
+                seen.append(row)
+            total += float((batch["weight"][answers["pair_row"]]).sum())
+        assert total == pytest.approx(1.0), "a step's loss is the mean over its answers' tokens"
+    assert sorted(seen) == list(range(len(examples)))
+
+
+def test_each_validation_history_is_probed_once_for_what_follows_the_choice(root: Path) -> None:
+    data = made(root)
+    probes = [e for e in data.rows("validation") if e.kind == AnswerKind.PROBE]
+    assert {e.history for e in probes} == {row.history for row in data.split.validation}
+    assert len(probes) == len({e.history for e in probes})
+    needed = {row.history: row.help_needed for row in data.split.validation}
+    assert all(e.help_needed is needed[e.history] for e in probes)
+    encoded = data._encoded["validation"]
+    place = data.rows("validation").index(probes[0])
+    assert encoded.answers is not None
+    assert data.tokenizer.decode(encoded.input_ids[place][encoded.answers[place]]) == " null}<eos>"
+    assert encoded.columns["help_needed"][place] == int(bool(probes[0].help_needed))
+
+
+def test_what_is_known_of_a_history_follows_from_its_judgments_where_no_row_says_it(root: Path) -> None:
+    from datamodules.agent import _probes
+
+    rows = [row.model_copy(update={"help_needed": None}) for row in load_corpus(str(root)).train]
+    said = {probe.history: probe.help_needed for probe in _probes(rows)}
+    for row in rows:
+        if row.category in (Category.MISSED_NEED, Category.CORRECT_DETECTION) and row.history in said:
+            same = [other for other in rows if other.history == row.history]
+            if all(other.category != Category.NON_RESPONSE for other in same):
+                assert said[row.history] is True
+    assert {row.history for row in rows if row.category != Category.FALSE_ALARM} == set(said)
+
+
+@pytest.mark.parametrize("split", ["by_scene", "published"])
+def test_no_tested_scene_is_learned(split: Any) -> None:
+    data = made("embedded", split=split)
+    tested = {row.scene for row in data.split.test}
+    learned = {scene_of(e.history) for e in data.rows("train")}
+    assert tested
+    assert not tested & (learned | {row.scene for row in data.split.validation})
+    assert data.state_dict()["training_scenes"] == sorted({row.scene for row in data.split.train})
+    assert data.contamination.contaminated_rows == 0
+
+
+@needs_proactivebench
+def test_the_published_split_learns_from_the_four_scenes_outside_the_test_traces() -> None:
+    data = made(PROACTIVEBENCH, split="published")
+    traces = load_corpus(str(PROACTIVEBENCH)).traces.values()
+    tested = {scene_of([step.observation for step in steps]) for steps in traces}
+    assert len(tested) == 12
+    assert {row.scene for row in data.split.test} == tested
+    learned = {row.scene for row in data.split.train}
+    assert (len(learned), len({row.scene for row in data.split.validation})) == (3, 1)
+    assert not learned & tested
+
+
+def test_training_on_tested_scenes_has_to_be_asked_for_and_is_said(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="proactive"):
+        logging.getLogger("proactive").propagate = True
+        data = made(root, allow_contamination=True)
+    assert data.contamination.fraction == 1.0
+    assert data.contamination_allowed
+    assert "contaminated: data.allow_contamination" in caplog.text
+
+
+def test_a_root_whose_scenes_are_all_tested_is_refused(tmp_path: Path, root: Path) -> None:
+    with pytest.raises(UserError, match="published needs the traces"):
+        made(root, split="published")
+
+
+def test_conversations_are_learned_beside_the_rows_and_some_are_held_out(root: Path, tmp_path: Path) -> None:
+    path = conversations_file(tmp_path / "told.json", *(f"Conversation number {n}." for n in range(60)))
+    data = made(root, conversations=[path], validation_fraction=0.3)
+    kinds = {stage: data._encoded[stage].columns["kind"] for stage in ("train", "validation", "test")}
+    told = {stage: int((kind == AnswerKind.CONVERSATION).sum()) for stage, kind in kinds.items()}
+    assert told["train"] + told["validation"] == 60
+    assert told["test"] == 0
+    assert 5 < told["validation"] < 35
+    alone = made(root, conversations=[path], annotated=False, validation_fraction=0.3)
+    assert set(alone._encoded["train"].columns["kind"].tolist()) == {AnswerKind.CONVERSATION}
+    assert alone.steps_per_epoch == -(-told["train"] // 8)
+    answers = [
+        alone.tokenizer.decode(batch["answers"]["target"][batch["answers"]["pair_token"]])
+        for step in alone.train_dataloader()
+        for batch in step
+    ]
+    assert "".join(answers).count("Fine.<eos>") == told["train"]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_conversations_that_tell_a_tested_event_are_left_out(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, cached: bool
+) -> None:
+    event = made(root).split.test[0].history[-1].event
+    path = conversations_file(tmp_path / "told.json", "Harmless talk.", json.dumps({"Event": event}), "More talk.")
+    options: dict[str, Any] = {"conversations": [path], "validation_fraction": 0.0, "annotated": True, "cache": cached}
+    for _ in range(2):  # also when the cache remembers
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="proactive"):
+            logging.getLogger("proactive").propagate = True
+            data = made(root, **options)
+        assert "conversations left out: 1 for events of test scenes" in caplog.text
+        assert int((data._encoded["train"].columns["kind"] == AnswerKind.CONVERSATION).sum()) == 2
+    allowed = made(root, **options, allow_contamination=True)
+    assert int((allowed._encoded["train"].columns["kind"] == AnswerKind.CONVERSATION).sum()) == 3
+
+
+def test_a_resumed_run_needs_the_same_conversations(root: Path, tmp_path: Path) -> None:
+    one, other = (conversations_file(tmp_path / name, "Talk.", name) for name in ("one.json", "other.json"))
+    state = made(root, conversations=[one]).state_dict()
+    made(root, conversations=[one]).load_state_dict(state)
+    with pytest.raises(UserError, match="training rows differ"):
+        made(root, conversations=[other]).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"annotated": False}, "leaves nothing to learn"),
+        ({"conversations": ["nothing.json"]}, "nothing.json: No such file"),
+        ({"max_length": 30}, "instructions and answer of row"),
+    ],
+)
+def test_what_cannot_be_learned_from_is_said(root: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        made(root, **options)
+
+
+def test_long_histories_lose_their_oldest_events(root: Path) -> None:
+    whole = made(root)
+    longest = max(map(len, whole._encoded["train"].input_ids))
+    data = made(root, max_length=longest - 1)
+    assert data.truncated["train"] > 0
+    assert max(map(len, data._encoded["train"].input_ids)) < longest
+    begin = whole.segments(())[0]
+    assert all(ids[: len(begin)].tolist() == begin for ids in data._encoded["train"].input_ids)
+
+
+def test_the_segments_of_a_history_and_the_opening_are_how_rows_begin(root: Path) -> None:
+    data = made(root)
+    for example, ids in zip(data.rows("train"), data._encoded["train"].input_ids, strict=True):
+        prompt = [token for segment in data.segments(example.history) for token in segment] + data.opening()
+        assert ids[: len(prompt)].tolist() == prompt
