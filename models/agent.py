@@ -49,8 +49,8 @@ class ProactiveAgent(BackboneModule):
         assert self.network is not None
         if made and (problem := language_problem(self.network)):
             raise UserError(
-                f"model.backbone: the logits of {self.hparams['backbone']} are not those of its last layer ({problem})",
-                "Use a backbone of another kind; Llama, Qwen, Mistral, Gemma and Phi are known to serve.",
+                f"model.backbone: {self.hparams['backbone']} cannot be trained as an agent: {problem}",
+                "Use a decoder; Llama, Qwen, Mistral, Gemma and Phi are known to serve.",
             )
 
     def row_losses(self, batch: AgentBatch) -> Tensor:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from datamodules.batches import Inputs
 from datamodules.errors import UserError
 from datamodules.tokenizer import SCRATCH
-from models.tree import TOLERANCE, read_tree, tree_states
+from models.tree import NO_DIFFERENCE, TOLERANCE, read_tree, tree_states
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -186,17 +186,25 @@ def language_logits(model: "PreTrainedModel", hidden_LD: Tensor) -> Tensor:
 
 
 def language_problem(model: "PreTrainedModel") -> str | None:
-    """How a language model's own logits differ from `language_logits`, on a short row; None if they do not."""
-    row_1T = torch.arange(4, 12, device=model.get_input_embeddings().weight.device)[None]
+    """What keeps a network from being trained as a causal language model here, tried on a short row; None if nothing.
+
+    It must not see what it is to predict, and its own logits must be those of `language_logits`.
+    """
+    device = model.get_input_embeddings().weight.device
+    row_1T = torch.arange(4, 12, device=device)[None]
+    other_1T = torch.cat([row_1T[:, :-1], row_1T[:, :1]], dim=1)
     training = model.training
     model.eval()
     with torch.no_grad():
-        own_TV = model(input_ids=row_1T).logits[0].float()
-        states_TD = model.base_model(input_ids=row_1T).last_hidden_state[0]
-        found_TV = language_logits(model, states_TD)
+        own_TV, other_TV = (model(input_ids=ids).logits[0].float() for ids in (row_1T, other_1T))
+        found_TV = language_logits(model, model.base_model(input_ids=row_1T).last_hidden_state[0])
     model.train(training)
+    if float((own_TV[:-1] - other_TV[:-1]).norm() / own_TV.norm()) > NO_DIFFERENCE:
+        return "it sees the tokens that it is to predict"
     difference = float((found_TV - own_TV).norm() / own_TV.norm())
-    return None if difference <= TOLERANCE[model.dtype] else f"relative difference {difference:.1e}"
+    if difference > TOLERANCE[model.dtype]:
+        return f"its logits are not those of its last layer alone (relative difference {difference:.1e})"
+    return None
 
 
 def reads_last_token(model: "PreTrainedModel") -> bool:

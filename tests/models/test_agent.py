@@ -117,6 +117,10 @@ def test_chunks_give_the_plain_loss_and_gradients_and_no_more_logits_at_once(
     assert len(seen) > 4
 
 
+def test_an_encoder_is_found_out() -> None:
+    assert language_problem(network("bert")) == "it sees the tokens that it is to predict"
+
+
 def test_a_backbone_whose_logits_are_more_than_its_last_layers_is_found_out() -> None:
     assert "relative difference" in str(language_problem(network("cohere", logit_scale=0.25)))
     gemma = network("gemma2", final_logit_softcapping=0.5)
