@@ -233,6 +233,7 @@ class RewardDataModule(LightningDataModule):
             "tokenizer": tokenizer_state(self.tokenizer),
             "training_histories": digests,
             "training_rows": _rows_digest(self.split.train),
+            "training_scenes": sorted({row.scene for row in self.split.train}),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
