@@ -1,8 +1,6 @@
 """report.html: one self-contained page on how a reward classifier was trained and where it errs."""
 
-import base64
 import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from callbacks.export import TEMPLATES
 from callbacks.files import LOGS, REPORT_FILE, write_atomically
+from callbacks.plots import image, new_axes
 from callbacks.record import tested_record
 from datamodules.records import AnnotatedRow, Category
 from models.reward import RewardClassifier
@@ -104,19 +103,19 @@ def _mistakes(rows: dict[str, Tensor], test: Sequence[AnnotatedRow], threshold: 
 
 
 def _loss_plot(curves: dict[str, dict[int, float]]) -> str:
-    axes = _axes("optimizer step", "cross-entropy")
+    axes = new_axes("optimizer step", "cross-entropy")
     for name, style in (("train/loss", {"alpha": 0.7}), ("validation/loss", {"marker": "o"})):
         if points := curves.get(name):
             axes.plot(list(points), list(points.values()), label=name, **style)
     axes.set_ylim(bottom=0)
-    return _image(axes)
+    return image(axes)
 
 
 def _precision_recall_plot(rows: dict[str, Tensor], record: dict[str, Any]) -> str:
     from torchmetrics.functional.classification import binary_precision_recall_curve
 
     precision, recall, _ = binary_precision_recall_curve(rows["probability"], rows["target"])
-    axes = _axes("recall", "precision")
+    axes = new_axes("recall", "precision")
     axes.plot(recall, precision, drawstyle="steps-post", label="all thresholds")
     for name, marker in (("raw", "o"), ("calibrated", "s")):
         figures = record["test"][name]
@@ -124,11 +123,11 @@ def _precision_recall_plot(rows: dict[str, Tensor], record: dict[str, Any]) -> s
     accepted = float(rows["target"].double().mean())
     axes.axhline(accepted, color="grey", linestyle=":", label="all accepted")
     axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
-    return _image(axes)
+    return image(axes)
 
 
 def _reliability_plot(rows: dict[str, Tensor]) -> str:
-    axes = _axes("P(accepted), mean of bin", "share accepted")
+    axes = new_axes("P(accepted), mean of bin", "share accepted")
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":")
     for column, label in (("probability", "raw"), ("calibrated", "calibrated")):
         bins = (rows[column] * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
@@ -137,12 +136,12 @@ def _reliability_plot(rows: dict[str, Tensor]) -> str:
         shares = [float(rows["target"][bins == number].double().mean()) for number in filled]
         axes.plot(means, shares, marker="o", label=label)
     axes.set(xlim=(0, 1), ylim=(0, 1))
-    return _image(axes)
+    return image(axes)
 
 
 def _category_plot(rows: dict[str, Tensor], threshold: float) -> str:
     decided = rows["calibrated"] > threshold
-    axes = _axes("test rows", "")
+    axes = new_axes("test rows", "")
     names = [category.value.replace("_", " ") for category in Category]
     masks = [rows["category"] == category.number for category in Category]
     rejected = [int((mask & ~decided).sum()) for mask in masks]
@@ -150,21 +149,4 @@ def _category_plot(rows: dict[str, Tensor], threshold: float) -> str:
     axes.barh(names, rejected, label="decided rejected", color="tab:orange")
     axes.barh(names, accepted, left=rejected, label="decided accepted", color="tab:green")
     axes.invert_yaxis()
-    return _image(axes)
-
-
-def _axes(x_label: str, y_label: str) -> Any:
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
-
-    axes = Figure(figsize=(5, 3.6), layout="constrained").add_subplot()
-    axes.set(xlabel=x_label, ylabel=y_label)
-    axes.grid(alpha=0.3)
-    return axes
-
-
-def _image(axes: Any) -> str:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small")
-    content = io.BytesIO()
-    axes.figure.savefig(content, format="png", dpi=120)
-    return base64.b64encode(content.getvalue()).decode()
+    return image(axes)

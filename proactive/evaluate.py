@@ -1,23 +1,27 @@
-"""`python -m proactive.evaluate reward`: measure a trained reward classifier and set it beside published rows."""
+"""`python -m proactive.evaluate reward|agent`: measure a trained model and set it beside published rows."""
 
 import inspect
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
-from callbacks.checkpoints import BEST, LAST, Interrupted, LastCheckpoint, load_run
-from callbacks.files import CHECKPOINTS, write_atomically
+from callbacks.checkpoints import Interrupted, LastCheckpoint
+from callbacks.files import write_atomically
 from callbacks.progress import progress_callback
 from callbacks.record import tested_record
+from callbacks.weights import load_reward
 from datamodules.errors import UserError
 from datamodules.reward import LayoutName, RewardDataModule
 from datamodules.splits import SplitName
-from models.reward import EXPORT_STATE, RewardClassifier
+from proactive.evaluate_agent import agent_parser, evaluate_agent_command
 from proactive.terminal import Parser, agreement_table, figures_table, run, show
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
 
 
 def evaluate_reward(
@@ -51,7 +55,7 @@ def evaluate_reward(
     Returns:
         The record of the test, as in a run's metrics.json.
     """
-    classifier, state, source = _load(checkpoint)
+    classifier, state, source = load_reward(checkpoint, "--checkpoint")
     data = RewardDataModule.from_state(
         state,
         root=root,
@@ -80,7 +84,19 @@ def evaluate_reward(
 
 
 def main(arguments: list[str]) -> None:
-    """Parse, evaluate, print the tables, write the figures."""
+    """Parse, and carry out one of the subcommands."""
+    parser = Parser(prog="python -m proactive.evaluate", description="Measure a trained model.")
+    subcommands = parser.add_subcommands()
+    subcommands.add_subcommand("reward", _reward_parser(), help="a reward classifier")
+    subcommands.add_subcommand("agent", agent_parser(), help="an agent, by what a judge makes of its proposals")
+    options = parser.parse_args(arguments)
+    if options.subcommand == "agent":
+        evaluate_agent_command(options.agent, arguments)
+    else:
+        _evaluate_reward_command(options.reward)
+
+
+def _reward_parser() -> Parser:
     parameters = inspect.signature(evaluate_reward).parameters
     reward = Parser(prog="evaluate reward", description=evaluate_reward.__doc__.splitlines()[0])  # type: ignore[union-attr]
     reward.add_function_arguments(
@@ -90,9 +106,11 @@ def main(arguments: list[str]) -> None:
     reward.add_argument("--output", type=Path, default=None, help="Write the figures to this JSON file.")
     reward.add_argument("--quiet", action="store_true", help="Print nothing but errors.")
     reward.add_argument("--debug", action="store_true", help="Show tracebacks and the libraries' own messages.")
-    parser = Parser(prog="python -m proactive.evaluate", description="Measure a trained model.")
-    parser.add_subcommands().add_subcommand("reward", reward, help="a reward classifier")
-    options = parser.parse_args(arguments).reward
+    return reward
+
+
+def _evaluate_reward_command(options: "Namespace") -> None:
+    """Evaluate, print the tables, write the figures."""
     if options.output and options.output.is_dir():
         raise UserError(f"--output: {options.output} is a folder", "Give the path of a file.")
     try:
@@ -103,21 +121,6 @@ def main(arguments: list[str]) -> None:
         write_atomically(options.output, json.dumps(record, indent=2) + "\n")
     if not options.quiet:
         show(figures_table(record), agreement_table(record))
-
-
-def _load(target: Path) -> tuple[RewardClassifier, dict[str, Any], Path]:
-    """The classifier, the data module's state, and the file or folder that the weights came from."""
-    if (target / EXPORT_STATE).is_file():
-        return (*RewardClassifier.from_export(target), target)
-    if (target / CHECKPOINTS).is_dir():
-        target = next((path for name in (BEST, LAST) if (path := target / CHECKPOINTS / name).exists()), target)
-    if target.is_dir() or not target.exists():
-        raise UserError(
-            f"--checkpoint: {target} holds no checkpoint" if target.exists() else f"--checkpoint: there is no {target}",
-            f"Give a run folder, a .ckpt file, or an export folder (with {EXPORT_STATE}).",
-        )
-    checkpoint = load_run(target)
-    return RewardClassifier.from_checkpoint(checkpoint), checkpoint["RewardDataModule"], target
 
 
 if __name__ == "__main__":
