@@ -104,8 +104,8 @@ class AnswerLog:
         content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]
         lines = whole.splitlines()
-        self._file.truncate(len(whole))
         if not lines:
+            self._file.truncate(0)
             fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
             self._append({"fingerprint": fingerprint, "settings": settings})
             return
@@ -122,6 +122,7 @@ class AnswerLog:
                     f"{self.path} was begun with {name} {_shorten(then)}, and this is {_shorten(now)}",
                     "Go on with the same options, or give another --output.",
                 )
+        self._file.truncate(len(whole))
 
     def _append(self, entry: dict[str, Any]) -> None:
         self._file.write(json.dumps(entry).encode() + b"\n")
