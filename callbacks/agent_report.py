@@ -47,7 +47,8 @@ def _rows(record: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     if record["gate"]:
         rows["without gate"] = record["gate"]["without_gate"]
     rows |= record["baselines"]
-    return rows | {f"split {name}": split["figures"] for name, split in record["splits"].items()}
+    rows |= {f"split {name}": split["figures"] for name, split in record["splits"].items()}
+    return rows | {f"published: {name}": found for name, found in record["published"].items()}
 
 
 def _gate_plot(record: Mapping[str, Any]) -> str:
@@ -65,7 +66,7 @@ def _gate_plot(record: Mapping[str, Any]) -> str:
             if found:
                 label = label if name == "f1" else "_hidden"
                 axes.plot(found["false_alarm"], found[name], marker, color=color, label=label)
-    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    axes.set(ylim=(-0.02, 1.02))
     return image(axes)
 
 
@@ -79,6 +80,7 @@ def _outcome_plot(by_trace: Mapping[str, Sequence[JudgedEvent]]) -> str:
             left = [before + count for before, count in zip(left, counts, strict=True)]
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize="small")
+    axes.set_xlim(right=1.45 * max(left))  # room for the legend
     for label in axes.get_yticklabels():
         label.set_parse_math(False)  # a trace's name is no formula
     return image(axes)

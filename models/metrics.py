@@ -285,7 +285,7 @@ def _trace_intervals(counts_T4: Tensor, resamples: int, seed: int = 0) -> dict[s
 
 
 PUBLISHED_AGENT_ROWS: dict[str, dict[str, float]] = {
-    name: dict(zip(("tp", "fp", "tn", "fn"), counts, strict=True))
+    name: dict(zip(("tp", "fp", "tn", "fn", "events"), (*counts, sum(counts)), strict=True))
     | {figure: float(value) for figure, value in count_figures(torch.tensor(counts)).items()}
     for name, counts in _PUBLISHED_AGENT_COUNTS.items()
 }

@@ -39,6 +39,7 @@ class ChatServer:
     def __init__(self, answer: Callable[[Body, int], Reply]) -> None:
         self.answer = answer
         self.bodies: list[Body] = []
+        self.asked: list[str] = []  # each body as text
         self.keys: list[str | None] = []
         self.under_way = self.most_under_way = 0
         self._lock = threading.Lock()
@@ -66,16 +67,13 @@ class ChatServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server.server_address[1]}/v1"
 
-    @property
-    def asked(self) -> list[str]:
-        """Each request's body as text, in the order in which they came."""
-        return [json.dumps(body, sort_keys=True) for body in self.bodies]
-
     def _serve(self, handler: BaseHTTPRequestHandler) -> None:
-        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        text = handler.rfile.read(int(handler.headers["Content-Length"])).decode()
+        body = json.loads(text)
         with self._lock:
-            before = self.asked.count(json.dumps(body, sort_keys=True))
+            before = self.asked.count(text)
             self.bodies.append(body)
+            self.asked.append(text)
             self.keys.append(handler.headers.get("Authorization"))
             self.under_way += 1
             self.most_under_way = max(self.most_under_way, self.under_way)
