@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -12,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from callbacks.agent_record import (
     JudgedEvent,
@@ -77,7 +76,7 @@ def agent_parser() -> Parser:
     add("--agent.key_variable", type=str, help="The environment variable that holds the endpoint's key, if it has one.")
     add("--agent.prompt", type=Path, default=AGENT_PROMPT, help="What the model is told; the file explains itself.")
     add("--agent.extra", type=dict, default={}, help="More fields of each request, such as {max_tokens: 512}.")
-    add("--agent.baseline", type=str, choices=["always-propose", "never-propose"], help="Agent: a baseline.")
+    add("--agent.baseline", type=Literal["always-propose", "never-propose"], help="Agent: a baseline.")
     add("--judge.checkpoint", type=Path, nargs="+", help="Judge: a reward classifier's run, checkpoint or export; "
         "of several, each trace takes the first that was not trained on it.")  # fmt: skip
     add("--judge.url", type=str, help="Judge: a generative reward model behind this address.")
@@ -117,13 +116,13 @@ def evaluate_agent_command(options: "Namespace", arguments: Sequence[str]) -> No
         try:
             record = carry_out(evaluation, folder, partial(counted, quiet=options.quiet))
         except UserError as error:
-            if not _forget_empty(folder, options.output is None):
+            if not _forget_empty(folder):
                 raise UserError(error.what, f"{error.hint} To go on: {_same_command(arguments, folder)}") from error
             raise
         except (KeyboardInterrupt, SystemExit):
             if not signals:
                 raise
-            _forget_empty(folder, options.output is None)
+            _forget_empty(folder)
             print(f"stopped; to go on:\n  {_same_command(arguments, folder)}", file=sys.stderr)
             raise SystemExit(128 + signals[0]) from None
     if not options.quiet:
@@ -149,7 +148,9 @@ def prepare(options: "Namespace") -> Evaluation:
         raise UserError(f"--candidates: expected 1 or more, got {options.candidates}", "Give a greater number.")
     cost_ratio = 1.0 if options.cost_ratio is None else options.cost_ratio
     gate_threshold(cost_ratio)
+    deadline = time.monotonic() + options.endpoint.time_limit if options.endpoint.time_limit else None
     recorded = read_recorded(options.agent.traces) if who == "traces" else None
+    agent = _agent(options, recorded, deadline)
     judges = [_weights(path, "--judge.checkpoint") for path in options.judge.checkpoint or ()]
     gates = [_weights(path, "--gate") for path in options.gate or ()]
     corpus = _corpus(options.data.root, [*judges, *gates], needed=recorded is None)
@@ -157,7 +158,6 @@ def prepare(options: "Namespace") -> Evaluation:
     traces = recorded.traces if recorded else list(namesakes.values())
     _refuse_empty(traces, corpus)
     by_name = {trace.name: trace for trace in traces}
-    deadline = time.monotonic() + options.endpoint.time_limit if options.endpoint.time_limit else None
 
     stamps: dict[str, Any] = {"judge_trained_on": [], "gate_trained_on": [], "gate_is_judge": False}
     judge: Judge
@@ -186,7 +186,7 @@ def prepare(options: "Namespace") -> Evaluation:
     return Evaluation(
         traces,
         read_splits(_splits_file(options.agent.traces, corpus), traces),
-        _agent(options, recorded, deadline),
+        agent,
         judge,
         gate,
         cost_ratio,
@@ -356,15 +356,16 @@ def _output_folder(output: Path | None) -> Path:
     return output
 
 
-def _forget_empty(folder: Path, is_new: bool) -> bool:
-    """Whether the folder holds no answer yet; if so, and if this call made it, it is removed."""
-    lines = 0
-    for name in (ANSWERS_FILE, VERDICTS_FILE):
-        with contextlib.suppress(OSError):
-            lines += max((folder / name).read_bytes().count(b"\n") - 1, 0)
-    if is_new and not lines:
-        shutil.rmtree(folder, ignore_errors=True)
-    return not lines
+def _forget_empty(folder: Path) -> bool:
+    """Whether nothing was asked and nothing written; if so, no trace of the attempt stays, for options may change."""
+    logs = [folder / name for name in (ANSWERS_FILE, VERDICTS_FILE) if (folder / name).exists()]
+    if any(path.read_bytes().count(b"\n") > 1 for path in logs) or (folder / METRICS_FILE).exists():
+        return False
+    for path in logs:
+        path.unlink()
+    with contextlib.suppress(OSError):  # it holds something else
+        folder.rmdir()
+    return True
 
 
 def _same_command(arguments: Sequence[str], folder: Path) -> str:

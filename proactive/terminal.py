@@ -153,7 +153,9 @@ def agent_tables(record: dict[str, Any]) -> list[Table]:
 
 def _agent_caption(record: dict[str, Any]) -> Text:
     fixed = "in brackets: a 95% bootstrap interval over traces; published rows: their own judge, on 227 events"
-    return Text("; ".join([*record["notes"], fixed]))
+    grave = [note for note in record["notes"] if note.split(":")[0].isupper()]
+    rest = [note for note in record["notes"] if note not in grave]
+    return Text.assemble(*((f"{note}; ", "bold red") for note in grave), "; ".join([*rest, fixed]))
 
 
 def show(*tables: Table) -> None:

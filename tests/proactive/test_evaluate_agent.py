@@ -442,9 +442,11 @@ def test_an_endpoint_that_fails_stops_it_says_how_to_go_on_and_keeps_the_rest(ca
 
 def test_nothing_is_left_behind_where_nothing_was_answered(call: Callable, tmp_path: Path) -> None:
     with chat_server(lambda body, before: Reply(status=401, body=b"who are you?")) as chat:
-        ended = call(evaluate.main, "agent", *both(chat))
-    assert (ended.code, "refuses: 401" in ended.err) == (2, True)
+        for output in ([], ["--output=out"], ["--output=out", "--agent.model=another"]):
+            ended = call(evaluate.main, "agent", *both(chat), *output)
+            assert (ended.code, "refuses: 401" in ended.err) == (2, True)
     assert not list((tmp_path / "runs" / "evaluate").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("baseline", ["always-propose", "never-propose"])
