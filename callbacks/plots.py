@@ -11,7 +11,7 @@ CALIBRATION_BINS = 10
 
 def loss_plot(curves: dict[str, dict[int, float]]) -> str:
     """Training and validation loss by optimizer step, from `read_curves`."""
-    axes = axes_of("optimizer step", "cross-entropy")
+    axes = new_axes("optimizer step", "cross-entropy")
     for name, style in (("train/loss", {"alpha": 0.7}), ("validation/loss", {"marker": "o"})):
         if points := curves.get(name):
             axes.plot(list(points), list(points.values()), label=name, **style)
@@ -24,7 +24,7 @@ def precision_recall_plot(rows: dict[str, Tensor], record: dict[str, Any]) -> st
     from torchmetrics.functional.classification import binary_precision_recall_curve
 
     precision, recall, _ = binary_precision_recall_curve(rows["probability"], rows["target"])
-    axes = axes_of("recall", "precision")
+    axes = new_axes("recall", "precision")
     axes.plot(recall, precision, drawstyle="steps-post", label="all thresholds")
     for name, marker in (("raw", "o"), ("calibrated", "s")):
         figures = record["test"][name]
@@ -37,7 +37,7 @@ def precision_recall_plot(rows: dict[str, Tensor], record: dict[str, Any]) -> st
 
 def reliability_plot(rows: dict[str, Tensor]) -> str:
     """How often what a model's `test_rows` call so probable was so."""
-    axes = axes_of("probability, mean of bin", "share of rows")
+    axes = new_axes("probability, mean of bin", "share of rows")
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":")
     for column, label in (("probability", "raw"), ("calibrated", "calibrated")):
         bins = (rows[column] * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
@@ -49,7 +49,7 @@ def reliability_plot(rows: dict[str, Tensor]) -> str:
     return image(axes)
 
 
-def axes_of(x_label: str, y_label: str) -> Any:
+def new_axes(x_label: str, y_label: str) -> Any:
     """Empty axes of a small figure."""
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 

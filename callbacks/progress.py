@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -55,3 +57,61 @@ def _figures(trainer: Trainer) -> str:
     )
     metrics = trainer.callback_metrics
     return ", ".join(f"{name} {float(metrics[name]):.4f}" for name in shown if name in metrics)
+
+
+@contextmanager
+def counted(label: str, total: int, quiet: bool = False, interval: float = 30.0) -> Iterator[Callable[[], None]]:
+    """Show how far a count has come: a bar with rate and time left on a terminal, lines elsewhere.
+
+    Args:
+        label: What is done, as plain text.
+        total: How many there are.
+        quiet: Show nothing.
+        interval: Seconds between lines.
+
+    Yields:
+        What counts one more.
+    """
+    if quiet or not total:
+        yield lambda: None
+    elif sys.stdout.isatty():
+        with _bar() as progress:
+            task = progress.add_task(label, total=total)
+            yield lambda: progress.advance(task)
+    else:
+        yield _Lines(label, total, interval)
+
+
+class _Lines:
+    """A line every few seconds and one at the end."""
+
+    def __init__(self, label: str, total: int, interval: float) -> None:
+        self.label, self.total, self.interval = label, total, interval
+        self.done = 0
+        self.start = self.last = time.monotonic()
+
+    def __call__(self) -> None:
+        self.done += 1
+        now = time.monotonic()
+        if now - self.last >= self.interval or self.done == self.total:
+            self.last = now
+            rate = self.done / max(now - self.start, 1e-9)
+            left = (self.total - self.done) / rate
+            print(f"{self.label}: {self.done} of {self.total}, {rate:.1f} a second, {left:.0f} s left", flush=True)
+
+
+def _bar() -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class RateColumn(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            return Text(f"{task.speed:.1f} a second" if task.speed else "")
+
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        RateColumn(),
+        TimeRemainingColumn(),
+    )

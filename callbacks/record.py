@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def run_record(model: BackboneModule, data: RowsDataModule, source: str) -> dict
         "threshold": model.threshold,
         "test": model.test_figures,
         "published": PUBLISHED_REWARD_ROWS if model.task == "reward" else {},
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": versions(),
     }
 
 
@@ -75,5 +74,7 @@ def tested_record(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any
     return run_record(pl_module, data, str(trainer.ckpt_path or "in memory"))
 
 
-def _versions() -> Mapping[str, str]:
-    return {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES}
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that figures depend on."""
+    packages = {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES}
+    return {"python": platform.python_version(), **packages}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from callbacks.export import TEMPLATES
 from callbacks.files import LOGS, REPORT_FILE, write_atomically
-from callbacks.plots import axes_of, image, loss_plot, precision_recall_plot, reliability_plot
+from callbacks.plots import image, loss_plot, new_axes, precision_recall_plot, reliability_plot
 from callbacks.record import tested_record
 from callbacks.samples import read_samples
 from datamodules.records import AnnotatedRow, Category
@@ -136,7 +136,7 @@ def _mistakes(rows: dict[str, Tensor], test: Sequence[AnnotatedRow], threshold: 
 
 def _category_plot(rows: dict[str, Tensor], threshold: float) -> str:
     decided = rows["calibrated"] > threshold
-    axes = axes_of("test rows", "")
+    axes = new_axes("test rows", "")
     names = [category.value.replace("_", " ") for category in Category]
     masks = [rows["category"] == category.number for category in Category]
     rejected = [int((mask & ~decided).sum()) for mask in masks]

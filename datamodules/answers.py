@@ -50,7 +50,7 @@ def write_answer(answer: Answer) -> str:
 
 def read_answer(text: str) -> Answer | None:
     """The first answer in what a model wrote; None if there is none. Raises nothing, whatever the text."""
-    for content in _objects(text):
+    for content in json_objects(text):
         fields = {_field(name): value for name, value in content.items()}
         if "proposal" in fields:
             values = {name: _text(fields.get(name)) for name in FIELDS}
@@ -70,8 +70,8 @@ def _text(value: Any) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _objects(text: str) -> Iterator[dict[str, Any]]:
-    """The JSON objects in a text, from left to right, outer ones before what they hold."""
+def json_objects(text: str) -> Iterator[dict[str, Any]]:
+    """The JSON objects in a text that a model wrote, from left to right, outer ones before what they hold."""
     decoder = json.JSONDecoder(strict=False)
     start = -1
     for _ in range(MOST_OBJECTS):

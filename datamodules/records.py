@@ -95,8 +95,8 @@ def _proposal(value: Any) -> Any:
     return None if isinstance(value, str) and value.strip().lower() == "null" else _text(value)
 
 
-def _proposals(*kinds: type) -> Callable[[Any], Any]:
-    """Proposals of some kinds, without those that are null; a bad one is named by its place in the file."""
+def _proposals(*kinds: type, with_null: bool = False) -> Callable[[Any], Any]:
+    """Proposals of some kinds, with or without those that are null; a bad one is named by its place in the file."""
 
     def kept(value: Any) -> Any:
         if not isinstance(value, (list, tuple)):
@@ -109,7 +109,7 @@ def _proposals(*kinds: type) -> Callable[[Any], Any]:
                 proposals.append(_object(_proposal(item)))
             except ValueError as error:
                 raise ValueError(f"index {index}: {error}") from None
-        return tuple(proposal for proposal in proposals if proposal is not None)
+        return tuple(proposal for proposal in proposals if proposal is not None or with_null)
 
     return kept
 
@@ -121,6 +121,11 @@ def _judgment(value: Any) -> Any:
             raise ValueError('expected true, false, "accepted" or "rejected"')
         return verdicts[value.strip().lower()]
     return value
+
+
+def _judgments(value: Any) -> Any:
+    """The judgments of several proposals; that of a single one may stand alone."""
+    return tuple(_judgment(item) for item in value) if isinstance(value, (list, tuple)) else (_judgment(value),)
 
 
 def _category(value: Any) -> Any:
@@ -230,18 +235,38 @@ class TestStep(_Record):
 
 
 class PublishedStep(_Record):
-    """One step of a trace that a published model answered: no proposal in `agent_response` means null.
+    """One step of a trace that an agent answered, and, once it is judged, a judgment for each of its proposals.
 
-    A published answer may also be an operation with its arguments, as an object.
+    No proposal in `agent_response` means null. One may also be an operation with its arguments, as an object.
     """
 
     observation: Event
-    agent_response: Annotated[tuple[str | dict[str, Any], ...], BeforeValidator(_proposals(str, dict))]
+    agent_response: Annotated[
+        tuple[str | dict[str, Any] | None, ...], BeforeValidator(_proposals(str, dict, with_null=True))
+    ]
     task_status: bool
-    judgment: Judgment | None = Field(default=None, validation_alias=AliasChoices(*JUDGMENT_SPELLINGS))
+    judgment: Annotated[tuple[bool, ...], BeforeValidator(_judgments)] = Field(
+        default=(), validation_alias=AliasChoices(*JUDGMENT_SPELLINGS)
+    )
     other_information: Annotated[dict[str, Any], BeforeValidator(_object)] = Field(
         default_factory=dict, validation_alias=AliasChoices("other_infomation", "other_information")
     )
+
+    @model_validator(mode="after")
+    def _no_judgment_without_its_proposal(self) -> Self:
+        if len(self.judgment) > max(len(self.agent_response), 1):
+            raise ValueError(
+                f"field judgement: expected one for each of {len(self.agent_response)} proposals, "
+                f"got {len(self.judgment)}"
+            )
+        return self
+
+
+class TraceSplit(_Record):
+    """Some of a root's test traces, by their file names."""
+
+    theme: Text | None = None
+    files: Annotated[tuple[Text, ...], BeforeValidator(_tuple)]
 
 
 RecordType = TypeVar("RecordType", bound=BaseModel)
@@ -272,6 +297,18 @@ def read_json_list(path: Path, record: type[RecordType]) -> list[RecordType]:
     if not isinstance(items, list):
         raise UserError(f"{path}: expected a JSON list, got {_shorten(items)}", "Wrap the records in [ ].")
     return [validate(item, record, f"{path}, index {index}") for index, item in enumerate(items)]
+
+
+def read_json_mapping(path: Path, record: type[RecordType]) -> dict[str, RecordType]:
+    """Read a file that is one JSON object of records by name.
+
+    Raises:
+        UserError: The file cannot be read, is no JSON object, or a value is not such a record.
+    """
+    items = parse_json(_read_text(path), str(path))
+    if not isinstance(items, dict):
+        raise UserError(f"{path}: expected a JSON object, got {_shorten(items)}", "Name each record in { }.")
+    return {name: validate(item, record, f"{path}, {_printable(name)}") for name, item in items.items()}
 
 
 def validate(item: Any, record: type[RecordType], where: str) -> RecordType:

@@ -308,7 +308,7 @@ class RowsDataModule(LightningDataModule):
         if "prompt" not in given:
             data.template = cls.template_class.parse(state["prompt"], "the checkpoint")
         data._tokenizer = tokenizer_from_state(state["tokenizer"])
-        data._trained_on = {name: list(state[name]) for name in ("training_histories", "training_scenes")}
+        data._trained_on = {name: list(state.get(name, [])) for name in ("training_histories", "training_scenes")}
         return data
 
     def _make_tokenizer(self) -> "PreTrainedTokenizerFast":

@@ -31,16 +31,21 @@ PUBLISHED_SHA256 = {
 TRAIN_FILE = "reward_data/train_data.jsonl"
 TEST_FILE = "reward_data/test_data.jsonl"
 TRACES = "test_data"
+SPLITS_FILE = "test_data/splits.json"
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Everything one root holds: annotated rows in two files, and the agent's test traces by file name."""
+    """Everything one root holds: annotated rows in two files, and the agent's test traces by file name.
+
+    `splits_file` divides the traces; it is read by who needs it.
+    """
 
     root: str
     train: list[AnnotatedRow]
     test: list[AnnotatedRow]
     traces: dict[str, list[TestStep]] = field(default_factory=dict)
+    splits_file: Path | None = None
 
     @property
     def rows(self) -> list[AnnotatedRow]:
@@ -82,10 +87,10 @@ def read_directory(paths: Mapping[str, Path], root: str) -> Corpus:
     traces = {
         Path(name).name: read_json_list(path, TestStep)
         for name, path in paths.items()
-        if name.startswith(f"{TRACES}/") and Path(name).name != "splits.json"
+        if name.startswith(f"{TRACES}/") and name != SPLITS_FILE
     }
     test = read_jsonl(paths[TEST_FILE], AnnotatedRow) if TEST_FILE in paths else []
-    return Corpus(root, read_jsonl(paths[TRAIN_FILE], AnnotatedRow), test, traces)
+    return Corpus(root, read_jsonl(paths[TRAIN_FILE], AnnotatedRow), test, traces, paths.get(SPLITS_FILE))
 
 
 def download_published(

@@ -1,6 +1,6 @@
-"""Figures of a judge of proposals, all from torchmetrics, and the rows that others published.
+"""Figures of a judge of proposals and of an agent, on torchmetrics, and the rows that others published.
 
-Shape legend: N rows, R bootstrap resamples.
+Shape legend: N rows (of an agent: events), R bootstrap resamples, K candidates, T traces.
 """
 
 from typing import Any
@@ -139,3 +139,153 @@ def bootstrap_intervals(decided_N: Tensor, target_N: Tensor, resamples: int, see
         low, high = torch.quantile(values_R.float(), bounds)
         intervals |= {f"{name}_low": low, f"{name}_high": high}
     return intervals
+
+
+# Agents on 227 events of the 12 test traces, as true positives, false positives, true negatives, false negatives:
+# the counts that the row real_average of each file in eval/results of thunlp/ProactiveAgent (commit 50940be) follows
+# from; each row has one such solution only. Their judge was the published 8B reward model.
+_PUBLISHED_AGENT_COUNTS: dict[str, tuple[int, int, int, int]] = {
+    "Qwen2-7B-Proactive": (111, 112, 4, 0),
+    "LLaMA-3.1-8B-Proactive": (96, 115, 12, 4),
+    "Qwen2-72B-Instruct": (95, 67, 50, 15),
+    "Qwen2-7B-Instruct": (99, 128, 0, 0),
+    "GPT-4o": (112, 114, 1, 0),
+    "GPT-4o-mini": (78, 147, 2, 0),
+    "GPT-3.5-Turbo": (90, 132, 3, 2),
+    "Claude-3.5-Sonnet": (86, 119, 19, 3),
+    "Claude-3-Sonnet": (67, 67, 54, 39),
+    "LLaMA-3.1-8B": (80, 144, 2, 1),
+    "LLaMA-3.1-70B": (61, 103, 38, 25),
+    "LLaMA-3-8B": (62, 97, 38, 30),
+    "LLaMA-3-70B": (61, 135, 19, 12),
+    "DeepSeek-7B-Chat": (80, 108, 28, 11),
+}
+NO_VERDICT = -1
+
+
+class AgentMetrics(Metric):
+    """How an agent's decisions fare with a judge, event by event.
+
+    A proposal that is accepted is a true positive, one that is rejected a false positive; null that is accepted a
+    true negative, null that is rejected a false negative. Of an event with several candidates the one counts that
+    `deciding_candidate` says.
+
+    Args:
+        bootstrap: Resamples of whole traces for 95% percentile intervals; none are computed if 0.
+    """
+
+    full_state_update = False
+    proposed: list[Tensor]
+    accepted: list[Tensor]
+    trace: list[Tensor]
+
+    def __init__(self, bootstrap: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.bootstrap = bootstrap
+        for name in ("proposed", "accepted", "trace"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    def update(self, proposed: Tensor, accepted: Tensor, trace: Tensor | None = None) -> None:
+        """Add events.
+
+        Args:
+            proposed: (N,) or (N, K), nonzero where a candidate is text, 0 where it is null.
+            accepted: (N,) or (N, K), 1 where the judge accepts a candidate, 0 where it rejects it, `NO_VERDICT`
+                where it says nothing.
+            trace: (N,) int64, the trace that each event belongs to; each event is a trace of its own if not given.
+        """
+        proposed_NK, accepted_NK = (column.long().reshape(len(column), -1) for column in (proposed, accepted))
+        if trace is None:
+            first = -1 - sum(len(column) for column in self.trace)
+            trace = first - torch.arange(len(proposed_NK), device=proposed.device)
+        self.proposed.append(proposed_NK)
+        self.accepted.append(accepted_NK)
+        self.trace.append(trace)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The figures of `agent_figures` over all K candidates; where K > 1 also over the first k, as `f1@k`."""
+        proposed_NK, accepted_NK, trace_N = map(dim_zero_cat, (self.proposed, self.accepted, self.trace))
+        if proposed_NK.shape[1] == 1:
+            return agent_figures(proposed_NK, accepted_NK, trace_N, self.bootstrap)
+        figures: dict[str, Tensor] = {}
+        for k in range(1, proposed_NK.shape[1] + 1):
+            at_k = agent_figures(proposed_NK[:, :k], accepted_NK[:, :k], trace_N, self.bootstrap)
+            figures |= {f"{name}@{k}": value for name, value in at_k.items()} | at_k
+        return figures
+
+
+def deciding_candidate(accepted_NK: Tensor) -> Tensor:
+    """(N,) int64: which of an event's candidates counts: the first that is accepted, else the first with a verdict.
+
+    So an event is accepted if any of its candidates is, and one that is accepted stays so with more candidates.
+    """
+    rank_NK = 2 * (accepted_NK == 1).long() + (accepted_NK == 0).long()
+    return rank_NK.argmax(dim=1)  # the first of the greatest
+
+
+def agent_figures(proposed_NK: Tensor, accepted_NK: Tensor, trace_N: Tensor, bootstrap: int = 0) -> dict[str, Tensor]:
+    """Each figure by name, as a scalar tensor: fractions in [0, 1], and counts.
+
+    An event without a verdict is in `events` and `undecided`, and in no other figure.
+
+    Args:
+        proposed_NK: (N, K) int64, 1 where a candidate is text.
+        accepted_NK: (N, K) int64, 1 accepted, 0 rejected, `NO_VERDICT` neither.
+        trace_N: (N,) int64, the trace that each event belongs to.
+        bootstrap: Resamples of the traces for intervals; none if 0.
+    """
+    chosen_N1 = deciding_candidate(accepted_NK)[:, None]
+    proposed_N, accepted_N = proposed_NK.gather(1, chosen_N1)[:, 0], accepted_NK.gather(1, chosen_N1)[:, 0]
+    kinds = [(1, 1), (1, 0), (0, 1), (0, 0)]  # true and false positives, true and false negatives
+    kind_N4 = torch.stack([(proposed_N == offer) & (accepted_N == verdict) for offer, verdict in kinds], dim=1)
+    names_T, trace_N = trace_N.unique(return_inverse=True)
+    counts_T4 = kind_N4.new_zeros((len(names_T), 4), dtype=torch.int64).index_add(0, trace_N, kind_N4.long())
+    figures = {
+        **count_figures(counts_T4.sum(0)),
+        **dict(zip(("tp", "fp", "tn", "fn"), counts_T4.sum(0), strict=True)),
+        "events": torch.tensor(len(proposed_N)),
+        "undecided": (accepted_N == NO_VERDICT).sum(),
+    }
+    if bootstrap:
+        figures |= _trace_intervals(counts_T4, bootstrap)
+    return {name: value.double() for name, value in figures.items()}
+
+
+def count_figures(counts: Tensor) -> dict[str, Tensor]:
+    """Figures of confusion counts (..., 4): true positives, false positives, true negatives, false negatives.
+
+    A figure whose denominator is zero is 0. `accept_rate` is the share of proposals that are accepted, which is the
+    precision; it has a name of its own in the published tables.
+    """
+    tp, fp, tn, fn = counts.double().unbind(-1)
+
+    def share(part: Tensor, whole: Tensor) -> Tensor:
+        return torch.where(whole > 0, part / whole.clamp(min=1), 0.0)
+
+    return {
+        "recall": share(tp, tp + fn),
+        "precision": share(tp, tp + fp),
+        "accuracy": share(tp + tn, tp + fp + tn + fn),
+        "false_alarm": share(fp, tp + fp),
+        "f1": share(2 * tp, 2 * tp + fp + fn),
+        "accept_rate": share(tp, tp + fp),
+    }
+
+
+def _trace_intervals(counts_T4: Tensor, resamples: int, seed: int = 0) -> dict[str, Tensor]:
+    """95% percentile intervals over traces drawn with replacement, for events of one trace are alike."""
+    generator = torch.Generator().manual_seed(seed)
+    traces_RT = torch.randint(len(counts_T4), (resamples, len(counts_T4)), generator=generator).to(counts_T4.device)
+    bounds = torch.tensor([0.025, 0.975], dtype=torch.float64, device=counts_T4.device)
+    intervals: dict[str, Tensor] = {}
+    for name, values_R in count_figures(counts_T4[traces_RT].sum(1)).items():
+        low, high = torch.quantile(values_R, bounds)
+        intervals |= {f"{name}_low": low, f"{name}_high": high}
+    return intervals
+
+
+PUBLISHED_AGENT_ROWS: dict[str, dict[str, float]] = {
+    name: dict(zip(("tp", "fp", "tn", "fn", "events"), (*counts, sum(counts)), strict=True))
+    | {figure: float(value) for figure, value in count_figures(torch.tensor(counts)).items()}
+    for name, counts in _PUBLISHED_AGENT_COUNTS.items()
+}

@@ -1,9 +1,9 @@
-"""`python -m proactive.evaluate reward`: measure a trained reward classifier and set it beside published rows."""
+"""`python -m proactive.evaluate reward|agent`: measure a trained model and set it beside published rows."""
 
 import inspect
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning import Trainer
@@ -18,7 +18,11 @@ from datamodules.reward import RewardDataModule
 from datamodules.rows import LayoutName
 from datamodules.splits import SplitName
 from models.reward import RewardClassifier
+from proactive.evaluate_agent import agent_parser, evaluate_agent_command
 from proactive.terminal import Parser, run, show, test_tables
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
 
 
 def evaluate_reward(
@@ -81,7 +85,19 @@ def evaluate_reward(
 
 
 def main(arguments: list[str]) -> None:
-    """Parse, evaluate, print the tables, write the figures."""
+    """Parse, and carry out one of the subcommands."""
+    parser = Parser(prog="python -m proactive.evaluate", description="Measure a trained model.")
+    subcommands = parser.add_subcommands()
+    subcommands.add_subcommand("reward", _reward_parser(), help="a reward classifier")
+    subcommands.add_subcommand("agent", agent_parser(), help="an agent, by what a judge makes of its proposals")
+    options = parser.parse_args(arguments)
+    if options.subcommand == "agent":
+        evaluate_agent_command(options.agent, arguments)
+    else:
+        _evaluate_reward_command(options.reward)
+
+
+def _reward_parser() -> Parser:
     parameters = inspect.signature(evaluate_reward).parameters
     reward = Parser(prog="evaluate reward", description=evaluate_reward.__doc__.splitlines()[0])  # type: ignore[union-attr]
     reward.add_function_arguments(
@@ -91,9 +107,11 @@ def main(arguments: list[str]) -> None:
     reward.add_argument("--output", type=Path, default=None, help="Write the figures to this JSON file.")
     reward.add_argument("--quiet", action="store_true", help="Print nothing but errors.")
     reward.add_argument("--debug", action="store_true", help="Show tracebacks and the libraries' own messages.")
-    parser = Parser(prog="python -m proactive.evaluate", description="Measure a trained model.")
-    parser.add_subcommands().add_subcommand("reward", reward, help="a reward classifier")
-    options = parser.parse_args(arguments).reward
+    return reward
+
+
+def _evaluate_reward_command(options: "Namespace") -> None:
+    """Evaluate, print the tables, write the figures."""
     if options.output and options.output.is_dir():
         raise UserError(f"--output: {options.output} is a folder", "Give the path of a file.")
     try:

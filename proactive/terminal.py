@@ -11,10 +11,12 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from datamodules.errors import UserError
 
 MISTAKE = 2  # the exit code of a user's mistake
+AGENT_FIGURES = ("recall", "precision", "accuracy", "false_alarm", "f1")
 
 
 class Parser(ArgumentParser):
@@ -139,6 +141,45 @@ def _agreement_table(record: dict[str, Any]) -> Table:
     for reading in ("raw", "calibrated"):
         table.add_row(reading, *(f"{record['test'][reading][name]:.4f}" for name in names))
     return table
+
+
+def agent_tables(record: dict[str, Any]) -> list[Table]:
+    """An agent's figures beside baselines and published rows, then by split and by number of candidates."""
+    table = Table(title="Agent", caption=_agent_caption(record))
+    for title in ("agent", "recall", "precision", "accuracy", "false alarm", "F1", "TP/FP/TN/FN", "events"):
+        table.add_column(title, justify="left" if title == "agent" else "right")
+
+    def add(to: Table, name: str, found: dict[str, float]) -> None:
+        cells = [f"{found[key]:.4f}" for key in AGENT_FIGURES]
+        cells[-1] += _interval(found, "f1")
+        counts = "/".join(str(int(found[key])) for key in ("tp", "fp", "tn", "fn"))
+        to.add_row(Text(name), *cells, counts, str(int(found["events"])))
+
+    add(table, "this agent", record["figures"])
+    if record["gate"]:
+        add(table, "this agent, without gate", record["gate"]["without_gate"])
+    for name, found in record["baselines"].items():
+        add(table, name, found)
+    table.add_section()
+    for name, found in record["published"].items():
+        add(table, name, found)
+    splits = Table(title="By split")
+    candidates = Table(title="By number of candidates")
+    for other in (splits, candidates):
+        for column in table.columns:
+            other.add_column("" if column.header == "agent" else column.header, justify=column.justify)
+    for name, split in record["splits"].items():
+        add(splits, name, split["figures"])
+    for k, found in record["figures"].get("at", {}).items():
+        add(candidates, f"pred@{k}", found)
+    return [table, *(other for other in (splits, candidates) if other.row_count > 1)]
+
+
+def _agent_caption(record: dict[str, Any]) -> Text:
+    fixed = "in brackets: a 95% bootstrap interval over traces; published rows: their own judge, on 227 events"
+    grave = [note for note in record["notes"] if note.split(":")[0].isupper()]
+    rest = [note for note in record["notes"] if note not in grave]
+    return Text.assemble(*((f"{note}; ", "bold red") for note in grave), "; ".join([*rest, fixed]))
 
 
 def show(*tables: Table) -> None:

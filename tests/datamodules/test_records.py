@@ -95,7 +95,7 @@ def test_reads_every_field_of_a_row(tmp_path: Path) -> None:
 def test_tolerates_both_spellings_of_judgment(spelling: str, judgment: bool | str, accepted: bool) -> None:
     assert row(**{"valid": LEFT_OUT, "category": LEFT_OUT, spelling: judgment}).accepted is accepted
     assert validate({**STEP, spelling: judgment}, TestStep, "here").judgment is accepted
-    assert validate({**ANSWER, spelling: judgment}, PublishedStep, "here").judgment is accepted
+    assert validate({**ANSWER, spelling: judgment}, PublishedStep, "here").judgment == (accepted,)
 
 
 @pytest.mark.parametrize("time", ["1717377997.0", "1717377997", "Day 1, 8:00 PM", "around noon"])
@@ -107,7 +107,7 @@ def test_tolerates_times_as_epoch_text_or_words(time: str) -> None:
 def test_tolerates_null_as_text(no_proposal: str | None) -> None:
     read = row(pred_task=no_proposal, help_needed=False, category=LEFT_OUT)
     assert read.proposal is None
-    assert validate({**ANSWER, "agent_response": [no_proposal]}, PublishedStep, "here").agent_response == ()
+    assert validate({**ANSWER, "agent_response": [no_proposal]}, PublishedStep, "here").agent_response == (None,)
     candidates = {"candidate_task": ["a", no_proposal, "b"]}
     assert validate({**STEP, "agent_response": candidates}, TestStep, "here").agent_response.candidate_task == (
         "a",
@@ -243,6 +243,7 @@ def test_refuses_two_spellings_of_judgment_at_once(tmp_path: Path) -> None:
         (PublishedStep, {"agent_response": {"candidate_task": []}}, "agent_response", "list"),
         (PublishedStep, {"task_status": LEFT_OUT}, "task_status", "required"),
         (PublishedStep, {"judgement": "maybe"}, "judgement", '"accepted" or "rejected"'),
+        (PublishedStep, {"judgement": [True, "maybe"]}, "judgement", '"accepted" or "rejected"'),
         (PublishedStep, {"other_infomation": "x"}, "other_infomation", "dictionary"),
     ],
     ids=str,
@@ -257,9 +258,15 @@ def test_refused_step_names_file_index_field_and_what_was_expected(
     assert expected in what
 
 
+def test_more_judgments_than_proposals_are_refused() -> None:
+    with pytest.raises(UserError, match="here: field judgement: expected one for each of 1 proposals, got 2"):
+        validate({**ANSWER, "judgement": [True, False]}, PublishedStep, "here")
+    assert validate({**ANSWER, "agent_response": [], "judgement": [True]}, PublishedStep, "here").judgment == (True,)
+
+
 @pytest.mark.parametrize("bad", [5, " ", ["x"]])
 def test_refused_answer_is_named_by_its_place_in_the_file(bad: Any) -> None:
-    """Also behind a null, which is left out of the record."""
+    """Also behind a null, which may be left out of the record."""
     for record, response in ((TestStep, {"candidate_task": ["x", None, bad]}), (PublishedStep, ["x", "null", bad])):
         with pytest.raises(UserError) as caught:
             validate({**STEP, "agent_response": response}, record, "here")
@@ -447,4 +454,4 @@ def test_published_answers_fit(model: str, proposals: int) -> None:
     files = sorted((PROACTIVEBENCH / "traces" / model).glob("*.json"))
     steps = [step for path in files for step in read_json_list(path, PublishedStep)]
     assert (len(files), len(steps)) == (12, 227)
-    assert sum(bool(step.agent_response) for step in steps) == proposals
+    assert sum(any(proposal is not None for proposal in step.agent_response) for step in steps) == proposals

@@ -1,0 +1,220 @@
+"""What an evaluation of an agent found out: event by event, as figures, and as the published files show it."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from callbacks.record import versions
+from datamodules.records import TraceSplit
+from datamodules.traces import Answers, Candidate, Offer, Trace, judged_steps
+from models.gate import Gated
+from models.judges import Verdict, Verdicts
+from models.metrics import NO_VERDICT, PUBLISHED_AGENT_ROWS, AgentMetrics, deciding_candidate
+
+BOOTSTRAP_RESAMPLES = 1000
+PUBLISHED_COLUMNS = {
+    "Recall": "recall",
+    "Precision": "precision",
+    "Accuracy": "accuracy",
+    "False-Alarm": "false_alarm",
+    "F1-Score": "f1",
+    "Accept Rate": "accept_rate",
+    "Total Events": "events",
+}
+OUTCOMES = {(1, 1): "tp", (1, 0): "fp", (0, 1): "tn", (0, 0): "fn"}
+
+
+@dataclass(frozen=True)
+class Judgment:
+    """A candidate as it was judged.
+
+    `held_back` is None where no gate looked at it; a held-back candidate's verdict is that on null.
+    """
+
+    candidate: Candidate
+    verdict: Verdict
+    gate_probability: float | None = None
+    held_back: bool | None = None
+
+    @property
+    def proposed(self) -> bool:
+        return self.candidate.proposal is not None and not self.held_back
+
+    @property
+    def accepted(self) -> int:
+        """1, 0 or `NO_VERDICT`."""
+        return NO_VERDICT if self.verdict.accepted is None else int(self.verdict.accepted)
+
+
+@dataclass(frozen=True)
+class JudgedEvent:
+    """An event, its candidates, and which of them counts."""
+
+    trace: Trace
+    step: int
+    judgments: tuple[Judgment, ...]
+    deciding: int
+
+    @property
+    def outcome(self) -> str:
+        """tp, fp, tn, fn, or undecided."""
+        judgment = self.judgments[self.deciding]
+        return OUTCOMES.get((int(judgment.proposed), judgment.accepted), "undecided")
+
+
+def judge_events(
+    traces: Sequence[Trace],
+    answers: Answers,
+    verdicts: Verdicts,
+    gate: Verdicts | None = None,
+    threshold: float = 0.0,
+) -> list[JudgedEvent]:
+    """Put answers and verdicts together, event by event.
+
+    Args:
+        traces: The traces, in the order of the result.
+        answers: The agent's.
+        verdicts: The judge's, on all candidates; with a gate also on null at each event.
+        gate: What another judge thinks P(accepted) of each proposal is; no gate if None.
+        threshold: The gate holds back what is below it.
+    """
+    events = []
+    for trace in traces:
+        for step, candidates in enumerate(answers[trace.name]):
+            judgments = []
+            for candidate in candidates:
+                offer = Offer(trace.name, step, candidate.proposal)
+                probability, held = None, None
+                if gate is not None and candidate.proposal is not None:
+                    probability = gate[offer].probability
+                    held = probability is not None and probability < threshold
+                verdict = verdicts[offer._replace(proposal=None) if held else offer]
+                judgments.append(Judgment(candidate, verdict, probability, held))
+            deciding = deciding_candidate(torch.tensor([[judgment.accepted for judgment in judgments]]))
+            events.append(JudgedEvent(trace, step, tuple(judgments), int(deciding)))
+    return events
+
+
+def figures(events: Sequence[JudgedEvent], bootstrap: int = BOOTSTRAP_RESAMPLES) -> dict[str, Any]:
+    """The figures over all candidates, and under `at` those over the first k where there are several."""
+    metrics = AgentMetrics(bootstrap)
+    metrics.update(*_tensors(events))
+    values = {name: float(value) for name, value in metrics.compute().items()}
+    found: dict[str, Any] = {name: value for name, value in values.items() if "@" not in name}
+    found["parse_failures"] = sum(not j.candidate.parsed for event in events for j in event.judgments)
+    most = max(len(event.judgments) for event in events)
+    if most > 1:
+        found["at"] = {
+            str(k): {name: values[f"{name}@{k}"] for name in found if f"{name}@{k}" in values}
+            for k in range(1, most + 1)
+        }
+    return found
+
+
+def gated(events: Sequence[JudgedEvent], verdicts: Verdicts) -> Gated:
+    """What a curve over all thresholds of the gate is made of; `events` as judged with a threshold of 0."""
+    proposed_NK, accepted_NK, trace_N = _tensors(events)
+    null = [verdicts[Offer(event.trace.name, event.step, None)].accepted for event in events]
+    null_N = torch.tensor([NO_VERDICT if accepted is None else int(accepted) for accepted in null])
+    probability_NK = torch.zeros(proposed_NK.shape, dtype=torch.float64)
+    for row, event in enumerate(events):
+        for column, judgment in enumerate(event.judgments):
+            probability_NK[row, column] = judgment.gate_probability or 0.0
+    return Gated(proposed_NK, accepted_NK, probability_NK, null_N, trace_N)
+
+
+def evaluation_record(events: Sequence[JudgedEvent], splits: Mapping[str, TraceSplit]) -> dict[str, Any]:
+    """The figures of an agent over all traces, by split and by trace; splits that lack a trace are left out.
+
+    Args:
+        events: All events, judged.
+        splits: Which traces make up which split.
+    """
+    by_trace: dict[str, list[JudgedEvent]] = {}
+    for event in events:
+        by_trace.setdefault(event.trace.name, []).append(event)
+    whole = {name: split for name, split in splits.items() if split.files and set(split.files) <= set(by_trace)}
+    return {
+        "task": "agent",
+        "figures": figures(events),
+        "splits": {
+            name: {"theme": split.theme, "traces": len(split.files)}
+            | {"figures": figures([event for file in split.files for event in by_trace[file]])}
+            for name, split in whole.items()
+        },
+        "splits_left_out": sorted(set(splits) - set(whole)),
+        "per_trace": {name: figures(mine, bootstrap=0) for name, mine in by_trace.items()},
+        "published": PUBLISHED_AGENT_ROWS,
+        "versions": versions(),
+    }
+
+
+def notes(record: Mapping[str, Any]) -> list[str]:
+    """What has to be known in order to read an agent's figures, a sentence each; the grave ones first."""
+    found, recorded = record["figures"], record["judge"]["judge"] == "recorded"
+    said = [
+        f"CONTAMINATED: the {who} was trained on {len(record[key])} of the {len(record['per_trace'])} traces"
+        for who, key in (("judge", "judge_trained_on"), ("gate", "gate_trained_on"))
+        if record[key]
+    ]
+    if record["gate_is_judge"]:
+        said.append("THE GATE IS THE JUDGE: it holds back what it would reject itself")
+    if record["gate"]:
+        gate = record["gate"]
+        said.append(
+            f"gate: {gate['held_back']} proposals below P(accepted) {gate['threshold']:.3f} held back "
+            f"(cost ratio {gate['cost_ratio']:g})"
+        )
+    if record["judge"]["judge"] == "endpoint":
+        said.append("what the judge was trained on is not known")
+    if not record["baselines"]:
+        said.append(
+            "baselines are judged along where the judge is a reward classifier; "
+            + ("recorded judgments do not cover them" if recorded else "else each is a run: --agent.baseline")
+        )
+    if found["parse_failures"]:
+        said.append(f"{found['parse_failures']} answers could not be read and count as null")
+    if found["undecided"]:
+        said.append(f"{int(found['undecided'])} events have no verdict and are in no figure")
+    if record["splits_left_out"]:
+        said.append(f"splits without all of their traces: {', '.join(record['splits_left_out'])}")
+    return said
+
+
+def figures_csv(record: Mapping[str, Any]) -> str:
+    """The figures of each split as the published scoring writes them."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["Category", *PUBLISHED_COLUMNS])
+    for name, split in record["splits"].items():
+        values = [split["figures"][figure] for figure in PUBLISHED_COLUMNS.values()]
+        writer.writerow([name, *values[:-1], int(values[-1])])
+    return text.getvalue()
+
+
+def judged_files(events: Sequence[JudgedEvent]) -> dict[str, list[dict[str, Any]]]:
+    """Each trace in the published judged layout, by its name."""
+    decided: dict[str, list[tuple[Candidate, bool | None]]] = {}
+    traces = {event.trace.name: event.trace for event in events}
+    for event in events:
+        judgment = event.judgments[event.deciding]
+        candidate = judgment.candidate if judgment.proposed else Candidate(None, None, judgment.candidate.notes)
+        decided.setdefault(event.trace.name, []).append((candidate, judgment.verdict.accepted))
+    return {name: judged_steps(traces[name], steps) for name, steps in decided.items()}
+
+
+def _tensors(events: Sequence[JudgedEvent]) -> tuple[Tensor, Tensor, Tensor]:
+    """What `AgentMetrics` is updated with: proposed and accepted (N, K), trace (N,); missing candidates are null."""
+    most = max(len(event.judgments) for event in events)
+    proposed_NK = torch.zeros((len(events), most), dtype=torch.int64)
+    accepted_NK = torch.full((len(events), most), NO_VERDICT)
+    names = {name: number for number, name in enumerate(dict.fromkeys(event.trace.name for event in events))}
+    for row, event in enumerate(events):
+        for column, judgment in enumerate(event.judgments):
+            proposed_NK[row, column], accepted_NK[row, column] = int(judgment.proposed), judgment.accepted
+    return proposed_NK, accepted_NK, torch.tensor([names[event.trace.name] for event in events])

@@ -1,0 +1,96 @@
+"""report.html of an agent: figures, curves, and every event with what was offered and what the judge said."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from callbacks.evaluation_record import OUTCOMES, JudgedEvent
+from callbacks.export import TEMPLATES
+from callbacks.plots import image, new_axes
+
+OUTCOME_WORDS = {
+    "tp": "accepted offer",
+    "fp": "false alarm",
+    "tn": "rightly silent",
+    "fn": "missed need",
+    "undecided": "no verdict",
+}
+COLORS = {"tp": "tab:green", "fp": "tab:orange", "tn": "tab:blue", "fn": "tab:red", "undecided": "tab:grey"}
+FIGURES = ("recall", "precision", "accuracy", "false_alarm", "f1")
+
+
+def evaluation_report(record: Mapping[str, Any], events: Sequence[JudgedEvent]) -> str:
+    """The page as HTML; text from data and models stands in it escaped.
+
+    Args:
+        record: What metrics.json holds.
+        events: Every event, judged.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    by_trace: dict[str, list[JudgedEvent]] = {}
+    for event in events:
+        by_trace.setdefault(event.trace.name, []).append(event)
+    plots = {"Outcomes by trace": _outcome_plot(by_trace)}
+    if record["gate"]:
+        plots = {"What the gate trades": _gate_plot(record)} | plots
+    if "at" in record["figures"]:
+        plots["By number of candidates"] = _candidates_plot(record)
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, autoescape=True)
+    return environment.get_template("evaluation_report.html").render(
+        record=record, rows=_rows(record), names=FIGURES, plots=plots, traces=by_trace, words=OUTCOME_WORDS
+    )
+
+
+def _rows(record: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The lines of the table of figures."""
+    rows = {"this agent": record["figures"]}
+    if record["gate"]:
+        rows["without gate"] = record["gate"]["without_gate"]
+    rows |= record["baselines"]
+    rows |= {f"split {name}": split["figures"] for name, split in record["splits"].items()}
+    return rows | {f"published: {name}": found for name, found in record["published"].items()}
+
+
+def _gate_plot(record: Mapping[str, Any]) -> str:
+    """F1 and recall against the share of false alarms, over all thresholds of the gate."""
+    axes = new_axes("false alarms, share of offers", "")
+    curve = sorted(record["gate"]["curve"], key=lambda point: point["threshold"])
+    for name, color in (("recall", "tab:blue"), ("f1", "tab:green")):
+        axes.plot([point["false_alarm"] for point in curve], [point[name] for point in curve], color=color, label=name)
+        points = {
+            "ungated": (record["gate"]["without_gate"], "o"),
+            f"gate at {record['gate']['threshold']:.2f}": (record["figures"], "s"),
+            "always-propose": (record["baselines"].get("always-propose"), "x"),
+        }
+        for label, (found, marker) in points.items():
+            if found:
+                label = label if name == "f1" else "_hidden"
+                axes.plot(found["false_alarm"], found[name], marker, color=color, label=label)
+    axes.set(ylim=(-0.02, 1.02))
+    return image(axes)
+
+
+def _outcome_plot(by_trace: Mapping[str, Sequence[JudgedEvent]]) -> str:
+    axes = new_axes("events", "")
+    left = [0] * len(by_trace)
+    for outcome in (*OUTCOMES.values(), "undecided"):
+        counts = [sum(event.outcome == outcome for event in events) for events in by_trace.values()]
+        if any(counts):
+            axes.barh(list(by_trace), counts, left=left, label=OUTCOME_WORDS[outcome], color=COLORS[outcome])
+            left = [before + count for before, count in zip(left, counts, strict=True)]
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize="small")
+    axes.set_xlim(right=1.45 * max(left))  # room for the legend
+    for label in axes.get_yticklabels():
+        label.set_parse_math(False)  # a trace's name is no formula
+    return image(axes)
+
+
+def _candidates_plot(record: Mapping[str, Any]) -> str:
+    axes = new_axes("candidates", "")
+    at = record["figures"]["at"]
+    for name in FIGURES:
+        axes.plot([int(k) for k in at], [found[name] for found in at.values()], marker="o", label=name)
+    axes.set(ylim=(-0.02, 1.02))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    return image(axes)

@@ -1,0 +1,81 @@
+"""An agent's report: everything is on it, as text, and nothing is loaded or obeyed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from callbacks.evaluation_record import JudgedEvent, evaluation_record, figures, gated, judge_events, notes
+from callbacks.evaluation_report import evaluation_report
+from datamodules.records import Event, TraceSplit
+from datamodules.traces import Candidate, Offer, Trace
+from models.judges import Verdict
+from tests.callbacks.test_report import HOSTILE, Page
+
+NAME = "$x_{1}$ <b>.json"  # neither a formula of the plot's nor a tag
+
+
+def judged(candidates: Sequence[Sequence[Candidate]], gate: float | None = None) -> list[JudgedEvent]:
+    """One trace; text is accepted if it is short, silence always; the gate says 0.4 of everything."""
+    trace = Trace(NAME, tuple(Event(time="1", event=f"{HOSTILE} {n}") for n in range(len(candidates))), (False,) * 9)
+    offers = {Offer(NAME, step, c.proposal) for step, several in enumerate(candidates) for c in several}
+    verdicts = {
+        offer: Verdict(None if offer.proposal == "?" else len(offer.proposal or "") < 9, 0.25, HOSTILE)
+        for offer in offers | {Offer(NAME, step, None) for step in range(len(candidates))}
+    }
+    says = None if gate is None else dict.fromkeys(offers, Verdict(True, 0.4))
+    return judge_events([trace], {NAME: candidates}, verdicts, says, gate or 0.0)
+
+
+def record_of(events: list[JudgedEvent], **changes: Any) -> dict[str, Any]:
+    record = evaluation_record(events, {"all": TraceSplit(files=(NAME,))})
+    record |= {"agent": {"agent": "recorded", "source": HOSTILE}, "judge": {"judge": "endpoint", "model": HOSTILE}}
+    record |= {"judge_trained_on": [], "gate_trained_on": [], "gate_is_judge": False, "baselines": {}, "gate": None}
+    record |= changes
+    return record | {"notes": notes(record)}
+
+
+TEXT, NULL, UNREAD = Candidate("Help.", "Help.", {"Thoughts": HOSTILE}), Candidate(None), Candidate(None, parsed=False)
+LONG, UNJUDGED = Candidate(f"{HOSTILE} too long", None), Candidate("?", "?")
+
+
+def test_the_page_shows_each_event_as_text() -> None:
+    events = judged([[TEXT], [LONG], [NULL], [UNREAD], [UNJUDGED]])
+    assert [event.outcome for event in events] == ["tp", "fp", "tn", "tn", "undecided"]
+    record = record_of(events)
+    page = Page(evaluation_report(record, events))
+    assert page.tags.count("script") == 1  # the page's own
+    assert not page.handlers
+    assert all(loaded.startswith("data:image/png;base64,") for loaded in page.loaded)
+    for text in (HOSTILE, NAME, "Help.", "an answer that could not be read", "no verdict", "P 0.250"):
+        assert text in page.text, text
+    assert page.text.count(f"{HOSTILE} too long") == 1
+    for note in ("1 answers could not be read and count as null", "1 events have no verdict"):
+        assert any(note in one for one in record["notes"])
+
+
+def test_of_several_candidates_all_are_shown_and_one_counts() -> None:
+    events = judged([[LONG, TEXT], [NULL], [LONG, LONG]])
+    assert [(event.outcome, event.deciding) for event in events] == [("tp", 1), ("tn", 0), ("fp", 0)]
+    page = evaluation_report(record_of(events), events)
+    assert page.count('class="candidate other"') == 2
+    assert "By number of candidates" in page
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.4, 0.5])
+def test_a_gate_has_its_curve_and_what_it_held_back(threshold: float) -> None:
+    candidates = [[TEXT], [LONG], [NULL]]
+    events = judged(candidates, threshold)
+    held = [bool(event.judgments[0].held_back) for event in events]
+    assert held == [threshold > 0.4] * 2 + [False]
+    assert [event.outcome for event in events] == (["tn"] * 3 if threshold > 0.4 else ["tp", "fp", "tn"])
+    ungated = judged(candidates, 0.0)
+    null = {Offer(NAME, step, None): Verdict(True) for step in range(3)}
+    curve = gated(ungated, null).curve()
+    assert [point["tp"] + point["fp"] for point in curve] == [2, 0]
+    gate = {"cost_ratio": 1.0, "threshold": threshold, "held_back": sum(held), "curve": curve}
+    record = record_of(events, gate=gate | {"without_gate": figures(ungated)}, gate_is_judge=True)
+    page = Page(evaluation_report(record, events))
+    assert "What the gate trades" in page.text
+    assert page.text.count("held back; silence") == sum(held)
+    assert "THE GATE IS THE JUDGE" in page.text

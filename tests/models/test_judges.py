@@ -1,0 +1,82 @@
+"""A reward classifier as judge: it reads offers as it read rows in training, and weights are known by their content."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from datamodules.errors import UserError
+from datamodules.traces import Offer, Trace
+from models.calibration import calibrated
+from models.endpoint import AnswerLog
+from models.judges import RewardJudge, RewardWeights, assign
+from tests.models.small import fit, probabilities, small_classifier, small_data
+from tests.models.test_endpoint import silent
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[RewardWeights, Any]:
+    """Weights after an epoch, and the data module that they were trained with."""
+    from tests.helpers import small_root
+
+    data = small_data(small_root(tmp_path_factory.mktemp("judge") / "root"), layout="auto", token_budget=512)
+    classifier = small_classifier()
+    fit(classifier, data)
+    return RewardWeights.of(classifier, data.state_dict(), "here"), data
+
+
+def test_offers_are_read_as_rows_are(trained: tuple[RewardWeights, Any], tmp_path: Path) -> None:
+    """All offers at once as trees, and each row by itself as in training, come to the same probability."""
+    weights, data = trained
+    rows = data.split.test
+    traces = {str(n): Trace(str(n), row.history, (False,) * len(row.history)) for n, row in enumerate(rows)}
+    judge = RewardJudge(dict.fromkeys(traces, weights), traces)
+    offers = [Offer(str(n), len(row.history) - 1, row.proposal) for n, row in enumerate(rows)]
+    log = AnswerLog(tmp_path / "log.jsonl", judge.settings)
+    verdicts = judge.judge(offers, log, silent)
+    log.close()
+    data.settle_layout(None)
+    data.setup("test")
+    batches = [micro_batch for step in data.test_dataloader() for micro_batch in step]
+    row_R = torch.cat([batch["row"] for batch in batches])
+    probability_R = torch.cat([probabilities(weights.classifier, batch) for batch in batches])
+    expected = calibrated(probability_R, weights.classifier.temperature)
+    for row, probability in zip(row_R.tolist(), expected.tolist(), strict=True):
+        verdict = verdicts[offers[row]]
+        assert verdict.probability == pytest.approx(probability, abs=1e-5)
+        assert verdict.accepted is (verdict.probability > weights.classifier.threshold)
+
+
+def test_the_state_names_the_scenes_of_the_training_rows(trained: tuple[RewardWeights, Any]) -> None:
+    weights, data = trained
+    assert weights.state["training_scenes"] == sorted({row.scene for row in data.split.train})
+    for rows, known in ((data.split.train, True), (data.split.test, False)):
+        trace = Trace("x", rows[0].history, (False,) * len(rows[0].history))
+        assert weights.knows(trace, None) is known
+
+
+def test_a_trace_takes_the_first_weights_that_do_not_know_it_and_do_not_judge_it() -> None:
+    class Known:
+        """Weights in name only."""
+
+        def __init__(self, digest: str, *known: str) -> None:
+            self.digest, self.known = digest, known
+
+        def knows(self, trace: Trace, namesake: Trace | None) -> bool:
+            return trace.name in self.known
+
+    a, b, both = Known("A", "a"), Known("B", "b"), Known("C", "a", "b")
+    traces = [Trace(name, (), ()) for name in ("a", "b", "c")]
+
+    def names(candidates: list[Any], **options: Any) -> tuple[list[str], list[str]]:
+        assigned, known = assign(candidates, traces, {}, "--judge", **options)
+        return [assigned[trace.name].digest for trace in traces], known
+
+    assert names([both, a, b]) == (["B", "A", "C"], [])
+    with pytest.raises(UserError, match=r"--judge: trained on 2 of the 3 traces that it is to judge: a, b"):
+        names([both])
+    assert names([both], contaminated=True) == (["C", "C", "C"], ["a", "b"])
+    with pytest.raises(UserError, match="are those that judge them"):
+        names([a], contaminated=True, but_not={"a": "B", "b": "A", "c": "B"})
+    assert names([a, b], contaminated=True, but_not={"a": "B", "b": "A", "c": "A"}) == (["A", "B", "B"], ["a", "b"])
