@@ -201,7 +201,7 @@ class _Writer:
     def _choose(self, answers: Sequence[_Answer], logits_NV: Tensor) -> Tensor:
         if self.grammar:
             allowed_NV = self.grammar.allowed([a.matcher for a in answers if a.matcher], logits_NV.shape[1])
-            logits_NV = logits_NV.masked_fill(~allowed_NV.to(logits_NV.device), -torch.inf)
+            logits_NV = logits_NV.masked_fill_(~allowed_NV.to(logits_NV.device), -torch.inf)
         if not self.temperature:
             return logits_NV.argmax(-1)
         share_NV = (logits_NV.double() / self.temperature).softmax(-1).cumsum(-1)
@@ -324,7 +324,7 @@ class BranchReader:
         self.cache = Cache(layer_class_to_replicate=GrowingLayer)
         self.visible_BWK = torch.empty(0)
         self.position_BW = torch.empty(0)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(network.forward).parameters
+        self._options = inspect.signature(network.forward).parameters
 
     def begin(self, trunks: Sequence[Sequence[int]], ends: Sequence[Sequence[int]], opening: Sequence[int]) -> Tensor:
         """Read trunks, and the opening of each of their branches; logits (B, S, V) after it.
@@ -391,12 +391,12 @@ class BranchReader:
         if self.network.config._attn_implementation == "eager":  # adds the mask to its scores
             lowest = torch.finfo(self.network.dtype).min
             mask_B1TK = torch.zeros_like(mask_B1TK, dtype=self.network.dtype).masked_fill(~mask_B1TK, lowest)
-        options = {"logits_to_keep": kept} if self._keeps_logits else {}
+        options: dict[str, Any] = {"logits_to_keep": kept} if "logits_to_keep" in self._options else {}
+        options["cache" if "cache" in self._options else "past_key_values"] = self.cache  # transformers renamed it
         output = self.network(
             input_ids=input_ids_BT,
             position_ids=position_BT,
             attention_mask=mask_B1TK,
-            past_key_values=self.cache,
             use_cache=True,
             **options,
         )
