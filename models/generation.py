@@ -67,7 +67,7 @@ def generate_answers(
     wanted: Collection[tuple[int, int]] | None = None,
     branched: bool | None = None,
 ) -> Iterator[GeneratedAnswer]:
-    """Generate the answers after the events of some traces, each when it is done.
+    """Generate the answers after the events of some traces, each when it is done, so in no particular order.
 
     The answers are those of `network.generate`, called for each prompt: instructions, events and opening. What is
     drawn for a token depends on the seed, the trace's number, the step, the candidate and the token's place alone, so
@@ -91,7 +91,7 @@ def generate_answers(
         branched: Whether answers branch off one cache, or are generated each from its prompt; found out if None.
 
     Raises:
-        UserError: Several candidates would all be the same.
+        UserError: Candidates would all be the same, or the instructions leave no room for an answer.
     """
     if candidates > 1 and not temperature:
         raise UserError(
@@ -103,7 +103,19 @@ def generate_answers(
     writer = _Writer(end_id, max_new_tokens, temperature, seed, grammar)
     room = position_room(network.config) if max_length is None else max_length
     trunks = _trunks(traces, opening, wanted, room - max_new_tokens)
-    longest = max((len(trunk.token_ids) for trunk in trunks), default=0) + len(opening) + max_new_tokens
+    return _generate_answers(network, trunks, opening, candidates, writer, batch_size, branched)
+
+
+def _generate_answers(
+    network: "PreTrainedModel",
+    trunks: "Sequence[_Trunk]",
+    opening: Sequence[int],
+    candidates: int,
+    writer: "_Writer",
+    batch_size: int,
+    branched: bool | None,
+) -> Iterator[GeneratedAnswer]:
+    longest = max((len(trunk.token_ids) for trunk in trunks), default=0) + len(opening) + writer.max_new_tokens
     training = network.training
     network.eval()
     try:
@@ -136,8 +148,14 @@ def _trunks(
     """The trunks of all wanted steps: one a trace, and one more wherever older events have to be dropped."""
     if wanted is None:
         wanted = [(trace, step) for trace, segments in enumerate(traces) for step in range(1, len(segments))]
+    steps_of: dict[int, list[int]] = {}
+    for trace, step in sorted(set(wanted)):
+        if not (0 <= trace < len(traces) and 0 <= step < len(traces[trace])):
+            raise ValueError(f"there is no step {step} of trace {trace}")
+        steps_of.setdefault(trace, []).append(step)
     trunks = []
-    for trace, (first, *events) in enumerate(traces):
+    for trace, trace_steps in steps_of.items():
+        first, *events = traces[trace]
         if len(first) + len(opening) > limit:
             raise UserError(
                 f"max_length: instructions and opening have {len(first) + len(opening)} tokens, and {limit} are left "
@@ -145,9 +163,7 @@ def _trunks(
                 "Raise max_length, or lower max_new_tokens.",
             )
         by_dropped: dict[int, list[int]] = {}
-        for step in sorted(step for number, step in wanted if number == trace):
-            if not 0 <= step <= len(events):
-                raise ValueError(f"trace {trace} has no step {step}")
+        for step in trace_steps:
             dropped = truncate([first, *events[:step], opening], limit)[1]
             by_dropped.setdefault(dropped, []).append(step)
         for dropped, steps in by_dropped.items():

@@ -73,11 +73,12 @@ class AnswerGrammar:
         """
         from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 
-        bits = allocate_token_bitmask(len(matchers), self._tokenizer.vocab_size)
+        known = self._tokenizer.vocab_size
+        bits = allocate_token_bitmask(len(matchers), known)
         fill_next_token_bitmask_par(self._executor, list(zip(matchers, range(len(matchers)), strict=True)), bits)
-        allowed = np.unpackbits(bits.view(np.uint8), axis=1, count=self._tokenizer.vocab_size, bitorder="little")
+        allowed = np.unpackbits(bits.view(np.uint8), axis=1, count=known, bitorder="little")
         allowed_NV = torch.from_numpy(allowed.view(bool))
-        return torch.nn.functional.pad(allowed_NV, (0, width - allowed_NV.shape[1]))
+        return allowed_NV if width == known else torch.nn.functional.pad(allowed_NV, (0, width - known))
 
     def advance(self, matcher: "LLMatcher", token: int) -> bool:
         """Go on by a token that was allowed; whether the answer is whole and nothing may follow but its end."""

@@ -235,8 +235,9 @@ def test_only_what_is_wanted_is_generated(llama: PreTrainedModel, branched: bool
     assert some == {(*at, 0): every[(*at, 0)] for at in wanted}
     assert generated(llama, traces, wanted=[]) == {}
     assert len(generated(llama, traces, wanted=[(4, 0)])) == 1  # before the first event
-    with pytest.raises(ValueError, match="trace 1 has no step 2"):
-        generated(llama, traces, wanted=[(1, 2)])
+    for trace, step in ((1, 2), (6, 1), (0, -1)):
+        with pytest.raises(ValueError, match=f"there is no step {step} of trace {trace}"):
+            generated(llama, traces, wanted=[(trace, step)])
 
 
 DRAWN: Any = {"candidates": 3, "temperature": 1.0, "seed": 5}
