@@ -120,7 +120,7 @@ class ProactiveAgent(BackboneModule):
             end_id=data.tokenizer.eos_token_id,
             max_new_tokens=SAMPLED_TOKENS,
             max_length=data.max_length,
-            wanted={(place, len(example.history) - 1) for place, example in enumerate(chosen)},
+            wanted={(place, len(example.history)) for place, example in enumerate(chosen)},
         )
         texts = {answer.trace: data.tokenizer.decode(answer.token_ids) for answer in generated}
         return [
