@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from lightning import LightningDataModule
 from torch import Tensor
@@ -301,7 +301,7 @@ class RowsDataModule(LightningDataModule):
             )
 
     @classmethod
-    def from_state(cls, state: dict[str, Any], **overrides: Any) -> "RowsDataModule":
+    def from_state(cls, state: dict[str, Any], **overrides: Any) -> Self:
         """The data module of a checkpoint, with some options replaced, for evaluation only."""
         given = {name: value for name, value in overrides.items() if value is not None}
         data = cls(**{**state["hyperparameters"], "prompt": None, **given})

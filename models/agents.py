@@ -2,14 +2,23 @@
 
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
+from datamodules.agent import AgentDataModule
 from datamodules.answers import read_answer
 from datamodules.chat import ChatPrompt
 from datamodules.errors import UserError
 from datamodules.traces import Answers, Candidate, Recorded, Trace
+from models.agent import ProactiveAgent
+from models.backbone import position_room
 from models.endpoint import AnswerLog, Counter, Endpoint, Session
+from models.generation import generate_answers
+from models.grammar import AnswerGrammar
+from models.weights import Weights
 
 # What "always propose" offers where no agent says what: something that fits any event, so that the baseline shows
 # what never staying silent is worth, not what a good task is.
@@ -82,6 +91,120 @@ class AlwaysPropose:
         others = self.others[trace][step] if self.others else ()
         generic = Candidate(GENERIC_PROPOSAL, GENERIC_PROPOSAL)
         return next((candidate for candidate in others if candidate.proposal is not None), generic)
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How a trained agent writes its answers.
+
+    Args:
+        max_new_tokens: Tokens of an answer, at most; a longer one is closed there.
+        constrained: Whether a grammar holds answers to JSON.
+        traces_at_once: Traces read side by side.
+    """
+
+    max_new_tokens: int = 256
+    constrained: bool = True
+    traces_at_once: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "traces_at_once"):
+            if (value := getattr(self, name)) < 1:
+                raise UserError(f"agent.{name}: expected 1 or more, got {value}", "Give a greater one.")
+
+
+class LocalAgent:
+    """Trained agents; each trace has one of them, see `models.weights.assign`.
+
+    Args:
+        assigned: The weights of each trace, by its name.
+        options: How answers are written.
+        candidates: Answers to each event.
+        temperature: Of sampling; 0 takes the likeliest tokens.
+        seed: Of sampling.
+    """
+
+    def __init__(
+        self,
+        assigned: Mapping[str, Weights[ProactiveAgent]],
+        options: AnswerOptions,
+        candidates: int = 1,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.assigned = assigned
+        self.options = options
+        self.candidates = candidates
+        self.temperature = temperature
+        self.seed = seed
+        self.cut_off = 0  # answers that reached max_new_tokens
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {
+            "agent": "checkpoint",
+            "weights": {name: weights.digest for name, weights in self.assigned.items()},
+            "max_new_tokens": self.options.max_new_tokens,
+            "constrained": self.options.constrained,
+            "candidates": self.candidates,
+            "temperature": self.temperature,
+            "seed": self.seed,
+        }
+
+    def answer(self, traces: Sequence[Trace], log: AnswerLog, count: Counter) -> Answers:
+        keys = [(t.name, step, n) for t in traces for step in range(len(t.events)) for n in range(self.candidates)]
+        with count("answering", len(keys)) as advance:
+            for key in keys:
+                if json.dumps(key) in log.texts:
+                    advance()
+            for weights in {weights.digest: weights for weights in self.assigned.values()}.values():
+                self._write(weights, traces, log, advance)
+        answers: dict[str, list[list[Candidate]]] = {trace.name: [[] for _ in trace.events] for trace in traces}
+        self.cut_off = 0
+        for name, step, number in keys:
+            text, finished = json.loads(log.texts[json.dumps((name, step, number))])
+            answers[name][step].append(Candidate.of(read_answer(text)))
+            self.cut_off += not finished
+        return answers
+
+    def _write(
+        self, weights: Weights[ProactiveAgent], traces: Sequence[Trace], log: AnswerLog, advance: Callable[[], None]
+    ) -> None:
+        """Add the answers that these weights owe to the log."""
+        network = weights.model.network
+        assert network is not None, "a loaded agent has weights"
+        data = AgentDataModule.from_state(weights.state)
+        end_id = data.tokenizer.eos_token_id
+        wanted = {
+            (place, step + 1)
+            for place, trace in enumerate(traces)
+            for step in range(len(trace.events))
+            if self.assigned[trace.name].digest == weights.digest
+            and any(json.dumps((trace.name, step, number)) not in log.texts for number in range(self.candidates))
+        }
+        if not wanted:
+            return
+        answers = generate_answers(
+            network.to("cuda" if torch.cuda.is_available() else "cpu"),
+            [data.segments(trace.events) for trace in traces],
+            data.opening(),
+            end_id=end_id,
+            max_new_tokens=self.options.max_new_tokens,
+            batch_size=self.options.traces_at_once,
+            candidates=self.candidates,
+            temperature=self.temperature,
+            seed=self.seed,
+            grammar=AnswerGrammar(data.tokenizer, end_id) if self.options.constrained else None,
+            max_length=min(data.max_length + self.options.max_new_tokens, position_room(network.config)),
+            wanted=wanted,
+        )
+        for answer in answers:
+            name, step = traces[answer.trace].name, answer.step - 1
+            key = json.dumps((name, step, answer.candidate))
+            if key not in log.texts:
+                text = data.tokenizer.decode(answer.token_ids)
+                log.add(key, json.dumps([text, answer.finished]), f"{name}, event {step + 1}")
+                advance()
 
 
 class EndpointAgent:

@@ -1,6 +1,5 @@
 """Judges: whatever accepts or rejects an offer. None is asked in silence about a trace that it was trained on."""
 
-import hashlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,9 +12,10 @@ from datamodules.errors import UserError
 from datamodules.records import AnnotatedRow
 from datamodules.reward import RewardDataModule
 from datamodules.splits import Split
-from datamodules.traces import Offer, Trace, is_known
+from datamodules.traces import Offer, Trace
 from models.endpoint import AnswerLog, Counter, Endpoint, Session
 from models.reward import RewardClassifier
+from models.weights import Weights
 
 RETRY_TEMPERATURE = 0.5  # an unreadable verdict is asked for again with some chance in it, or it would come again
 
@@ -104,30 +104,6 @@ class EndpointJudge:
         return verdict
 
 
-@dataclass(frozen=True)
-class RewardWeights:
-    """A trained reward classifier, what its data module kept, and where it was loaded from."""
-
-    classifier: RewardClassifier
-    state: dict[str, Any]
-    source: str
-    digest: str
-
-    @classmethod
-    def of(cls, classifier: RewardClassifier, state: dict[str, Any], source: str) -> "RewardWeights":
-        assert classifier.network is not None, "a loaded classifier has weights"
-        digest = hashlib.sha256()
-        for name, weight in sorted(classifier.network.state_dict().items()):
-            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return cls(classifier, state, source, digest.hexdigest())
-
-    def knows(self, trace: Trace, namesake: Trace | None) -> bool:
-        """Whether its training rows hold the trace's session."""
-        scenes = self.state.get("training_scenes")
-        return is_known(trace, namesake, None if scenes is None else set(scenes), set(self.state["training_histories"]))
-
-
 class RewardJudge:
     """Trained reward classifiers: P(accepted), calibrated, above each one's own threshold.
 
@@ -140,7 +116,7 @@ class RewardJudge:
     """
 
     def __init__(
-        self, assigned: Mapping[str, RewardWeights], traces: Mapping[str, Trace], label: str = "judging"
+        self, assigned: Mapping[str, Weights[RewardClassifier]], traces: Mapping[str, Trace], label: str = "judging"
     ) -> None:
         self.assigned = assigned
         self.traces = traces
@@ -161,7 +137,7 @@ class RewardJudge:
                     probabilities, truncated = score(weights, [self._row(offer) for offer in mine])
                     self.truncated += truncated
                     for offer, probability in zip(mine, probabilities, strict=True):
-                        accepted = probability > weights.classifier.threshold
+                        accepted = probability > weights.model.threshold
                         verdicts[offer] = Verdict(accepted, probability)
                         advance()
         return verdicts
@@ -178,7 +154,7 @@ class RewardJudge:
         )
 
 
-def score(weights: RewardWeights, rows: Sequence[AnnotatedRow]) -> tuple[list[float], int]:
+def score(weights: Weights[RewardClassifier], rows: Sequence[AnnotatedRow]) -> tuple[list[float], int]:
     """P(accepted), calibrated, of each row, and how many rows lost their oldest events to the greatest length."""
     data = RewardDataModule.from_state(weights.state, num_workers=0, cache=False)
     data._split = Split([], [], list(rows))  # in place of its root's rows
@@ -191,50 +167,5 @@ def score(weights: RewardWeights, rows: Sequence[AnnotatedRow]) -> tuple[list[fl
         devices=1,
     )
     with torch.random.fork_rng():
-        trainer.test(weights.classifier, data, verbose=False)
-    return weights.classifier.test_rows["calibrated"].tolist(), data.truncated.get("test", 0)
-
-
-def assign(
-    candidates: Sequence[RewardWeights],
-    traces: Sequence[Trace],
-    namesakes: Mapping[str, Trace],
-    option: str,
-    contaminated: bool = False,
-    but_not: Mapping[str, str] | None = None,
-) -> tuple[dict[str, RewardWeights], list[str]]:
-    """Weights for each trace: the first that were not trained on it.
-
-    Args:
-        candidates: In order of preference; several are the folds of a cross-validation.
-        traces: What is to be judged.
-        namesakes: The data root's own traces by name.
-        option: Where the candidates come from, for messages.
-        contaminated: Whether to take the first ones where all were trained on a trace.
-        but_not: By trace name, the digest of weights that are not to be taken.
-
-    Returns:
-        The weights by trace name, and the names of the traces that they were trained on.
-
-    Raises:
-        UserError: All were trained on a trace, or none are left.
-    """
-    assigned: dict[str, RewardWeights] = {}
-    known: list[str] = []
-    for trace in traces:
-        left = [one for one in candidates if not but_not or one.digest != but_not[trace.name]]
-        if not left:
-            raise UserError(
-                f"{option}: the weights that hold offers back in {trace.name} are those that judge them",
-                "Give other weights, or --gate-is-judge to measure it so and have it stamped on the result.",
-            )
-        clean = [one for one in left if not one.knows(trace, namesakes.get(trace.name))]
-        if not clean:
-            known.append(trace.name)
-        assigned[trace.name] = (clean or left)[0]
-    if known and not contaminated:
-        raise UserError(
-            f"{option}: trained on {len(known)} of the {len(traces)} traces that it is to judge: {', '.join(known)}",
-            "Give checkpoints of folds that leave them out, or --contaminated to have it stamped on the result.",
-        )
-    return assigned, known
+        trainer.test(weights.model, data, verbose=False)
+    return weights.model.test_rows["calibrated"].tolist(), data.truncated.get("test", 0)

@@ -10,23 +10,24 @@ from datamodules.errors import UserError
 from datamodules.traces import Offer, Trace
 from models.calibration import calibrated
 from models.endpoint import AnswerLog
-from models.judges import RewardJudge, RewardWeights, assign
+from models.judges import RewardJudge
+from models.weights import Weights, assign
 from tests.models.small import fit, probabilities, small_classifier, small_data
 from tests.models.test_endpoint import silent
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[RewardWeights, Any]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Weights[Any], Any]:
     """Weights after an epoch, and the data module that they were trained with."""
     from tests.helpers import small_root
 
     data = small_data(small_root(tmp_path_factory.mktemp("judge") / "root"), layout="auto", token_budget=512)
     classifier = small_classifier()
     fit(classifier, data)
-    return RewardWeights.of(classifier, data.state_dict(), "here"), data
+    return Weights.of(classifier, data.state_dict(), "here"), data
 
 
-def test_offers_are_read_as_rows_are(trained: tuple[RewardWeights, Any], tmp_path: Path) -> None:
+def test_offers_are_read_as_rows_are(trained: tuple[Weights[Any], Any], tmp_path: Path) -> None:
     """All offers at once as trees, and each row by itself as in training, come to the same probability."""
     weights, data = trained
     rows = data.split.test
@@ -40,15 +41,15 @@ def test_offers_are_read_as_rows_are(trained: tuple[RewardWeights, Any], tmp_pat
     data.setup("test")
     batches = [micro_batch for step in data.test_dataloader() for micro_batch in step]
     row_R = torch.cat([batch["row"] for batch in batches])
-    probability_R = torch.cat([probabilities(weights.classifier, batch) for batch in batches])
-    expected = calibrated(probability_R, weights.classifier.temperature)
+    probability_R = torch.cat([probabilities(weights.model, batch) for batch in batches])
+    expected = calibrated(probability_R, weights.model.temperature)
     for row, probability in zip(row_R.tolist(), expected.tolist(), strict=True):
         verdict = verdicts[offers[row]]
         assert verdict.probability == pytest.approx(probability, abs=1e-5)
-        assert verdict.accepted is (verdict.probability > weights.classifier.threshold)
+        assert verdict.accepted is (verdict.probability > weights.model.threshold)
 
 
-def test_the_state_names_the_scenes_of_the_training_rows(trained: tuple[RewardWeights, Any]) -> None:
+def test_the_state_names_the_scenes_of_the_training_rows(trained: tuple[Weights[Any], Any]) -> None:
     weights, data = trained
     assert weights.state["training_scenes"] == sorted({row.scene for row in data.split.train})
     for rows, known in ((data.split.train, True), (data.split.test, False)):
