@@ -35,7 +35,7 @@ from datamodules.traces import Answers, Offer, Recorded, Trace, read_recorded, r
 from models.agents import Agent, AlwaysPropose, EndpointAgent, NeverPropose, RecordedAgent
 from models.endpoint import AnswerLog, Counter, Endpoint, EndpointOptions
 from models.gate import gate_threshold
-from models.judges import EndpointJudge, Judge, RecordedJudge, RewardJudge, RewardWeights, Verdicts, assign
+from models.judges import EndpointJudge, Judge, RecordedJudge, RewardJudge, RewardWeights, assign
 from proactive.terminal import Parser, agent_tables, show
 
 if TYPE_CHECKING:
@@ -136,20 +136,9 @@ def prepare(options: "Namespace") -> Evaluation:
     Raises:
         UserError: Options contradict each other, a file does not fit, or a judge or gate may not be used.
     """
-    who = _one_of(options.agent, "agent", ("traces", "url", "baseline"))
-    _one_of(options.judge, "judge", ("checkpoint", "url", "recorded"))
-    if options.judge.recorded and who != "traces":
-        raise UserError("--judge.recorded: only recorded traces have judgments", "Give them with --agent.traces.")
-    if options.gate and options.judge.recorded:
-        raise UserError("--gate: nobody recorded what is thought of null in place of a proposal", "Give another judge.")
-    if options.cost_ratio is not None and not options.gate:
-        raise UserError("--cost-ratio: there is no gate", "Give a reward classifier with --gate.")
-    if options.candidates is not None and options.candidates < 1:
-        raise UserError(f"--candidates: expected 1 or more, got {options.candidates}", "Give a greater number.")
-    cost_ratio = 1.0 if options.cost_ratio is None else options.cost_ratio
-    gate_threshold(cost_ratio)
+    _refuse_contradictions(options)
     deadline = time.monotonic() + options.endpoint.time_limit if options.endpoint.time_limit else None
-    recorded = read_recorded(options.agent.traces) if who == "traces" else None
+    recorded = read_recorded(options.agent.traces) if options.agent.traces else None
     agent = _agent(options, recorded, deadline)
     judges = [_weights(path, "--judge.checkpoint") for path in options.judge.checkpoint or ()]
     gates = [_weights(path, "--gate") for path in options.gate or ()]
@@ -157,41 +146,19 @@ def prepare(options: "Namespace") -> Evaluation:
     namesakes = {trace.name: trace for trace in root_traces(corpus)} if corpus else {}
     traces = recorded.traces if recorded else list(namesakes.values())
     _refuse_empty(traces, corpus)
-    by_name = {trace.name: trace for trace in traces}
-
+    splits = read_splits(_splits_file(options.agent.traces, corpus), traces)
     stamps: dict[str, Any] = {"judge_trained_on": [], "gate_trained_on": [], "gate_is_judge": False}
-    judge: Judge
     if judges:
-        assigned, known = assign(judges, traces, namesakes, "--judge.checkpoint", options.contaminated)
-        judge, stamps["judge_trained_on"] = RewardJudge(assigned, by_name), known
-    elif recorded and options.judge.recorded:
-        if not recorded.judgments:
-            raise UserError(
-                f"--judge.recorded: {options.agent.traces} holds no judgment", "Give a judge that can make them."
-            )
-        judge = RecordedJudge(recorded.judgments)
+        judge: Judge
+        judge, stamps["judge_trained_on"] = _classifier_judge(options, judges, traces, namesakes)
     else:
-        endpoint = _endpoint(options.judge, "judge", 0.0, options.seed, options.endpoint, deadline)
-        prompt = ChatPrompt.read(options.judge.prompt, with_proposal=True)
-        judge = EndpointJudge(endpoint, prompt, by_name, options.judge.attempts)
-
+        judge = _other_judge(options, recorded, traces, deadline)
     gate = None
     if gates:
         judging = {name: one.digest for name, one in judge.assigned.items()} if isinstance(judge, RewardJudge) else {}
-        but_not = judging if judging and not options.gate_is_judge else None
-        assigned, known = assign(gates, traces, namesakes, "--gate", options.contaminated, but_not)
-        gate, stamps["gate_trained_on"] = RewardJudge(assigned, by_name, "gating"), known
-        stamps["gate_is_judge"] = any(judging.get(name) == one.digest for name, one in assigned.items())
-
-    return Evaluation(
-        traces,
-        read_splits(_splits_file(options.agent.traces, corpus), traces),
-        agent,
-        judge,
-        gate,
-        cost_ratio,
-        stamps,
-    )
+        gate, stamps["gate_trained_on"] = _gate(options, gates, traces, namesakes, judging)
+        stamps["gate_is_judge"] = any(judging.get(name) == one.digest for name, one in gate.assigned.items())
+    return Evaluation(traces, splits, agent, judge, gate, _cost_ratio(options), stamps)
 
 
 def carry_out(evaluation: Evaluation, folder: Path, count: Counter) -> dict[str, Any]:
@@ -205,26 +172,24 @@ def carry_out(evaluation: Evaluation, folder: Path, count: Counter) -> dict[str,
     Returns:
         The record, as in the folder's metrics.json.
     """
-    traces, agent, judge = evaluation.traces, evaluation.agent, evaluation.judge
-    settings = {"traces": _digest(traces)}
+    traces, agent, judge, gate = evaluation.traces, evaluation.agent, evaluation.judge, evaluation.gate
     with contextlib.ExitStack() as stack:
-        answer_log = AnswerLog(folder / ANSWERS_FILE, {**agent.settings, **settings})
-        stack.callback(answer_log.close)
-        verdict_log = AnswerLog(folder / VERDICTS_FILE, {**judge.settings, **settings})
-        stack.callback(verdict_log.close)
-        answers = agent.answer(traces, answer_log, count)
+        logs = []
+        for name, part in ((ANSWERS_FILE, agent), (VERDICTS_FILE, judge)):
+            logs.append(AnswerLog(folder / name, {**part.settings, "traces": _digest(traces)}))
+            stack.callback(logs[-1].close)
+        answers = agent.answer(traces, logs[0], count)
         baselines: dict[str, Answers] = {}
         if isinstance(judge, RewardJudge):  # which says what it thinks of any offer, for nothing
             others: tuple[Agent, ...] = (AlwaysPropose(answers), NeverPropose())
-            baselines = {one.settings["agent"]: one.answer(traces, answer_log, count) for one in others}
-        offers = _offers([answers, *baselines.values()])
-        if evaluation.gate:
+            baselines = {one.settings["agent"]: one.answer(traces, logs[0], count) for one in others}
+        made, offers = _offers([answers]), _offers([answers, *baselines.values()])
+        if gate:
             offers |= dict.fromkeys(offer._replace(proposal=None) for offer in offers)
-        verdicts = judge.judge(list(offers), verdict_log, count)
-        gate_says: Verdicts | None = None
-        if evaluation.gate:
-            proposed = [offer for offer in _offers([answers]) if offer.proposal is not None]
-            gate_says = evaluation.gate.judge(proposed, verdict_log, count)
+        verdicts = judge.judge(list(offers), logs[1], count)
+        gate_says = (
+            gate.judge([offer for offer in made if offer.proposal is not None], logs[1], count) if gate else None
+        )
 
     threshold = gate_threshold(evaluation.cost_ratio)
     events = judge_events(traces, answers, verdicts, gate_says, threshold)
@@ -236,10 +201,10 @@ def carry_out(evaluation: Evaluation, folder: Path, count: Counter) -> dict[str,
         "baselines": {name: figures(judge_events(traces, one, verdicts)) for name, one in baselines.items()},
         "gate": None,
     }
-    if evaluation.gate and gate_says is not None:
+    if gate and gate_says is not None:
         ungated = judge_events(traces, answers, verdicts, gate_says, 0.0)
         record["gate"] = {
-            **_shown(evaluation.gate),
+            **_shown(gate),
             "cost_ratio": evaluation.cost_ratio,
             "threshold": threshold,
             "held_back": sum(bool(judgment.held_back) for event in events for judgment in event.judgments),
@@ -251,6 +216,24 @@ def carry_out(evaluation: Evaluation, folder: Path, count: Counter) -> dict[str,
     return record
 
 
+def _refuse_contradictions(options: "Namespace") -> None:
+    who = _one_of(options.agent, "agent", ("traces", "url", "baseline"))
+    _one_of(options.judge, "judge", ("checkpoint", "url", "recorded"))
+    if options.judge.recorded and who != "traces":
+        raise UserError("--judge.recorded: only recorded traces have judgments", "Give them with --agent.traces.")
+    if options.gate and options.judge.recorded:
+        raise UserError("--gate: nobody recorded what is thought of null in place of a proposal", "Give another judge.")
+    if options.cost_ratio is not None and not options.gate:
+        raise UserError("--cost-ratio: there is no gate", "Give a reward classifier with --gate.")
+    if options.candidates is not None and options.candidates < 1:
+        raise UserError(f"--candidates: expected 1 or more, got {options.candidates}", "Give a greater number.")
+    gate_threshold(_cost_ratio(options))
+
+
+def _cost_ratio(options: "Namespace") -> float:
+    return 1.0 if options.cost_ratio is None else options.cost_ratio
+
+
 def _agent(options: "Namespace", recorded: Recorded | None, deadline: float | None) -> Agent:
     """The agent that the options name. One more kind of agent is one more branch here."""
     if recorded is not None:
@@ -260,6 +243,41 @@ def _agent(options: "Namespace", recorded: Recorded | None, deadline: float | No
     prompt = ChatPrompt.read(options.agent.prompt, with_proposal=False)
     endpoint = _endpoint(options.agent, "agent", options.temperature, options.seed, options.endpoint, deadline)
     return EndpointAgent(endpoint, prompt, options.candidates or 1)
+
+
+def _classifier_judge(
+    options: "Namespace",
+    weights: Sequence[RewardWeights],
+    traces: Sequence[Trace],
+    namesakes: Mapping[str, Trace],
+) -> tuple[RewardJudge, list[str]]:
+    assigned, known = assign(weights, traces, namesakes, "--judge.checkpoint", options.contaminated)
+    return RewardJudge(assigned, {trace.name: trace for trace in traces}), known
+
+
+def _gate(
+    options: "Namespace",
+    weights: Sequence[RewardWeights],
+    traces: Sequence[Trace],
+    namesakes: Mapping[str, Trace],
+    judging: Mapping[str, str],
+) -> tuple[RewardJudge, list[str]]:
+    """`judging` gives, by trace name, the digest of the weights that judge it."""
+    but_not = None if options.gate_is_judge else judging
+    assigned, known = assign(weights, traces, namesakes, "--gate", options.contaminated, but_not)
+    return RewardJudge(assigned, {trace.name: trace for trace in traces}, "gating"), known
+
+
+def _other_judge(
+    options: "Namespace", recorded: Recorded | None, traces: Sequence[Trace], deadline: float | None
+) -> Judge:
+    if recorded and options.judge.recorded:
+        if not recorded.judgments:
+            raise UserError(f"--judge.recorded: {options.agent.traces} holds no judgment", "Give another judge.")
+        return RecordedJudge(recorded.judgments)
+    endpoint = _endpoint(options.judge, "judge", 0.0, options.seed, options.endpoint, deadline)
+    prompt = ChatPrompt.read(options.judge.prompt, with_proposal=True)
+    return EndpointJudge(endpoint, prompt, {trace.name: trace for trace in traces}, options.judge.attempts)
 
 
 def _endpoint(
