@@ -159,11 +159,16 @@ def notes(record: Mapping[str, Any]) -> list[str]:
     found, recorded = record["figures"], record["judge"]["judge"] == "recorded"
     said = [
         f"CONTAMINATED: the {who} was trained on {len(record[key])} of the {len(record['per_trace'])} traces"
-        for who, key in (("judge", "judge_trained_on"), ("gate", "gate_trained_on"))
+        for who, key in ((who, f"{who}_trained_on") for who in ("agent", "judge", "gate"))
         if record[key]
     ]
     if record["gate_is_judge"]:
         said.append("THE GATE IS THE JUDGE: it holds back what it would reject itself")
+    if record["traces_left_out"]:
+        names = ", ".join(record["traces_left_out"])
+        said.append(f"left out, for the agent was trained on them: {names}")
+    if record["agent"].get("cut_off"):
+        said.append(f"{record['agent']['cut_off']} answers reached the greatest number of tokens and were closed there")
     if record["gate"]:
         gate = record["gate"]
         said.append(

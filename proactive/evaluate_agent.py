@@ -1,76 +1,54 @@
 """`python -m proactive.evaluate agent`: let an agent answer the events of traces, and a judge judge its answers."""
 
 import contextlib
-import hashlib
-import json
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from callbacks.checkpoints import load_trained
-from callbacks.evaluation_record import (
-    JudgedEvent,
-    evaluation_record,
-    figures,
-    figures_csv,
-    gated,
-    judge_events,
-    judged_files,
-    notes,
-)
-from callbacks.evaluation_report import evaluation_report
-from callbacks.files import METRICS_FILE, REPORT_FILE, new_run_folder, write_atomically
+from callbacks.evaluation import ANSWERS_FILE, VERDICTS_FILE, Evaluation, carry_out
+from callbacks.files import METRICS_FILE, REPORT_FILE, new_run_folder
 from callbacks.progress import counted
 from datamodules.chat import AGENT_PROMPT, JUDGE_PROMPT, ChatPrompt
 from datamodules.errors import UserError
-from datamodules.records import TraceSplit
 from datamodules.sources import SPLITS_FILE, Corpus, load_corpus
-from datamodules.traces import Answers, Offer, Recorded, Trace, read_recorded, read_splits, root_traces
-from models.agents import Agent, AlwaysPropose, EndpointAgent, NeverPropose, RecordedAgent
-from models.endpoint import AnswerLog, Counter, Endpoint, EndpointOptions
+from datamodules.traces import Recorded, Trace, read_recorded, read_splits, root_traces
+from models.agent import ProactiveAgent
+from models.agents import (
+    Agent,
+    AlwaysPropose,
+    AnswerOptions,
+    EndpointAgent,
+    LocalAgent,
+    NeverPropose,
+    RecordedAgent,
+)
+from models.endpoint import Endpoint, EndpointOptions
 from models.gate import gate_threshold
-from models.judges import EndpointJudge, Judge, RecordedJudge, RewardJudge, RewardWeights, Verdicts, assign
+from models.judges import EndpointJudge, Judge, RecordedJudge, RewardJudge
 from models.reward import RewardClassifier
+from models.weights import Model, Weights, assign
 from proactive.terminal import Parser, agent_tables, show
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-ANSWERS_FILE = "answers.jsonl"
-VERDICTS_FILE = "verdicts.jsonl"
-FIGURES_FILE = "figures.csv"
-JUDGED = "judged"
 
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Everything that an evaluation needs, checked, before anything is asked or written."""
-
-    traces: list[Trace]
-    splits: dict[str, TraceSplit]
-    agent: Agent
-    judge: Judge
-    gate: RewardJudge | None
-    cost_ratio: float
-    stamps: dict[str, Any]
-
-    @property
-    def suffix(self) -> str:
-        """What marks the files whose layout has no room for a stamp."""
-        contaminated = any(self.stamps[f"{who}_trained_on"] for who in ("judge", "gate"))
-        return "-contaminated" * contaminated + "-gate-is-judge" * self.stamps["gate_is_judge"]
+STAMPS = ("agent_trained_on", "judge_trained_on", "gate_trained_on", "traces_left_out")  # names of traces
 
 
 def agent_parser() -> Parser:
     """The options of `evaluate agent`."""
     parser = Parser(prog="evaluate agent", description="Measure an agent by what a judge makes of its proposals.")
     add = parser.add_argument
+    add("--agent.checkpoint", type=Path, nargs="+", help="Agent: a run, checkpoint or export of one; of several, each "
+        "trace takes the first that was not trained on it. Traces that all were trained on are left out.")  # fmt: skip
+    parser.add_class_arguments(AnswerOptions, "agent.answers")
     add("--agent.traces", type=Path, help="Agent: what is recorded in this folder, in the published layout.")
     add("--agent.url", type=str, help="Agent: a model behind this address, for example http://localhost:8000/v1.")
     add("--agent.model", type=str, help="The model's name there.")
@@ -88,7 +66,7 @@ def agent_parser() -> Parser:
     add("--judge.attempts", type=int, default=3, help="How often it is asked, at most, until its verdict can be read.")
     add("--judge.recorded", action="store_true", help="Judge: the judgments that stand in the recorded traces.")
     add("--data.root", type=str, help="Whose test traces are answered, and whose splits.json divides them: embedded, "
-        "published or a folder. If left out, the root that the judge was trained on, else embedded.")  # fmt: skip
+        "published or a folder. If left out, the root that agent or judge was trained on, else embedded.")  # fmt: skip
     add("--candidates", type=int, help="Answers to each event; it counts as accepted if any is. One, or all recorded.")
     add("--temperature", type=float, default=0.0, help="Of the agent's sampling.")
     add("--seed", type=int, default=0, help="Sent with each request, plus the candidate's number.")
@@ -99,7 +77,7 @@ def agent_parser() -> Parser:
     add(
         "--contaminated",
         action="store_true",
-        help="Allow a judge trained on the traces, and stamp the result.",
+        help="Allow an agent, judge or gate trained on the traces, and stamp the result.",
     )
     parser.add_class_arguments(EndpointOptions, "endpoint")
     add("--output", type=Path, help="The folder to write; the same one goes on where an evaluation stopped. "
@@ -137,7 +115,43 @@ def prepare(options: "Namespace") -> Evaluation:
     Raises:
         UserError: Options contradict each other, a file does not fit, or a judge or gate may not be used.
     """
-    who = _one_of(options.agent, "agent", ("traces", "url", "baseline"))
+    _refuse_contradictions(options)
+    deadline = time.monotonic() + options.endpoint.time_limit if options.endpoint.time_limit else None
+    recorded = read_recorded(options.agent.traces) if options.agent.traces else None
+    agents = [_weights(ProactiveAgent, path, "--agent.checkpoint") for path in options.agent.checkpoint or ()]
+    judges = [_weights(RewardClassifier, path, "--judge.checkpoint") for path in options.judge.checkpoint or ()]
+    gates = [_weights(RewardClassifier, path, "--gate") for path in options.gate or ()]
+    corpus = _corpus(
+        options.data.root,
+        [*(one.state for one in agents), *(one.state for one in (*judges, *gates))],
+        needed=recorded is None,
+    )
+    namesakes = {trace.name: trace for trace in root_traces(corpus)} if corpus else {}
+    traces = recorded.traces if recorded else list(namesakes.values())
+    _refuse_empty(traces, corpus)
+    splits = read_splits(_splits_file(options.agent.traces, corpus), traces)
+    stamps: dict[str, Any] = {key: [] for key in STAMPS} | {"gate_is_judge": False}
+    if agents:
+        agent: Agent
+        agent, traces, found = _trained_agent(options, agents, traces)
+        stamps |= found
+    else:
+        agent = _other_agent(options, recorded, deadline)
+    if judges:
+        judge: Judge
+        judge, stamps["judge_trained_on"] = _classifier_judge(options, judges, traces, namesakes)
+    else:
+        judge = _other_judge(options, recorded, traces, deadline)
+    gate = None
+    if gates:
+        judging = {name: one.digest for name, one in judge.assigned.items()} if isinstance(judge, RewardJudge) else {}
+        gate, stamps["gate_trained_on"] = _gate(options, gates, traces, namesakes, judging)
+        stamps["gate_is_judge"] = any(judging.get(name) == one.digest for name, one in gate.assigned.items())
+    return Evaluation(traces, splits, agent, judge, gate, _cost_ratio(options), stamps)
+
+
+def _refuse_contradictions(options: "Namespace") -> None:
+    who = _one_of(options.agent, "agent", ("checkpoint", "traces", "url", "baseline"))
     _one_of(options.judge, "judge", ("checkpoint", "url", "recorded"))
     if options.judge.recorded and who != "traces":
         raise UserError("--judge.recorded: only recorded traces have judgments", "Give them with --agent.traces.")
@@ -147,112 +161,33 @@ def prepare(options: "Namespace") -> Evaluation:
         raise UserError("--cost-ratio: there is no gate", "Give a reward classifier with --gate.")
     if options.candidates is not None and options.candidates < 1:
         raise UserError(f"--candidates: expected 1 or more, got {options.candidates}", "Give a greater number.")
-    cost_ratio = 1.0 if options.cost_ratio is None else options.cost_ratio
-    gate_threshold(cost_ratio)
-    deadline = time.monotonic() + options.endpoint.time_limit if options.endpoint.time_limit else None
-    recorded = read_recorded(options.agent.traces) if who == "traces" else None
-    agent = _agent(options, recorded, deadline)
-    judges = [_weights(path, "--judge.checkpoint") for path in options.judge.checkpoint or ()]
-    gates = [_weights(path, "--gate") for path in options.gate or ()]
-    corpus = _corpus(options.data.root, [*judges, *gates], needed=recorded is None)
-    namesakes = {trace.name: trace for trace in root_traces(corpus)} if corpus else {}
-    traces = recorded.traces if recorded else list(namesakes.values())
-    _refuse_empty(traces, corpus)
-    by_name = {trace.name: trace for trace in traces}
-
-    stamps: dict[str, Any] = {"judge_trained_on": [], "gate_trained_on": [], "gate_is_judge": False}
-    judge: Judge
-    if judges:
-        assigned, known = assign(judges, traces, namesakes, "--judge.checkpoint", options.contaminated)
-        judge, stamps["judge_trained_on"] = RewardJudge(assigned, by_name), known
-    elif recorded and options.judge.recorded:
-        if not recorded.judgments:
-            raise UserError(
-                f"--judge.recorded: {options.agent.traces} holds no judgment", "Give a judge that can make them."
-            )
-        judge = RecordedJudge(recorded.judgments)
-    else:
-        endpoint = _endpoint(options.judge, "judge", 0.0, options.seed, options.endpoint, deadline)
-        prompt = ChatPrompt.read(options.judge.prompt, with_proposal=True)
-        judge = EndpointJudge(endpoint, prompt, by_name, options.judge.attempts)
-
-    gate = None
-    if gates:
-        judging = {name: one.digest for name, one in judge.assigned.items()} if isinstance(judge, RewardJudge) else {}
-        but_not = judging if judging and not options.gate_is_judge else None
-        assigned, known = assign(gates, traces, namesakes, "--gate", options.contaminated, but_not)
-        gate, stamps["gate_trained_on"] = RewardJudge(assigned, by_name, "gating"), known
-        stamps["gate_is_judge"] = any(judging.get(name) == one.digest for name, one in assigned.items())
-
-    return Evaluation(
-        traces,
-        read_splits(_splits_file(options.agent.traces, corpus), traces),
-        agent,
-        judge,
-        gate,
-        cost_ratio,
-        stamps,
-    )
+    gate_threshold(_cost_ratio(options))
 
 
-def carry_out(evaluation: Evaluation, folder: Path, count: Counter) -> dict[str, Any]:
-    """Ask, judge, and write the folder.
-
-    Args:
-        evaluation: What `prepare` made.
-        folder: Where to; what a former call asked is taken from there.
-        count: Shows progress.
-
-    Returns:
-        The record, as in the folder's metrics.json.
-    """
-    traces, agent, judge = evaluation.traces, evaluation.agent, evaluation.judge
-    settings = {"traces": _digest(traces)}
-    with contextlib.ExitStack() as stack:
-        answer_log = AnswerLog(folder / ANSWERS_FILE, {**agent.settings, **settings})
-        stack.callback(answer_log.close)
-        verdict_log = AnswerLog(folder / VERDICTS_FILE, {**judge.settings, **settings})
-        stack.callback(verdict_log.close)
-        answers = agent.answer(traces, answer_log, count)
-        baselines: dict[str, Answers] = {}
-        if isinstance(judge, RewardJudge):  # which says what it thinks of any offer, for nothing
-            others: tuple[Agent, ...] = (AlwaysPropose(answers), NeverPropose())
-            baselines = {one.settings["agent"]: one.answer(traces, answer_log, count) for one in others}
-        offers = _offers([answers, *baselines.values()])
-        if evaluation.gate:
-            offers |= dict.fromkeys(offer._replace(proposal=None) for offer in offers)
-        verdicts = judge.judge(list(offers), verdict_log, count)
-        gate_says: Verdicts | None = None
-        if evaluation.gate:
-            proposed = [offer for offer in _offers([answers]) if offer.proposal is not None]
-            gate_says = evaluation.gate.judge(proposed, verdict_log, count)
-
-    threshold = gate_threshold(evaluation.cost_ratio)
-    events = judge_events(traces, answers, verdicts, gate_says, threshold)
-    record = {
-        **evaluation_record(events, evaluation.splits),
-        **evaluation.stamps,
-        "agent": _shown(agent),
-        "judge": _shown(judge),
-        "baselines": {name: figures(judge_events(traces, one, verdicts)) for name, one in baselines.items()},
-        "gate": None,
-    }
-    if evaluation.gate and gate_says is not None:
-        ungated = judge_events(traces, answers, verdicts, gate_says, 0.0)
-        record["gate"] = {
-            **_shown(evaluation.gate),
-            "cost_ratio": evaluation.cost_ratio,
-            "threshold": threshold,
-            "held_back": sum(bool(judgment.held_back) for event in events for judgment in event.judgments),
-            "without_gate": figures(ungated),
-            "curve": gated(ungated, verdicts).curve(),
-        }
-    record["notes"] = notes(record)
-    _write(folder, evaluation.suffix, record, events)
-    return record
+def _cost_ratio(options: "Namespace") -> float:
+    return 1.0 if options.cost_ratio is None else options.cost_ratio
 
 
-def _agent(options: "Namespace", recorded: Recorded | None, deadline: float | None) -> Agent:
+def _trained_agent(
+    options: "Namespace", weights: Sequence[Weights[ProactiveAgent]], traces: list[Trace]
+) -> tuple[Agent, list[Trace], dict[str, Any]]:
+    """The agent, the traces that it answers, and what has to be stamped on the result."""
+    namesakes = {trace.name: trace for trace in traces}
+    all_know = [trace for trace in traces if all(one.knows(trace, None) for one in weights)]
+    answered = traces if options.contaminated else [trace for trace in traces if trace not in all_know]
+    if not answered:
+        raise UserError(
+            f"--agent.checkpoint: trained on all of the {len(traces)} traces that it is to answer",
+            "Train it with --data.split published or on folds, or give --contaminated to have it stamped.",
+        )
+    assigned, known = assign(weights, answered, namesakes, "--agent.checkpoint", options.contaminated)
+    how = AnswerOptions(**options.agent.answers.as_dict())
+    agent = LocalAgent(assigned, how, options.candidates or 1, options.temperature, options.seed)
+    left_out = [] if options.contaminated else [trace.name for trace in all_know]
+    return agent, answered, {"agent_trained_on": known, "traces_left_out": left_out}
+
+
+def _other_agent(options: "Namespace", recorded: Recorded | None, deadline: float | None) -> Agent:
     """The agent that the options name. One more kind of agent is one more branch here."""
     if recorded is not None:
         return RecordedAgent(recorded, str(options.agent.traces), options.candidates)
@@ -261,6 +196,41 @@ def _agent(options: "Namespace", recorded: Recorded | None, deadline: float | No
     prompt = ChatPrompt.read(options.agent.prompt, with_proposal=False)
     endpoint = _endpoint(options.agent, "agent", options.temperature, options.seed, options.endpoint, deadline)
     return EndpointAgent(endpoint, prompt, options.candidates or 1)
+
+
+def _classifier_judge(
+    options: "Namespace",
+    weights: Sequence[Weights[RewardClassifier]],
+    traces: Sequence[Trace],
+    namesakes: Mapping[str, Trace],
+) -> tuple[RewardJudge, list[str]]:
+    assigned, known = assign(weights, traces, namesakes, "--judge.checkpoint", options.contaminated)
+    return RewardJudge(assigned, {trace.name: trace for trace in traces}), known
+
+
+def _gate(
+    options: "Namespace",
+    weights: Sequence[Weights[RewardClassifier]],
+    traces: Sequence[Trace],
+    namesakes: Mapping[str, Trace],
+    judging: Mapping[str, str],
+) -> tuple[RewardJudge, list[str]]:
+    """`judging` gives, by trace name, the digest of the weights that judge it."""
+    but_not = None if options.gate_is_judge else judging
+    assigned, known = assign(weights, traces, namesakes, "--gate", options.contaminated, but_not)
+    return RewardJudge(assigned, {trace.name: trace for trace in traces}, "gating"), known
+
+
+def _other_judge(
+    options: "Namespace", recorded: Recorded | None, traces: Sequence[Trace], deadline: float | None
+) -> Judge:
+    if recorded and options.judge.recorded:
+        if not recorded.judgments:
+            raise UserError(f"--judge.recorded: {options.agent.traces} holds no judgment", "Give another judge.")
+        return RecordedJudge(recorded.judgments)
+    endpoint = _endpoint(options.judge, "judge", 0.0, options.seed, options.endpoint, deadline)
+    prompt = ChatPrompt.read(options.judge.prompt, with_proposal=True)
+    return EndpointJudge(endpoint, prompt, {trace.name: trace for trace in traces}, options.judge.attempts)
 
 
 def _endpoint(
@@ -288,16 +258,16 @@ def _one_of(group: "Namespace", name: str, choices: Sequence[str]) -> str:
     return given[0]
 
 
-def _weights(path: Path, option: str) -> RewardWeights:
-    classifier, state, source = load_trained(RewardClassifier, path, option)
-    return RewardWeights.of(classifier, state, str(source))
+def _weights(kind: type[Model], path: Path, option: str) -> Weights[Model]:
+    model, state, source = load_trained(kind, path, option)
+    return Weights.of(model, state, str(source))
 
 
-def _corpus(root: str | None, weights: Sequence[RewardWeights], needed: bool) -> Corpus | None:
+def _corpus(root: str | None, states: Sequence[Mapping[str, Any]], needed: bool) -> Corpus | None:
     """The data root: the one given, else that of the first weights, else the embedded one where one is needed."""
     seed = 0
-    if root is None and weights:
-        trained = weights[0].state["hyperparameters"]
+    if root is None and states:
+        trained = states[0]["hyperparameters"]
         root, seed = trained["root"], trained["seed"]
     if root is None and not needed:
         return None
@@ -316,34 +286,6 @@ def _refuse_empty(traces: Sequence[Trace], corpus: Corpus | None) -> None:
         raise UserError(f"data.root: {corpus.root if corpus else None} has no test traces", "Give another --data.root.")
     if empty := [trace.name for trace in traces if not trace.events]:
         raise UserError(f"{empty[0]} holds no event", "Take it out of the folder, or fill it.")
-
-
-def _offers(several: Sequence[Answers]) -> dict[Offer, None]:
-    """Every offer that is made, once each, in the order of traces and events."""
-    return {
-        Offer(name, step, candidate.proposal): None
-        for answers in several
-        for name, steps in answers.items()
-        for step, candidates in enumerate(steps)
-        for candidate in candidates
-    }
-
-
-def _shown(part: Agent | Judge) -> dict[str, Any]:
-    """The settings for a person: with addresses, and files in place of digests."""
-    shown = dict(part.settings)
-    if isinstance(part, (EndpointAgent, EndpointJudge)):
-        shown["url"] = part.endpoint.url
-    if isinstance(part, RewardJudge):
-        shown["weights"] = {name: one.source for name, one in part.assigned.items()}
-        shown["thresholds"] = {one.source: one.classifier.threshold for one in part.assigned.values()}
-        shown["truncated_rows"] = part.truncated
-    return shown
-
-
-def _digest(traces: Sequence[Trace]) -> str:
-    content = [[trace.name, [event.model_dump() for event in trace.events]] for trace in traces]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _output_folder(output: Path | None) -> Path:
@@ -372,15 +314,6 @@ def _forget_empty(folder: Path) -> bool:
 def _same_command(arguments: Sequence[str], folder: Path) -> str:
     given = any(argument == "--output" or argument.startswith("--output=") for argument in arguments)
     return shlex.join(["python", "-m", "proactive.evaluate", *arguments, *([] if given else ["--output", str(folder)])])
-
-
-def _write(folder: Path, suffix: str, record: Mapping[str, Any], events: Sequence[JudgedEvent]) -> None:
-    for name, steps in judged_files(events).items():
-        write_atomically(folder / f"{JUDGED}{suffix}" / name, json.dumps(steps, indent=1) + "\n")
-    figures_file = Path(FIGURES_FILE)
-    write_atomically(folder / f"{figures_file.stem}{suffix}{figures_file.suffix}", figures_csv(record))
-    write_atomically(folder / REPORT_FILE, evaluation_report(record, events))
-    write_atomically(folder / METRICS_FILE, json.dumps(record, indent=2) + "\n")
 
 
 @contextlib.contextmanager

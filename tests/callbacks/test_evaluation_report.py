@@ -30,7 +30,8 @@ def judged(candidates: Sequence[Sequence[Candidate]], gate: float | None = None)
 def record_of(events: list[JudgedEvent], **changes: Any) -> dict[str, Any]:
     record = evaluation_record(events, {"all": TraceSplit(files=(NAME,))})
     record |= {"agent": {"agent": "recorded", "source": HOSTILE}, "judge": {"judge": "endpoint", "model": HOSTILE}}
-    record |= {"judge_trained_on": [], "gate_trained_on": [], "gate_is_judge": False, "baselines": {}, "gate": None}
+    record |= {"gate_is_judge": False, "baselines": {}, "gate": None, "traces_left_out": []}
+    record |= {f"{who}_trained_on": [] for who in ("agent", "judge", "gate")}
     record |= changes
     return record | {"notes": notes(record)}
 
