@@ -161,7 +161,7 @@ def token_losses(model: "PreTrainedModel", inputs: Inputs, predicted_at: Tensor,
         (L,) float32.
     """
     if "subtree_end" in inputs:
-        hidden_BTD = tree_states(model, inputs)
+        hidden_BTD = tree_states(model, inputs, predicted_at.unique())
     else:
         hidden_BTD = model.base_model(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False

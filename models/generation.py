@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from datamodules.errors import UserError
 from datamodules.prompts import truncate
+from models.attention import BLOCKWISE
 from models.backbone import position_room
 from models.grammar import AnswerGrammar
 from models.tree import NO_DIFFERENCE, TOLERANCE, attention_window
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Trace = Sequence[Sequence[int]]  # token ids of the instructions and of each event
-MASKED_ATTENTIONS = ("sdpa", "eager")  # those of transformers that take any mask for a few tokens after many
+MASKED_ATTENTIONS = ("sdpa", BLOCKWISE, "eager")  # those of transformers that take any mask for a few tokens after many
 GROWTH = 1.25  # by how much the memory of a cache is enlarged when it is full
 WASTE = 0.5  # a cache of which less than this is still seen is made smaller
 log = logging.getLogger("proactive")

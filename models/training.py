@@ -23,7 +23,7 @@ from models.backbone import (
     quiet,
 )
 from models.optimizers import OptimizerName, ScheduleName, build_optimizer, build_schedule, optimizer_maker
-from models.tree import pair_cost, tree_problem
+from models.tree import choose_attention, pair_cost, tree_problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +41,8 @@ class BackboneModule(LightningModule):
             project's small Llama-type one.
         dtype: How the weights are stored; the trainer's precision says how they are computed with.
         attn_implementation: Attention of transformers: eager, sdpa, flex_attention, flash_attention_2, ... If null,
-            its own choice, and for trees on a CUDA device flex_attention, which skips what the mask hides.
+            its own choice, and for trees what skips most of what the mask hides: flex_attention on a CUDA device, and
+            on a CPU sdpa block by block.
         dropout: Dropout everywhere the backbone has it; as the backbone has it if null.
         gradient_checkpointing: Trade compute for memory: keep no activations inside a layer.
         trust_remote_code: Let a backbone from the hub run code of its own. Off for a reason.
@@ -125,9 +126,8 @@ class BackboneModule(LightningModule):
         if data.layout == "rows":
             data.settle_layout(None)
             return
-        if options["attn_implementation"] is None and self.trainer.strategy.root_device.type == "cuda":
-            with contextlib.suppress(ValueError):  # a backbone without it keeps its own
-                self.network.set_attn_implementation("flex_attention")
+        if options["attn_implementation"] is None:
+            choose_attention(self.network, self.trainer.strategy.root_device.type, data.max_length)
         data.settle_layout(self.tree_problem(self.network, data.max_length), pair_cost(self.network))
 
     def training_step(self, batch: list[Any], batch_idx: int) -> None:

@@ -3,6 +3,8 @@
 Shape legend: R rows, T tokens of a tree, D hidden size.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from datamodules.batches import Inputs, TreeLayout
 from datamodules.tree import ancestors
+from models.attention import BLOCKWISE, register, tree_blocks
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -19,28 +22,63 @@ BLOCK = 128  # FlexAttention's block of tokens
 # How far the states of tree and rows may differ, relatively: rounding, by the dtype of the weights.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 NO_DIFFERENCE = 1e-6  # where the same computation is repeated, and only what must not be seen is another
-MASKED_ATTENTIONS = ("sdpa", "eager", "flex_attention")  # those of transformers that take any mask
+MASKED_ATTENTIONS = ("sdpa", "eager", "flex_attention", BLOCKWISE)  # those that take any mask
 
 
 def read_tree(model: "PreTrainedModel", inputs: Inputs) -> Tensor:
     """The final hidden states (R, D) at the read-outs of a tree."""
-    return tree_states(model, inputs)[0, inputs["read_out"]]
+    return tree_states(model, inputs, inputs["read_out"].unique())[0, inputs["read_out"]]
 
 
-def tree_states(model: "PreTrainedModel", inputs: Inputs) -> Tensor:
-    """The final hidden states (1, T, D) of a tree; FlexAttention adds states of padding behind them."""
+def tree_states(model: "PreTrainedModel", inputs: Inputs, read: Tensor) -> Tensor:
+    """The final hidden states (1, T, D) of a tree, as far as they are read.
+
+    Args:
+        model: Any model of transformers.
+        inputs: A tree.
+        read: int64, the places of the states that will be read, each once; the others may be anything. Behind them
+            may stand states of padding.
+    """
     subtree_end_T = inputs["subtree_end"][0]
     input_ids, position_ids = inputs["input_ids"], inputs["position_ids"]
     attention = model.config._attn_implementation
     if attention == "flex_attention":
         padding = -len(subtree_end_T) % BLOCK  # tokens that no one sees, and that see no one but themselves
         input_ids, position_ids = (torch.nn.functional.pad(ids, (0, padding)) for ids in (input_ids, position_ids))
-    return model.base_model(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        attention_mask=tree_mask(subtree_end_T, attention, model.dtype),
-        use_cache=False,
-    ).last_hidden_state
+    options: dict[str, Any] = {}
+    alone: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if attention == BLOCKWISE:
+        options["tree_blocks"] = tree_blocks(subtree_end_T, read)
+        alone = _last_feed_forward_at(model, read, len(subtree_end_T))
+    with alone:
+        return model.base_model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=tree_mask(subtree_end_T, attention, model.dtype),
+            use_cache=False,
+            **options,
+        ).last_hidden_state
+
+
+@contextlib.contextmanager
+def _last_feed_forward_at(model: "PreTrainedModel", places: Tensor, tokens: int) -> Iterator[None]:
+    """Within it, the last layer's feed-forward part computes some places alone: no one reads its states elsewhere."""
+    layers = model.config.num_hidden_layers
+    stacks = (m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == layers)
+    feed_forward = getattr(next(stacks)[-1], "mlp", None)
+    recomputes = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())  # when the hooks are gone
+    if feed_forward is None or recomputes:
+        yield
+        return
+
+    def take(module: torch.nn.Module, arguments: tuple[Tensor]) -> Tensor:
+        return arguments[0].index_select(1, places)
+
+    def put_back(module: torch.nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor:
+        return output.new_zeros(1, tokens, output.shape[-1]).index_copy(1, places, output)
+
+    with feed_forward.register_forward_pre_hook(take), feed_forward.register_forward_hook(put_back):
+        yield
 
 
 def tree_mask(subtree_end_T: Tensor, attention: str, dtype: torch.dtype) -> "Tensor | BlockMask":
@@ -58,6 +96,25 @@ def tree_mask(subtree_end_T: Tensor, attention: str, dtype: torch.dtype) -> "Ten
     if attention == "eager":
         return torch.zeros_like(visible_11TT, dtype=dtype).masked_fill(~visible_11TT, torch.finfo(dtype).min)
     return visible_11TT
+
+
+def choose_attention(model: "PreTrainedModel", device: str, longest: int) -> None:
+    """Give a backbone the attention that computes least of what a tree's mask hides, if it takes it.
+
+    Args:
+        model: A classifier of transformers with the attention of its own choice.
+        device: The type of its device. On others than cuda and cpu it keeps its own.
+        longest: Tokens of the longest row.
+    """
+    own = model.config._attn_implementation
+    if device == "cuda":
+        with contextlib.suppress(ValueError):  # a backbone without it keeps its own
+            model.set_attn_implementation("flex_attention")
+    elif device == "cpu" and own == "sdpa":  # not where that lacks something, such as a soft cap
+        register()
+        model.set_attn_implementation(BLOCKWISE)
+        if tree_problem(model, longest) is not None:
+            model.set_attn_implementation(own)
 
 
 def tree_problem(model: "PreTrainedModel", longest: int) -> str | None:
@@ -82,7 +139,7 @@ def tree_problem(model: "PreTrainedModel", longest: int) -> str | None:
     try:
         with torch.no_grad():
             return _misread(model)
-    except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError, KeyError) as error:
+    except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError, LookupError) as error:
         return f"it refuses them ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
     finally:
         model.train(training)
@@ -126,10 +183,10 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 def pair_cost(model: "PreTrainedModel") -> float:
     """What attention to one token more costs a token, in units of the layers' products with their weights.
 
-    A product with P weights takes 2 P operations a token, attention 4 D a token and pair in each layer. Where the
-    mask is a BlockMask, hidden pairs are skipped and there is nothing to save by smaller trees.
+    A product with P weights takes 2 P operations a token, attention 4 D a token and pair in each layer. Where hidden
+    pairs are skipped, there is nothing to save by smaller trees.
     """
-    if model.config._attn_implementation == "flex_attention":
+    if model.config._attn_implementation in ("flex_attention", BLOCKWISE):
         return 0.0
     layers, width = model.config.num_hidden_layers, model.config.hidden_size
     embeddings = sum(p.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters())

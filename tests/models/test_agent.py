@@ -21,9 +21,10 @@ from datamodules.errors import UserError
 from models.agent import ProactiveAgent
 from models.answer_metrics import AnswerLosses, answer_losses, decision_figures, decisions
 from models.backbone import language_logits, language_problem, token_losses
+from models.tree import choose_attention
 from tests.helpers import small_root
 from tests.models.small import DECODERS, small_trainer
-from tests.models.test_tree import CASES, FAMILIES, SMALL, Result, assert_same
+from tests.models.test_tree import CASES, FAMILIES, SMALL, Result, assert_same, branches
 
 
 def network(family: str, **options: Any) -> PreTrainedModel:
@@ -74,6 +75,15 @@ def test_every_family_gives_the_same_loss_and_gradients(family: str) -> None:
     model = agent(backbone, null_weight=2.5)
     for ids in CASES.values():
         assert_tree_is_rows(model, ids, range(len(ids)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_attention_chosen_for_trees_gives_the_same(family: str) -> None:
+    """Trees of several blocks of queries; only the states that predict an answer's token are computed to the end."""
+    backbone = network(family)
+    choose_attention(backbone, "cpu", longest=1024)
+    ids = branches(trunk=300, number=9, length=12)
+    assert_tree_is_rows(agent(backbone), ids, range(len(ids)), budget=2048)
 
 
 @settings(max_examples=30)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,8 +19,9 @@ from datamodules.batches import EncodedRows, Layout, RowsLayout, StepSampler, Tr
 from datamodules.errors import UserError
 from datamodules.reward import RewardDataModule
 from datamodules.tree import ancestors
+from models.attention import BLOCKWISE, QUERIES, tree_blocks
 from models.reward import RewardClassifier
-from models.tree import attention_window, pair_cost, tree_mask, tree_problem
+from models.tree import attention_window, choose_attention, pair_cost, tree_mask, tree_problem
 from tests.helpers import PROACTIVEBENCH, SMALL_BACKBONE, needs_proactivebench
 
 VOCABULARY = 61
@@ -50,10 +52,22 @@ CASES = {
 Gradients = dict[str, Tensor]
 
 
-def network(family: str, **settings: Any) -> PreTrainedModel:
+def network(family: str, attention: str | None = None, **settings: Any) -> PreTrainedModel:
+    """A small backbone with an attention of transformers, or with the one that trees have on a CPU."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**SMALL, **settings})
-    return AutoModelForSequenceClassification.from_config(config).train()
+    made = AutoModelForSequenceClassification.from_config(config, attn_implementation=attention).train()
+    if attention is None:
+        choose_attention(made, "cpu", longest=1024)
+    return made
+
+
+def branches(trunk: int, number: int, length: int, seed: int = 0) -> list[list[int]]:
+    """Rows that leave a trunk at random places."""
+    random = np.random.default_rng(seed)
+    shared = random.integers(1, VOCABULARY, trunk).tolist()
+    leave = [*sorted(random.integers(1, trunk + 1, number - 1).tolist()), trunk]
+    return [[*shared[:place], *random.integers(1, VOCABULARY, length).tolist()] for place in leave]
 
 
 def classifier(backbone: PreTrainedModel, **options: Any) -> RewardClassifier:
@@ -117,10 +131,67 @@ def test_every_family_gives_the_same_loss_and_gradients(family: str) -> None:
         assert_tree_is_rows(model, ids, range(len(ids)))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tree_of_several_blocks_gives_the_same(family: str) -> None:
+    """A trunk longer than a block, and branches over several blocks more."""
+    backbone = network(family)
+    assert backbone.config._attn_implementation == (BLOCKWISE if family != "gemma2" else "eager")
+    ids = branches(QUERIES + 20, 12, 20)
+    assert_tree_is_rows(classifier(backbone), ids, range(len(ids)))
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        branches(2 * QUERIES, 2, 1),  # the last block has one query
+        branches(10, 3 * QUERIES, 1),  # many tiny branches
+        branches(3, 5, QUERIES + 1, seed=1),  # no branch in one block
+        [[1, 2, *[3] * length] for length in range(QUERIES - 3, QUERIES + 3)],  # rows that begin the next ones
+    ],
+)
+def test_blocks_of_any_shape_give_the_same(llama: RewardClassifier, ids: list[list[int]]) -> None:
+    assert_tree_is_rows(llama, ids, range(len(ids)))
+
+
+def test_blocks_hide_what_the_mask_hides_and_little_else() -> None:
+    ids = branches(QUERIES + 20, 30, 20)
+    inputs = TreeLayout(ids, 4096).inputs(range(len(ids)))[1]
+    end, read = inputs["subtree_end"][0], inputs["read_out"]
+    blocks = tree_blocks(end, read)
+    for part in (blocks.every, blocks.read):
+        visible = torch.zeros(len(end), len(end), dtype=torch.bool)
+        keys = part.keys.split([mask.shape[-1] for mask in part.masks])
+        for query, key, mask in zip(part.queries.split(QUERIES), keys, part.masks, strict=True):
+            visible[query[:, None], key] = mask[0, 0]
+            assert mask[0, 0].any(0).sum() >= len(key) - len(query)  # a key that none sees is one of the block's own
+        assert torch.equal(visible[part.queries], ancestors(end)[part.queries])
+    assert sum(mask.numel() for mask in blocks.every.masks) < len(end) ** 2 / 2
+
+
+def test_a_backbone_that_takes_no_blocks_keeps_its_attention() -> None:
+    backbone = network("llama", "sdpa")
+    inner = backbone.model.forward
+
+    def forward(input_ids: Tensor, position_ids: Any = None, attention_mask: Any = None, use_cache: Any = None) -> Any:
+        return inner(input_ids, attention_mask, position_ids, use_cache=use_cache)
+
+    backbone.model.forward = forward
+    choose_attention(backbone, "cpu", longest=1024)
+    assert backbone.config._attn_implementation == "sdpa"
+    assert_tree_is_rows(classifier(backbone), CASES["a scene"], range(5))
+
+
+def test_a_backbone_that_drops_the_blocks_reads_by_its_mask() -> None:
+    backbone = network("llama")
+    inner = backbone.model.forward
+    backbone.model.forward = lambda tree_blocks=None, **inputs: inner(**inputs)
+    assert tree_problem(backbone, longest=1024) is None
+    assert_tree_is_rows(classifier(backbone), CASES["a scene"], range(5))
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_attentions_that_take_a_mask_give_the_same(attention: str) -> None:
-    backbone = network("llama")
-    backbone.set_attn_implementation(attention)
+    backbone = network("llama", attention)
     assert tree_problem(backbone, longest=1024) is None
     assert_tree_is_rows(classifier(backbone), CASES["a scene"], range(5))
 
@@ -129,7 +200,8 @@ def test_category_weights_and_gradient_checkpointing_give_the_same() -> None:
     backbone = network("llama")
     backbone.gradient_checkpointing_enable({"use_reentrant": False})
     model = classifier(backbone, category_weights={"missed_need": 2.0, "false_alarm": 0.25})
-    assert_tree_is_rows(model, CASES["a scene"], range(5))
+    for ids in (CASES["a scene"], branches(QUERIES, 6, 20)):
+        assert_tree_is_rows(model, ids, range(len(ids)))
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +219,8 @@ def test_random_trees_give_the_same(
     llama: RewardClassifier, ids: list[list[int]], budget: int, data: st.DataObject
 ) -> None:
     """Any rows, any of them in a step, some twice, in as many micro-batches as the budget makes."""
+    assert llama.network is not None
+    assert llama.network.config._attn_implementation == BLOCKWISE
     rows = data.draw(st.lists(st.integers(0, len(ids) - 1), min_size=1, max_size=10))
     assert_tree_is_rows(llama, ids, rows, budget)
 
@@ -224,7 +298,7 @@ def test_a_window_as_long_as_the_longest_row_is_none() -> None:
 
 def test_a_backbone_that_drops_the_mask_is_found_out() -> None:
     """The self-test looks at what comes out: here branches see each other, as they must not."""
-    backbone = network("llama")
+    backbone = network("llama", "sdpa")
     inner = backbone.model.forward
 
     def forward(**inputs: Any) -> Any:
@@ -288,9 +362,11 @@ def test_auto_is_tree_for_a_decoder() -> None:
 
 def test_pair_cost_counts_the_layers_alone() -> None:
     """2 x layers x hidden size over the layers' weights: here 4 projections of 32 x 32 and 3 of 32 x 48 each."""
-    backbone = network("llama", num_key_value_heads=4)
+    backbone = network("llama", "sdpa", num_key_value_heads=4)
     weights = 2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32
     assert pair_cost(backbone) == pytest.approx(2 * 2 * 32 / weights)
+    choose_attention(backbone, "cpu", longest=1024)
+    assert pair_cost(backbone) == 0
 
 
 def test_a_block_mask_hides_what_the_mask_hides() -> None:
@@ -311,7 +387,7 @@ def test_flex_attention_gives_the_same_and_compiles_once() -> None:
     from torch._dynamo.utils import counters
 
     backbone = network("llama", hidden_size=128, head_dim=32).cuda()
-    masked = network("llama", hidden_size=128, head_dim=32).cuda()
+    masked = network("llama", "sdpa", hidden_size=128, head_dim=32).cuda()
     backbone.set_attn_implementation("flex_attention")
     assert tree_problem(backbone, longest=1024) is None
     counters.clear()
