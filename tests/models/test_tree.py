@@ -155,7 +155,7 @@ def test_blocks_of_any_shape_give_the_same(llama: RewardClassifier, ids: list[li
 
 def test_blocks_hide_what_the_mask_hides_and_little_else() -> None:
     ids = branches(QUERIES + 20, 30, 20)
-    inputs = TreeLayout(ids, 4096).inputs(range(len(ids)))[1]
+    inputs = TreeLayout(ids, 4096).lay_out(range(len(ids))).inputs
     end, read = inputs["subtree_end"][0], inputs["read_out"]
     blocks = tree_blocks(end, read)
     for part in (blocks.every, blocks.read):
