@@ -122,6 +122,9 @@ class LocalAgent:
         candidates: Answers to each event.
         temperature: Of sampling; 0 takes the likeliest tokens.
         seed: Of sampling.
+
+    Raises:
+        UserError: Several candidates are asked for that would be the same.
     """
 
     def __init__(
@@ -132,6 +135,7 @@ class LocalAgent:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> None:
+        _refuse_equal_candidates(candidates, temperature)
         self.assigned = assigned
         self.options = options
         self.candidates = candidates
@@ -215,11 +219,7 @@ class EndpointAgent:
     """
 
     def __init__(self, endpoint: Endpoint, prompt: ChatPrompt, candidates: int = 1) -> None:
-        if candidates > 1 and endpoint.temperature == 0:
-            raise UserError(
-                f"--candidates: {candidates} candidates at temperature 0 are the same one",
-                "Give a --temperature above 0.",
-            )
+        _refuse_equal_candidates(candidates, endpoint.temperature)
         self.endpoint = endpoint
         self.prompt = prompt
         self.candidates = candidates
@@ -246,3 +246,12 @@ class EndpointAgent:
     def _task(self, trace: Trace, step: int, number: int) -> Callable[[Session], Awaitable[str]]:
         messages = self.prompt.messages(trace.history(step))
         return lambda session: session.ask(messages, f"{trace.name}, event {step + 1}", number)
+
+
+def _refuse_equal_candidates(candidates: int, temperature: float) -> None:
+    if candidates > 1 and temperature == 0:
+        raise UserError(
+            f"--candidates: {candidates} candidates at temperature 0 are the same one", "Give a --temperature above 0."
+        )
+    if temperature < 0:
+        raise UserError(f"--temperature: {temperature} is below 0", "Give 0 for the likeliest tokens, or more.")
