@@ -131,12 +131,15 @@ def bootstrap_intervals(decided_N: Tensor, target_N: Tensor, resamples: int, see
         seed: The same seed gives the same intervals.
     """
     generator = torch.Generator().manual_seed(seed)
-    rows_RN = torch.randint(len(target_N), (resamples, len(target_N)), generator=generator).to(target_N.device)
+    parts: dict[str, list[Tensor]] = {"accuracy": [], "f1": []}
+    for part_R in torch.arange(resamples).split(100):  # all of them at once take more memory than a small model
+        rows_RN = torch.randint(len(target_N), (len(part_R), len(target_N)), generator=generator).to(target_N.device)
+        for name, figure in (("accuracy", binary_accuracy), ("f1", binary_f1_score)):
+            parts[name].append(figure(decided_N[rows_RN], target_N[rows_RN], multidim_average="samplewise"))
     bounds = torch.tensor([0.025, 0.975], device=target_N.device)
     intervals: dict[str, Tensor] = {}
-    for name, figure in (("accuracy", binary_accuracy), ("f1", binary_f1_score)):
-        values_R = figure(decided_N[rows_RN], target_N[rows_RN], multidim_average="samplewise")
-        low, high = torch.quantile(values_R.float(), bounds)
+    for name, values in parts.items():
+        low, high = torch.quantile(torch.cat(values).float(), bounds)
         intervals |= {f"{name}_low": low, f"{name}_high": high}
     return intervals
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from datamodules.records import AnnotatedRow
@@ -118,3 +120,14 @@ class KillAtStep(SignalAtStep):
 
     def __init__(self, step: int) -> None:
         super().__init__(step, signal.SIGKILL)
+
+
+class KeepFirstGradient(Callback):
+    """Writes the gradient of the first optimizer step, as all ranks have it and before it is clipped."""
+
+    FILE = "first_gradient.pt"
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        if trainer.global_step == 0 and trainer.is_global_zero:
+            gradient = {name: weight.grad for name, weight in pl_module.named_parameters() if weight.grad is not None}
+            torch.save(gradient, self.FILE)
