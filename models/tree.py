@@ -10,6 +10,7 @@ from torch import Tensor
 
 from datamodules.batches import Inputs, TreeLayout
 from datamodules.tree import ancestors
+from models.operations import embedding_count, weight_count
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -132,9 +133,7 @@ def pair_cost(model: "PreTrainedModel") -> float:
     if model.config._attn_implementation == "flex_attention":
         return 0.0
     layers, width = model.config.num_hidden_layers, model.config.hidden_size
-    embeddings = sum(p.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters())
-    weights = sum(p.numel() for p in model.base_model.parameters()) - embeddings
-    return 2 * layers * width / weights
+    return 2 * layers * width / (weight_count(model.base_model) - embedding_count(model))
 
 
 def attention_window(config: Any) -> int | None:

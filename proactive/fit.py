@@ -41,6 +41,7 @@ from callbacks.progress import progress_callback
 from callbacks.record import MetricsFile, tested_record
 from callbacks.report import HtmlReport
 from callbacks.samples import SampledAnswers
+from callbacks.throughput import ThroughputLog
 from datamodules.agent import AgentDataModule
 from datamodules.errors import UserError
 from datamodules.reward import RewardDataModule
@@ -148,6 +149,7 @@ class FitCLI(LightningCLI):
         callbacks = [
             *(options.callbacks or []),
             SeedEachStep(),
+            ThroughputLog(),  # before the others: what they do at a step's end counts as the next step's
             BestCheckpoint(folder / CHECKPOINTS, settings.monitor),
             LastCheckpoint(folder / CHECKPOINTS, settings.checkpoint_every_n_steps),
             MetricsFile(folder),
