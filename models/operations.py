@@ -130,4 +130,6 @@ def batch_size(micro_batch: Any) -> BatchSize:
         effective = real
     counts = torch.stack([count.to(rows.device) for count in (rows, effective, real, pairs)]).tolist()
     targets = len(micro_batch["answers"]["target"]) if "answers" in micro_batch else 0
-    return BatchSize(counts[0], inputs["input_ids"].numel(), *counts[1:], targets=targets)
+    rows_counted, effective_tokens, real_tokens, pairs_counted = counts
+    tokens = inputs["input_ids"].numel()
+    return BatchSize(rows_counted, tokens, effective_tokens, real_tokens, pairs_counted, targets)
