@@ -65,9 +65,28 @@ def build_network(
     Raises:
         UserError: There is no such backbone, it has no such head, or the tokenizer does not fit it.
     """
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
+    config = build_config(head, backbone, tokenizer, scratch, dropout=dropout, trust_remote_code=trust_remote_code)
+    with _clear_errors(head, backbone), quiet():
+        if backbone == SCRATCH:
+            return _auto_class(head).from_config(config, **options)
+        return _auto_class(head).from_pretrained(
+            backbone, config=config, use_safetensors=True, trust_remote_code=trust_remote_code, **options
+        )
+
+
+def build_config(
+    head: Head,
+    backbone: str,
+    tokenizer: "PreTrainedTokenizerFast",
+    scratch: dict[str, Any] | None = None,
+    *,
+    dropout: float | None = None,
+    trust_remote_code: bool = False,
+) -> "PretrainedConfig":
+    """The configuration of the network that `build_network` makes of the same arguments."""
     from transformers import AutoConfig
 
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
     with _clear_errors(head, backbone), quiet():
         if backbone == SCRATCH:
             settings = {"vocab_size": len(tokenizer), **(scratch or SCRATCH_CONFIG)}
@@ -83,11 +102,7 @@ def build_network(
                 f"{config.vocab_size}",
                 "Give backbone and tokenizer that belong together.",
             )
-        if backbone == SCRATCH:
-            return _auto_class(head).from_config(config, **options)
-        return _auto_class(head).from_pretrained(
-            backbone, config=config, use_safetensors=True, trust_remote_code=trust_remote_code, **options
-        )
+        return config
 
 
 def network_from_config(

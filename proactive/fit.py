@@ -74,6 +74,8 @@ class FitParser(Parser, LightningArgumentParser):
 class FitCLI(LightningCLI):
     """The options of a run, and the trainer that writes its folder."""
 
+    program = "python -m proactive.fit"
+
     def __init__(self, task: str, arguments: list[str]) -> None:
         self.task = task
         model_class, data_class = TASKS[task]
@@ -86,7 +88,7 @@ class FitCLI(LightningCLI):
             trainer_defaults=TRAINER_DEFAULTS,
             save_config_callback=None,
             auto_configure_optimizers=False,
-            parser_kwargs={"prog": "python -m proactive.fit"},
+            parser_kwargs={"prog": self.program},
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
