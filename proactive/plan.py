@@ -160,7 +160,9 @@ def _config(model: BackboneModule, data: RowsDataModule) -> tuple[Any, str]:
 
 def _setting(cli: PlanCLI, on_gpu: bool) -> Setting:
     hparams, trainer = cli.model.hparams, cli.config_init.trainer
-    asked = cli.config.devices or _number(trainer.devices) * trainer.num_nodes
+    asked = cli.config.devices
+    if asked is None:
+        asked = _number(trainer.devices) * trainer.num_nodes
     if asked < 1:
         raise UserError(f"--devices: {asked} is no number of devices", "Give 1 or more.")
     return Setting(
