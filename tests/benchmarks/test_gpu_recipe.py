@@ -15,28 +15,12 @@ from tests.helpers import ROOT, small_root
 def test_the_script_runs_small_and_prints_its_figures(tmp_path: Path, how: str) -> None:
     root = small_root(tmp_path / "root", rows_per_scene=14)
     script = ROOT / "benchmarks" / "gpu_recipe.py"
+    part = ["--small", "true", "--epochs", "0.5", "--validation_fraction", "0.1", "--how", how]
+    path = os.pathsep.join([str(ROOT), *sys.path])
     ended = subprocess.run(
-        [
-            sys.executable,
-            script,
-            "--root",
-            root,
-            "--small",
-            "true",
-            "--epochs",
-            "0.5",
-            "--validation_fraction",
-            "0.1",
-            "--how",
-            how,
-        ],
+        [sys.executable, script, "--root", root, *part],
         cwd=tmp_path,
-        env={
-            "PATH": "/usr/bin:/bin",
-            "HOME": str(tmp_path),
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
-            "CUDA_VISIBLE_DEVICES": "",
-        },
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         check=False,
