@@ -54,6 +54,7 @@ class Meter(Callback):
     def __init__(self) -> None:
         self.steps = self.tokens = self.operations = 0
         self.seconds = 0.0
+        self.accumulates = False  # whether a step had several micro-batches
         self.largest: dict[str, Any] = {}  # the micro-batch with the most tokens
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
@@ -69,6 +70,7 @@ class Meter(Callback):
         self.seconds += time.perf_counter() - self._begin
         self.steps += 1
         counts = Operations.of(pl_module.network)
+        self.accumulates |= len(batch) > 1
         for micro_batch in batch:
             size = batch_size(micro_batch)
             self.tokens += size.tokens
@@ -165,6 +167,7 @@ def main(
         checkpointing=gradient_checkpointing,
         adapter=options["adapter"],
         quantization=options["quantization"],
+        accumulates=meter.accumulates,
     )
     planned = MemoryPlan(RewardClassifier(**options), model.network.config, meter.largest).memory(setting)
     found = {

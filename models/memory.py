@@ -39,6 +39,7 @@ class Setting:
     devices: int = 1
     sharing: Sharing = "one device"
     on_gpu: bool = False
+    accumulates: bool = True  # whether a step has several micro-batches: the later ones find gradients already there
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class MemoryPlan:
             tracker.track_external(network)
             sixteen = torch.float16 if setting.precision.startswith("16") else torch.bfloat16
             with tracker, torch.autocast("cpu", sixteen, enabled=mixed):
-                for _ in range(2):  # of the second one on, there are gradients
+                for _ in range(2 if setting.accumulates else 1):
                     self.module.loss(batch).backward()
                     tracker.reset_mod_stats()
             peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]

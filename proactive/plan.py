@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -73,10 +73,11 @@ def plan_run(cli: PlanCLI) -> dict[str, Any]:
     layout = "rows" if wanted == "rows" or not reads_trees else "tree"
     tree, rows = (_count(data, name, setting.devices, cost) for name in ("tree", "rows"))
     found = tree if layout == "tree" else rows
+    accumulates = found["most_at_once"] > setting.devices
     tokens = None
     if layout == "tree":
-        tokens = data.token_budget if found["most_at_once"] > setting.devices else found["largest_tokens"]
-    setting = Setting(**{**vars(setting), "tokens": tokens})
+        tokens = data.token_budget if accumulates else found["largest_tokens"]
+    setting = replace(setting, tokens=tokens, accumulates=accumulates)
     attention = hparams["attn_implementation"]
     plan = MemoryPlan(model, config, found.pop("largest"), "eager" if attention == "eager" else None)
     (rows if layout == "tree" else tree).pop("largest")

@@ -81,7 +81,7 @@ def measured(root: Path, options: dict[str, Any], data_options: dict[str, Any]) 
 @pytest.mark.parametrize(
     ("layout", "options"),
     [
-        ("tree", {}),
+        ("tree", {}),  # one micro-batch a step
         ("rows", {"gradient_checkpointing": True}),
         ("tree", {"adapter": {"rank": 8, "dropout": 0.0}, "attn_implementation": "eager"}),
     ],
@@ -93,10 +93,8 @@ def test_a_plan_is_within_15_percent_of_what_a_fit_takes(root: Path, layout: str
     shape = SHAPE | {"vocab_size": len(data.tokenizer), "pad_token_id": data.tokenizer.pad_token_id, "num_labels": 2}
     kind = shape.pop("model_type")
     model = RewardClassifier(dropout=0.0)
-    largest = max(
-        (micro for step in islice(data.epoch(layout), STEPS) for micro in step),  # type: ignore[arg-type]
-        key=lambda micro: batch_size(micro).tokens,
-    )
+    steps = list(islice(data.epoch(layout), STEPS))  # type: ignore[arg-type]
+    largest = max((micro for step in steps for micro in step), key=lambda micro: batch_size(micro).tokens)
     adapter = options.get("adapter")
     setting = Setting(
         dtype="float32",
@@ -104,12 +102,14 @@ def test_a_plan_is_within_15_percent_of_what_a_fit_takes(root: Path, layout: str
         optimizer="adamw",
         checkpointing=options.get("gradient_checkpointing", False),
         adapter=AdapterOptions(**adapter) if adapter else None,
+        accumulates=max(map(len, steps)) > 1,
     )
     config = AutoConfig.for_model(kind, **shape)
     plan = MemoryPlan(model, config, largest, options.get("attn_implementation"))
     assert model.network is None
     found = measured(root, options, data_options)
     planned = plan.memory(setting)
+    print(f"{layout}, {options}: planned {planned.peak / 2**20:.0f} MiB, measured {found / 2**20:.0f} MiB")
     assert planned.peak == pytest.approx(found, rel=0.15)
 
 
