@@ -27,7 +27,9 @@ class PlainProgress(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         if time.monotonic() - self._last >= self.interval:
             done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-            self._print(trainer, f"{done} of {trainer.num_training_batches} steps")
+            rate = trainer.callback_metrics.get("throughput/rows_per_second")
+            speed = "" if rate is None else f", {float(rate):.1f} rows a second"
+            self._print(trainer, f"{done} of {trainer.num_training_batches} steps{speed}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -13,7 +13,15 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from datamodules.batches import EncodedRows, EvaluationSampler, Layout, RowsLayout, StepSampler, TreeLayout
+from datamodules.batches import (
+    EncodedRows,
+    EvaluationSampler,
+    Layout,
+    MicroBatch,
+    RowsLayout,
+    StepSampler,
+    TreeLayout,
+)
 from datamodules.errors import UserError
 from datamodules.prompts import Template
 from datamodules.records import AnnotatedRow
@@ -235,19 +243,7 @@ class RowsDataModule(LightningDataModule):
     def train_dataloader(self) -> "StatefulDataLoader":
         from torchdata.stateful_dataloader import StatefulDataLoader
 
-        encoded = self._encoded["train"]
-        rank, world_size = self._place
-        sampler = StepSampler(
-            self._layout("train"),
-            encoded.scenes,
-            self.batch_size,
-            self.scenes_per_step,
-            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
-            rank=rank,
-            world_size=world_size,
-            odds=encoded.odds,
-            sizes=None if encoded.answers is None else [len(places) for places in encoded.answers],
-        )
+        sampler = self._train_sampler(*self._place)
         if self.trainer is not None:  # a resumed run's workers ask for rows before Lightning sets the epoch
             sampler.set_epoch(self.trainer.current_epoch)
         return StatefulDataLoader(self._rows("train"), **self._loader_options(sampler))
@@ -310,6 +306,30 @@ class RowsDataModule(LightningDataModule):
         data._tokenizer = tokenizer_from_state(state["tokenizer"])
         data._trained_on = {name: list(state.get(name, [])) for name in ("training_histories", "training_scenes")}
         return data
+
+    def epoch(
+        self, layout: Literal["tree", "rows"], ranks: int = 1, pair_cost: float = 0.0
+    ) -> Iterator[list[dict[str, Any]]]:
+        """The micro-batches of all ranks together, step by step: what an epoch would compute in a layout."""
+        self.layout, self._pair_cost = layout, pair_cost
+        self._layouts.clear()
+        rows, laid_out = self._rows("train"), self._layout("train")
+        for step in self._train_sampler().steps():
+            yield rows[tuple(MicroBatch(tuple(part), 1.0) for part in laid_out.split(step, ranks))]
+
+    def _train_sampler(self, rank: int = 0, world_size: int = 1) -> StepSampler:
+        encoded = self._encoded["train"]
+        return StepSampler(
+            self._layout("train"),
+            encoded.scenes,
+            self.batch_size,
+            self.scenes_per_step,
+            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
+            rank=rank,
+            world_size=world_size,
+            odds=encoded.odds,
+            sizes=None if encoded.answers is None else [len(places) for places in encoded.answers],
+        )
 
     def _make_tokenizer(self) -> "PreTrainedTokenizerFast":
         if self.tokenizer_name == SCRATCH:

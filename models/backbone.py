@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from datamodules.batches import Inputs
 from datamodules.errors import UserError
 from datamodules.tokenizer import SCRATCH
-from models.tree import NO_DIFFERENCE, TOLERANCE, read_tree, tree_states
+from models.tree import NO_DIFFERENCE, read_tree, tolerance, tree_states
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -65,9 +65,28 @@ def build_network(
     Raises:
         UserError: There is no such backbone, it has no such head, or the tokenizer does not fit it.
     """
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
+    config = build_config(head, backbone, tokenizer, scratch, dropout=dropout, trust_remote_code=trust_remote_code)
+    with _clear_errors(head, backbone), quiet():
+        if backbone == SCRATCH:
+            return _auto_class(head).from_config(config, **options)
+        return _auto_class(head).from_pretrained(
+            backbone, config=config, use_safetensors=True, trust_remote_code=trust_remote_code, **options
+        )
+
+
+def build_config(
+    head: Head,
+    backbone: str,
+    tokenizer: "PreTrainedTokenizerFast",
+    scratch: dict[str, Any] | None = None,
+    *,
+    dropout: float | None = None,
+    trust_remote_code: bool = False,
+) -> "PretrainedConfig":
+    """The configuration of the network that `build_network` makes of the same arguments."""
     from transformers import AutoConfig
 
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
     with _clear_errors(head, backbone), quiet():
         if backbone == SCRATCH:
             settings = {"vocab_size": len(tokenizer), **(scratch or SCRATCH_CONFIG)}
@@ -83,11 +102,7 @@ def build_network(
                 f"{config.vocab_size}",
                 "Give backbone and tokenizer that belong together.",
             )
-        if backbone == SCRATCH:
-            return _auto_class(head).from_config(config, **options)
-        return _auto_class(head).from_pretrained(
-            backbone, config=config, use_safetensors=True, trust_remote_code=trust_remote_code, **options
-        )
+        return config
 
 
 def network_from_config(
@@ -100,6 +115,43 @@ def network_from_config(
         return _auto_class(head).from_config(
             AutoConfig.for_model(**config), dtype=getattr(torch, dtype), attn_implementation=attn_implementation
         )
+
+
+def base_from_config(
+    head: Head, backbone: str, config: dict[str, Any], dtype: DtypeName, attn_implementation: str | None
+) -> "PreTrainedModel":
+    """The base of an adapter, from where it is named, with a new head as a checkpoint's configuration describes it.
+
+    Raises:
+        UserError: There is no such base any more.
+    """
+    from transformers import AutoConfig
+
+    if backbone == SCRATCH:
+        with same_random_numbers():
+            return network_from_config(head, config, dtype, attn_implementation)
+    try:
+        with _clear_errors(head, backbone), quiet():
+            return _auto_class(head).from_pretrained(
+                backbone,
+                config=AutoConfig.for_model(**config),
+                use_safetensors=True,
+                dtype=getattr(torch, dtype),
+                attn_implementation=attn_implementation,
+            )
+    except UserError as error:
+        raise UserError(
+            f"the weights are those of an adapter alone, and its base is missing: {error.what}",
+            f"Put {backbone} back where it was, or use an export with model.adapter.merge true.",
+        ) from error
+
+
+@contextlib.contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Always the same ones: a base from scratch is not kept with its adapter, but made anew."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def load_network(head: Head, path: str, *, attn_implementation: str | None = None) -> "PreTrainedModel":
@@ -129,7 +181,7 @@ def classify(model: "PreTrainedModel", inputs: Inputs, pooling: Pooling) -> Tens
         (R, C) floating logits.
     """
     if "subtree_end" in inputs:
-        return read_out(model)(read_tree(model, inputs))
+        return _logits(model, read_tree(model, inputs))
     input_ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]
     if pooling == "auto" and not reads_last_token(model):
         return model(input_ids=input_ids, attention_mask=attention_mask).logits
@@ -142,7 +194,12 @@ def classify(model: "PreTrainedModel", inputs: Inputs, pooling: Pooling) -> Tens
     else:
         rows_R = torch.arange(len(hidden_RTD), device=hidden_RTD.device)
         pooled_RD = hidden_RTD[rows_R, attention_mask.sum(1) - 1]
-    return read_out(model)(pooled_RD)
+    return _logits(model, pooled_RD)
+
+
+def _logits(model: "PreTrainedModel", pooled_RD: Tensor) -> Tensor:
+    layer = read_out(model)  # that of a backbone with adapters is float32 whatever the backbone is
+    return layer(pooled_RD.to(layer.weight.dtype))
 
 
 def token_losses(model: "PreTrainedModel", inputs: Inputs, predicted_at: Tensor, target: Tensor) -> Tensor:
@@ -202,7 +259,7 @@ def language_problem(model: "PreTrainedModel") -> str | None:
     if float((own_TV[:-1] - other_TV[:-1]).norm() / own_TV.norm()) > NO_DIFFERENCE:
         return "it sees the tokens that it is to predict"
     difference = float((found_TV - own_TV).norm() / own_TV.norm())
-    if difference > TOLERANCE[model.dtype]:
+    if difference > tolerance(model):
         return f"its logits are not those of its last layer alone (relative difference {difference:.1e})"
     return None
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -13,14 +14,27 @@ from torch import Tensor, nn
 
 from datamodules.errors import UserError
 from datamodules.tokenizer import SCRATCH
+from models.adapters import (
+    AdapterOptions,
+    Quantization,
+    add_adapter,
+    base_digest,
+    load_adapter,
+    merged_state,
+    refuse_unfit,
+    save_adapter,
+    trained_names,
+)
 from models.backbone import (
     DtypeName,
     Head,
+    base_from_config,
     build_network,
     load_network,
     network_from_config,
     position_room,
     quiet,
+    same_random_numbers,
 )
 from models.optimizers import OptimizerName, ScheduleName, build_optimizer, build_schedule, optimizer_maker
 from models.tree import choose_attention, pair_cost, tree_problem
@@ -53,6 +67,9 @@ class BackboneModule(LightningModule):
         warmup_ratio: The share of all steps over which the learning rate rises.
         schedule: How the learning rate falls to zero afterwards.
         gradient_clip_norm: The greatest norm of a step's gradient; longer ones are scaled down to it. None if null.
+        adapter: Train low-rank adapters (LoRA) in place of all weights; checkpoints and export hold them alone.
+        quantization: With an adapter: how the frozen linear layers are stored. nf4 (QLoRA) takes 4 bits a weight,
+            int8 takes 8.
     """
 
     task: ClassVar[str]  # as --task names it
@@ -75,6 +92,8 @@ class BackboneModule(LightningModule):
         warmup_ratio: float = 0.1,
         schedule: ScheduleName = "linear",
         gradient_clip_norm: float | None = 1.0,
+        adapter: AdapterOptions | None = None,
+        quantization: Quantization = "none",
     ) -> None:
         super().__init__()
         if not 0 <= warmup_ratio <= 1:
@@ -82,6 +101,9 @@ class BackboneModule(LightningModule):
         if learning_rate < 0:
             raise UserError(f"model.learning_rate: {learning_rate} is negative", "Give 0 or more.")
         self.save_hyperparameters()
+        self.adapter = AdapterOptions(**adapter) if isinstance(adapter, dict) else adapter  # as a checkpoint has it
+        self.hparams["adapter"] = None if self.adapter is None else asdict(self.adapter)
+        self.base: dict[str, str] = {}  # of an adapter: which backbone it is for, and a digest of that
         self.automatic_optimization = False  # a step's number of micro-batches follows from its rows
         self.network: PreTrainedModel | None = None
         self.temperature = 1.0  # these two are fitted on validation rows, and kept with the weights
@@ -104,17 +126,20 @@ class BackboneModule(LightningModule):
         """Make the network, once, and settle with the data module in which layout it reads rows."""
         options, data = self.hparams, self.trainer.datamodule  # type: ignore[attr-defined]
         optimizer_maker(options["optimizer"])  # says what is missing before any weight is loaded
+        refuse_unfit(self.adapter, options["quantization"], self.trainer.strategy)
         if self.network is None:
-            self.network = build_network(
-                self.head,
-                options["backbone"],
-                data.tokenizer,
-                options["scratch"],
-                dtype=options["dtype"],
-                attn_implementation=options["attn_implementation"],
-                dropout=options["dropout"],
-                trust_remote_code=options["trust_remote_code"],
-            )
+            with self._randomness():
+                self.network = build_network(
+                    self.head,
+                    options["backbone"],
+                    data.tokenizer,
+                    options["scratch"],
+                    dtype=options["dtype"],
+                    attn_implementation=options["attn_implementation"],
+                    dropout=options["dropout"],
+                    trust_remote_code=options["trust_remote_code"],
+                )
+            self._adapt(self.trainer.strategy.root_device)
             if data.max_length > (room := position_room(self.network.config)):
                 raise UserError(
                     f"data.max_length: {data.max_length} tokens, but {options['backbone']} has positions for {room}",
@@ -185,9 +210,17 @@ class BackboneModule(LightningModule):
         checkpoint["task"] = self.task
         checkpoint["backbone_config"] = self.network.config.to_json_string(use_diff=False)
         checkpoint["calibration"] = self._calibration
+        if self.adapter is not None:
+            checkpoint["base"] = self.base
+            trained = trained_names(self)
+            checkpoint["state_dict"] = {n: w for n, w in checkpoint["state_dict"].items() if n in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own, saved = self.state_dict(), checkpoint.get("state_dict", {})
+        if self.adapter is not None:
+            self._check_base(checkpoint.get("base", {}))
+            trained = trained_names(self)
+            own = {name: weight for name, weight in own.items() if name in trained}
         if saved and {name: own[name].shape for name in own} != {name: saved[name].shape for name in saved}:
             raise UserError(
                 "the model or its tokenizer differs in size from the one in the checkpoint",
@@ -200,12 +233,44 @@ class BackboneModule(LightningModule):
         """The model of a loaded checkpoint, weights included, without its backbone's original files."""
         options = {name: value for name, value in checkpoint["hyper_parameters"].items() if not name.startswith("_")}
         model = cls(**options)
-        model.network = network_from_config(
-            cls.head, json.loads(checkpoint["backbone_config"]), options["dtype"], options["attn_implementation"]
-        )
-        model.load_state_dict(checkpoint["state_dict"])
+        model._make_network(json.loads(checkpoint["backbone_config"]))
         model.on_load_checkpoint(checkpoint)
+        model.load_state_dict(checkpoint["state_dict"], strict=model.strict_loading)
         return model
+
+    def _make_network(self, config: dict[str, Any]) -> None:
+        """The network that a configuration describes, for weights to be loaded into; an adapter's with its base."""
+        options = self.hparams
+        if self.adapter is None:
+            self.network = network_from_config(self.head, config, options["dtype"], options["attn_implementation"])
+            return
+        refuse_unfit(self.adapter, options["quantization"])
+        self.network = base_from_config(
+            self.head, options["backbone"], config, options["dtype"], options["attn_implementation"]
+        )
+        self._adapt()
+
+    def _adapt(self, device: torch.device | None = None) -> None:
+        """Put adapters into the network, if there are to be any, and remember which base they are for."""
+        if self.adapter is None:
+            return
+        assert self.network is not None
+        self.base = {"backbone": self.hparams["backbone"], "digest": base_digest(self.network, self.head)}
+        add_adapter(self.network, self.head, self.adapter, self.hparams["quantization"], device)
+        self.strict_loading = False  # a checkpoint has what is trained alone
+
+    def _check_base(self, saved: dict[str, str]) -> None:
+        """Refuse an adapter that was trained on another base."""
+        if saved.get("digest") != self.base["digest"]:
+            raise UserError(
+                f"the adapter's base was {saved.get('backbone')}, and {self.base['backbone']} has other weights now",
+                "Put the base back that the adapter was trained on, or start a new run.",
+            )
+
+    def _randomness(self) -> contextlib.AbstractContextManager[None]:
+        """A base from scratch is the same each time, for an adapter is kept without it."""
+        made_anew = self.adapter is not None and self.hparams["backbone"] == SCRATCH
+        return same_random_numbers() if made_anew else contextlib.nullcontext()
 
     def export(self, folder: Path, state: dict[str, Any]) -> None:
         """Write weights and configuration for transformers, and what only this project reads.
@@ -215,10 +280,17 @@ class BackboneModule(LightningModule):
             state: What else `proactive.json` shall hold: the data module's state.
         """
         assert self.network is not None, "configure_model makes the network"
-        with quiet():
-            self.network.save_pretrained(folder)
         options = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
         content = {"task": self.task, "model": options, "calibration": self._calibration, "data": state}
+        if self.adapter is None:
+            with quiet():
+                self.network.save_pretrained(folder)
+        elif self.adapter.merge:
+            self._merged().save_pretrained(folder)
+            content["model"] = options | {"adapter": None, "quantization": "none"}
+        else:
+            save_adapter(self.network, self.head, self.base["backbone"], folder)
+            content |= {"base": self.base, "backbone_config": self.network.config.to_dict()}
         (folder / EXPORT_STATE).write_text(json.dumps(content, indent=1))
 
     @classmethod
@@ -240,9 +312,26 @@ class BackboneModule(LightningModule):
                 f"{folder} is not a complete export: {EXPORT_STATE}: {error}",
                 "Give the export folder of a run.",
             ) from error
+        if "base" in content:
+            model._make_network(content["backbone_config"])
+            model._check_base(content["base"])
+            assert model.network is not None
+            load_adapter(model.network, folder)
+            return model, state
         attention = content["model"]["attn_implementation"]
         model.network = load_network(cls.head, str(folder), attn_implementation=attention)
         return model, state
+
+    def _merged(self) -> "PreTrainedModel":
+        """Base and adapter as one plain network."""
+        assert self.network is not None
+        state, options = merged_state(self.network), self.hparams
+        with torch.device("meta"):
+            config = json.loads(self.network.config.to_json_string(use_diff=False))
+            merged = network_from_config(self.head, config, options["dtype"], options["attn_implementation"])
+        merged.load_state_dict(state, assign=True)
+        merged.tie_weights()
+        return merged
 
     @property
     def _calibration(self) -> dict[str, float]:

@@ -41,6 +41,7 @@ from callbacks.progress import progress_callback
 from callbacks.record import MetricsFile, tested_record
 from callbacks.report import HtmlReport
 from callbacks.samples import SampledAnswers
+from callbacks.throughput import ThroughputLog
 from datamodules.agent import AgentDataModule
 from datamodules.errors import UserError
 from datamodules.reward import RewardDataModule
@@ -73,6 +74,8 @@ class FitParser(Parser, LightningArgumentParser):
 class FitCLI(LightningCLI):
     """The options of a run, and the trainer that writes its folder."""
 
+    program = "python -m proactive.fit"
+
     def __init__(self, task: str, arguments: list[str]) -> None:
         self.task = task
         model_class, data_class = TASKS[task]
@@ -85,7 +88,7 @@ class FitCLI(LightningCLI):
             trainer_defaults=TRAINER_DEFAULTS,
             save_config_callback=None,
             auto_configure_optimizers=False,
-            parser_kwargs={"prog": "python -m proactive.fit"},
+            parser_kwargs={"prog": self.program},
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -148,6 +151,7 @@ class FitCLI(LightningCLI):
         callbacks = [
             *(options.callbacks or []),
             SeedEachStep(),
+            ThroughputLog(),  # before the others: what they do at a step's end counts as the next step's
             BestCheckpoint(folder / CHECKPOINTS, settings.monitor),
             LastCheckpoint(folder / CHECKPOINTS, settings.checkpoint_every_n_steps),
             MetricsFile(folder),

@@ -42,7 +42,8 @@ def leaves(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def test_the_recipes_of_the_issue_are_there() -> None:
     names = {path.relative_to(ROOT / "configs").as_posix() for path in CONFIGS}
-    assert {f"{task}/{size}.yaml" for task in ("reward", "agent") for size in ("paper", "tiny")} <= names
+    sizes = ("paper", "tiny", "qlora", "full_1x80gb")
+    assert {f"{task}/{size}.yaml" for task in ("reward", "agent") for size in sizes} <= names
 
 
 @pytest.mark.usefixtures("clean_environment")
@@ -61,7 +62,9 @@ def test_config_is_instantiated_without_weights(path: Path, tmp_path: Path) -> N
     for name, value in given.items():  # what the file says has arrived, with its type
         assert cli.config[name] == value, name
         if name.startswith("model."):
-            assert cli.model.hparams[name.removeprefix("model.")] == value, name
+            option, *field = name.removeprefix("model.").split(".")
+            found = cli.model.hparams[option]
+            assert (found[field[0]] if field else found) == value, name
     assert cli.trainer.max_epochs == given["trainer.max_epochs"]
     assert cli.datamodule.batch_size == given["data.batch_size"]
 

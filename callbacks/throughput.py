@@ -1,0 +1,99 @@
+"""How fast a run trains, by Lightning's own meter, and how much memory it has taken."""
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.fabric.utilities.throughput import Throughput
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
+
+from models.operations import GIB, BatchSize, Operations, batch_size, find_device
+from models.training import BackboneModule
+
+WINDOW = 10  # steps that a rate is the mean over
+
+
+class ThroughputLog(Callback):
+    """Logs rows and tokens a second, the share of the device's peak that is used, and the peak memory.
+
+    Rates are those of all ranks together, as rank 0 sees its share of them, over the last steps, loading included and
+    validation left out. Logged are, each as `throughput/...`:
+
+    - rows_per_second.
+    - tokens_per_second: tokens computed, padding included.
+    - effective_tokens_per_second: tokens of all rows, which the rows layout would have to compute.
+    - utilization: operations that the model takes, as a share of the device's peak; where that is known.
+    - peak_memory_gib: of rank 0's device; without a GPU, of its process.
+
+    Args:
+        window: Steps that a rate is the mean over; nothing is logged before there are so many.
+    """
+
+    def __init__(self, window: int = WINDOW) -> None:
+        self.window = window
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        peak = None
+        if trainer.strategy.root_device.type == "cuda" and _computes_in_16_bits(trainer):
+            device = find_device(torch.cuda.get_device_name(trainer.strategy.root_device))
+            peak = device.peak if device else None
+        self._computed = Throughput(peak, window_size=self.window)
+        self._effective = Throughput(window_size=self.window)  # Lightning's meter takes one kind of tokens
+        self._seconds, self._steps, self._done = 0.0, 0, BatchSize()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, BackboneModule)
+        assert pl_module.network is not None
+        self._operations = Operations.of(pl_module.network)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not trainer.is_global_zero:
+            return
+        step = sum(map(batch_size, batch), BatchSize())
+        self._done += step
+        self._steps += 1
+        now = time.perf_counter()
+        self._seconds, self._since = self._seconds + now - self._since, now
+        totals: dict[str, Any] = {"time": self._seconds, "batches": self._steps, "samples": self._done.rows}
+        operations = self._operations.count(step.real_tokens, step.pairs, step.targets)
+        self._computed.update(**totals, lengths=self._done.tokens, flops=operations)
+        self._effective.update(**totals, lengths=self._done.effective_tokens)
+        if found := self._rates(trainer.world_size):
+            found["peak_memory_gib"] = peak_memory(trainer.strategy.root_device) / GIB
+            named = {f"throughput/{name}": value for name, value in found.items()}
+            pl_module.log_dict(named, prog_bar=True, rank_zero_only=True)
+
+    def _rates(self, ranks: int) -> dict[str, float]:
+        """The rates of all ranks; none while the window is not full."""
+        computed, effective = self._computed.compute(), self._effective.compute()
+        if "device/items_per_sec" not in computed:
+            return {}
+        rates = {
+            "rows_per_second": computed["device/samples_per_sec"] * ranks,
+            "tokens_per_second": computed["device/items_per_sec"] * ranks,
+            "effective_tokens_per_second": effective["device/items_per_sec"] * ranks,
+        }
+        return rates | ({"utilization": computed["device/mfu"]} if "device/mfu" in computed else {})
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that were in use at once on a GPU; without one, by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _computes_in_16_bits(trainer: Trainer) -> bool:
+    return isinstance(trainer.precision_plugin, (HalfPrecision, MixedPrecision))

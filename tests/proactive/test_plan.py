@@ -1,0 +1,88 @@
+"""The plan command: figures that agree with each other, without weights, folders or a hub."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proactive import plan
+from tests.helpers import ROOT, SMALL_RUN, small_root
+
+SHAPE = ROOT / "benchmarks" / "shapes" / "llama_3_1_8b.yaml"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_root(tmp_path_factory.mktemp("root"))
+
+
+@pytest.fixture
+def planned(call: Callable, root: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    def get(*arguments: Any) -> dict[str, Any]:
+        output = tmp_path / "plan.json"
+        ended = call(plan.main, *arguments, "--data.root", root, "--output", output, "--data.cache=false")
+        assert ended.code == 0, ended.err
+        assert "What it takes" in ended.out
+        return json.loads(output.read_text())
+
+    return get
+
+
+def test_a_small_run_is_planned_without_a_trace(planned: Callable, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = planned(*SMALL_RUN)
+    memory = found["memory"]
+    assert memory["peak"] == sum(size for name, size in memory.items() if name != "peak")
+    assert memory["weights"] == memory["gradients"] == 4 * found["parameters"]
+    assert memory["optimizer"] == 8 * found["parameters"]
+    assert (found["layout"], found["fits"], found["seconds_an_epoch"]) == ("tree", None, None)
+    assert found["epoch"]["tree"]["tokens"] < found["effective_tokens"] < found["epoch"]["rows"]["tokens"]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_8b_recipe_on_a_24_gib_card(planned: Callable) -> None:
+    qlora = ROOT / "configs" / "reward" / "qlora.yaml"
+    arguments = ["--config", qlora, "--config", SHAPE, "--data.split", "by_scene", "--data.folds", "3"]
+    found = planned(*arguments, "--device", "rtx 4090")
+    assert found["fits"] is True
+    assert found["memory"]["peak"] < 16 * 2**30
+    assert found["room"] == 24 * 2**30
+    assert found["seconds_an_epoch"] > 0
+    assert found["change"] is None
+
+
+def test_what_does_not_fit_is_told_what_would(planned: Callable) -> None:
+    paper = ROOT / "configs" / "reward" / "paper.yaml"
+    arguments = ["--config", paper, "--config", SHAPE, "--data.split", "by_scene", "--data.folds", "3"]
+    found = planned(*arguments, "--device", "h100", "--devices", 1)
+    assert found["fits"] is False
+    assert found["change"]["peak"] <= 80 * 2**30
+    assert "devices" in found["change"]["what"][0]
+
+
+def test_mistakes_take_two_lines(call: Callable, root: Path) -> None:
+    for arguments, message in (
+        (["--memory", "much"], "--memory: much is no size"),
+        (["--device", "abacus"], "--device: abacus is not known"),
+        (["--devices", "0"], "--devices: 0 is no number of devices"),
+    ):
+        ended = call(plan.main, *SMALL_RUN, "--data.root", root, *arguments)
+        assert ended.code == 2
+        assert message in ended.err
+
+
+def test_a_backbone_out_of_reach_is_planned_by_its_shape(
+    call: Callable, planned: Callable, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    small = [one for one in SMALL_RUN if not one.startswith("--model.scratch")]
+    arguments = [*small, "--model.backbone", "someone/some-model"]
+    ended = call(plan.main, *arguments, "--data.root", root, "--data.cache=false")
+    assert ended.code == 2
+    assert "--model.scratch" in ended.err
+    scratch = next(one for one in SMALL_RUN if one.startswith("--model.scratch"))
+    found = planned(*arguments, scratch)
+    assert "a tokenizer made of the data, for someone/some-model is out of reach" in found["tokens_counted_by"]
+    assert "someone/some-model" in found["backbone"]
