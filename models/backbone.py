@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from datamodules.batches import Inputs
 from datamodules.errors import UserError
 from datamodules.tokenizer import SCRATCH
+from models.forward import as_forward
 from models.tree import TOLERANCE, read_tree, tree_states
 
 if TYPE_CHECKING:
@@ -65,9 +66,28 @@ def build_network(
     Raises:
         UserError: There is no such backbone, it has no such head, or the tokenizer does not fit it.
     """
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
+    config = network_config(head, backbone, tokenizer, scratch, dropout=dropout, trust_remote_code=trust_remote_code)
+    with _clear_errors(head, backbone), quiet():
+        if backbone == SCRATCH:
+            return _auto_class(head).from_config(config, **options)
+        return _auto_class(head).from_pretrained(
+            backbone, config=config, use_safetensors=True, trust_remote_code=trust_remote_code, **options
+        )
+
+
+def network_config(
+    head: Head,
+    backbone: str,
+    tokenizer: "PreTrainedTokenizerFast",
+    scratch: dict[str, Any] | None = None,
+    *,
+    dropout: float | None = None,
+    trust_remote_code: bool = False,
+) -> "PretrainedConfig":
+    """The configuration of the network that `build_network` makes, with its options and errors."""
     from transformers import AutoConfig
 
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
     with _clear_errors(head, backbone), quiet():
         if backbone == SCRATCH:
             settings = {"vocab_size": len(tokenizer), **(scratch or SCRATCH_CONFIG)}
@@ -83,10 +103,23 @@ def build_network(
                 f"{config.vocab_size}",
                 "Give backbone and tokenizer that belong together.",
             )
-        if backbone == SCRATCH:
-            return _auto_class(head).from_config(config, **options)
-        return _auto_class(head).from_pretrained(
-            backbone, config=config, use_safetensors=True, trust_remote_code=trust_remote_code, **options
+    return config
+
+
+def weightless_network(
+    head: Head,
+    backbone: str,
+    config: "PretrainedConfig",
+    *,
+    dtype: DtypeName,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
+) -> "PreTrainedModel":
+    """The network of a configuration on the meta device."""
+    options = {"trust_remote_code": trust_remote_code} if trust_remote_code else {}
+    with _clear_errors(head, backbone), quiet(), torch.device("meta"):
+        return _auto_class(head).from_config(
+            config, dtype=getattr(torch, dtype), attn_implementation=attn_implementation, **options
         )
 
 
@@ -115,6 +148,7 @@ def _auto_class(head: Head) -> Any:
     return getattr(transformers, classes[head])
 
 
+@as_forward
 def classify(model: "PreTrainedModel", inputs: Inputs, pooling: Pooling) -> Tensor:
     """Logits of the two classes.
 
@@ -145,6 +179,7 @@ def classify(model: "PreTrainedModel", inputs: Inputs, pooling: Pooling) -> Tens
     return read_out(model)(pooled_RD)
 
 
+@as_forward
 def token_losses(model: "PreTrainedModel", inputs: Inputs, predicted_at: Tensor, target: Tensor) -> Tensor:
     """The cross-entropy of tokens to predict, in chunks whose logits are made anew for the gradient.
 
@@ -185,18 +220,19 @@ def language_logits(model: "PreTrainedModel", hidden_LD: Tensor) -> Tensor:
     return (logits_LV if cap is None else torch.tanh(logits_LV / cap) * cap).float()
 
 
+@as_forward
 def language_problem(model: "PreTrainedModel") -> str | None:
     """How a language model's own logits differ from `language_logits`, on a short row; None if they do not."""
     row_1T = torch.arange(4, 12, device=model.get_input_embeddings().weight.device)[None]
     training = model.training
     model.eval()
     with torch.no_grad():
-        own_TV = model(input_ids=row_1T).logits[0].float()
+        own_TV = model(input_ids=row_1T).logits[0]
         states_TD = model.base_model(input_ids=row_1T).last_hidden_state[0]
         found_TV = language_logits(model, states_TD)
     model.train(training)
-    difference = float((found_TV - own_TV).norm() / own_TV.norm())
-    return None if difference <= TOLERANCE[model.dtype] else f"relative difference {difference:.1e}"
+    difference = float((found_TV - own_TV.float()).norm() / own_TV.float().norm())
+    return None if difference <= TOLERANCE[states_TD.dtype] else f"relative difference {difference:.1e}"
 
 
 def reads_last_token(model: "PreTrainedModel") -> bool:

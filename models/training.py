@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
@@ -23,9 +23,11 @@ from models.backbone import (
     quiet,
 )
 from models.optimizers import OptimizerName, ScheduleName, build_optimizer, build_schedule, optimizer_maker
+from models.sharding import build_sharded_network, reshard, whole
 from models.tree import pair_cost, tree_problem
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
 EXPORT_STATE = "proactive.json"
@@ -104,7 +106,8 @@ class BackboneModule(LightningModule):
         options, data = self.hparams, self.trainer.datamodule  # type: ignore[attr-defined]
         optimizer_maker(options["optimizer"])  # says what is missing before any weight is loaded
         if self.network is None:
-            self.network = build_network(
+            build = build_network if self._mesh is None else self._build_sharded
+            self.network = build(
                 self.head,
                 options["backbone"],
                 data.tokenizer,
@@ -122,10 +125,16 @@ class BackboneModule(LightningModule):
             if options["gradient_checkpointing"]:
                 self.network.gradient_checkpointing_enable({"use_reentrant": False})
             self.network.train()
+        self._settle_layout(data)
+        if self._mesh is not None:
+            reshard(self.network)
+
+    def _settle_layout(self, data: Any) -> None:
+        assert self.network is not None
         if data.layout == "rows":
             data.settle_layout(None)
             return
-        if options["attn_implementation"] is None and self.trainer.strategy.root_device.type == "cuda":
+        if self.hparams["attn_implementation"] is None and self.trainer.strategy.root_device.type == "cuda":
             with contextlib.suppress(ValueError):  # a backbone without it keeps its own
                 self.network.set_attn_implementation("flex_attention")
         data.settle_layout(self.tree_problem(self.network, data.max_length), pair_cost(self.network))
@@ -151,7 +160,7 @@ class BackboneModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip; the gradients are then those of the whole step, of all ranks and without a loss scale."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = whole(nn.utils.get_total_norm(gradients))
         if not torch.isfinite(norm) and self._scaler is None:  # a scaler leaves such a step out
             raise self.not_finite("the gradient norm", norm)
         if self.hparams["gradient_clip_norm"] is not None:
@@ -266,6 +275,19 @@ class BackboneModule(LightningModule):
         if not ends:
             raise UserError("a run without an end has no schedule", "Give trainer.max_epochs or trainer.max_steps.")
         return min(ends)
+
+    @property
+    def _mesh(self) -> "DeviceMesh | None":
+        """The ranks that the weights are spread over; None if each has them all."""
+        strategy = self.trainer.strategy
+        return strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
+
+    def _build_sharded(self, *arguments: Any, **options: Any) -> "PreTrainedModel":
+        assert self._mesh is not None
+        trainer = self.trainer
+        return build_sharded_network(
+            *arguments, mesh=self._mesh, device=trainer.strategy.root_device, precision=str(trainer.precision), **options
+        )
 
     @property
     def _scaler(self) -> Any:
