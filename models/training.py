@@ -286,7 +286,11 @@ class BackboneModule(LightningModule):
         assert self._mesh is not None
         trainer = self.trainer
         return build_sharded_network(
-            *arguments, mesh=self._mesh, device=trainer.strategy.root_device, precision=str(trainer.precision), **options
+            *arguments,
+            mesh=self._mesh,
+            device=trainer.strategy.root_device,
+            precision=str(trainer.precision),
+            **options,
         )
 
     @property
