@@ -121,6 +121,24 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def gather(network: nn.Module) -> dict[str, Tensor] | None:
+    """All weights of a sharded network on rank 0's host, one gathered after the other; None if it is whole anyway.
+
+    All ranks have to ask.
+    """
+    from torch.distributed.tensor import DTensor
+
+    tensors = network.state_dict(keep_vars=True)
+    if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        return None
+    gathered: dict[int, Tensor] = {}  # by identity, so that tied weights stay one
+    for tensor in tensors.values():
+        if id(tensor) not in gathered:
+            full = whole(tensor.detach())
+            gathered[id(tensor)] = full.cpu() if dist.get_rank() == 0 else full.new_empty(0)
+    return {name: gathered[id(tensor)] for name, tensor in tensors.items()}
+
+
 def shard_of(whole: Any, like: Tensor) -> Tensor:
     """This rank's part of a tensor that is cut as `like` is.
 

@@ -216,16 +216,17 @@ class BackboneModule(LightningModule):
         model.on_load_checkpoint(checkpoint)
         return model
 
-    def export(self, folder: Path, state: dict[str, Any]) -> None:
+    def export(self, folder: Path, state: dict[str, Any], weights: dict[str, Tensor] | None = None) -> None:
         """Write weights and configuration for transformers, and what only this project reads.
 
         Args:
             folder: Where to, made if missing.
             state: What else `proactive.json` shall hold: the data module's state.
+            weights: The network's, where it holds shards of them alone; see `models.sharding.gather`.
         """
         assert self.network is not None, "configure_model makes the network"
         with quiet():
-            self.network.save_pretrained(folder)
+            self.network.save_pretrained(folder, state_dict=weights)
         options = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
         content = {"task": self.task, "model": options, "calibration": self._calibration, "data": state}
         (folder / EXPORT_STATE).write_text(json.dumps(content, indent=1))

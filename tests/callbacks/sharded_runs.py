@@ -1,0 +1,112 @@
+"""Small fits of models that are spread over ranks, to be called on each of them by `tests.ranks.on_ranks`."""
+
+import os
+import signal
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
+
+from callbacks import shards
+from callbacks.checkpoints import Interrupted, LastCheckpoint, SeedEachStep
+from callbacks.sharded import FullySharded
+from models.reward import RewardClassifier
+from models.sharding import gather
+from tests.models.small import fit, small_classifier, small_data, small_trainer
+
+STEP = {"max_steps": 1, "num_sanity_val_steps": 0, "limit_val_batches": 0}
+
+
+class Curve(Callback):
+    """The loss and the gradient's norm of each step."""
+
+    def __init__(self) -> None:
+        self.values: list[list[float]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        found = trainer.callback_metrics
+        self.values.append([float(found["train/loss"]), float(found["train/gradient_norm"])])
+
+
+def whole_weights(classifier: RewardClassifier) -> dict[str, torch.Tensor]:
+    assert classifier.network is not None
+    weights = gather(classifier.network) or classifier.network.state_dict()
+    return {name: weight.detach().clone() for name, weight in weights.items()}
+
+
+def sharded(**options: Any) -> dict[str, Any]:
+    return {"devices": int(os.environ["RANKS_OF_TEST"]), "strategy": FullySharded(), "inference_mode": False, **options}
+
+
+def steps(root: Path, cases: list[tuple[str, dict[str, Any], dict[str, Any]]], spread: bool = True) -> list[Any]:
+    """For each case (family, options of the model, options of the data): weights before a step, its curve, and after."""
+    warnings.filterwarnings("ignore")
+    results = []
+    for family, model_options, data_options in cases:
+        classifier = small_classifier(family, **model_options)
+        curve, before = Curve(), Before()
+        fit(classifier, small_data(root, **data_options), curve, before, **STEP, **(sharded() if spread else {}))
+        results.append({"before": before.weights, "curve": curve.values, "after": whole_weights(classifier)})
+    return results
+
+
+class Before(Callback):
+    """The weights before the first step."""
+
+    weights: dict[str, torch.Tensor]
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.weights = whole_weights(pl_module)
+
+
+def fitted_to(step: int, root: Path, folder: Path, resumed: str | None, spread: bool = True) -> dict[str, Any]:
+    """Train up to a step, perhaps from a checkpoint on, and leave one there: two epochs of six steps are the whole."""
+    warnings.filterwarnings("ignore")
+    classifier, curve = small_classifier(), Curve()
+    callbacks = [curve, LastCheckpoint(folder, every_n_steps=1000), SeedEachStep(), StopAt(step)]
+    torch.manual_seed(0)
+    trainer = small_trainer(*callbacks, max_epochs=2, **(sharded() if spread else {}))
+    try:
+        trainer.fit(classifier, small_data(root, layout="tree", token_budget=160), ckpt_path=resumed, weights_only=True)
+    except Interrupted as stop:
+        assert stop.step == step
+    return {"curve": curve.values, "after": whole_weights(classifier), "temperature": classifier.temperature}
+
+
+class StopAt(Callback):
+    """Asks one rank alone to stop."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step + 1 == self.step and trainer.global_rank == trainer.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def killed_while_saving(root: Path, folder: Path, when: str) -> None:
+    """Save once, take a step, and die in the middle of the next save."""
+    warnings.filterwarnings("ignore")
+    classifier = small_classifier()
+    options = {"max_steps": 2, "num_sanity_val_steps": 0, "limit_val_batches": 0}
+    trainer = small_trainer(LastCheckpoint(folder, every_n_steps=1), **sharded(**options))
+    saved = 0
+
+    def die_at(name: str, original: Any) -> Any:
+        def instead(*arguments: Any, **given: Any) -> Any:
+            nonlocal saved
+            saved += name == "write_shards"
+            if saved > 2 and name == when:  # weights and optimizer are two calls a save
+                if when == "put_in_place":
+                    arguments[1].rename(shards._replaced(arguments[1]))  # half of it
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **given)
+
+        return instead
+
+    for name in ("write_shards", "put_in_place"):
+        setattr(shards, name, die_at(name, getattr(shards, name)))
+    trainer.fit(classifier, small_data(root), weights_only=True)
