@@ -331,7 +331,7 @@ class LastCheckpoint(Checkpoint):
         self._signal = number
 
     def _asked(self, trainer: Trainer) -> int:
-        """The signal that any rank was sent, or 0: a signal reaches ranks at different steps, and they stop together."""
+        """The signal that any rank was sent, or 0: ranks get it at different steps, and have to stop together."""
         if trainer.world_size == 1:
             return self._signal
         signal_number = torch.tensor(self._signal, device=trainer.strategy.root_device)

@@ -206,7 +206,7 @@ def _finish(folder: Path, values: dict[str, Any], target: Path) -> None:
 
 def _cut(state: dict[str, Any], weights: list[Tensor]) -> dict[str, Any]:
     """This rank's part of what an optimizer of one device kept."""
-    by_number = {}
+    by_number: dict[int, dict[str, Any]] = {}
     for number, kept in state["state"].items():
         by_number[number] = {}
         for key, value in kept.items():

@@ -74,7 +74,7 @@ def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
     """What is spread over ranks, and all else."""
     from torch.distributed.tensor import DTensor
 
-    shards = {name: value for name, value in state.items() if isinstance(value, DTensor)}
+    shards: dict[str, Tensor] = {name: value for name, value in state.items() if isinstance(value, DTensor)}
     return shards, {name: value for name, value in state.items() if name not in shards}
 
 

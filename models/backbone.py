@@ -68,12 +68,21 @@ def build_network(
     """
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
     config = network_config(head, backbone, tokenizer, scratch, dropout=dropout, trust_remote_code=trust_remote_code)
-    with _clear_errors(head, backbone), quiet():
-        if backbone == SCRATCH:
+    if backbone == SCRATCH:
+        with _clear_errors(head, backbone), quiet():
             return _auto_class(head).from_config(config, **options)
-        return _auto_class(head).from_pretrained(
-            backbone, config=config, use_safetensors=True, trust_remote_code=trust_remote_code, **options
+    return pretrained_network(head, backbone, config, trust_remote_code=trust_remote_code, **options)[0]
+
+
+def pretrained_network(
+    head: Head, backbone: str, config: "PretrainedConfig", **options: Any
+) -> tuple["PreTrainedModel", list[str]]:
+    """A network with the backbone's own weights, and which of its tensors were drawn, for the files lack them."""
+    with _clear_errors(head, backbone), quiet():
+        network, found = _auto_class(head).from_pretrained(
+            backbone, config=config, use_safetensors=True, output_loading_info=True, **options
         )
+    return network, sorted(found["missing_keys"])
 
 
 def network_config(

@@ -21,13 +21,20 @@ from torch import Tensor, nn
 
 from datamodules.errors import UserError
 from datamodules.tokenizer import SCRATCH
-from models.backbone import DtypeName, Head, build_network, network_config, weightless_network
+from models.backbone import (
+    DtypeName,
+    Head,
+    build_network,
+    network_config,
+    pretrained_network,
+    weightless_network,
+)
 from models.forward import register
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 log = logging.getLogger("proactive")
 
@@ -69,9 +76,11 @@ def build_sharded_network(
     shard(network, mesh, precision)
     network.to_empty(device=device)
     network.tie_weights()  # which to_empty undoes
-    if files is None or files.lacks(network, new):
-        whole = partial(build_network, head, backbone, tokenizer, scratch, dropout=dropout, **options)
-        _send_out(network, whole, backbone)
+    if files is None:
+        _send_out(network, partial(build_network, head, backbone, tokenizer, scratch, dropout=dropout, **options))
+    elif files.lacks(network, new):
+        log.info(f"model.backbone: the files of {backbone} name tensors otherwise; rank 0 loads them whole")
+        _send_out(network, partial(_load_whole, head, backbone, config, **options))
     else:
         files.read_into(network)
         _draw(network, new)
@@ -288,12 +297,28 @@ def _draw(network: "PreTrainedModel", new: dict[str, nn.Module]) -> None:
             fill(tensors[f"{name}.{key}"], parameter.detach())
 
 
-def _send_out(network: "PreTrainedModel", build_whole: partial["PreTrainedModel"], backbone: str) -> None:
+def _load_whole(
+    head: Head, backbone: str, config: "PretrainedConfig", *, dtype: DtypeName, **options: Any
+) -> "PreTrainedModel":
+    """What transformers makes of a backbone's files, which it can also rename and join."""
+    network, drawn = pretrained_network(head, backbone, config, dtype=getattr(torch, dtype), **options)
+    new = [] if head == "language model" else [n for n, _ in network.named_parameters() if not _in_base(network, n)]
+    if missing := sorted(set(drawn) - set(new)):
+        raise UserError(
+            f"model.backbone: {backbone} lacks {len(missing)} of its tensors, the first of them {missing[0]}",
+            "Fetch the backbone's files again.",
+        )
+    return network
+
+
+def _in_base(network: "PreTrainedModel", name: str) -> bool:
+    return name.startswith(f"{network.base_model_prefix}.")
+
+
+def _send_out(network: "PreTrainedModel", build_whole: partial["PreTrainedModel"]) -> None:
     """Make the whole network on rank 0 and send each other rank its shards, one tensor at a time."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    if backbone != SCRATCH:
-        log.info(f"model.backbone: the files of {backbone} name tensors otherwise; rank 0 loads it whole")
     whole: dict[str, Any] = {}
     problem: list[UserError | None] = [None]
     if dist.get_rank() == 0:
@@ -314,7 +339,7 @@ def _compute_buffers(network: "PreTrainedModel") -> None:
     for tensor in network.state_dict(keep_vars=True).values():
         tensor._is_hf_initialized = True
     for module in network.modules():
-        module._is_hf_initialized = False  # type: ignore[assignment]
+        module._is_hf_initialized = False
     network.initialize_weights()
 
 

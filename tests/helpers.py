@@ -117,3 +117,15 @@ class KillAtStep(SignalAtStep):
 
     def __init__(self, step: int) -> None:
         super().__init__(step, signal.SIGKILL)
+
+
+class KillRankAtStep(KillAtStep):
+    """Kills one rank of a job in that way."""
+
+    def __init__(self, step: int, rank: int) -> None:
+        super().__init__(step)
+        self.rank = rank
+
+    def on_before_optimizer_step(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        if trainer.global_rank == self.rank:
+            super().on_before_optimizer_step(trainer, *args, **kwargs)

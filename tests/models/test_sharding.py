@@ -64,6 +64,7 @@ def test_a_missing_or_misshapen_tensor_names_itself(tmp_path: Path) -> None:
     second = change(misshapen, "model.norm.weight", torch.ones(3))
     cases = [("classifier", str(missing)), ("language model", str(misshapen)), ("classifier", str(tmp_path))]
     results = on_ranks(2, built, cases, folder=tmp_path)
+    assert [len(result) for result in results] == [2, 2, 2], results
     assert first in results[0][0]
     assert second in results[1][0]
     assert "(3,)" in results[1][0]
