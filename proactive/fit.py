@@ -34,6 +34,7 @@ from callbacks.files import (
     METRICS_FILE,
     REPORT_FILE,
     RUN_FOLDER_VARIABLE,
+    agreed_folder,
     latest_run_folder,
     new_run_folder,
     write_atomically,
@@ -229,9 +230,10 @@ def _run_folder(settings: "Namespace", ckpt_path: str | None) -> tuple[Path, boo
     if RUN_FOLDER_VARIABLE in os.environ:
         return Path(os.environ[RUN_FOLDER_VARIABLE]), False
     resumed = _resumed_folder(settings.root, settings.name, ckpt_path)
-    folder = resumed or new_run_folder(Path(settings.root), settings.name)
+    root = Path(settings.root)
+    folder = resumed or agreed_folder(root / settings.name, lambda: new_run_folder(root, settings.name))
     os.environ[RUN_FOLDER_VARIABLE] = str(folder)
-    return folder, resumed is None
+    return folder, resumed is None and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def _resumed_folder(root: str, name: str, ckpt_path: str | None) -> Path | None:

@@ -15,6 +15,7 @@ from tests.helpers import SMALL_BACKBONE, SMALL_RUN, command, small_root
 
 NO_DROPOUT = f"--model.scratch={json.dumps({**SMALL_BACKBONE, 'attention_dropout': 0.0})}"  # ranks draw differently
 ON_TWO = ["--trainer.strategy=fully_sharded", "--trainer.devices=2"]
+TORCHRUN = ("--standalone", "--nproc-per-node=2", "-m", "proactive.fit")
 LIMIT = 60  # seconds: what the end of a job with a dead rank may take, here with all that comes before it
 
 
@@ -38,7 +39,8 @@ def test_a_killed_rank_ends_the_job_and_the_resumed_one_is_as_one_device(tmp_pat
     last = Path("runs/two/0/checkpoints/last.ckpt")
     assert str(last) in told[1]
 
-    ended = command("proactive.fit", f"--ckpt_path={last}", "--trainer.callbacks=null", "--quiet", cwd=tmp_path)
+    resume = (f"--ckpt_path={last}", "--trainer.callbacks=null", "--quiet")
+    ended = command("torch.distributed.run", *TORCHRUN, *resume, cwd=tmp_path)
     assert (ended.returncode, ended.stdout) == (0, "runs/two/0\n"), ended.stderr
     assert command("proactive.fit", *options, "--run.name=one", cwd=tmp_path).returncode == 0
     one, two = tmp_path / "runs" / "one" / "0", tmp_path / "runs" / "two" / "0"
@@ -70,3 +72,11 @@ def test_when_rank_0_is_killed_the_others_end(tmp_path: Path) -> None:
     ended = command("proactive.fit", *options, *ON_TWO, kill(0, 2), cwd=tmp_path, timeout=LIMIT)
     assert ended.returncode == -signal.SIGKILL
     assert "rank 0 (process " in ended.stderr
+
+
+def test_under_torchrun_a_run_has_one_folder_and_a_killed_rank_ends_it(tmp_path: Path) -> None:
+    options = [*SMALL_RUN, f"--data.root={small_root(tmp_path / 'root')}", *ON_TWO]
+    ended = command("torch.distributed.run", *TORCHRUN, *options, kill(1, 2), cwd=tmp_path, timeout=LIMIT)
+    assert ended.returncode != 0
+    assert "Signal 9 (SIGKILL)" in ended.stderr
+    assert [path.name for path in (tmp_path / "runs" / "reward").iterdir()] == ["0"]
