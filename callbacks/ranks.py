@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 
 PERIOD = 0.5  # seconds between looks
 PATIENCE = 20.0  # seconds that a rank which lost another one waits for the job's end
+OTHERS_WATCH = ("TORCHELASTIC_RUN_ID", "SLURM_PROCID")
 FAILED = 1  # the job's exit code
 
 
@@ -44,7 +45,7 @@ class WatchRanks(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """A lost connection is another rank's death, which is what has to be told."""
-        if trainer.world_size > 1 and lost_a_rank(exception):
+        if trainer.world_size > 1 and lost_a_rank(exception) and not any(name in os.environ for name in OTHERS_WATCH):
             end = time.monotonic() + PATIENCE
             while time.monotonic() < end:  # rank 0 looks itself, for its thread may be in between
                 self._end_if_one_died()

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 log = logging.getLogger("proactive")
+PRECISIONS = ("32-true", "bf16-mixed")
 
 
 def build_sharded_network(
@@ -64,6 +65,11 @@ def build_sharded_network(
     Raises:
         UserError: As there, or the backbone's files lack a tensor, or have one of another shape.
     """
+    if precision not in PRECISIONS:
+        raise UserError(
+            f"trainer.precision: {precision} does not serve where weights are sharded",
+            f"Use {' or '.join(PRECISIONS)}; the masters are float32 in both.",
+        )
     config = network_config(head, backbone, tokenizer, scratch, dropout=dropout, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {
         "dtype": dtype,

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import warnings
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from callbacks import shards
 from callbacks.checkpoints import Interrupted, LastCheckpoint, SeedEachStep
 from callbacks.sharded import FullySharded
 from models.reward import RewardClassifier
-from models.sharding import gather
+from models.sharding import blocks, gather
 from tests.models.small import fit, small_classifier, small_data, small_trainer
 
 STEP = {"max_steps": 1, "num_sanity_val_steps": 0, "limit_val_batches": 0}
@@ -38,18 +39,30 @@ def whole_weights(classifier: RewardClassifier) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in weights.items()}
 
 
-def sharded(**options: Any) -> dict[str, Any]:
-    return {"devices": int(os.environ["RANKS_OF_TEST"]), "strategy": FullySharded(), "inference_mode": False, **options}
+def sharded(replicas: int = 1, **options: Any) -> dict[str, Any]:
+    """A trainer's options as `fit` gives them."""
+    devices = int(os.environ["RANKS_OF_TEST"])
+    return {"devices": devices, "strategy": FullySharded(replicas), "inference_mode": False, **options}
 
 
-def steps(root: Path, cases: list[tuple[str, dict[str, Any], dict[str, Any]]], spread: bool = True) -> list[Any]:
-    """For each case (family, options of model and data): the weights before a step, its curve, the weights after it."""
+def steps(root: Path, cases: list[tuple[str, dict[str, Any], dict[str, Any]]], replicas: int = 1) -> list[Any]:
+    """For each case (family, options of model and data): the weights before a step, its curve, the weights after it.
+
+    Without replicas, on one device and not sharded.
+    """
     warnings.filterwarnings("ignore")
     results = []
     for family, model_options, data_options in cases:
         classifier = small_classifier(family, **model_options)
         curve, before = Curve(), Before()
-        fit(classifier, small_data(root, **data_options), curve, before, **STEP, **(sharded() if spread else {}))
+        fit(
+            classifier,
+            small_data(root, **data_options),
+            curve,
+            before,
+            **STEP,
+            **(sharded(replicas) if replicas else {}),
+        )
         results.append({"before": before.weights, "curve": curve.values, "after": whole_weights(classifier)})
     return results
 
@@ -109,3 +122,35 @@ def killed_while_saving(root: Path, folder: Path, when: str) -> None:
     for name in ("write_shards", "put_in_place"):
         setattr(shards, name, die_at(name, getattr(shards, name)))
     trainer.fit(classifier, small_data(root), weights_only=True)
+
+
+def mixed_precision(root: Path) -> dict[str, Any]:
+    """A step in bf16-mixed: in which types masters, gradients, the optimizer's state and a block's output are."""
+    warnings.filterwarnings("ignore")
+    classifier, curve = small_classifier(), Curve()
+    types: dict[str, str] = {}
+
+    class Types(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+            block = blocks(pl_module.network)[0]
+            block.register_forward_hook(lambda module, inputs, output: types.update(states=str(output.dtype)))
+
+        def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:
+            weight = next(iter(classifier.parameters()))
+            assert weight.grad is not None
+            types.update(master=str(weight.dtype), gradient=str(weight.grad.dtype))
+
+        def on_train_end(self, trainer: Trainer, *args: Any) -> None:
+            state = next(iter(trainer.optimizers[0].state.values()))
+            types.update(optimizer=str(state["exp_avg"].dtype))
+
+    fit(classifier, small_data(root, layout="tree"), curve, Types(), **STEP, **sharded(precision="bf16-mixed"))
+    return {"types": types, "curve": curve.values, "layout": classifier.trainer.datamodule.layout}
+
+
+def compiled(root: Path) -> list[Any]:
+    """A step with compiled blocks; without the compiler's last stage, which takes long and is not ours to test."""
+    plain = torch.nn.Module.compile
+    torch.nn.Module.compile = partialmethod(plain, backend="aot_eager")  # type: ignore[method-assign, assignment]
+    options = {"compile": True, "gradient_checkpointing": True}
+    return steps(root, [("llama", options, {"layout": "tree", "token_budget": 160})])

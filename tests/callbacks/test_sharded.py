@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.callbacks.sharded_runs import steps
+from tests.callbacks.sharded_runs import compiled, mixed_precision, steps
 from tests.helpers import small_root
 from tests.ranks import on_ranks
 
@@ -29,7 +29,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """Each case on one device, without any sharding."""
-    return on_ranks(1, steps, root, CASES, False, folder=tmp_path_factory.mktemp("alone"))
+    return on_ranks(1, steps, root, CASES, 0, folder=tmp_path_factory.mktemp("alone"))
 
 
 def assert_same_steps(found: list[Any], expected: list[Any]) -> None:
@@ -49,3 +49,19 @@ def test_a_step_is_the_same_on_any_number_of_ranks(ranks: int, root: Path, alone
 
 def test_eight_ranks(root: Path, alone: list[Any], tmp_path: Path) -> None:
     assert_same_steps(on_ranks(8, steps, root, CASES[:1], folder=tmp_path), alone)
+
+
+def test_replicas_change_nothing(root: Path, alone: list[Any], tmp_path: Path) -> None:
+    assert_same_steps(on_ranks(4, steps, root, CASES[:1], 2, folder=tmp_path), alone)
+
+
+def test_compiled_blocks_change_nothing(root: Path, alone: list[Any], tmp_path: Path) -> None:
+    assert_same_steps(on_ranks(2, compiled, root, folder=tmp_path), alone)
+
+
+def test_it_computes_in_bfloat16_and_adds_up_in_float32(root: Path, alone: list[Any], tmp_path: Path) -> None:
+    result = on_ranks(2, mixed_precision, root, folder=tmp_path)
+    full, half = "torch.float32", "torch.bfloat16"
+    assert result["types"] == {"master": full, "gradient": full, "optimizer": full, "states": half}
+    assert result["layout"] == "tree"  # which was tested in the precision that it is computed in
+    torch.testing.assert_close(torch.tensor(result["curve"]), torch.tensor(alone[0]["curve"]), rtol=3e-2, atol=1e-2)

@@ -72,11 +72,3 @@ def test_when_rank_0_is_killed_the_others_end(tmp_path: Path) -> None:
     ended = command("proactive.fit", *options, *ON_TWO, kill(0, 2), cwd=tmp_path, timeout=LIMIT)
     assert ended.returncode == -signal.SIGKILL
     assert "rank 0 (process " in ended.stderr
-
-
-def test_under_torchrun_a_run_has_one_folder_and_a_killed_rank_ends_it(tmp_path: Path) -> None:
-    options = [*SMALL_RUN, f"--data.root={small_root(tmp_path / 'root')}", *ON_TWO]
-    ended = command("torch.distributed.run", *TORCHRUN, *options, kill(1, 2), cwd=tmp_path, timeout=LIMIT)
-    assert ended.returncode != 0
-    assert "Signal 9 (SIGKILL)" in ended.stderr
-    assert [path.name for path in (tmp_path / "runs" / "reward").iterdir()] == ["0"]
