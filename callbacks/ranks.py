@@ -1,12 +1,13 @@
 """A rank that dies ends the whole job, which then says which rank it was, and why."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 PERIOD = 0.5  # seconds between looks
+GRACE = 3.0  # seconds in which rank 0 may come to an error that all ranks have
 PATIENCE = 20.0  # seconds that a rank which lost another one waits for the job's end
 OTHERS_WATCH = ("TORCHELASTIC_RUN_ID", "SLURM_PROCID")
 FAILED = 1  # the job's exit code
@@ -32,6 +34,7 @@ class WatchRanks(Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._watching = False
+        self._own_end = threading.Event()
         self._children: Sequence[subprocess.Popen[Any]] = ()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -44,8 +47,10 @@ class WatchRanks(Callback):
             threading.Thread(target=self._watch_children, daemon=True).start()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """A lost connection is another rank's death, which is what has to be told."""
-        if trainer.world_size > 1 and lost_a_rank(exception) and not any(name in os.environ for name in OTHERS_WATCH):
+        """A lost connection is another rank's death, which is what has to be told; any other error is one's own."""
+        if not lost_a_rank(exception):
+            self._own_end.set()
+        elif trainer.world_size > 1 and lost_a_rank(exception) and not any(name in os.environ for name in OTHERS_WATCH):
             end = time.monotonic() + PATIENCE
             while time.monotonic() < end:  # rank 0 looks itself, for its thread may be in between
                 self._end_if_one_died()
@@ -63,6 +68,8 @@ class WatchRanks(Callback):
         dead = sorted((code, rank) for rank, code in codes.items() if code)
         if dead:
             code, rank = dead[0]
+            if self._own_end.wait(GRACE if code > 0 else 0.0):
+                return
             self._end(f"rank {rank} (process {self._children[rank - 1].pid}) {reason(code)}")
 
     def _end(self, what: str) -> None:
@@ -76,18 +83,25 @@ class WatchRanks(Callback):
         os._exit(FAILED)  # other threads wait for a rank that is no more
 
 
-def follow_parent() -> None:
-    """End this process when rank 0, which has started it, is no more."""
-    parent = os.getppid()
+@contextlib.contextmanager
+def following_parent() -> Iterator[None]:
+    """As long as this lasts, end this process when rank 0, which has started it, is no more."""
+    parent, done = os.getppid(), threading.Event()
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(PERIOD)
-        rank = os.environ.get("LOCAL_RANK")
-        print(f"error: rank 0 (process {parent}) has died, so rank {rank} ends too", file=sys.stderr, flush=True)
-        os._exit(FAILED)
+        while not done.wait(PERIOD):
+            if os.getppid() != parent:
+                rank = os.environ.get("LOCAL_RANK")
+                print(
+                    f"error: rank 0 (process {parent}) has ended, so rank {rank} ends too", file=sys.stderr, flush=True
+                )
+                os._exit(FAILED)
 
     threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def lost_a_rank(exception: BaseException) -> bool:

@@ -12,6 +12,7 @@ files carry their own; values.pt is loaded with weights_only.
 import contextlib
 import os
 import shutil
+import warnings
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -106,7 +107,9 @@ def read_shards(folder: Path, targets: dict[str, Tensor]) -> None:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     if targets:
-        dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+        with warnings.catch_warnings():  # each process reads its own part, and need not hear so
+            warnings.filterwarnings("ignore", ".*load in a single process.*")
+            dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
 
 
 def stored(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:

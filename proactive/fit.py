@@ -40,7 +40,7 @@ from callbacks.files import (
     write_atomically,
 )
 from callbacks.progress import progress_callback
-from callbacks.ranks import WatchRanks, follow_parent
+from callbacks.ranks import WatchRanks, following_parent
 from callbacks.record import MetricsFile, tested_record
 from callbacks.report import HtmlReport
 from callbacks.samples import SampledAnswers
@@ -188,12 +188,12 @@ class FitCLI(LightningCLI):
 
 def main(arguments: list[str]) -> None:
     """Parse, fit, test, and print where the run folder is."""
-    if RUN_FOLDER_VARIABLE in os.environ:  # rank 0 has named the folder, and then started this process
-        follow_parent()
-    arguments = _with_config_of_resumed_run(arguments)
-    cli = FitCLI(task_of(arguments), arguments)
-    with cli.without_empty_folder():
-        _fit_and_test(cli)
+    # Where rank 0 has named the folder, it has then started this process.
+    with following_parent() if RUN_FOLDER_VARIABLE in os.environ else contextlib.nullcontext():
+        arguments = _with_config_of_resumed_run(arguments)
+        cli = FitCLI(task_of(arguments), arguments)
+        with cli.without_empty_folder():
+            _fit_and_test(cli)
 
 
 def _fit_and_test(cli: FitCLI) -> None:

@@ -18,7 +18,11 @@ def agree(root: Path, environment: dict[str, str], rank_name: str) -> list[str]:
     os.environ |= {**environment, rank_name: str(rank), "SLURM_NTASKS": str(ranks)}
     folder = agreed_folder(root / "name", lambda: new_run_folder(root, "name"))
     store.set(f"found/{rank}", str(folder))
-    return [store.get(f"found/{other}").decode() for other in range(ranks)]
+    found = [store.get(f"found/{other}").decode() for other in range(ranks)]
+    store.set(f"done/{rank}", "")
+    if rank == 0:  # which keeps the store
+        store.wait([f"done/{other}" for other in range(ranks)])
+    return found
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from callbacks import shards
 from callbacks.checkpoints import checkpoint_problem, load_checkpoint, load_run
 from datamodules.errors import UserError
-from tests.callbacks.sharded_runs import fitted_to, killed_while_saving
+from tests.callbacks.sharded_runs import disk_full_on_one_rank, fitted_to, killed_while_saving
 from tests.helpers import small_root
 from tests.ranks import on_ranks
 
@@ -71,6 +71,14 @@ def test_a_kill_while_saving_loses_no_checkpoint(when: str, root: Path, tmp_path
     last = tmp_path / "last.ckpt"
     assert last.exists() == (when == "write_shards")
     assert load_run(shards.settled(last), "reward")["global_step"] == 1
+
+
+def test_a_full_disk_on_one_rank_is_told_by_all_and_loses_no_checkpoint(root: Path, tmp_path: Path) -> None:
+    said = on_ranks(2, disk_full_on_one_rank, root, tmp_path, folder=tmp_path / "results")
+    assert len(said) == 2
+    for what in said:
+        assert what == f"cannot save {tmp_path / 'last.ckpt'}: File too large (rank 1)"
+    assert load_run(tmp_path / "last.ckpt", "reward")["global_step"] == 1
 
 
 def test_every_damage_is_found(of_four: tuple[Path, Any], tmp_path: Path) -> None:

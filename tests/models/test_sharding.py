@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+from datamodules.errors import UserError
 from models.backbone import weightless_network
-from models.sharding import blocks
+from models.sharding import blocks, build_sharded_network
 from tests.models.sharded_builds import built, peak_memory
 from tests.models.small import FAMILIES, SMALL_LLAMA
 from tests.ranks import on_ranks
@@ -95,6 +97,14 @@ def test_a_rank_holds_its_share_alone(tmp_path: Path) -> None:
     assert result["wrong"] == 0
     assert result["peak"] < size * 2 / 4 + 1e9
     assert size > size * 2 / 4 + 0.6e9  # a rank that held all would be beyond it
+
+
+def test_a_precision_without_float32_masters_is_refused() -> None:
+    nothing: Any = None
+    with pytest.raises(UserError, match=r"trainer\.precision"):
+        build_sharded_network(
+            "classifier", "scratch", nothing, mesh=nothing, device=torch.device("cpu"), precision="bf16-true"
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

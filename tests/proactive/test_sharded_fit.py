@@ -4,13 +4,14 @@ import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
 from callbacks.checkpoints import load_run
-from proactive import evaluate, export
+from proactive import evaluate, export, fit
 from tests.helpers import SMALL_BACKBONE, SMALL_RUN, command, small_root
 
 NO_DROPOUT = f"--model.scratch={json.dumps({**SMALL_BACKBONE, 'attention_dropout': 0.0})}"  # ranks draw differently
@@ -63,6 +64,8 @@ def test_a_killed_rank_ends_the_job_and_the_resumed_one_is_as_one_device(tmp_pat
         later = AutoModelForSequenceClassification.from_pretrained(tmp_path / output).state_dict()
         assert at_the_end.keys() == later.keys()
         assert all(torch.equal(later[name], weight) for name, weight in at_the_end.items())
+        config = json.loads((checkpoint / "export" / "config.json").read_text())
+        assert config["architectures"] == ["LlamaForSequenceClassification"]
         assert (tmp_path / output / "README.md").read_text() == (checkpoint / "export" / "README.md").read_text()
 
 
@@ -72,3 +75,28 @@ def test_when_rank_0_is_killed_the_others_end(tmp_path: Path) -> None:
     ended = command("proactive.fit", *options, *ON_TWO, kill(0, 2), cwd=tmp_path, timeout=LIMIT)
     assert ended.returncode == -signal.SIGKILL
     assert "rank 0 (process " in ended.stderr
+
+
+def test_an_error_that_all_ranks_have_is_told_as_one(tmp_path: Path) -> None:
+    """It is rank 0's own, with its exit code, not the news of another one's end."""
+    options = [f"--data.root={small_root(tmp_path / 'root')}", *ON_TWO, "--trainer.accelerator=cpu"]
+    ended = command("proactive.fit", *options, "--model.optimizer=adamw_8bit", cwd=tmp_path, timeout=LIMIT)
+    assert ended.returncode == 2
+    told = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert "model.optimizer: adamw_8bit" in told[0]
+    assert not (tmp_path / "runs" / "reward" / "0").exists()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "named"),
+    [
+        ({"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}, "ModelParallelStrategy"),
+        ({"class_path": "callbacks.sharded.FullySharded", "init_args": {"replicas": 0}}, "0 replicas"),
+    ],
+)
+def test_strategies_that_do_not_serve_are_refused(strategy: dict[str, Any], named: str, call: Callable) -> None:
+    ended = call(fit.main, f"--trainer.strategy={json.dumps(strategy)}", "--trainer.accelerator=cpu")
+    assert ended.code == 2
+    what, hint = ended.err.splitlines()
+    assert named in what
+    assert hint.startswith("  help: ")
