@@ -52,7 +52,7 @@ def link(path: Path, other: Path) -> None:
 def put_in_place(new: Path, target: Path) -> None:
     """Rename a new checkpoint to where the previous one is; a folder cannot be replaced in one step as files are."""
     replaced = _replaced(target)
-    if target.is_dir():
+    if target.exists() and (target.is_dir() or new.is_dir()):
         remove(replaced)
         target.rename(replaced)
     new.replace(target)

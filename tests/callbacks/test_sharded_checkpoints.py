@@ -56,12 +56,13 @@ def test_to_one_device_and_back(
     root: Path, whole: dict[str, Any], of_four: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     """A device without any sharding reads what ranks wrote, and ranks read what it wrote."""
-    path, first = of_four
-    second = on_ranks(1, fitted_to, 8, root, tmp_path / "device", str(path), False, folder=tmp_path)
-    written = tmp_path / "device" / "last.ckpt"
-    assert written.is_file()
-    third = on_ranks(2, fitted_to, 12, root, tmp_path / "two", str(written), folder=tmp_path)
-    assert_as_whole([first, second, third], whole)
+    last = tmp_path / "run" / "last.ckpt"
+    shutil.copytree(of_four[0], last)
+    second = on_ranks(1, fitted_to, 8, root, last.parent, str(last), False, folder=tmp_path)
+    assert last.is_file()  # in the folder's place
+    third = on_ranks(2, fitted_to, 12, root, last.parent, str(last), folder=tmp_path)
+    assert shards.is_sharded(last)
+    assert_as_whole([of_four[1], second, third], whole)
 
 
 @pytest.mark.parametrize("when", ["write_shards", "put_in_place"])
