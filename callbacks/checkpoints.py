@@ -7,6 +7,7 @@
 """
 
 import contextlib
+import json
 import os
 import pickle
 import signal
@@ -20,6 +21,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from callbacks import shards
 from callbacks.files import CHECKPOINTS
 from datamodules.errors import UserError
 from models.training import EXPORT_STATE, BackboneModule
@@ -42,20 +44,33 @@ class Interrupted(Exception):  # noqa: N818 - nothing went wrong
         self.step = step
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Load weights and plain values; nothing in the file can run code.
+def refuse_damaged(path: Path, problem: str | None) -> None:
+    """Raise a UserError that names the newest good checkpoint beside one that has a problem."""
+    if not problem:
+        return
+    others = [p for p in path.parent.glob("*.ckpt") if p != path and checkpoint_problem(p) is None]
+    newest = max(others, key=lambda p: p.stat().st_mtime, default=None)
+    hint = f"The newest good one is {newest}: give it as --ckpt_path or --checkpoint." if newest else ""
+    raise UserError(f"{path}: {problem}", hint or "There is no good checkpoint beside it; start a new run.")
+
+
+def load_checkpoint(path: Path, *, checked: bool = False, whole: bool = True) -> dict[str, Any]:
+    """Load weights and plain values; nothing in the files can run code.
+
+    Args:
+        path: A checkpoint file, or the folder that ranks wrote together.
+        checked: Whether it is known to be undamaged.
+        whole: Whether to join the shards of a folder; without them its other values alone.
 
     Raises:
-        UserError: There is no such file, it is damaged, or it holds more than weights and plain values.
+        UserError: There is no such checkpoint, it is damaged, or it holds more than weights and plain values.
     """
-    problem = checkpoint_problem(path)
-    if problem:
-        others = [p for p in path.parent.glob("*.ckpt") if p != path and checkpoint_problem(p) is None]
-        newest = max(others, key=lambda p: p.stat().st_mtime, default=None)
-        hint = f"The newest good one is {newest}: give it as --ckpt_path or --checkpoint." if newest else ""
-        raise UserError(f"{path}: {problem}", hint or "There is no good checkpoint beside it; start a new run.")
+    if not checked:
+        refuse_damaged(path, checkpoint_problem(path))
+    sharded = shards.is_sharded(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        file = path / shards.VALUES if sharded else path
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=not whole)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: refused, for it holds more than weights and plain values and could run code",
@@ -69,16 +84,28 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint",
             "Use a checkpoint that this project wrote.",
         )
-    return checkpoint
+    return _joined(path, checkpoint) if sharded and whole else checkpoint
 
 
-def load_run(path: Path, task: str) -> dict[str, Any]:
-    """Load a checkpoint that `python -m proactive.fit --task ...` wrote.
+def _joined(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint as one device writes it, of the shards and the other values that ranks wrote."""
+    state = {**values["state_dict"], **shards.read_whole(folder / shards.WEIGHTS)}
+    state |= {name: state[first] for name, first in values["aliases"].items()}
+    kept = shards.read_whole(folder / shards.OPTIMIZER)
+    optimizers = []
+    for number, optimizer in enumerate(values["optimizer_states"]):
+        mine = {name.partition("|")[2]: value for name, value in kept.items() if name.startswith(f"{number}|")}
+        optimizers.append(shards.numbered({**optimizer, "state": {**optimizer["state"], **mine}}))
+    return {**values, "state_dict": state, "optimizer_states": optimizers}
+
+
+def load_run(path: Path, task: str, **options: bool) -> dict[str, Any]:
+    """Load a checkpoint that `python -m proactive.fit --task ...` wrote; for the options see `load_checkpoint`.
 
     Raises:
         UserError: As `load_checkpoint`, or it is something else, or of another task.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, **options)
     if missing := sorted(RUN_KEYS - set(checkpoint)):
         raise UserError(
             f"{path} is no checkpoint of a run: it lacks {', '.join(missing)}",
@@ -105,19 +132,68 @@ def load_trained(kind: type[Model], target: Path, option: str) -> tuple[Model, d
     """
     if (target / EXPORT_STATE).is_file():
         return (*kind.from_export(target), target)
-    if (target / CHECKPOINTS).is_dir():
-        target = next((path for name in (BEST, LAST) if (path := target / CHECKPOINTS / name).exists()), target)
-    if target.is_dir() or not target.exists():
-        raise UserError(
-            f"{option}: {target} holds no checkpoint" if target.exists() else f"{option}: there is no {target}",
-            f"Give a run folder, a .ckpt file, or an export folder (with {EXPORT_STATE}).",
-        )
+    target = _checkpoint_of(target, option)
     checkpoint = load_run(target, kind.task)
     return kind.from_checkpoint(checkpoint), checkpoint[DATA_KEYS[kind.task]], target
 
 
+def checkpoint_task(target: Path, option: str) -> str:
+    """Which kind of model a run folder, a checkpoint or an export folder holds.
+
+    Raises:
+        UserError: As `load_trained`.
+    """
+    if (target / EXPORT_STATE).is_file():
+        return str(json.loads((target / EXPORT_STATE).read_text(encoding="utf-8")).get("task"))
+    checkpoint = load_checkpoint(_checkpoint_of(target, option), whole=False)
+    task = checkpoint.get("task")
+    if task not in DATA_KEYS:
+        raise UserError(
+            f"{option}: {target} is no checkpoint of a run: it names no task",
+            "Give one that python -m proactive.fit wrote.",
+        )
+    return str(task)
+
+
+def _checkpoint_of(target: Path, option: str) -> Path:
+    """The checkpoint that `target` is, or the best one of the run folder that it is."""
+    if (target / CHECKPOINTS).is_dir():
+        names = (shards.settled(target / CHECKPOINTS / name) for name in (BEST, LAST))
+        target = next((path for path in names if path.exists()), target)
+    shards.settled(target)
+    if not target.exists() or (target.is_dir() and not shards.is_sharded(target)):
+        raise UserError(
+            f"{option}: {target} holds no checkpoint" if target.exists() else f"{option}: there is no {target}",
+            f"Give a run folder, a checkpoint, or an export folder (with {EXPORT_STATE}).",
+        )
+    return target
+
+
 def checkpoint_problem(path: Path) -> str | None:
-    """What keeps a file from being a whole checkpoint, or None; reads it once and compares its checksums."""
+    """What keeps a checkpoint from being whole, or None; reads it once and compares its checksums."""
+    if shards.is_sharded(path):
+        return _file_problem(path / shards.VALUES) or _shards_problem(path)
+    return _file_problem(path)
+
+
+def _shards_problem(folder: Path) -> str | None:
+    """The same for the files that values.pt names."""
+    try:
+        expected = torch.load(folder / shards.VALUES, map_location="cpu", weights_only=True, mmap=True)["files"]
+        found = shards.checksums(folder, (folder / name for name in expected))
+        damaged = next((name for name, checksum in expected.items() if found[name] != checksum), None)
+        return f"damaged in {damaged}" if damaged else None
+    except pickle.UnpicklingError:
+        return None  # loading it says what is wrong
+    except FileNotFoundError as error:
+        return f"lacks {Path(error.filename).relative_to(folder)}"
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    except Exception as error:  # whatever a foreign archive makes the reader say
+        return f"no checkpoint ({' '.join(str(error).split())[:200]})"
+
+
+def _file_problem(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             odd = [info.filename for info in archive.infolist() if info.is_dir() or info.external_attr]
@@ -151,20 +227,20 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(target)
+            shards.put_in_place(temporary, target)
         except OSError as error:
-            raise self._cannot_save(target, error.strerror or str(error)) from error
+            raise self.cannot_save(target, error.strerror or str(error)) from error
         except RuntimeError as error:
             # PyTorch's writer hides the disk's error behind its own, once it has begun to write
             if not isinstance(error.__context__, OSError) and "inline_container" not in str(error):
                 raise
             reason = getattr(error.__context__, "strerror", None) or "the disk took only a part of it"
-            raise self._cannot_save(target, reason) from error
+            raise self.cannot_save(target, reason) from error
         finally:
             temporary.unlink(missing_ok=True)
 
     @staticmethod
-    def _cannot_save(target: Path, reason: str) -> UserError:
+    def cannot_save(target: Path, reason: str) -> UserError:
         return UserError(f"cannot save {target}: {reason}", "Make room there; the previous checkpoint is intact.")
 
     def load_checkpoint(
@@ -211,12 +287,13 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.previous.unlink(missing_ok=True)
+        self._drop_previous(trainer)
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return  # the epoch's end, with its validation, comes next
-        if self._signal or trainer.global_step % self.every_n_steps == 0:
+        asked = self._asked(trainer)
+        if asked or trainer.global_step % self.every_n_steps == 0:
             self._save(trainer)
-        self._stop_if_asked(trainer)
+        self._stop_if(asked, trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.sanity_checking:
@@ -225,7 +302,7 @@ class LastCheckpoint(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             self._save(trainer)
-            self.previous.unlink(missing_ok=True)
+            self._drop_previous(trainer)
             self._stop_if_asked(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -237,21 +314,36 @@ class LastCheckpoint(Checkpoint):
         self._stop_if_asked(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        if trainer.is_global_zero and self.path.is_file() and self._saved < trainer.global_step:
-            self.previous.unlink(missing_ok=True)
+        if trainer.is_global_zero and self.path.exists() and self._saved < trainer.global_step:
+            shards.remove(self.previous)
             with contextlib.suppress(OSError):  # where the file system has no links, the new one is all there is
-                os.link(self.path, self.previous)
+                shards.link(self.path, self.previous)
         trainer.save_checkpoint(self.path)
         self._saved = trainer.global_step
+
+    def _drop_previous(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero:
+            shards.remove(self.previous)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._signal:
             raise Interrupted(number, self._saved)
         self._signal = number
 
+    def _asked(self, trainer: Trainer) -> int:
+        """The signal that any rank was sent, or 0: ranks get it at different steps, and have to stop together."""
+        if trainer.world_size == 1:
+            return self._signal
+        signal_number = torch.tensor(self._signal, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(signal_number, reduce_op="max"))
+
     def _stop_if_asked(self, trainer: Trainer) -> None:
-        if self._signal:
-            raise Interrupted(self._signal, trainer.global_step)
+        self._stop_if(self._asked(trainer), trainer)
+
+    @staticmethod
+    def _stop_if(signal_number: int, trainer: Trainer) -> None:
+        if signal_number:
+            raise Interrupted(signal_number, trainer.global_step)
 
 
 class BestCheckpoint(ModelCheckpoint):

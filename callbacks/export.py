@@ -7,10 +7,12 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
 from callbacks.files import EXPORT
 from callbacks.record import tested_record
 from datamodules.rows import RowsDataModule
+from models.sharding import gather
 from models.training import BackboneModule
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -23,20 +25,38 @@ class ExportModel(Callback):
         self.folder = folder
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, BackboneModule)
+        assert pl_module.network is not None
+        weights = gather(pl_module.network)  # all ranks take part
         if trainer.is_global_zero:
-            assert isinstance(pl_module, BackboneModule)
             data = trainer.datamodule  # type: ignore[attr-defined]
-            export_model(pl_module, data, tested_record(trainer, pl_module), self.folder / EXPORT)
+            record = tested_record(trainer, pl_module)
+            export_model(pl_module, data, record, self.folder / EXPORT, weights)
 
 
-def export_model(model: BackboneModule, data: RowsDataModule, record: dict[str, Any], folder: Path) -> None:
-    """Write weights, configuration, tokenizer and model card to `folder`, in place of what was there."""
+def export_model(
+    model: BackboneModule,
+    data: RowsDataModule,
+    record: dict[str, Any] | None,
+    folder: Path,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Write weights, configuration, tokenizer and model card to `folder`, in place of what was there.
+
+    Args:
+        model: What to export.
+        data: What it was trained on.
+        record: What its test found out; without one there is no model card.
+        folder: Where to.
+        weights: See `BackboneModule.export`.
+    """
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    model.export(unfinished, data.state_dict())
+    model.export(unfinished, data.state_dict(), weights)
     data.tokenizer.save_pretrained(unfinished)
-    (unfinished / "README.md").write_text(model_card(record, model.hparams), encoding="utf-8")
+    if record is not None:
+        (unfinished / "README.md").write_text(model_card(record, model.hparams), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
 

@@ -2,6 +2,9 @@
 
 import os
 import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 from datamodules.errors import UserError
@@ -12,6 +15,7 @@ EXPORT = "export"
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"
+AGREED_AFTER = 120  # seconds at most, between the starts of a job's first and last rank
 RUN_FOLDER_VARIABLE = "PROACTIVE_RUN_FOLDER"  # by it the processes that rank 0 starts know their run's folder
 
 
@@ -31,6 +35,36 @@ def new_run_folder(root: Path, name: str) -> Path:
         raise UserError(
             f"cannot make a run folder in {parent}: {error.strerror}", "Choose another place with --run.root."
         ) from error
+
+
+def agreed_folder(parent: Path, choose: Callable[[], Path]) -> Path:
+    """The folder that rank 0 chooses, on every rank of a job whose ranks torchrun or SLURM has started.
+
+    They have to agree on it before they are connected: by the store that torchrun keeps, or by a file named by SLURM's
+    job. In any other process it is its own choice.
+    """
+    environment = os.environ
+    if "TORCHELASTIC_RUN_ID" in environment:
+        from torch.distributed import TCPStore
+
+        address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=AGREED_AFTER))
+        key = f"proactive/run_folder/{environment['TORCHELASTIC_RESTART_COUNT']}"
+        if environment["RANK"] == "0":
+            store.set(key, str(choose()))
+        return Path(store.get(key).decode())
+    if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:
+        names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+        note = parent / f".slurm-{'-'.join(environment.get(name, '0') for name in names)}"
+        if environment["SLURM_PROCID"] == "0":
+            write_atomically(note, str(choose()))
+        end = time.monotonic() + AGREED_AFTER
+        while not note.is_file():
+            if time.monotonic() > end:
+                raise UserError(f"rank 0 has left no {note}", "Put --run.root where all nodes see the same files.")
+            time.sleep(0.2)
+        return Path(note.read_text(encoding="utf-8"))
+    return choose()
 
 
 def latest_run_folder(root: Path, name: str) -> Path:

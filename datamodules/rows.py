@@ -133,6 +133,7 @@ class RowsDataModule(LightningDataModule):
         self.truncated: dict[Stage, int] = {}
         self._tokenizer: PreTrainedTokenizerFast | None = None
         self._trained_on: dict[str, list[Any]] | None = None  # a checkpoint's, where this data only evaluates it
+        self._training_digest: str | None = None  # the same
         self._split: Split | None = None
         self._encoded: dict[Stage, Encoded] = {}
         self._layouts: dict[Stage, Layout] = {}
@@ -261,7 +262,7 @@ class RowsDataModule(LightningDataModule):
             "prompt": self.template.model_dump(),
             "tokenizer": tokenizer_state(self.tokenizer),
             **self.trained_on,
-            "training_rows": self.training_digest(),
+            "training_rows": self._training_digest or self.training_digest(),
         }
 
     def training_digest(self) -> str:
@@ -305,6 +306,7 @@ class RowsDataModule(LightningDataModule):
             data.template = cls.template_class.parse(state["prompt"], "the checkpoint")
         data._tokenizer = tokenizer_from_state(state["tokenizer"])
         data._trained_on = {name: list(state.get(name, [])) for name in ("training_histories", "training_scenes")}
+        data._training_digest = state["training_rows"]
         return data
 
     def epoch(

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from datamodules.batches import Inputs
 from datamodules.errors import UserError
 from datamodules.tokenizer import SCRATCH
+from models.forward import as_forward
 from models.tree import NO_DIFFERENCE, read_tree, tolerance, tree_states
 
 if TYPE_CHECKING:
@@ -66,16 +67,25 @@ def build_network(
         UserError: There is no such backbone, it has no such head, or the tokenizer does not fit it.
     """
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
-    config = build_config(head, backbone, tokenizer, scratch, dropout=dropout, trust_remote_code=trust_remote_code)
-    with _clear_errors(head, backbone), quiet():
-        if backbone == SCRATCH:
+    config = network_config(head, backbone, tokenizer, scratch, dropout=dropout, trust_remote_code=trust_remote_code)
+    if backbone == SCRATCH:
+        with _clear_errors(head, backbone), quiet():
             return _auto_class(head).from_config(config, **options)
-        return _auto_class(head).from_pretrained(
-            backbone, config=config, use_safetensors=True, trust_remote_code=trust_remote_code, **options
+    return pretrained_network(head, backbone, config, trust_remote_code=trust_remote_code, **options)[0]
+
+
+def pretrained_network(
+    head: Head, backbone: str, config: "PretrainedConfig", **options: Any
+) -> tuple["PreTrainedModel", list[str]]:
+    """A network with the backbone's own weights, and which of its tensors were drawn, for the files lack them."""
+    with _clear_errors(head, backbone), quiet():
+        network, found = _auto_class(head).from_pretrained(
+            backbone, config=config, use_safetensors=True, output_loading_info=True, **options
         )
+    return network, sorted(found["missing_keys"])
 
 
-def build_config(
+def network_config(
     head: Head,
     backbone: str,
     tokenizer: "PreTrainedTokenizerFast",
@@ -84,7 +94,7 @@ def build_config(
     dropout: float | None = None,
     trust_remote_code: bool = False,
 ) -> "PretrainedConfig":
-    """The configuration of the network that `build_network` makes of the same arguments."""
+    """The configuration of the network that `build_network` makes, with its options and errors."""
     from transformers import AutoConfig
 
     with _clear_errors(head, backbone), quiet():
@@ -102,7 +112,24 @@ def build_config(
                 f"{config.vocab_size}",
                 "Give backbone and tokenizer that belong together.",
             )
-        return config
+    return config
+
+
+def weightless_network(
+    head: Head,
+    backbone: str,
+    config: "PretrainedConfig",
+    *,
+    dtype: DtypeName,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
+) -> "PreTrainedModel":
+    """The network of a configuration on the meta device."""
+    options = {"trust_remote_code": trust_remote_code} if trust_remote_code else {}
+    with _clear_errors(head, backbone), quiet(), torch.device("meta"):
+        return _auto_class(head).from_config(
+            config, dtype=getattr(torch, dtype), attn_implementation=attn_implementation, **options
+        )
 
 
 def network_from_config(
@@ -167,6 +194,7 @@ def _auto_class(head: Head) -> Any:
     return getattr(transformers, classes[head])
 
 
+@as_forward
 def classify(model: "PreTrainedModel", inputs: Inputs, pooling: Pooling) -> Tensor:
     """Logits of the two classes.
 
@@ -202,6 +230,7 @@ def _logits(model: "PreTrainedModel", pooled_RD: Tensor) -> Tensor:
     return layer(pooled_RD.to(layer.weight.dtype))
 
 
+@as_forward
 def token_losses(model: "PreTrainedModel", inputs: Inputs, predicted_at: Tensor, target: Tensor) -> Tensor:
     """The cross-entropy of tokens to predict, in chunks whose logits are made anew for the gradient.
 
@@ -242,6 +271,7 @@ def language_logits(model: "PreTrainedModel", hidden_LD: Tensor) -> Tensor:
     return (logits_LV if cap is None else torch.tanh(logits_LV / cap) * cap).float()
 
 
+@as_forward
 def language_problem(model: "PreTrainedModel") -> str | None:
     """What keeps a network from being trained as a causal language model here, tried on a short row; None if nothing.
 
@@ -254,12 +284,13 @@ def language_problem(model: "PreTrainedModel") -> str | None:
     model.eval()
     with torch.no_grad():
         own_TV, other_TV = (model(input_ids=ids).logits[0].float() for ids in (row_1T, other_1T))
-        found_TV = language_logits(model, model.base_model(input_ids=row_1T).last_hidden_state[0])
+        states_TD = model.base_model(input_ids=row_1T).last_hidden_state[0]
+        found_TV = language_logits(model, states_TD)
     model.train(training)
     if float((own_TV[:-1] - other_TV[:-1]).norm() / own_TV.norm()) > NO_DIFFERENCE:
         return "it sees the tokens that it is to predict"
     difference = float((found_TV - own_TV).norm() / own_TV.norm())
-    if difference > tolerance(model):
+    if difference > tolerance(model, states_TD.dtype):
         return f"its logits are not those of its last layer alone (relative difference {difference:.1e})"
     return None
 

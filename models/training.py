@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
@@ -37,9 +37,11 @@ from models.backbone import (
     same_random_numbers,
 )
 from models.optimizers import OptimizerName, ScheduleName, build_optimizer, build_schedule, optimizer_maker
+from models.sharding import blocks, build_sharded_network, reshard, whole
 from models.tree import choose_attention, pair_cost, tree_problem
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
 EXPORT_STATE = "proactive.json"
@@ -59,6 +61,7 @@ class BackboneModule(LightningModule):
             on a CPU sdpa block by block.
         dropout: Dropout everywhere the backbone has it; as the backbone has it if null.
         gradient_checkpointing: Trade compute for memory: keep no activations inside a layer.
+        compile: Compile each block with torch.compile: a minute at the start, and faster steps after it.
         trust_remote_code: Let a backbone from the hub run code of its own. Off for a reason.
         optimizer: adamw; adamw_8bit and paged_adamw_8bit from bitsandbytes; adamw_8bit_stochastic_rounding from
             torchao, for dtype bfloat16, in which small updates would be lost to rounding.
@@ -85,6 +88,7 @@ class BackboneModule(LightningModule):
         attn_implementation: str | None = None,
         dropout: float | None = None,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
         trust_remote_code: bool = False,
         optimizer: OptimizerName = "adamw",
         learning_rate: float = 1e-3,
@@ -127,9 +131,15 @@ class BackboneModule(LightningModule):
         options, data = self.hparams, self.trainer.datamodule  # type: ignore[attr-defined]
         optimizer_maker(options["optimizer"])  # says what is missing before any weight is loaded
         refuse_unfit(self.adapter, options["quantization"], self.trainer.strategy)
+        if self._mesh is not None and options["optimizer"] != "adamw":
+            raise UserError(
+                f"model.optimizer: {options['optimizer']} keeps blocks of weights whole, which sharding cuts apart",
+                "Use model.optimizer adamw; its state is sharded as well.",
+            )
         if self.network is None:
+            build = build_network if self._mesh is None else self._build_sharded
             with self._randomness():
-                self.network = build_network(
+                self.network = build(
                     self.head,
                     options["backbone"],
                     data.tokenizer,
@@ -147,11 +157,20 @@ class BackboneModule(LightningModule):
                 )
             if options["gradient_checkpointing"]:
                 self.network.gradient_checkpointing_enable({"use_reentrant": False})
+            if options["compile"]:
+                for block in blocks(self.network):
+                    block.compile(dynamic=True)  # every micro-batch has another length
             self.network.train()
+        self._settle_layout(data)
+        if self._mesh is not None:
+            reshard(self.network)
+
+    def _settle_layout(self, data: Any) -> None:
+        assert self.network is not None
         if data.layout == "rows":
             data.settle_layout(None)
             return
-        if options["attn_implementation"] is None:
+        if self.hparams["attn_implementation"] is None:
             choose_attention(self.network, self.trainer.strategy.root_device.type, data.max_length)
         data.settle_layout(self.tree_problem(self.network, data.max_length), pair_cost(self.network))
 
@@ -176,7 +195,7 @@ class BackboneModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip; the gradients are then those of the whole step, of all ranks and without a loss scale."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = whole(nn.utils.get_total_norm(gradients))
         if not torch.isfinite(norm) and self._scaler is None:  # a scaler leaves such a step out
             raise self.not_finite("the gradient norm", norm)
         if self.hparams["gradient_clip_norm"] is not None:
@@ -272,19 +291,20 @@ class BackboneModule(LightningModule):
         made_anew = self.adapter is not None and self.hparams["backbone"] == SCRATCH
         return same_random_numbers() if made_anew else contextlib.nullcontext()
 
-    def export(self, folder: Path, state: dict[str, Any]) -> None:
+    def export(self, folder: Path, state: dict[str, Any], weights: dict[str, Tensor] | None = None) -> None:
         """Write weights and configuration for transformers, and what only this project reads.
 
         Args:
             folder: Where to, made if missing.
             state: What else `proactive.json` shall hold: the data module's state.
+            weights: The network's, where it holds shards of them alone; see `models.sharding.gather`.
         """
         assert self.network is not None, "configure_model makes the network"
         options = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
         content = {"task": self.task, "model": options, "calibration": self._calibration, "data": state}
         if self.adapter is None:
             with quiet():
-                self.network.save_pretrained(folder)
+                self.network.save_pretrained(folder, state_dict=weights)
         elif self.adapter.merge:
             self._merged().save_pretrained(folder)
             content["model"] = options | {"adapter": None, "quantization": "none"}
@@ -355,6 +375,23 @@ class BackboneModule(LightningModule):
         if not ends:
             raise UserError("a run without an end has no schedule", "Give trainer.max_epochs or trainer.max_steps.")
         return min(ends)
+
+    @property
+    def _mesh(self) -> "DeviceMesh | None":
+        """The ranks that the weights are spread over; None if each has them all."""
+        strategy = self.trainer.strategy
+        return strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
+
+    def _build_sharded(self, *arguments: Any, **options: Any) -> "PreTrainedModel":
+        assert self._mesh is not None
+        trainer = self.trainer
+        return build_sharded_network(
+            *arguments,
+            mesh=self._mesh,
+            device=trainer.strategy.root_device,
+            precision=str(trainer.precision),
+            **options,
+        )
 
     @property
     def _scaler(self) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 from datamodules.batches import Inputs, TreeLayout
 from datamodules.tree import ancestors
 from models.attention import BLOCKWISE, register, tree_blocks
+from models.forward import as_forward
 from models.operations import embedding_count, weight_count
 
 if TYPE_CHECKING:
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BLOCK = 128  # FlexAttention's block of tokens
-# How far the states of tree and rows may differ, relatively: rounding, by the dtype of the weights.
+# How far the states of tree and rows may differ, relatively: rounding, by the dtype that they are computed in.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 NO_DIFFERENCE = 1e-6  # where the same computation is repeated, and only what must not be seen is another
 MASKED_ATTENTIONS = ("sdpa", "eager", "flex_attention", BLOCKWISE)  # those that take any mask
 
 
+@as_forward
 def read_tree(model: "PreTrainedModel", inputs: Inputs) -> Tensor:
     """The final hidden states (R, D) at the read-outs of a tree."""
     return tree_states(model, inputs, inputs["read_out"].unique())[0, inputs["read_out"]]
@@ -146,10 +148,10 @@ def tree_problem(model: "PreTrainedModel", longest: int) -> str | None:
         model.train(training)
 
 
-def tolerance(model: "PreTrainedModel") -> float:
-    """How far a model's states may differ between two ways to compute the same."""
+def tolerance(model: "PreTrainedModel", dtype: torch.dtype) -> float:
+    """How far a model's states, computed in a dtype, may differ between two ways to compute the same."""
     rounds_inputs = any(type(module).__name__ == "Linear8bitLt" for module in model.modules())  # to 8 bits
-    return max(TOLERANCE[model.dtype], TOLERANCE[torch.bfloat16] if rounds_inputs else 0.0)
+    return max(TOLERANCE[dtype], TOLERANCE[torch.bfloat16] if rounds_inputs else 0.0)
 
 
 def _misread(model: "PreTrainedModel") -> str | None:
@@ -165,7 +167,7 @@ def _misread(model: "PreTrainedModel") -> str | None:
     if _difference(merged_RD[1], beside_other_RD[1]) > NO_DIFFERENCE:
         return "a row's state depends on the other rows of its tree"
     difference = _difference(merged_RD, torch.stack([left_TD[-1], right_TD[-1]]))
-    if not difference <= tolerance(model):
+    if not difference <= tolerance(model, merged_RD.dtype):
         return f"a tree of two rows gives other states than the rows one by one (relative difference {difference:.1e})"
     return None
 
@@ -174,16 +176,18 @@ def _read_rows_as_tree(model: "PreTrainedModel", rows: list[list[int]]) -> Tenso
     inputs: Any = TreeLayout(rows, token_budget=64).lay_out(range(len(rows))).inputs
     device = model.get_input_embeddings().weight.device
     placed: Any = {name: value.to(device) for name, value in inputs.items()}
-    return read_tree(model, placed).float()
+    return read_tree(model, placed)
 
 
+@as_forward
 def _read_row(model: "PreTrainedModel", row: list[int]) -> Tensor:
     input_ids_1T = torch.tensor([row], device=model.get_input_embeddings().weight.device)
     output = model.base_model(input_ids=input_ids_1T, attention_mask=torch.ones_like(input_ids_1T))
-    return output.last_hidden_state[0].float()
+    return output.last_hidden_state[0]
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.float(), expected.float()
     return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
 
 

@@ -14,6 +14,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from callbacks.checkpoints import (
     BEST,
@@ -33,14 +34,18 @@ from callbacks.files import (
     METRICS_FILE,
     REPORT_FILE,
     RUN_FOLDER_VARIABLE,
+    agreed_folder,
     latest_run_folder,
     new_run_folder,
     write_atomically,
 )
 from callbacks.progress import progress_callback
+from callbacks.ranks import WatchRanks, following_parent
 from callbacks.record import MetricsFile, tested_record
 from callbacks.report import HtmlReport
 from callbacks.samples import SampledAnswers
+from callbacks.sharded import FullySharded
+from callbacks.shards import is_sharded, settled
 from callbacks.throughput import ThroughputLog
 from datamodules.agent import AgentDataModule
 from datamodules.errors import UserError
@@ -150,6 +155,7 @@ class FitCLI(LightningCLI):
         settings, folder = self.config_init["run"], self.folder
         callbacks = [
             *(options.callbacks or []),
+            WatchRanks(folder),
             SeedEachStep(),
             ThroughputLog(),  # before the others: what they do at a step's end counts as the next step's
             BestCheckpoint(folder / CHECKPOINTS, settings.monitor),
@@ -166,6 +172,13 @@ class FitCLI(LightningCLI):
             "callbacks": callbacks,
             "plugins": [*(options.plugins or []), SafeCheckpointIO(self.task)],
         }
+        if isinstance(options.strategy, ModelParallelStrategy) and not isinstance(options.strategy, FullySharded):
+            raise UserError(
+                "trainer.strategy: checkpoints of Lightning's own ModelParallelStrategy cannot be loaded safely",
+                "Use --trainer.strategy fully_sharded.",
+            )
+        if isinstance(options.strategy, FullySharded) or options.strategy == "fully_sharded":
+            given["inference_mode"] = False  # what is gathered for a validation is trained with afterwards
         if options.logger is None:
             given["logger"] = [CSVLogger(folder, "", LOGS), TensorBoardLogger(folder, "", LOGS)]
         if options.enable_progress_bar is None:
@@ -179,10 +192,12 @@ class FitCLI(LightningCLI):
 
 def main(arguments: list[str]) -> None:
     """Parse, fit, test, and print where the run folder is."""
-    arguments = _with_config_of_resumed_run(arguments)
-    cli = FitCLI(task_of(arguments), arguments)
-    with cli.without_empty_folder():
-        _fit_and_test(cli)
+    # Where rank 0 has named the folder, it has then started this process.
+    with following_parent() if RUN_FOLDER_VARIABLE in os.environ else contextlib.nullcontext():
+        arguments = _with_config_of_resumed_run(arguments)
+        cli = FitCLI(task_of(arguments), arguments)
+        with cli.without_empty_folder():
+            _fit_and_test(cli)
 
 
 def _fit_and_test(cli: FitCLI) -> None:
@@ -205,7 +220,7 @@ def _fit_and_test(cli: FitCLI) -> None:
             saved = folder / CHECKPOINTS / LAST
             how = f"resume with: python -m proactive.fit --ckpt_path {shlex.quote(str(saved))}"
             print(f"stopped at step {stop.step}; {how if saved.exists() else 'nothing was trained yet'}")
-        raise SystemExit(128 + stop.signal_number) from None
+        raise SystemExit(128 + stop.signal_number if trainer.is_global_zero else 0) from None
     if not trainer.is_global_zero:
         return
     if not cli.config.quiet:
@@ -219,9 +234,10 @@ def _run_folder(settings: "Namespace", ckpt_path: str | None) -> tuple[Path, boo
     if RUN_FOLDER_VARIABLE in os.environ:
         return Path(os.environ[RUN_FOLDER_VARIABLE]), False
     resumed = _resumed_folder(settings.root, settings.name, ckpt_path)
-    folder = resumed or new_run_folder(Path(settings.root), settings.name)
+    root = Path(settings.root)
+    folder = resumed or agreed_folder(root / settings.name, lambda: new_run_folder(root, settings.name))
     os.environ[RUN_FOLDER_VARIABLE] = str(folder)
-    return folder, resumed is None
+    return folder, resumed is None and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def _resumed_folder(root: str, name: str, ckpt_path: str | None) -> Path | None:
@@ -230,9 +246,9 @@ def _resumed_folder(root: str, name: str, ckpt_path: str | None) -> Path | None:
         return None
     if ckpt_path == "last":
         return latest_run_folder(Path(root), name)
-    path = Path(ckpt_path)
-    if not path.is_file():
-        raise UserError(f"--ckpt_path: there is no file {path}", "Give a .ckpt file, or last.")
+    path = settled(Path(ckpt_path))
+    if not path.is_file() and not is_sharded(path):
+        raise UserError(f"--ckpt_path: there is no checkpoint {path}", "Give a .ckpt file or folder, or last.")
     folder = path.parent.parent
     return folder if (folder / CONFIG_FILE).is_file() else None
 
@@ -240,7 +256,7 @@ def _resumed_folder(root: str, name: str, ckpt_path: str | None) -> Path | None:
 def _resume_from(ckpt_path: str | None, folder: Path) -> str | None:
     if ckpt_path != "last":
         return ckpt_path
-    path = folder / CHECKPOINTS / LAST
+    path = settled(folder / CHECKPOINTS / LAST)
     if not path.exists():
         print(f"{folder} was stopped before its first checkpoint; it begins anew")
         return None

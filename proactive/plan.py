@@ -17,7 +17,7 @@ from callbacks.files import write_atomically
 from datamodules.errors import UserError
 from datamodules.rows import RowsDataModule
 from datamodules.tokenizer import SCRATCH
-from models.backbone import build_config, reads_last_token
+from models.backbone import network_config, reads_last_token
 from models.memory import Change, Memory, MemoryPlan, Setting, Sharing, cheapest_fit
 from models.operations import GIB, BatchSize, Device, Operations, batch_size, find_device, trained_count, weight_count
 from models.training import BackboneModule
@@ -147,7 +147,7 @@ def _config(model: BackboneModule, data: RowsDataModule) -> tuple[Any, str]:
     name = hparams["backbone"]
     os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "5")
     try:
-        return build_config(model.head, name, data.tokenizer, hparams["scratch"], **more), name
+        return network_config(model.head, name, data.tokenizer, hparams["scratch"], **more), name
     except UserError as error:
         if name == SCRATCH:
             raise
@@ -155,7 +155,7 @@ def _config(model: BackboneModule, data: RowsDataModule) -> tuple[Any, str]:
             raise UserError(
                 error.what, "Give its shape: --model.scratch with model_type and sizes; see docs/how-to/plan.md."
             ) from error
-        config = build_config(model.head, SCRATCH, data.tokenizer, hparams["scratch"], **more)
+        config = network_config(model.head, SCRATCH, data.tokenizer, hparams["scratch"], **more)
         return config, f"{name}, by the shape that model.scratch gives"
 
 

@@ -53,7 +53,8 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
         mistake = as_user_error(error)
         if debug or mistake is None:
             raise
-        print(f"error: {mistake.what}\n  help: {mistake.hint}", file=sys.stderr)
+        rank = _rank()
+        print(f"error{f' (rank {rank})' if rank else ''}: {mistake.what}\n  help: {mistake.hint}", file=sys.stderr)
         sys.exit(MISTAKE)
     sys.exit(0)
 
@@ -207,9 +208,14 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())[:400]
 
 
+def _rank() -> int:
+    """This process's place among those that torchrun, Lightning or SLURM has started."""
+    return int(next((os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), 0))
+
+
 def _set_up_messages(debug: bool, quiet: bool) -> None:
     """Our own messages on standard output, those of libraries only where they warn of something new."""
-    rank = int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
+    rank = _rank()
     ours = logging.getLogger("proactive")
     ours.handlers = [_Messages(sys.stdout)]
     ours.setLevel(logging.WARNING if quiet or rank else logging.INFO)
@@ -235,5 +241,6 @@ def _set_up_messages(debug: bool, quiet: bool) -> None:
         ".*could not find the monitored key.*",  # at the end of an epoch whose validation was before a resume
         ".*Experiment logs directory.*",  # what a resumed run logged before is kept beside it
         ".*No device id is provided.*",
+        ".*sync_dist=True.*",  # figures are those of all ranks' rows already
     ):
         warnings.filterwarnings("ignore", message)

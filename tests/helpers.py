@@ -131,3 +131,15 @@ class KeepFirstGradient(Callback):
         if trainer.global_step == 0 and trainer.is_global_zero:
             gradient = {name: weight.grad for name, weight in pl_module.named_parameters() if weight.grad is not None}
             torch.save(gradient, self.FILE)
+
+
+class KillRankAtStep(KillAtStep):
+    """Kills one rank of a job in that way."""
+
+    def __init__(self, step: int, rank: int) -> None:
+        super().__init__(step)
+        self.rank = rank
+
+    def on_before_optimizer_step(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        if trainer.global_rank == self.rank:
+            super().on_before_optimizer_step(trainer, *args, **kwargs)

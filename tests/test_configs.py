@@ -42,14 +42,21 @@ def leaves(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def test_the_recipes_of_the_issue_are_there() -> None:
     names = {path.relative_to(ROOT / "configs").as_posix() for path in CONFIGS}
-    sizes = ("paper", "tiny", "qlora", "full_1x80gb")
+    sizes = ("paper", "paper_fsdp", "tiny", "qlora", "full_1x80gb")
     assert {f"{task}/{size}.yaml" for task in ("reward", "agent") for size in sizes} <= names
 
 
 @pytest.mark.usefixtures("clean_environment")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT / "configs").as_posix())
 def test_config_is_instantiated_without_weights(path: Path, tmp_path: Path) -> None:
-    cli = instantiate(["--config", str(path)], tmp_path)
+    given = dict(leaves(yaml.safe_load(path.read_text(encoding="utf-8"))))
+    arguments = ["--config", str(path)]
+    if isinstance(
+        given.get("trainer.devices"), int
+    ):  # of a CPU there are as many as one asks for, of GPUs there are not
+        arguments.append("--trainer.accelerator=cpu")
+        del given["trainer.accelerator"]
+    cli = instantiate(arguments, tmp_path)
     model_class, data_class = TASKS[path.parent.name]
     assert isinstance(cli.model, model_class)
     assert cli.model.network is None
@@ -57,7 +64,6 @@ def test_config_is_instantiated_without_weights(path: Path, tmp_path: Path) -> N
     assert isinstance(cli.datamodule, data_class)
     with pytest.raises(RuntimeError, match="setup"):  # no row has been read
         _ = cli.datamodule.split
-    given = dict(leaves(yaml.safe_load(path.read_text(encoding="utf-8"))))
     assert given
     for name, value in given.items():  # what the file says has arrived, with its type
         assert cli.config[name] == value, name
@@ -82,6 +88,21 @@ def test_the_agents_paper_config_is_the_papers_recipe() -> None:
     recipe = dict(leaves(yaml.safe_load((ROOT / "configs/agent/paper.yaml").read_text(encoding="utf-8"))))
     assert recipe["model.backbone"] == "Qwen/Qwen2-7B-Instruct"
     assert (recipe["data.batch_size"], recipe["model.learning_rate"], recipe["trainer.max_epochs"]) == (32, 1e-5, 3)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_sharded_recipes_are_the_papers_on_eight_devices(task: str) -> None:
+    plain, spread = (
+        dict(leaves(yaml.safe_load((ROOT / "configs" / task / f"{name}.yaml").read_text(encoding="utf-8"))))
+        for name in ("paper", "paper_fsdp")
+    )
+    assert {name for name in spread if spread[name] != plain.get(name)} == {
+        "trainer.devices",
+        "trainer.strategy.class_path",
+        "trainer.strategy.init_args.replicas",
+        "run.name",
+    }
+    assert spread["trainer.devices"] == 8
 
 
 @pytest.mark.usefixtures("clean_environment")

@@ -1,0 +1,55 @@
+"""`python -m proactive.export`: the weights of a run or a checkpoint as one folder that transformers loads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from callbacks.checkpoints import checkpoint_task, load_trained
+from callbacks.export import export_model
+from callbacks.files import METRICS_FILE
+from datamodules.errors import UserError
+from models.training import EXPORT_STATE
+from proactive.fit import TASKS
+from proactive.terminal import Parser, run
+
+
+def export(checkpoint: Path, output: Path) -> Path:
+    """Write weights, configuration and tokenizer to a folder, in place of an earlier export there.
+
+    Args:
+        checkpoint: A run folder (its best weights), or a checkpoint, of one device or of any number of ranks.
+        output: The folder to write.
+
+    Returns:
+        The file or folder that the weights came from.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not (output / EXPORT_STATE).is_file():
+        raise UserError(f"--output: {output} exists and is no export", "Give a folder that does not exist yet.")
+    model_class, data_class = TASKS[checkpoint_task(checkpoint, "--checkpoint")]
+    model, state, source = load_trained(model_class, checkpoint, "--checkpoint")
+    export_model(model, data_class.from_state(state), _record(source), output)
+    return source
+
+
+def _record(source: Path) -> dict[str, Any] | None:
+    """What the test of these weights found out, if their run has tested them."""
+    path = source.parent.parent / METRICS_FILE
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return record if Path(record["weights"]).name == source.name else None
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, export, say where it is."""
+    parser = Parser(prog="python -m proactive.export", description=(export.__doc__ or "").splitlines()[0])
+    parser.add_function_arguments(export, as_group=False)
+    parser.add_argument("--quiet", action="store_true", help="Print the folder alone.")
+    parser.add_argument("--debug", action="store_true", help="Show tracebacks and the libraries' own messages.")
+    options = parser.parse_args(arguments)
+    source = export(options.checkpoint, options.output)
+    print(options.output if options.quiet else f"{options.output} holds the weights of {source}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,67 @@
+"""Weights spread over ranks: the same steps as on one device, on any number of ranks."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.callbacks.sharded_runs import compiled, mixed_precision, steps
+from tests.helpers import small_root
+from tests.ranks import on_ranks
+
+# Trees and rows are shared unevenly: 8 rows a step, by their lengths. The families differ in what their blocks are
+# called, in their heads, in whether the whole network's own forward is called. None has biases on keys, whose gradient
+# is zero: Adam would make whole steps of its rounding.
+CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("llama", {}, {"layout": "tree", "token_budget": 160}),
+    ("llama", {"gradient_checkpointing": True}, {"layout": "rows"}),
+    ("gemma3_text", {}, {"layout": "tree", "token_budget": 160}),
+    ("modernbert", {}, {"layout": "rows"}),
+]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_root(tmp_path_factory.mktemp("root"))
+
+
+@pytest.fixture(scope="module")
+def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Each case on one device, without any sharding."""
+    return on_ranks(1, steps, root, CASES, 0, folder=tmp_path_factory.mktemp("alone"))
+
+
+def assert_same_steps(found: list[Any], expected: list[Any]) -> None:
+    for one, other, case in zip(found, expected, CASES, strict=False):
+        for part, tolerance in (("before", 0.0), ("after", 1e-5)):
+            assert one[part].keys() == other[part].keys()
+            for name, weight in other[part].items():
+                message = f"{case}: {name} {part} the step"
+                torch.testing.assert_close(one[part][name], weight, rtol=0, atol=tolerance, msg=message)
+        torch.testing.assert_close(torch.tensor(one["curve"]), torch.tensor(other["curve"]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_step_is_the_same_on_any_number_of_ranks(ranks: int, root: Path, alone: list[Any], tmp_path: Path) -> None:
+    assert_same_steps(on_ranks(ranks, steps, root, CASES, folder=tmp_path), alone)
+
+
+def test_eight_ranks(root: Path, alone: list[Any], tmp_path: Path) -> None:
+    assert_same_steps(on_ranks(8, steps, root, CASES[:1], folder=tmp_path), alone)
+
+
+def test_replicas_change_nothing(root: Path, alone: list[Any], tmp_path: Path) -> None:
+    assert_same_steps(on_ranks(4, steps, root, CASES[:1], 2, folder=tmp_path), alone)
+
+
+def test_compiled_blocks_change_nothing(root: Path, alone: list[Any], tmp_path: Path) -> None:
+    assert_same_steps(on_ranks(1, compiled, root, folder=tmp_path), alone)
+
+
+def test_it_computes_in_bfloat16_and_adds_up_in_float32(root: Path, alone: list[Any], tmp_path: Path) -> None:
+    result = on_ranks(2, mixed_precision, root, folder=tmp_path)
+    full, half = "torch.float32", "torch.bfloat16"
+    assert result["types"] == {"master": full, "gradient": full, "optimizer": full, "states": half}
+    assert result["layout"] == "tree"  # which was tested in the precision that it is computed in
+    torch.testing.assert_close(torch.tensor(result["curve"]), torch.tensor(alone[0]["curve"]), rtol=3e-2, atol=1e-2)
