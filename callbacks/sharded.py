@@ -30,15 +30,13 @@ class FullySharded(ModelParallelStrategy):
 
     def __init__(self, replicas: int = 1) -> None:
         super().__init__()
-        if replicas < 1:
-            raise UserError(f"trainer.strategy: {replicas} replicas of the weights", "Give 1 or more.")
         self.replicas = replicas
 
     def setup_environment(self) -> None:
         from torch.distributed.device_mesh import init_device_mesh
 
         self._setup_distributed()
-        if self.world_size % self.replicas:
+        if self.replicas < 1 or self.world_size % self.replicas:
             raise UserError(
                 f"trainer.strategy: {self.world_size} ranks cannot hold {self.replicas} replicas of the weights",
                 "Give a number of replicas that divides the number of ranks.",

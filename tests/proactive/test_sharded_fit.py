@@ -4,7 +4,6 @@ import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -87,16 +86,10 @@ def test_an_error_that_all_ranks_have_is_told_as_one(tmp_path: Path) -> None:
     assert not (tmp_path / "runs" / "reward" / "0").exists()
 
 
-@pytest.mark.parametrize(
-    ("strategy", "named"),
-    [
-        ({"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}, "ModelParallelStrategy"),
-        ({"class_path": "callbacks.sharded.FullySharded", "init_args": {"replicas": 0}}, "0 replicas"),
-    ],
-)
-def test_strategies_that_do_not_serve_are_refused(strategy: dict[str, Any], named: str, call: Callable) -> None:
-    ended = call(fit.main, f"--trainer.strategy={json.dumps(strategy)}", "--trainer.accelerator=cpu")
+def test_a_strategy_whose_checkpoints_are_pickles_is_refused(call: Callable) -> None:
+    strategy = json.dumps({"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"})
+    ended = call(fit.main, f"--trainer.strategy={strategy}", "--trainer.accelerator=cpu")
     assert ended.code == 2
     what, hint = ended.err.splitlines()
-    assert named in what
+    assert "ModelParallelStrategy" in what
     assert hint.startswith("  help: ")
