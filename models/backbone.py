@@ -247,7 +247,7 @@ def token_losses(model: "PreTrainedModel", inputs: Inputs, predicted_at: Tensor,
         (L,) float32.
     """
     if "subtree_end" in inputs:
-        hidden_BTD = tree_states(model, inputs, predicted_at.unique())
+        hidden_BTD = tree_states(model, inputs, predicted_at)
     else:
         hidden_BTD = model.base_model(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False

@@ -30,7 +30,7 @@ MASKED_ATTENTIONS = ("sdpa", "eager", "flex_attention", BLOCKWISE)  # those that
 @as_forward
 def read_tree(model: "PreTrainedModel", inputs: Inputs) -> Tensor:
     """The final hidden states (R, D) at the read-outs of a tree."""
-    return tree_states(model, inputs, inputs["read_out"].unique())[0, inputs["read_out"]]
+    return tree_states(model, inputs, inputs["read_out"])[0, inputs["read_out"]]
 
 
 def tree_states(model: "PreTrainedModel", inputs: Inputs, read: Tensor) -> Tensor:
@@ -39,8 +39,8 @@ def tree_states(model: "PreTrainedModel", inputs: Inputs, read: Tensor) -> Tenso
     Args:
         model: Any model of transformers.
         inputs: A tree.
-        read: int64, the places of the states that will be read, each once; the others may be anything. Behind them
-            may stand states of padding.
+        read: int64, the places of the states that will be read; the others may be anything. Behind them may stand
+            states of padding.
     """
     subtree_end_T = inputs["subtree_end"][0]
     input_ids, position_ids = inputs["input_ids"], inputs["position_ids"]
@@ -51,6 +51,7 @@ def tree_states(model: "PreTrainedModel", inputs: Inputs, read: Tensor) -> Tenso
     options: dict[str, Any] = {}
     alone: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if attention == BLOCKWISE:
+        read = read.unique()
         options["tree_blocks"] = tree_blocks(subtree_end_T, read)
         alone = _last_feed_forward_at(model, read, len(subtree_end_T))
     with alone:
