@@ -76,7 +76,7 @@ def test_mistakes_take_two_lines(call: Callable, root: Path) -> None:
 def test_a_backbone_out_of_reach_is_planned_by_its_shape(
     call: Callable, planned: Callable, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     small = [one for one in SMALL_RUN if not one.startswith("--model.scratch")]
     arguments = [*small, "--model.backbone", "someone/some-model"]
     ended = call(plan.main, *arguments, "--data.root", root, "--data.cache=false")
