@@ -49,6 +49,7 @@ class ThroughputLog(Callback):
         assert isinstance(pl_module, BackboneModule)
         assert pl_module.network is not None
         self._operations = Operations.of(pl_module.network)
+        self._since = time.perf_counter()  # a run that goes on within an epoch does not start one
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since = time.perf_counter()

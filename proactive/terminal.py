@@ -224,11 +224,11 @@ def _set_up_messages(debug: bool, quiet: bool) -> None:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # those of tokenizing and downloading
     if debug:
         return
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "bitsandbytes"):
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Kernels of other machines that torchao did not load, what it registers twice, and each try to reach a hub,
-    # the last of which is shown as an error.
-    for name in ("torchao", "torch.utils._pytree", "huggingface_hub"):
+    # Kernels of other machines that torchao and bitsandbytes did not load, what torchao registers twice, and each try
+    # to reach a hub, the last of which is shown as an error.
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
         ".*set_vital.*",  # torchdata calls what torch 2.13 deprecates

@@ -461,7 +461,7 @@ def test_a_baseline_as_the_agent(baseline: str, call: Callable, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "agent: expected one of --agent.traces, --agent.url, --agent.baseline, got 0"),
+        ([], "agent: expected one of --agent.checkpoint, --agent.traces, --agent.url, --agent.baseline, got 0"),
         (["--agent.traces=t", "--agent.url=http://x"], "got 2"),
         (["--agent.traces=t"], "judge: expected one of --judge.checkpoint, --judge.url, --judge.recorded, got 0"),
         (["--agent.url=http://x", "--judge.recorded"], "only recorded traces have judgments"),
