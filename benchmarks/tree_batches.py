@@ -29,7 +29,8 @@ from rich.table import Table
 from torch import nn
 
 from datamodules.records import AnnotatedRow
-from datamodules.reward import LayoutName, RewardDataModule
+from datamodules.reward import RewardDataModule
+from datamodules.rows import LayoutName
 from datamodules.sources import Corpus
 from datamodules.splits import Split
 from models.reward import RewardClassifier
@@ -54,7 +55,7 @@ class WholeScenes(RewardDataModule):
         super().__init__(split="published", **options)
         self.train_rows = rows
 
-    def _divide(self, corpus: Corpus) -> Split:
+    def divide(self, corpus: Corpus) -> Split:
         by_scene: dict[str, list[AnnotatedRow]] = {}
         for row in corpus.train:
             by_scene.setdefault(row.scene, []).append(row)

@@ -1,0 +1,35 @@
+"""Benchmarks are scripts that no other code imports: each loads, and that of trees runs small."""
+
+import importlib.util
+import math
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.helpers import ROOT, SMALL_BACKBONE, small_root
+
+SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
+
+
+def loaded(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_it_loads(path: Path) -> None:
+    assert callable(loaded(path).main)
+
+
+@pytest.mark.parametrize(("task", "layout"), [("train", "tree"), ("score", "rows")])
+def test_trees_are_measured(task: str, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = loaded(ROOT / "benchmarks" / "tree_batches.py")
+    monkeypatch.setattr(module, "BACKBONE", {**SMALL_BACKBONE, "max_position_embeddings": 1024})
+    monkeypatch.setattr(module, "WARM_UP_STEPS", 0)
+    figures = module.ours(task, layout, 1, str(small_root(tmp_path, scenes=12, rows_per_scene=20)), 100)
+    assert all(math.isfinite(value) and value > 0 for value in figures.values())
