@@ -18,11 +18,11 @@ from torch.utils.data import ConcatDataset
 from datamodules.answers import Answer, write_answer
 from datamodules.conversations import ConversationTokenizer, mentions, read_conversations, telltale_pattern
 from datamodules.errors import UserError
-from datamodules.prompts import AgentTemplate, Data, Segment, SegmentTokenizer, plain_text, render_history, truncate
+from datamodules.prompts import AgentTemplate, Data, Segment, plain_text, render_history, truncate
 from datamodules.records import AnnotatedRow, Category, Event, history_digest, scene_of
-from datamodules.rows import Encoded, RowsDataModule, Stage, cached_map, log, rows_digest
+from datamodules.rows import Encoded, RowsDataModule, Stage, cached_map, log
 from datamodules.sources import Corpus
-from datamodules.splits import Split, split_by_scene, split_outside_traces
+from datamodules.splits import Split, history_digests, split_by_scene, split_outside_traces
 from datamodules.tokenizer import tokenizer_state
 
 if TYPE_CHECKING:
@@ -104,6 +104,8 @@ class AgentDataModule(RowsDataModule):
         self.conversations = [Path(path) for path in conversations or []]
         self.contamination_allowed = allow_contamination
         self.left_out: Counter[str] = Counter()  # conversations, by why
+        self._scenes: list[str] = []  # all that the root knows of, and the events of those that are not trained on
+        self._held_out_events: list[str] = []
         self._digests: dict[Path, str] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         if not annotated and not self.conversations:
@@ -117,12 +119,26 @@ class AgentDataModule(RowsDataModule):
         )
         if self.contamination_allowed:
             split = Split(split.train + split.test, split.validation, split.test)
-        return split if self.annotated else Split([], split.validation, split.test)
+        sessions = [row.history for row in corpus.rows]
+        sessions += [tuple(step.observation for step in steps) for steps in corpus.traces.values() if steps]
+        training = {row.scene for row in split.train}
+        self._scenes = sorted({scene_of(session) for session in sessions})
+        held_out = (session for session in sessions if scene_of(session) not in training)
+        self._held_out_events = sorted({event.event for session in held_out for event in session})
+        return split
+
+    @property
+    def trained_on(self) -> dict[str, list[Any]]:
+        """As of rows; conversations that nothing keeps away from a scene may tell any of them."""
+        if self._trained_on is None and self.contamination_allowed and self.conversations:
+            rows = [*self.split.train, *self.split.validation, *self.split.test]
+            return {"training_histories": history_digests(rows), "training_scenes": self._scenes}
+        return super().trained_on
 
     def training_text(self) -> list[str]:
         segments = (
             segment
-            for example in _learned(self.split.train)
+            for example in self.rows("train")
             for segment in [*render_history(self.template, example.history), *self._branch(example.proposal)]
         )
         conversations = chain.from_iterable(map(read_conversations, self.conversations))
@@ -176,20 +192,19 @@ class AgentDataModule(RowsDataModule):
 
     def opening(self) -> list[int]:
         """The token ids that an answer follows."""
-        return SegmentTokenizer(self.tokenizer).encode([(self.template.answer,)])[0]
+        return self.segmenter.encode([(self.template.answer,)])[0]
 
     def segments(self, history: Sequence[Event]) -> list[list[int]]:
         """The token ids of the instructions, with what begins every text, and of each event."""
-        segmenter = SegmentTokenizer(self.tokenizer)
-        first, *events = segmenter.encode(render_history(self.template, history))
-        return [[*segmenter.prefix, *first], *events]
+        first, *events = self.segmenter.encode(render_history(self.template, history))
+        return [[*self.segmenter.prefix, *first], *events]
 
     def _branch(self, proposal: str | None) -> list[Segment]:
         return [(self.template.answer,), (Data(write_answer(Answer(proposal=proposal))),)]
 
     def _encode_examples(self, stage: Stage, examples: list[Example]) -> tuple[list[Any], list[Any]]:
         """The token ids of each example, and the places of those that are its answer."""
-        segmenter = SegmentTokenizer(self.tokenizer)
+        segmenter = self.segmenter
         room = self.max_length - len(segmenter.prefix)
         silence, offer = segmenter.encode([(Data(SILENCE),), (Data(AN_OFFER),)])
         decided_after = next(place for place, (a, b) in enumerate(zip(silence, offer, strict=False)) if a != b)
@@ -237,7 +252,7 @@ class AgentDataModule(RowsDataModule):
             self.max_length,
             self.validation_fraction,
             stage,
-            None if self.contamination_allowed else rows_digest(self.split.test),
+            None if self.contamination_allowed else self._held_out_events,
         ]
         name = f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}.arrow"
         folder = Path(datasets.config.HF_DATASETS_CACHE, "proactive")
@@ -263,8 +278,7 @@ class AgentDataModule(RowsDataModule):
     def _told(self, stage: Stage, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
         """The conversations of a split, one after the other; those that are not learned are counted."""
         encoder = ConversationTokenizer(self.tokenizer, self.max_length)
-        tested = {event.event for row in self.split.test for event in row.history}
-        guard = None if self.contamination_allowed else telltale_pattern(tested)
+        guard = None if self.contamination_allowed else telltale_pattern(self._held_out_events)
         for path in self.conversations:
             for conversation in read_conversations(path):
                 held_out = int(conversation.scene, 16) < self.validation_fraction * 2**64

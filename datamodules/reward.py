@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 
 from datamodules.errors import UserError
-from datamodules.prompts import PromptTemplate, SegmentTokenizer, render, training_text, truncate
+from datamodules.prompts import PromptTemplate, render, training_text, truncate
 from datamodules.records import AnnotatedRow
 from datamodules.rows import Encoded, RowsDataModule, Stage, cached_map, rows_digest
 from datamodules.sources import Corpus
@@ -53,7 +53,7 @@ class RewardDataModule(RowsDataModule):
 
     def _input_ids(self, stage: Stage, rows: list[AnnotatedRow]) -> list[Any]:
         """The token ids of each row."""
-        segmenter = SegmentTokenizer(self.tokenizer)
+        segmenter = self.segmenter
         room = self.max_length - len(segmenter.prefix) - len(segmenter.suffix)
 
         def encode(indices: list[int]) -> dict[str, list[Any]]:

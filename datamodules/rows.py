@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -23,7 +24,7 @@ from datamodules.batches import (
     TreeLayout,
 )
 from datamodules.errors import UserError
-from datamodules.prompts import Template
+from datamodules.prompts import SegmentTokenizer, Template
 from datamodules.records import AnnotatedRow
 from datamodules.sources import Corpus, load_corpus
 from datamodules.splits import Contamination, Split, SplitName, contamination, history_digests
@@ -175,6 +176,11 @@ class RowsDataModule(LightningDataModule):
         if self._tokenizer is None:
             raise RuntimeError("setup() has not run")
         return self._tokenizer
+
+    @cached_property
+    def segmenter(self) -> SegmentTokenizer:
+        """What tokenizes segments; made once, for a large vocabulary takes a while."""
+        return SegmentTokenizer(self.tokenizer)
 
     @property
     def trained_on(self) -> dict[str, list[Any]]:

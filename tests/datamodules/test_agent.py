@@ -184,6 +184,27 @@ def test_conversations_that_tell_a_tested_event_are_left_out(
     assert int((allowed._encoded["train"].columns["kind"] == AnswerKind.CONVERSATION).sum()) == 3
 
 
+@pytest.mark.parametrize("annotated", [True, False])
+def test_what_conversations_may_have_told_is_known_to_be_trained_on(
+    root: Path, tmp_path: Path, annotated: bool
+) -> None:
+    """Each scene is either kept out of the conversations, those of validation too, or named as trained on."""
+    plain = made(root)
+    scenes = {row.scene: row.history[-1].event for row in load_corpus(str(root)).rows}
+    harmless = [f"Harmless talk, number {n}." for n in range(30)]
+    path = conversations_file(tmp_path / "told.json", *harmless, *scenes.values())
+    options: dict[str, Any] = {"conversations": [path], "validation_fraction": 0.2, "annotated": annotated}
+    data = made(root, **options)
+    known = set(data.state_dict()["training_scenes"])
+    assert known == {row.scene for row in plain.split.train}
+    held_out = {event.event for row in load_corpus(str(root)).rows if row.scene not in known for event in row.history}
+    told = data.tokenizer.batch_decode(list(data._encoded["train"].input_ids))
+    turns = [text for text in told if "user: " in text]
+    assert not [event for event in held_out for text in turns if len(event) >= 20 and event in text]
+    allowed = made(root, **options, allow_contamination=True)
+    assert set(allowed.state_dict()["training_scenes"]) == set(scenes)
+
+
 def test_a_resumed_run_needs_the_same_conversations(root: Path, tmp_path: Path) -> None:
     one, other = (conversations_file(tmp_path / name, "Talk.", name) for name in ("one.json", "other.json"))
     state = made(root, conversations=[one]).state_dict()
