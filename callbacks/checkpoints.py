@@ -7,7 +7,6 @@
 """
 
 import contextlib
-import json
 import os
 import pickle
 import signal
@@ -24,7 +23,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from callbacks import shards
 from callbacks.files import CHECKPOINTS
 from datamodules.errors import UserError
-from models.training import EXPORT_STATE, BackboneModule
+from models.training import EXPORT_STATE, BackboneModule, export_state
 
 LAST = "last.ckpt"
 BEST = "best.ckpt"
@@ -144,9 +143,9 @@ def checkpoint_task(target: Path, option: str) -> str:
         UserError: As `load_trained`.
     """
     if (target / EXPORT_STATE).is_file():
-        return str(json.loads((target / EXPORT_STATE).read_text(encoding="utf-8")).get("task"))
-    checkpoint = load_checkpoint(_checkpoint_of(target, option), whole=False)
-    task = checkpoint.get("task")
+        task = export_state(target).get("task")
+    else:
+        task = load_checkpoint(_checkpoint_of(target, option), whole=False).get("task")
     if task not in DATA_KEYS:
         raise UserError(
             f"{option}: {target} is no checkpoint of a run: it names no task",

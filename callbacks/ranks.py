@@ -50,7 +50,7 @@ class WatchRanks(Callback):
         """A lost connection is another rank's death, which is what has to be told; any other error is one's own."""
         if not lost_a_rank(exception):
             self._own_end.set()
-        elif trainer.world_size > 1 and lost_a_rank(exception) and not any(name in os.environ for name in OTHERS_WATCH):
+        elif trainer.world_size > 1 and not any(name in os.environ for name in OTHERS_WATCH):
             end = time.monotonic() + PATIENCE
             while time.monotonic() < end:  # rank 0 looks itself, for its thread may be in between
                 self._end_if_one_died()

@@ -24,7 +24,7 @@ from datamodules.prompts import truncate
 from models.attention import BLOCKWISE
 from models.backbone import position_room
 from models.grammar import AnswerGrammar
-from models.tree import NO_DIFFERENCE, TOLERANCE, attention_window
+from models.tree import NO_DIFFERENCE, attention_window, relative_difference, tolerance
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -482,13 +482,9 @@ def _misread(network: "PreTrainedModel") -> str | None:
     found, beside_other = read(right, left), read(other, right)
     prompt = torch.tensor([[*trunk, *opening, *right[:2]]], device=found.device)
     expected = network(input_ids=prompt, attention_mask=torch.ones_like(prompt)).logits[0, -2:].float()
-    if _difference(found, beside_other) > NO_DIFFERENCE:
+    if relative_difference(found, beside_other) > NO_DIFFERENCE:
         return "an answer depends on later events or on other answers"
-    difference = _difference(found, expected)
-    if not difference <= TOLERANCE[network.dtype]:
+    difference = relative_difference(found, expected)
+    if not difference <= tolerance(network, network.dtype):
         return f"an answer's logits are others than those after its prompt (relative difference {difference:.1e})"
     return None
-
-
-def _difference(found: Tensor, expected: Tensor) -> float:
-    return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max())

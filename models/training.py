@@ -320,18 +320,15 @@ class BackboneModule(LightningModule):
         Raises:
             UserError: The folder is no export of this project, or one of the other model.
         """
+        content = export_state(folder)
         try:
-            content = json.loads((folder / EXPORT_STATE).read_text())
             if (task := content["task"]) != cls.task:
                 raise UserError(f"{folder} holds a model of task {task}, not {cls.task}", "Give another export folder.")
             model = cls(**content["model"])
             model._calibration = content["calibration"]
             state = content["data"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{folder} is not a complete export: {EXPORT_STATE}: {error}",
-                "Give the export folder of a run.",
-            ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise _incomplete_export(folder, error) from error
         if "base" in content:
             model._make_network(content["backbone_config"])
             model._check_base(content["base"])
@@ -404,3 +401,22 @@ class BackboneModule(LightningModule):
         if more_follow and isinstance(strategy, ParallelStrategy):
             return strategy.block_backward_sync()
         return contextlib.nullcontext()
+
+
+def export_state(folder: Path) -> dict[str, Any]:
+    """What an exported folder's `proactive.json` holds.
+
+    Raises:
+        UserError: There is none, or it is no JSON object.
+    """
+    try:
+        content = json.loads((folder / EXPORT_STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _incomplete_export(folder, error) from error
+    if not isinstance(content, dict):
+        raise _incomplete_export(folder, TypeError("no object"))
+    return content
+
+
+def _incomplete_export(folder: Path, error: Exception) -> UserError:
+    return UserError(f"{folder} is not a complete export: {EXPORT_STATE}: {error}", "Give the export folder of a run.")

@@ -162,12 +162,12 @@ def _misread(model: "PreTrainedModel") -> str | None:
     ).tolist()
     left, other, right = [*trunk, 1, *left], [*trunk, 2, *other], [*trunk, 3, *right[:4]]  # in this order in a tree
     left_TD, other_TD, right_TD = (_read_row(model, row) for row in (left, other, right))
-    if _difference(left_TD[: len(trunk)], other_TD[: len(trunk)]) > NO_DIFFERENCE:
+    if relative_difference(left_TD[: len(trunk)], other_TD[: len(trunk)]) > NO_DIFFERENCE:
         return "the states of its tokens depend on what follows them"
     merged_RD, beside_other_RD = (_read_rows_as_tree(model, [first, right]) for first in (left, other))
-    if _difference(merged_RD[1], beside_other_RD[1]) > NO_DIFFERENCE:
+    if relative_difference(merged_RD[1], beside_other_RD[1]) > NO_DIFFERENCE:
         return "a row's state depends on the other rows of its tree"
-    difference = _difference(merged_RD, torch.stack([left_TD[-1], right_TD[-1]]))
+    difference = relative_difference(merged_RD, torch.stack([left_TD[-1], right_TD[-1]]))
     if not difference <= tolerance(model, merged_RD.dtype):
         return f"a tree of two rows gives other states than the rows one by one (relative difference {difference:.1e})"
     return None
@@ -187,7 +187,8 @@ def _read_row(model: "PreTrainedModel", row: list[int]) -> Tensor:
     return output.last_hidden_state[0]
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """The greatest relative difference of some states or logits (N, D)."""
     found, expected = found.float(), expected.float()
     return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
 
