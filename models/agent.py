@@ -14,7 +14,6 @@ from datamodules.batches import AgentBatch
 from datamodules.errors import UserError
 from models.answer_metrics import AnswerLosses, answer_losses, decision_figures, decisions
 from models.backbone import language_problem, token_losses
-from models.calibration import calibrated, fit_temperature, fit_threshold
 from models.generation import generate_answers
 from models.training import BackboneModule
 
@@ -41,7 +40,6 @@ class ProactiveAgent(BackboneModule):
             raise UserError(f"model.null_weight: {null_weight} is negative", "Give 0 or more.")
         self.answers = AnswerLosses()
         self.samples: list[dict[str, Any]] = []  # of the last validation
-        self.test_rows: dict[str, Tensor] = {}
 
     def configure_model(self) -> None:
         made = self.network is None
@@ -79,8 +77,7 @@ class ProactiveAgent(BackboneModule):
         figures = answer_losses(rows)
         offers_N, needed_N = decisions(rows)
         if len(needed_N):
-            self.temperature = fit_temperature(offers_N, needed_N)
-            self.threshold = fit_threshold(calibrated(offers_N, self.temperature), needed_N)
+            self.calibrate(offers_N, needed_N)
             figures |= decision_figures(offers_N, needed_N)
         self.samples = self._write_samples()
         if self.samples:
@@ -98,13 +95,11 @@ class ProactiveAgent(BackboneModule):
         """Put the probes of all ranks in `test_rows` and the figures, raw and calibrated, in `test_figures`."""
         rows = self.answers.rows()
         offers_N, needed_N = decisions(rows)
-        columns = {"probability": offers_N, "calibrated": calibrated(offers_N, self.temperature), "target": needed_N}
-        self.test_rows = {name: column.cpu() for name, column in columns.items()}
-        readings = {"raw": (offers_N, 0.5), "calibrated": (columns["calibrated"], self.threshold)}
-        for name, (probability_N, threshold) in readings.items():
-            figures = answer_losses(rows) | decision_figures(probability_N, needed_N, threshold)
-            self.test_figures[name] = {figure: float(value) for figure, value in figures.items()}
-            self.log_dict({f"test/{name}_{figure}": value.float() for figure, value in figures.items()})
+
+        def figures(probability_N: Tensor, threshold: float) -> dict[str, Tensor]:
+            return answer_losses(rows) | decision_figures(probability_N, needed_N, threshold)
+
+        self.note_test({"probability": offers_N, "target": needed_N}, figures)
 
     def _write_samples(self) -> list[dict[str, Any]]:
         """Greedy answers, without a grammar's help, after validation histories from all over the split."""

@@ -3,11 +3,8 @@
 Shape legend: R rows of a batch, N probes.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.functional.classification import (
     binary_accuracy,
     binary_auroc,
@@ -15,38 +12,24 @@ from torchmetrics.functional.classification import (
     binary_precision,
     binary_recall,
 )
-from torchmetrics.utilities import dim_zero_cat
 
 from datamodules.agent import AnswerKind
+from models.metrics import KeptRows
 
 
-class AnswerLosses(Metric):
-    """The losses of answers, kept until all ranks' are asked for, so that ranks may hold unequal numbers."""
+class AnswerLosses(KeptRows):
+    """The losses of answers."""
 
-    full_state_update = False
-    names = ("loss", "tokens", "kind", "help_needed", "row")
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        for name in self.names:
-            self.add_state(name, default=[], dist_reduce_fx="cat")
+    columns = ("loss", "tokens", "kind", "help_needed", "row")
 
     def update(self, loss: Tensor, tokens: Tensor, kind: Tensor, help_needed: Tensor, row: Tensor) -> None:
         """Add rows: the loss (R,) floating, summed over its tokens; the others (R,) int64, see AgentBatch."""
-        for name, column in zip(self.names, (loss.double(), tokens, kind, help_needed, row), strict=True):
-            getattr(self, name).append(column)
+        self.keep(loss.double(), tokens, kind, help_needed, row)
 
     def compute(self) -> dict[str, Tensor]:
         """The figures of `answer_losses` and `decision_figures`."""
         rows = self.rows()
         return answer_losses(rows) | decision_figures(*decisions(rows))
-
-    def rows(self) -> dict[str, Tensor]:
-        """The rows of all ranks, by their number."""
-        with self.sync_context():
-            rows = {name: dim_zero_cat(getattr(self, name)) for name in self.names}
-        order = rows["row"].argsort(stable=True)
-        return {name: column[order] for name, column in rows.items()}
 
 
 def answer_losses(rows: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 Shape legend: N rows (of an agent: events), R bootstrap resamples, K candidates, T traces.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,28 +32,50 @@ PUBLISHED_REWARD_ROWS: dict[str, dict[str, float]] = {
 }
 
 
-class RewardMetrics(Metric):
-    """How well P(accepted) matches what people said; accepted is the positive class.
+class KeptRows(Metric):
+    """Keeps rows until all ranks' are asked for, so that ranks may hold unequal numbers.
 
-    Rows are kept until `compute`, which gathers them from all ranks, so that ranks may hold unequal numbers.
+    `columns` names what is kept of each row, (N,) tensors; one of them is `row`, the row's number.
+    """
+
+    full_state_update = False
+    columns: ClassVar[tuple[str, ...]]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in self.columns:
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    def keep(self, *columns: Tensor) -> None:
+        """Add rows: their columns, in the order of `columns`."""
+        for name, column in zip(self.columns, columns, strict=True):
+            getattr(self, name).append(column)
+
+    def rows(self) -> dict[str, Tensor]:
+        """The rows of all ranks, by their number."""
+        with self.sync_context():
+            rows = {name: dim_zero_cat(getattr(self, name)) for name in self.columns}
+        order = rows["row"].argsort(stable=True)  # so that no figure depends on ranks and layout
+        return {name: column[order] for name, column in rows.items()}
+
+
+class RewardMetrics(KeptRows):
+    """How well P(accepted) matches what people said; accepted is the positive class.
 
     Args:
         threshold: A probability above it counts as accepted.
         bootstrap: Resamples for 95% percentile intervals of accuracy and F1; none are computed if 0.
     """
 
-    full_state_update = False
+    columns = ("probability", "target", "category", "row")
     probability: list[Tensor]
     target: list[Tensor]
     category: list[Tensor]
-    row: list[Tensor]
 
     def __init__(self, threshold: float = 0.5, bootstrap: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.threshold = threshold
         self.bootstrap = bootstrap
-        for name in ("probability", "target", "category", "row"):
-            self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, probability: Tensor, target: Tensor, category: Tensor, row: Tensor | None = None) -> None:
         """Add rows.
@@ -64,22 +86,12 @@ class RewardMetrics(Metric):
             category: (N,) int64, the index of each row's category.
             row: (N,) int64, which row each is, for who wants to look it up in `rows()`.
         """
-        self.probability.append(probability.double())
-        self.target.append(target)
-        self.category.append(category)
-        self.row.append(torch.full_like(target, -1) if row is None else row)
+        self.keep(probability.double(), target, category, torch.full_like(target, -1) if row is None else row)
 
     def compute(self) -> dict[str, Tensor]:
         """The figures of `reward_figures`."""
         probability_N, target_N, category_N = map(dim_zero_cat, (self.probability, self.target, self.category))
         return reward_figures(probability_N, target_N, category_N, self.threshold, self.bootstrap)
-
-    def rows(self) -> dict[str, Tensor]:
-        """The rows of all ranks, by their number: probability (N,) float64; target, category and row (N,) int64."""
-        with self.sync_context():
-            rows = {name: dim_zero_cat(getattr(self, name)) for name in ("probability", "target", "category", "row")}
-        order = rows["row"].argsort(stable=True)  # so that no figure depends on ranks and layout
-        return {name: column[order] for name, column in rows.items()}
 
 
 def reward_figures(

@@ -12,7 +12,6 @@ from datamodules.batches import Inputs, RewardBatch
 from datamodules.errors import UserError
 from datamodules.records import Category
 from models.backbone import Pooling, classify, reads_last_token
-from models.calibration import calibrated, fit_temperature, fit_threshold
 from models.metrics import RewardMetrics, reward_figures
 from models.training import BackboneModule
 
@@ -51,7 +50,6 @@ class RewardClassifier(BackboneModule):
                 f"model.category_weights: there is no category {', '.join(unknown)}", f"Use {', '.join(names)}."
             )
         self.metrics = RewardMetrics()
-        self.test_rows: dict[str, Tensor] = {}
         weights = {str(name): weight for name, weight in (category_weights or {}).items()}
         weight_by_category = torch.tensor([weights.get(category.value, 1.0) for category in Category])
         self.register_buffer("category_weight", weight_by_category, persistent=False)
@@ -83,8 +81,7 @@ class RewardClassifier(BackboneModule):
         probability_N, target_N = rows["probability"], rows["target"]
         if not torch.isfinite(probability_N).all():
             raise self.not_finite("a probability in validation", probability_N.sum())
-        self.temperature = fit_temperature(probability_N, target_N)
-        self.threshold = fit_threshold(calibrated(probability_N, self.temperature), target_N)
+        self.calibrate(probability_N, target_N)
         figures = reward_figures(probability_N, target_N, rows["category"])
         loss = nn.functional.binary_cross_entropy(probability_N, target_N.double())
         logged = {"loss": loss, **{name: figures[name] for name in ("accuracy", "f1", "auroc")}}
@@ -99,15 +96,13 @@ class RewardClassifier(BackboneModule):
     def on_test_epoch_end(self) -> None:
         """Put the rows of all ranks in `test_rows` and their figures, raw and calibrated, in `test_figures`."""
         rows = self.metrics.rows()
-        rows["calibrated"] = calibrated(rows["probability"], self.temperature)
-        self.test_rows = {name: column.cpu() for name, column in rows.items()}
-        readings = {"raw": (rows["probability"], 0.5), "calibrated": (rows["calibrated"], self.threshold)}
-        for name, (probability_N, threshold) in readings.items():
-            figures = reward_figures(
+
+        def figures(probability_N: Tensor, threshold: float) -> dict[str, Tensor]:
+            return reward_figures(
                 probability_N, rows["target"], rows["category"], threshold, bootstrap=BOOTSTRAP_RESAMPLES
             )
-            self.test_figures[name] = {figure: float(value) for figure, value in figures.items()}
-            self.log_dict({f"test/{name}_{figure}": value.float() for figure, value in figures.items()})
+
+        self.note_test(rows, figures)
 
     def _collect(self, batch: list[RewardBatch]) -> None:
         """Keep P(accepted), uncalibrated, of the rows that do not only fill a rank's share up."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -36,6 +37,7 @@ from models.backbone import (
     quiet,
     same_random_numbers,
 )
+from models.calibration import calibrated, fit_temperature, fit_threshold
 from models.optimizers import OptimizerName, ScheduleName, build_optimizer, build_schedule, optimizer_maker
 from models.sharding import blocks, build_sharded_network, reshard, whole
 from models.tree import choose_attention, pair_cost, tree_problem
@@ -78,6 +80,7 @@ class BackboneModule(LightningModule):
     task: ClassVar[str]  # as --task names it
     head: ClassVar[Head]
     logged_figures: ClassVar[tuple[str, ...]]  # by which --run.monitor may pick the best weights; the first by default
+    test_rows: dict[str, Tensor]  # once a test has run: what it was about, see `note_test`
     test_figures: dict[str, dict[str, float]]  # once a test has run: its figures, raw and calibrated
 
     def __init__(
@@ -112,6 +115,7 @@ class BackboneModule(LightningModule):
         self.network: PreTrainedModel | None = None
         self.temperature = 1.0  # these two are fitted on validation rows, and kept with the weights
         self.threshold = 0.5
+        self.test_rows = {}
         self.test_figures = {}
 
     # What the models differ in
@@ -213,6 +217,30 @@ class BackboneModule(LightningModule):
         )
         schedule = build_schedule(optimizer, options["schedule"], options["warmup_ratio"], self._total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def calibrate(self, probability_N: Tensor, target_N: Tensor) -> None:
+        """Fit temperature and threshold to validation rows, so that every checkpoint carries its own.
+
+        Args:
+            probability_N: (N,) float64, uncalibrated.
+            target_N: (N,) int64, 1 for the positive class.
+        """
+        self.temperature = fit_temperature(probability_N, target_N)
+        self.threshold = fit_threshold(calibrated(probability_N, self.temperature), target_N)
+
+    def note_test(self, rows: dict[str, Tensor], figures: Callable[[Tensor, float], dict[str, Tensor]]) -> None:
+        """Keep a test's rows, and log and keep its figures, raw and calibrated.
+
+        Args:
+            rows: Columns (N,), uncalibrated `probability` among them.
+            figures: Gives the figures at some probabilities (N,) and a threshold.
+        """
+        rows = {**rows, "calibrated": calibrated(rows["probability"], self.temperature)}
+        self.test_rows = {name: column.cpu() for name, column in rows.items()}
+        for name, column, threshold in (("raw", "probability", 0.5), ("calibrated", "calibrated", self.threshold)):
+            found = figures(rows[column], threshold)
+            self.test_figures[name] = {figure: float(value) for figure, value in found.items()}
+            self.log_dict({f"test/{name}_{figure}": value.float() for figure, value in found.items()})
 
     def not_finite(self, what: str, value: Tensor) -> UserError:
         """The error that ends a run whose numbers are no numbers any more."""
