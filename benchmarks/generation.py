@@ -14,8 +14,6 @@ With JSON, answers are held to the answer's schema and end when they are whole; 
 import hashlib
 import json
 import resource
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -24,10 +22,10 @@ from typing import Any
 
 import torch
 import transformers
+import tree_batches
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from datamodules.prompts import SegmentTokenizer, render_event
 from datamodules.records import Event
@@ -35,29 +33,10 @@ from datamodules.reward import RewardDataModule
 from models.generation import GeneratedAnswer, generate_answers
 from models.grammar import AnswerGrammar
 
-BACKBONE = {
-    "model_type": "llama",
-    "hidden_size": 512,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 4096,
-}
+BACKBONE = {**tree_batches.BACKBONE, "max_position_embeddings": 4096}
 INSTRUCTIONS = "You watch what somebody does at a computer. Offer a task that helps, or nothing.\n"
 OPENING = "Answer:\n"
 NO_END = -1  # a token that no network chooses
-
-
-class Tokens:
-    """How many tokens a network is given, padding included."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.count = 0
-        network.register_forward_pre_hook(self._count, with_kwargs=True)
-
-    def _count(self, module: nn.Module, arguments: Any, options: dict[str, Any]) -> None:
-        self.count += (arguments[0] if arguments else options["input_ids"]).numel()
 
 
 class TimedGrammar(AnswerGrammar):
@@ -101,7 +80,7 @@ class Setting:
         )
         torch.manual_seed(0)
         self.network = transformers.AutoModelForCausalLM.from_config(config).eval()
-        self.tokens = Tokens(self.network)
+        self.tokens = tree_batches.Tokens(self.network)
 
     def prompts(self) -> list[list[list[int]]]:
         """Of each trace, the prompt after each event."""
@@ -179,7 +158,9 @@ def main(root: str, traces: int = 12, events: int = 1000, new_tokens: int = 64, 
     for way in WAYS:
         if only in way:
             Console(stderr=True).print(f"{way} ...")
-            found[way] = _in_a_process(way, str(Path(root).resolve()), traces, events, new_tokens)
+            found[way] = tree_batches.in_a_process(
+                f"measure(*{(way, str(Path(root).resolve()), traces, events, new_tokens)!r})", "generation"
+            )
     slow = found.get("generate, each event", {}).get("seconds")
     table = Table(title=f"{torch.get_num_threads()} threads, {new_tokens} new tokens")
     for title in ("way", "seconds", "over each event", "answers", "new tokens", "tokens given", "GiB", "masks", "same"):
@@ -190,19 +171,6 @@ def main(root: str, traces: int = 12, events: int = 1000, new_tokens: int = 64, 
         shown = (f"{figures['peak_gib']:.2f}", f"{figures['masks']:.1%}", figures["digest"])
         table.add_row(way, f"{figures['seconds']:.1f}", ratio, *counts, *shown)
     Console(width=120).print(table)
-
-
-def _in_a_process(*arguments: Any) -> dict[str, Any]:
-    code = f"import generation, json; print(json.dumps(generation.measure(*{arguments!r})))"
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=Path(__file__).parent,
-        stdout=subprocess.PIPE,
-        stderr=None,
-        text=True,
-        check=True,
-    )
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

@@ -222,7 +222,7 @@ def main(root: str, rows: int = 320, tasks: list[Task] = ["train", "score"], onl
         for name, call in WAYS[task].items():
             if only in name:
                 Console(stderr=True).print(f"{task}: {name} ...")
-                found[name] = _in_a_process(call.format(root=str(Path(root).resolve()), rows=rows))
+                found[name] = in_a_process(call.format(root=str(Path(root).resolve()), rows=rows))
         peers = [figures["rows_per_second"] for name, figures in found.items() if name.startswith("Trainer")]
         table = Table(title=f"{task}, {torch.get_num_threads()} threads")
         for title in ("way", "rows/s", "over the faster Trainer", "tokens a row", "peak memory, GiB"):
@@ -234,8 +234,9 @@ def main(root: str, rows: int = 320, tasks: list[Task] = ["train", "score"], onl
         Console(width=120).print(table)
 
 
-def _in_a_process(call: str) -> dict[str, float]:
-    code = f"import tree_batches, json; print(json.dumps(tree_batches.{call}))"
+def in_a_process(call: str, module: str = "tree_batches") -> dict[str, Any]:
+    """What a call in a benchmark returns, made in a process of its own."""
+    code = f"import {module}, json; print(json.dumps({module}.{call}))"
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         cwd=Path(__file__).parent,

@@ -22,7 +22,8 @@ def loaded(path: Path) -> ModuleType:
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_it_loads(path: Path) -> None:
+def test_it_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(path.parent))  # as where it is run as a script
     text = loaded(path).__doc__
     assert text is not None
     assert f"python benchmarks/{path.name}" in text, "it says how to run it"
