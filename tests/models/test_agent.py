@@ -24,7 +24,7 @@ from models.backbone import language_logits, language_problem, token_losses
 from models.tree import choose_attention
 from tests.helpers import small_root
 from tests.models.small import DECODERS, small_trainer
-from tests.models.test_tree import CASES, FAMILIES, SMALL, Result, assert_same, branches
+from tests.models.test_tree import CASES, FAMILIES, SMALL, Result, assert_same, branches, result_of
 
 
 def network(family: str, **options: Any) -> PreTrainedModel:
@@ -47,17 +47,7 @@ def step(model: ProactiveAgent, layout: Layout, rows: Sequence[int], number: int
     """Loss and gradients of a step; every third answer is null."""
     kinds = torch.tensor([AnswerKind.NULL if row % 3 == 0 else AnswerKind.TEXT for row in range(number)])
     data = EncodedRows(layout, {"kind": kinds, "help_needed": torch.zeros(number, dtype=torch.int64)})
-    result = Result(0.0, {}, {})
-    for micro_batch in data[share(layout.split(rows, 1), 0, 1, 7)]:
-        model.zero_grad()
-        loss = model.loss(micro_batch)
-        loss.backward()
-        result.loss += float(loss.detach())
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                result.gradients[name] = result.gradients.get(name, 0) + parameter.grad
-                result.parts[name] = result.parts.get(name, 0.0) + float(parameter.grad.norm())
-    return result
+    return result_of(model, data[share(layout.split(rows, 1), 0, 1, 7)])
 
 
 def assert_tree_is_rows(model: ProactiveAgent, ids: list[list[int]], rows: Sequence[int], budget: int = 2048) -> None:

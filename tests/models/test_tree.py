@@ -21,6 +21,7 @@ from datamodules.reward import RewardDataModule
 from datamodules.tree import ancestors
 from models.attention import BLOCKWISE, QUERIES, tree_blocks
 from models.reward import RewardClassifier
+from models.training import BackboneModule
 from models.tree import attention_window, choose_attention, pair_cost, tree_mask, tree_problem
 from tests.helpers import PROACTIVEBENCH, SMALL_BACKBONE, needs_proactivebench
 
@@ -88,8 +89,13 @@ class Result:
 def step(model: RewardClassifier, layout: Layout, rows: Sequence[int], number: int) -> Result:
     """Loss and gradients; labels and categories follow from the rows' places."""
     data = EncodedRows(layout, {"label": torch.arange(number) % 2, "category": torch.arange(number) % 4})
+    return result_of(model, data[share(layout.split(rows, 1), 0, 1, len(rows))])
+
+
+def result_of(model: BackboneModule, micro_batches: Sequence[Any]) -> Result:
+    """Loss and gradients of a step's micro-batches."""
     result = Result(0.0, {}, {})
-    for micro_batch in data[share(layout.split(rows, 1), 0, 1, len(rows))]:
+    for micro_batch in micro_batches:
         model.zero_grad()
         loss = model.loss(micro_batch)
         loss.backward()
