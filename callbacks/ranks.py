@@ -15,7 +15,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 PERIOD = 0.5  # seconds between looks
-GRACE = 3.0  # seconds in which rank 0 may come to an error that all ranks have
+GRACE = 10.0  # seconds in which rank 0 may come to an error that all ranks have
 PATIENCE = 20.0  # seconds that a rank which lost another one waits for the job's end
 OTHERS_WATCH = ("TORCHELASTIC_RUN_ID", "SLURM_PROCID")
 FAILED = 1  # the job's exit code

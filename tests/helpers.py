@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 
 from datamodules.records import AnnotatedRow
 from datamodules.simulator import simulate
+from tests.patience import HANG
 
 ROOT = Path(__file__).parents[1]
 PROACTIVEBENCH = ROOT.parent / "shared" / "proactivebench"
@@ -72,10 +73,10 @@ def small_root(folder: Path, scenes: int = 9, rows_per_scene: int = 9) -> Path:
     return folder
 
 
-def command(module: str, *arguments: str | Path, cwd: Path, timeout: float = 180) -> subprocess.CompletedProcess[str]:
+def command(module: str, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run `python -m module` to its end."""
     return subprocess.run(
-        _command_line(module, arguments), cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=timeout
+        _command_line(module, arguments), cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=HANG
     )
 
 

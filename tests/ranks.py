@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
+from tests.patience import HANG
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
 
-def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any, folder: Path, timeout: float = 240) -> Any:
+def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any, folder: Path) -> Any:
     """Call a function in each of some processes, and give what it returned on rank 0.
 
     Args:
@@ -22,7 +24,6 @@ def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any, folder: 
         function: One of a module's; what it returns is made of tensors and plain values.
         arguments: Its arguments.
         folder: Where to put what it returns.
-        timeout: Seconds after which it has failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     result = folder / f"{function.__name__}-{ranks}.pt"
@@ -34,7 +35,7 @@ def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any, folder: 
     ]
     for process in processes:
         process.start()
-    end = time.monotonic() + timeout
+    end = time.monotonic() + HANG
     try:
         while any(process.exitcode is None for process in processes):
             assert time.monotonic() < end, f"{function.__name__} on {ranks} ranks did not end"

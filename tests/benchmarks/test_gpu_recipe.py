@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import ROOT, small_root
+from tests.patience import HANG
 
 
 @pytest.mark.parametrize("how", ["full", "qlora"])
@@ -24,6 +25,7 @@ def test_the_script_runs_small_and_prints_its_figures(tmp_path: Path, how: str) 
         capture_output=True,
         text=True,
         check=False,
+        timeout=HANG,
     )
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout[ended.stdout.index("{") :])

@@ -22,6 +22,7 @@ from callbacks.checkpoints import RUN_KEYS, Interrupted, LastCheckpoint, SafeChe
 from datamodules.errors import UserError
 from tests.helpers import ROOT, SignalAtStep
 from tests.models.small import fit, small_classifier, small_data
+from tests.patience import HANG
 
 CONTENT: dict[str, Any] = {
     "state_dict": {"weight": torch.arange(6.0), "half": torch.ones(2, 2, dtype=torch.bfloat16)},
@@ -112,6 +113,7 @@ def test_no_room_for_a_checkpoint_is_said_and_keeps_the_former_file(tmp_path: Pa
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         check=False,
+        timeout=HANG,
     )
     assert same(load_checkpoint(path), CONTENT)
     assert list(tmp_path.iterdir()) == [path]

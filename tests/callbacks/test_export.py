@@ -19,6 +19,7 @@ from datamodules.prompts import Data, render
 from models.reward import RewardClassifier
 from tests.callbacks.conftest import Run
 from tests.models.small import fit, probabilities, small_classifier, small_data
+from tests.patience import HANG
 
 ELSEWHERE = """
 import json, sys
@@ -48,6 +49,7 @@ def in_another_process(folder: Path, texts: list[str], cwd: Path) -> dict[str, A
         cwd=cwd,
         env={**environment, "HF_HUB_OFFLINE": "1"},
         check=False,
+        timeout=HANG,
     )
     assert result.returncode == 0, result.stderr[-2000:]
     found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])

@@ -15,6 +15,7 @@ from datamodules.simulator import simulate
 from datamodules.sources import Corpus
 from datamodules.splits import split_by_scene
 from tests.helpers import ROOT, published_form
+from tests.patience import HANG
 
 # Simulates under an eye that sees every file opened for writing and every change to a folder.
 WATCHED = """
@@ -58,7 +59,7 @@ def test_seed_decides_all_in_any_process_and_nothing_is_written(tmp_path: Path) 
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=HANG,
     ).stdout.strip()
     assert printed == hashlib.sha256(repr(simulate(7)).encode()).hexdigest()
     assert list(tmp_path.iterdir()) == []

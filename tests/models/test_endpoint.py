@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
@@ -17,8 +18,9 @@ from datamodules.errors import UserError
 from models.endpoint import AnswerLog, Endpoint, EndpointOptions, Session, _Failed, _retry_after
 from tests.chat_server import ChatServer, Reply, chat_server
 from tests.datamodules.conftest import few_examples
+from tests.patience import HANG, HOUR, Clock, turnable_clock
 
-QUICK: dict[str, Any] = {"first_delay": 0.01, "longest_delay": 0.02, "timeout": 5.0}
+QUICK: dict[str, Any] = {"first_delay": 0.01, "longest_delay": 0.02, "timeout": HOUR}
 KEY = "sk-very-secret-123"
 SETTINGS = {"model": "m"}
 
@@ -51,6 +53,7 @@ def echo(body: dict[str, Any], before: int) -> Reply:
     return Reply(f"answer to {body['messages'][-1]['content']}")
 
 
+LATE = Reply("late")
 MISBEHAVIOURS = {
     "429 that names seconds": Reply(status=429, headers={"Retry-After": "0"}, body=b"slow down"),
     "429 that names a date": Reply(status=429, headers={"Retry-After": formatdate(0, usegmt=True)}, body=b"{}"),
@@ -59,7 +62,7 @@ MISBEHAVIOURS = {
     "500": Reply(status=500, body=b"<html>oops</html>"),
     "503": Reply(status=503, body=b""),
     "cut in the middle of the body": Reply("half of this", cut=True),
-    "too slow": Reply("late", delay=0.5),
+    "too slow": LATE,
     "garbage": Reply(body=b"\xff\xfe{{{"),
     "a page": Reply(body=b"<html>welcome</html>"),
     "wrong schema": Reply(body=b'{"result": "text"}'),
@@ -70,20 +73,43 @@ MISBEHAVIOURS = {
 }
 
 
+@pytest.fixture
+def clock() -> Iterator[Clock]:
+    with turnable_clock() as clock:
+        yield clock
+
+
+@pytest.fixture
+def misbehave(clock: Clock) -> Iterator[Callable[[str], Reply]]:
+    """The misbehaviour of a name; one that is late turns the clock past the time limit, and is held to the end."""
+    ended = threading.Event()
+
+    def reply(name: str) -> Reply:
+        if MISBEHAVIOURS[name] is LATE:
+            clock.advance(2 * HOUR)
+            ended.wait(HANG)
+        return MISBEHAVIOURS[name]
+
+    yield reply
+    ended.set()
+
+
 @pytest.mark.parametrize("name", MISBEHAVIOURS)
-def test_a_server_that_misbehaves_is_asked_again(name: str, log: AnswerLog) -> None:
-    with chat_server(lambda body, before: MISBEHAVIOURS[name] if before < 2 else echo(body, before)) as chat:
-        slow = {"timeout": 0.2} if name == "too slow" else {}
-        assert ask(chat, log, ["a", "b"], **slow) == ["answer to a", "answer to b"]
+def test_a_server_that_misbehaves_is_asked_again(name: str, log: AnswerLog, misbehave: Callable[[str], Reply]) -> None:
+    with chat_server(lambda body, before: misbehave(name) if before < 2 else echo(body, before)) as chat:
+        alone = {"concurrency": 1} if name == "too slow" else {}  # the clock is everybody's
+        assert ask(chat, log, ["a", "b"], **alone) == ["answer to a", "answer to b"]
     assert sorted(body["messages"][-1]["content"] for body in chat.bodies) == ["a"] * 3 + ["b"] * 3
 
 
 @pytest.mark.parametrize("name", MISBEHAVIOURS)
-def test_when_the_retries_are_used_up_the_error_names_the_place_and_the_rest_is_kept(name: str, log: AnswerLog) -> None:
+def test_when_the_retries_are_used_up_the_error_names_the_place_and_the_rest_is_kept(
+    name: str, log: AnswerLog, misbehave: Callable[[str], Reply]
+) -> None:
     def answer(body: dict[str, Any], before: int) -> Reply:
-        return MISBEHAVIOURS[name] if body["messages"][-1]["content"] == "c" else echo(body, before)
+        return misbehave(name) if body["messages"][-1]["content"] == "c" else echo(body, before)
 
-    options = {"retries": 1, "concurrency": 1} | ({"timeout": 0.2} if name == "too slow" else {})
+    options = {"retries": 1, "concurrency": 1}
     with chat_server(answer) as chat, pytest.raises(UserError, match=r"^about c: http.* failed 2 times") as caught:
         ask(chat, log, ["a", "b", "c", "d"], **options)
     assert "\n" not in caught.value.what
@@ -128,18 +154,26 @@ def test_the_same_question_is_asked_once(log: AnswerLog) -> None:
         assert len(chat.bodies) == 1
 
 
-def test_the_time_limit_ends_it_and_keeps_what_was_answered(log: AnswerLog) -> None:
+def test_the_time_limit_ends_it_and_keeps_what_was_answered(log: AnswerLog, clock: Clock) -> None:
+    ended = threading.Event()
+
     def answer(body: dict[str, Any], before: int) -> Reply:
-        return echo(body, before) if body["messages"][-1]["content"] == "a" else Reply("late", delay=3)
+        if body["messages"][-1]["content"] == "b":
+            while not log.texts and not ended.wait(0.01):  # until "a" is answered
+                pass
+            clock.advance(2 * HOUR)
+            ended.wait(HANG)
+        return echo(body, before)
 
     with chat_server(answer) as chat:
-        options = EndpointOptions(**QUICK, time_limit=0.5)
-        endpoint = Endpoint(chat.url, "m", options=options, deadline=time.monotonic() + 0.5)
+        options = EndpointOptions(**QUICK | {"timeout": 10 * HOUR}, time_limit=HOUR)
+        endpoint = Endpoint(chat.url, "m", options=options, deadline=time.monotonic() + HOUR)
         tasks = [
             lambda session, text=text: session.ask([{"role": "user", "content": text}], text) for text in ("a", "b")
         ]
-        with pytest.raises(UserError, match=r"the time limit of 0\.5 seconds is over"):
+        with pytest.raises(UserError, match=r"the time limit of 3600\.0 seconds is over"):
             endpoint.run(log, tasks, "asking", silent)
+        ended.set()
     assert list(log.texts.values()) == ["answer to a"]
 
 

@@ -20,6 +20,7 @@ from models.operations import GIB, Operations, batch_size, trained_count, weight
 from models.reward import RewardClassifier
 from tests.helpers import ROOT
 from tests.models.small import small_data
+from tests.patience import HANG
 
 SHAPE = {
     "model_type": "llama",
@@ -73,6 +74,7 @@ def measured(root: Path, options: dict[str, Any], data_options: dict[str, Any]) 
         capture_output=True,
         text=True,
         check=True,
+        timeout=HANG,
     )
     return int(ended.stdout.split()[-1])
 

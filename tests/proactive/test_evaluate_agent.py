@@ -18,11 +18,12 @@ from models.agents import GENERIC_PROPOSAL
 from proactive import evaluate
 from tests.chat_server import Body, ChatServer, Reply, chat_server
 from tests.helpers import start
+from tests.patience import HANG
 from tests.proactive.conftest import Ended, FinishedRun
 
 KEY = "sk-top-secret-9876"
 HOSTILE = "<script>alert(1)</script> [bold red]x[/bold red] \x1b[31m"
-QUICK = ["--endpoint.first_delay=0.01", "--endpoint.longest_delay=0.02", "--endpoint.timeout=5"]
+QUICK = ["--endpoint.first_delay=0.01", "--endpoint.longest_delay=0.02", f"--endpoint.timeout={HANG}"]
 
 
 def published_scores(folder: Path, files: list[str]) -> dict[str, float]:
@@ -402,7 +403,7 @@ def test_a_stopped_evaluation_goes_on_and_asks_nothing_twice(number: int, call: 
     with chat_server(answer) as chat:
         arguments = both(chat, f"--endpoint.concurrency={concurrency}")
         process = start("proactive.evaluate", "agent", *arguments, "--output=out", cwd=tmp_path)
-        out, _ = process.communicate(timeout=120)
+        out, _ = process.communicate(timeout=HANG)
         assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
         assert reached
         first = chat.asked[:]

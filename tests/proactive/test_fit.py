@@ -23,6 +23,7 @@ from datamodules.tokenizer import tokenizer_from_state
 from models.reward import RewardClassifier
 from models.training import BackboneModule
 from tests.helpers import ROOT
+from tests.patience import HANG
 from tests.proactive.conftest import FinishedRun
 
 LOGGED = ("train/loss", "train/gradient_norm", "validation/auroc", "validation/loss", "test/raw_f1")
@@ -169,6 +170,7 @@ print(json.dumps([sorted(ours), labels, [row.double().softmax(-1).tolist() for r
         capture_output=True,
         text=True,
         check=True,
+        timeout=HANG,
     )
     ours, labels, probabilities = json.loads(ended.stdout)
     assert ours == []
@@ -205,6 +207,7 @@ finally:
         capture_output=True,
         text=True,
         check=True,
+        timeout=HANG,
     )
     assert ended.stdout.splitlines()[-1] == "imported: []"
     shown = " ".join(ended.stdout.split())

@@ -16,7 +16,6 @@ from tests.helpers import SMALL_BACKBONE, SMALL_RUN, command, small_root
 NO_DROPOUT = f"--model.scratch={json.dumps({**SMALL_BACKBONE, 'attention_dropout': 0.0})}"  # ranks draw differently
 ON_TWO = ["--trainer.strategy=fully_sharded", "--trainer.devices=2"]
 TORCHRUN = ("--standalone", "--nproc-per-node=2", "-m", "proactive.fit")
-LIMIT = 60  # seconds: what the end of a job with a dead rank may take, here with all that comes before it
 
 
 def kill(rank: int, step: int) -> str:
@@ -31,7 +30,7 @@ def figures(folder: Path) -> dict[str, float]:
 def test_a_killed_rank_ends_the_job_and_the_resumed_one_is_as_one_device(tmp_path: Path, call: Callable) -> None:
     root = small_root(tmp_path / "root")
     options = [*SMALL_RUN, NO_DROPOUT, f"--data.root={root}"]
-    ended = command("proactive.fit", *options, *ON_TWO, kill(1, 5), "--run.name=two", cwd=tmp_path, timeout=LIMIT)
+    ended = command("proactive.fit", *options, *ON_TWO, kill(1, 5), "--run.name=two", cwd=tmp_path)
     assert ended.returncode == 1
     told = [line for line in ended.stderr.splitlines() if line.startswith(("error:", "  help:"))]
     assert "rank 1 (process " in told[0]
@@ -71,7 +70,7 @@ def test_a_killed_rank_ends_the_job_and_the_resumed_one_is_as_one_device(tmp_pat
 def test_when_rank_0_is_killed_the_others_end(tmp_path: Path) -> None:
     """They hold the pipe that is waited for here."""
     options = [*SMALL_RUN, f"--data.root={small_root(tmp_path / 'root')}"]
-    ended = command("proactive.fit", *options, *ON_TWO, kill(0, 2), cwd=tmp_path, timeout=LIMIT)
+    ended = command("proactive.fit", *options, *ON_TWO, kill(0, 2), cwd=tmp_path)
     assert ended.returncode == -signal.SIGKILL
     assert "rank 0 (process " in ended.stderr
 
@@ -79,7 +78,7 @@ def test_when_rank_0_is_killed_the_others_end(tmp_path: Path) -> None:
 def test_an_error_that_all_ranks_have_is_told_as_one(tmp_path: Path) -> None:
     """It is rank 0's own, with its exit code, not the news of another one's end."""
     options = [f"--data.root={small_root(tmp_path / 'root')}", *ON_TWO, "--trainer.accelerator=cpu"]
-    ended = command("proactive.fit", *options, "--model.optimizer=adamw_8bit", cwd=tmp_path, timeout=LIMIT)
+    ended = command("proactive.fit", *options, "--model.optimizer=adamw_8bit", cwd=tmp_path)
     assert ended.returncode == 2
     told = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert "model.optimizer: adamw_8bit" in told[0]

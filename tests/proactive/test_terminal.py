@@ -17,6 +17,7 @@ import torch
 from proactive import evaluate, fit, inspect
 from proactive.terminal import MISTAKE
 from tests.helpers import ROOT, SMALL_BACKBONE, SMALL_RUN, command, small_root
+from tests.patience import HANG
 from tests.proactive.conftest import FinishedRun
 
 PROCESS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
@@ -198,7 +199,7 @@ def test_a_mistake_as_a_process(tmp_path: Path) -> None:
     assert ended.stderr.splitlines()[1] == "  help: See python -m proactive.fit --help."
 
 
-def in_terminal(*arguments: str | Path, cwd: Path, limit: float = 150) -> tuple[int, str]:
+def in_terminal(*arguments: str | Path, cwd: Path) -> tuple[int, str]:
     """Run `python -m` with a pseudo-terminal for input and output; its exit code and all that it showed."""
     primary, secondary = pty.openpty()
     process = subprocess.Popen(
@@ -211,7 +212,7 @@ def in_terminal(*arguments: str | Path, cwd: Path, limit: float = 150) -> tuple[
         start_new_session=True,
     )
     os.close(secondary)
-    shown, end = b"", time.monotonic() + limit
+    shown, end = b"", time.monotonic() + HANG
     try:
         while time.monotonic() < end:
             if not select.select([primary], [], [], 1)[0]:
@@ -275,6 +276,7 @@ def test_a_reader_that_goes_away_causes_no_traceback(what: str, finished_run: Fi
             stdout=writer,
             stderr=subprocess.PIPE,
             text=True,
+            timeout=HANG,
         )
     finally:
         os.close(writer)
