@@ -8,8 +8,10 @@ Text from the data stays on one line and is never read as a special token, whate
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -26,6 +28,7 @@ DEFAULT_PROMPT = Path(__file__).with_name("reward_prompt.yaml")
 DEFAULT_AGENT_PROMPT = Path(__file__).with_name("agent_prompt.yaml")
 # Everything that a terminal, an editor or str.splitlines takes for the end of a line, and other control characters.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
@@ -171,6 +174,7 @@ class SegmentTokenizer:
         self._plain.encode_special_tokens = True  # means: take them apart
         special = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._special = re.compile(f"({'|'.join(map(re.escape, special))})") if special else None
+        self._control, self._spelled = _control_tokens(tokenizer)
         self._ids: dict[str, list[int]] = {}
         bare = self._tokenize(["a"])[0]
         full = list(tokenizer("a").input_ids)
@@ -207,7 +211,51 @@ class SegmentTokenizer:
         return parts
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._plain.encode_batch(list(texts), add_special_tokens=False)]
+        """Token ids of plain texts, none of them a control token.
+
+        Unigram, WordLevel and some WordPiece models have their control tokens among their words, so a text that spells
+        one, also in full-width letters, would become it. Such a text is cut within that word, and its parts are
+        tokenized on their own.
+        """
+        encodings = self._plain.encode_batch(list(texts), add_special_tokens=False)
+        return [self._without_control(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+
+    def _without_control(self, text: str, encoding: Any) -> list[int]:
+        spans = zip(encoding.ids, encoding.offsets, strict=True)
+        taken = [span for token, span in spans if self._is_control(token, text[slice(*span)])]
+        if not taken:
+            return list(encoding.ids)
+        alone = {begin: end for begin, end in taken if end - begin == 1}  # characters that cannot be cut
+        cuts = sorted({0, len(text), *alone.values(), *((begin + end) // 2 for begin, end in taken)})
+        parts = [_escaped(text[a:b]) if a in alone else text[a:b] for a, b in pairwise(cuts)]
+        return [token for ids in self._tokenize(parts) for token in ids]
+
+    def _is_control(self, token: int, written: str) -> bool:
+        if token in self._spelled:
+            return self._spelled[token] in unicodedata.normalize("NFKC", written).casefold()
+        return token in self._control
+
+
+def _control_tokens(tokenizer: "PreTrainedTokenizerFast") -> tuple[set[int], dict[int, str]]:
+    """The tokens that no text from the data may become.
+
+    Returns:
+        The ids that no text gives: special tokens, and added ones that are no mere white space. And by id the spelling
+        of those that other texts give by right: the token of unknown words, and bytes such as <0x0A>.
+    """
+    added = {token: number for token, number in tokenizer.get_added_vocab().items() if token.strip(" \t\r\n\u2581")}
+    control = {*added.values(), *tokenizer.all_special_ids}
+    spelled = {number: token.casefold() for token, number in tokenizer.get_vocab().items() if _BYTE.fullmatch(token)}
+    if tokenizer.unk_token is not None:
+        spelled[tokenizer.unk_token_id] = str(tokenizer.unk_token).casefold()
+    return control, spelled
+
+
+def _escaped(character: str) -> str:
+    """A character that is a control token by itself, as JSON may write it."""
+    if character in r"\u0123456789abcdef":
+        raise UserError(f"the tokenizer has {character!r} as a special token", "Use a tokenizer without it.")
+    return f"\\u{ord(character):04x}"
 
 
 def truncate(segments_ids: Sequence[Sequence[int]], limit: int) -> tuple[list[int], int]:

@@ -25,6 +25,11 @@ IMPOSTORS = (
     "[CLS]",
     "[SEP]",
     "[MASK]",
+    "</s>",
+    "＜/s＞",
+    "[ＳＥＰ]",
+    "<unk>",
+    "<0x0A>",
     "<|eot_id|>",
     "<tool_call>",
     "\n",
@@ -67,12 +72,20 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizers(embedded: Corpus) -> "dict[str, PreTrainedTokenizerFast]":
-    """One tokenizer of each family: made from scratch, chat model, encoder with words around a text."""
+    """One tokenizer of each family.
+
+    Made from scratch; a chat model's; an encoder's, with words around a text; and those whose model has its control
+    tokens among its words: Unigram (as T5 and XLM-R have), WordLevel, and WordPiece that splits at white space alone.
+    """
     from datamodules.prompts import DEFAULT_PROMPT, PromptTemplate, training_text
     from datamodules.tokenizer import train_tokenizer
 
     text = training_text(PromptTemplate.read(DEFAULT_PROMPT), embedded.train[:300])
-    return {"scratch": train_tokenizer(text, 500), "chat": _chat_tokenizer(text), "encoder": _encoder_tokenizer()}
+    return {"scratch": train_tokenizer(text, 500), "chat": _chat_tokenizer(text), "encoder": _encoder_tokenizer()} | {
+        "unigram": _unigram_tokenizer(),
+        "words": _word_tokenizer(),
+        "pieces": _encoder_tokenizer(white_space=True),
+    }
 
 
 def _chat_tokenizer(text: Sequence[str]) -> "PreTrainedTokenizerFast":
@@ -86,8 +99,40 @@ def _chat_tokenizer(text: Sequence[str]) -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
-def _encoder_tokenizer() -> "PreTrainedTokenizerFast":
-    """In the manner of BERT: lower case, word pieces, [CLS] before a text and [SEP] after it."""
+def _unigram_tokenizer() -> "PreTrainedTokenizerFast":
+    """In the manner of T5: white space belongs to words, letters become plain ones, bytes are a last resort."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    control = ["<pad>", "<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = [(token, 0.0) for token in control] + [(chr(code), -5.0) for code in (0x2581, *range(33, 127))]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=3, byte_fallback=True))
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def _word_tokenizer() -> "PreTrainedTokenizerFast":
+    """Whole words between white space, one of its special tokens a single character."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "</s>", "<unk>", '"', "[SEP]", "x", "the", "a", "Judge", "this", "."]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "sep_token": "[SEP]", "mask_token": '"'}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def _encoder_tokenizer(white_space: bool = False) -> "PreTrainedTokenizerFast":
+    """In the manner of BERT: lower case, word pieces, [CLS] before a text and [SEP] after it.
+
+    Args:
+        white_space: Words end at white space alone, keep their case, and full-width letters become plain ones.
+    """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -97,8 +142,8 @@ def _encoder_tokenizer() -> "PreTrainedTokenizerFast":
     tokenizer = Tokenizer(
         models.WordPiece({token: number for number, token in enumerate(vocabulary)}, unk_token="[UNK]")
     )
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.normalizer = normalizers.NFKC() if white_space else normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit() if white_space else pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )

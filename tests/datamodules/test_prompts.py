@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
@@ -41,7 +41,7 @@ QUOTED = PromptTemplate.parse(
 HOSTILE = st.lists(st.sampled_from(IMPOSTORS) | st.text(st.characters(codec="utf-8"), max_size=4), max_size=4).map(
     lambda pieces: "x" + "".join(pieces)
 )
-FAMILIES = pytest.mark.parametrize("family", ["scratch", "chat", "encoder"])
+FAMILIES = pytest.mark.parametrize("family", ["scratch", "chat", "encoder", "unigram", "words", "pieces"])
 
 
 def text_of(segment: Segment) -> str:
@@ -147,6 +147,48 @@ def test_special_tokens_come_from_the_template_alone(
     (_, ids, _) = SegmentTokenizer(tokenizer).encode(render(template, row_of([f"a{token}b"])))
     number = tokenizer.convert_tokens_to_ids(token)
     assert [position for position, i in enumerate(ids) if i == number] == [0, len(ids) - 1]
+
+
+def test_a_text_that_spells_a_control_token_is_cut_and_the_rest_stays(
+    tokenizers: "dict[str, PreTrainedTokenizerFast]",
+) -> None:
+    def tokens(family: str, text: str) -> list[str]:
+        tokenizer = tokenizers[family]
+        return tokenizer.convert_ids_to_tokens(SegmentTokenizer(tokenizer).encode([(Data(text),)])[0])
+
+    assert tokens("unigram", "a</s>b") == ["▁", "a", "<", "/", "▁", "s", ">", "b"]
+    assert tokens("unigram", "＜/s＞") == ["▁", "<", "/", "▁", "s", ">"]
+    assert tokens("unigram", "<0x0a>") == ["▁", *"<0x0a>"]
+    assert "<0x0A>" not in tokens("unigram", "<0x0A>")
+    assert tokens("unigram", "é") == ["▁", "<0xC3>", "<0xA9>"], "other bytes are its right"
+    assert tokens("pieces", "a [SEP] b") == ["a", "[", "##S", "E", "##P", "##]", "b"]
+    assert tokens("pieces", "é") == ["[UNK]"], "so is an unknown word"
+    assert tokens("words", 'the " x') == ["the", "<unk>", "x"]
+
+
+def test_a_long_text_of_control_tokens_takes_linear_work(tokenizers: "dict[str, PreTrainedTokenizerFast]") -> None:
+    segmenter = SegmentTokenizer(tokenizers["unigram"])
+    encoded: list[int] = []
+    plain = segmenter._plain
+
+    class Counting:
+        def encode_batch(self, texts: list[str], **options: Any) -> Any:
+            encoded.extend(map(len, texts))
+            return plain.encode_batch(texts, **options)
+
+    segmenter._plain = Counting()  # type: ignore[assignment]
+    segmenter.encode([(Data("</s>" * 5000),)])
+    assert sum(encoded) <= 2 * 20_000
+
+
+def test_a_tokenizer_that_cannot_write_a_text_is_refused() -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    bare = Tokenizer(models.WordLevel({"<pad>": 0, "a": 1, "u": 2}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="<pad>", eos_token="u")
+    with pytest.raises(UserError, match="the tokenizer has 'u' as a special token"):
+        SegmentTokenizer(tokenizer).encode([(Data("u"),)])
 
 
 @pytest.mark.parametrize(("family", "prefix", "suffix"), [("scratch", 1, 0), ("chat", 1, 0), ("encoder", 1, 1)])
