@@ -3,7 +3,7 @@
 Shape legend: R rows, L distinct tokens of their answers, N probes.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from models.answer_metrics import AnswerLosses, answer_losses, decision_figures,
 from models.backbone import language_problem, token_losses
 from models.generation import generate_answers
 from models.training import BackboneModule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SAMPLED_TOKENS = 64
 
@@ -41,11 +44,8 @@ class ProactiveAgent(BackboneModule):
         self.answers = AnswerLosses()
         self.samples: list[dict[str, Any]] = []  # of the last validation
 
-    def configure_model(self) -> None:
-        made = self.network is None
-        super().configure_model()
-        assert self.network is not None
-        if made and (problem := language_problem(self.network)):
+    def refuse_network(self, network: "PreTrainedModel") -> None:
+        if problem := language_problem(network):
             raise UserError(
                 f"model.backbone: {self.hparams['backbone']} cannot be trained as an agent: {problem}",
                 "Use a decoder; Llama, Qwen, Mistral, Gemma and Phi are known to serve.",

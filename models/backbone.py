@@ -175,8 +175,8 @@ def base_from_config(
 
 @contextlib.contextmanager
 def same_random_numbers() -> Iterator[None]:
-    """Always the same ones: a base from scratch is not kept with its adapter, but made anew."""
-    with torch.random.fork_rng(devices=[]):
+    """Always the same ones, the CPU's: a base from scratch is not kept with its adapter, but made anew anywhere."""
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
 

@@ -466,7 +466,9 @@ def branch_problem(network: "PreTrainedModel", longest: int) -> str | None:
 def _misread(network: "PreTrainedModel") -> str | None:
     """How the logits of branches differ from those of their prompts, or None."""
     random = torch.Generator().manual_seed(0)
-    first, left, other, right = torch.randint(network.config.vocab_size, (4, 4), generator=random).tolist()
+    first, left, other, right = torch.randint(
+        network.config.vocab_size, (4, 4), generator=random, device="cpu"
+    ).tolist()
     trunk, opening = [*first, *left], first[:2]
 
     def read(event: list[int], beside: list[int]) -> Tensor:

@@ -128,49 +128,74 @@ class BackboneModule(LightningModule):
         """What keeps the model from reading trees of rows of up to `longest` tokens; None if nothing does."""
         return tree_problem(network, longest)
 
+    def refuse_network(self, network: "PreTrainedModel") -> None:
+        """Say what keeps a new network from being trained for the task; nothing here.
+
+        Raises:
+            UserError: Something does.
+        """
+
     # Training
 
     def configure_model(self) -> None:
-        """Make the network, once, and settle with the data module in which layout it reads rows."""
-        options, data = self.hparams, self.trainer.datamodule  # type: ignore[attr-defined]
-        optimizer_maker(options["optimizer"])  # says what is missing before any weight is loaded
-        refuse_unfit(self.adapter, options["quantization"], self.trainer.strategy)
-        if self._mesh is not None and options["optimizer"] != "adamw":
+        """Make the network, once, on the trainer's device, and settle with the data module in which layout it reads.
+
+        Lightning calls this with the trainer's device as the default for new tensors. Neither the self-tests nor
+        transformers expect that: a generator of the CPU draws no tensor for CUDA, and `from_pretrained` then needs
+        another library. So the default is the CPU here, as it is everywhere else, and what belongs on the device is
+        put there by name.
+        """
+        optimizer = self.hparams["optimizer"]
+        optimizer_maker(optimizer)  # says what is missing before any weight is loaded
+        refuse_unfit(self.adapter, self.hparams["quantization"], self.trainer.strategy)
+        if self._mesh is not None and optimizer != "adamw":
             raise UserError(
-                f"model.optimizer: {options['optimizer']} keeps blocks of weights whole, which sharding cuts apart",
+                f"model.optimizer: {optimizer} keeps blocks of weights whole, which sharding cuts apart",
                 "Use model.optimizer adamw; its state is sharded as well.",
             )
-        if self.network is None:
-            build = build_network if self._mesh is None else self._build_sharded
-            with self._randomness():
-                self.network = build(
-                    self.head,
-                    options["backbone"],
-                    data.tokenizer,
-                    options["scratch"],
-                    dtype=options["dtype"],
-                    attn_implementation=options["attn_implementation"],
-                    dropout=options["dropout"],
-                    trust_remote_code=options["trust_remote_code"],
-                )
-            self._adapt(self.trainer.strategy.root_device)
-            if data.max_length > (room := position_room(self.network.config)):
-                raise UserError(
-                    f"data.max_length: {data.max_length} tokens, but {options['backbone']} has positions for {room}",
-                    f"Use --data.max_length {room}, or a backbone that reads longer texts.",
-                )
-            if options["gradient_checkpointing"]:
-                self.network.gradient_checkpointing_enable({"use_reentrant": False})
-            if options["compile"]:
-                for block in blocks(self.network):
-                    block.compile(dynamic=True)  # every micro-batch has another length
-            self.network.train()
-        self._settle_layout(data)
-        if self._mesh is not None:
-            reshard(self.network)
+        with torch.device("cpu"):
+            if made := self.network is None:
+                self._build()
+            assert self.network is not None
+            if self._mesh is None:
+                self.network.to(self.trainer.strategy.root_device)  # where the self-tests are to run
+            if made:
+                self.refuse_network(self.network)
+            self._settle_layout()
+            if self._mesh is not None:
+                reshard(self.network)
 
-    def _settle_layout(self, data: Any) -> None:
+    def _build(self) -> None:
+        """Make the network as the options describe it, with adapters if there are to be any."""
+        options, data = self.hparams, self.trainer.datamodule  # type: ignore[attr-defined]
+        build = build_network if self._mesh is None else self._build_sharded
+        with self._where_weights_are_drawn():
+            self.network = build(
+                self.head,
+                options["backbone"],
+                data.tokenizer,
+                options["scratch"],
+                dtype=options["dtype"],
+                attn_implementation=options["attn_implementation"],
+                dropout=options["dropout"],
+                trust_remote_code=options["trust_remote_code"],
+            )
+        self._adapt(self.trainer.strategy.root_device)
+        if data.max_length > (room := position_room(self.network.config)):
+            raise UserError(
+                f"data.max_length: {data.max_length} tokens, but {options['backbone']} has positions for {room}",
+                f"Use --data.max_length {room}, or a backbone that reads longer texts.",
+            )
+        if options["gradient_checkpointing"]:
+            self.network.gradient_checkpointing_enable({"use_reentrant": False})
+        if options["compile"]:
+            for block in blocks(self.network):
+                block.compile(dynamic=True)  # every micro-batch has another length
+        self.network.train()
+
+    def _settle_layout(self) -> None:
         assert self.network is not None
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
         if data.layout == "rows":
             data.settle_layout(None)
             return
@@ -314,10 +339,13 @@ class BackboneModule(LightningModule):
                 "Put the base back that the adapter was trained on, or start a new run.",
             )
 
-    def _randomness(self) -> contextlib.AbstractContextManager[None]:
-        """A base from scratch is the same each time, for an adapter is kept without it."""
-        made_anew = self.adapter is not None and self.hparams["backbone"] == SCRATCH
-        return same_random_numbers() if made_anew else contextlib.nullcontext()
+    def _where_weights_are_drawn(self) -> contextlib.AbstractContextManager[Any]:
+        """Where, and from which random numbers, a backbone gets weights that are in no file."""
+        if self.hparams["backbone"] != SCRATCH or self._mesh is not None:
+            return contextlib.nullcontext()
+        if self.adapter is not None:  # which is kept without its base: that is the same each time, on any device
+            return same_random_numbers()
+        return self.trainer.strategy.root_device  # a GPU draws those of a large one much sooner
 
     def export(self, folder: Path, state: dict[str, Any], weights: dict[str, Tensor] | None = None) -> None:
         """Write weights and configuration for transformers, and what only this project reads.

@@ -158,7 +158,7 @@ def tolerance(model: "PreTrainedModel", dtype: torch.dtype) -> float:
 def _misread(model: "PreTrainedModel") -> str | None:
     """How trees of two rows differ from the rows, or None."""
     trunk, left, other, right = torch.randint(
-        4, model.config.vocab_size, (4, 6), generator=torch.Generator().manual_seed(0)
+        4, model.config.vocab_size, (4, 6), generator=torch.Generator().manual_seed(0), device="cpu"
     ).tolist()
     left, other, right = [*trunk, 1, *left], [*trunk, 2, *other], [*trunk, 3, *right[:4]]  # in this order in a tree
     left_TD, other_TD, right_TD = (_read_row(model, row) for row in (left, other, right))

@@ -38,6 +38,15 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 FAMILIES = DECODERS | ENCODERS
 SMALL_LLAMA = {"model_type": "llama", **DECODERS["llama"]}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
 TRAIN_ROWS_A_STEP = 8
 
 

@@ -26,32 +26,10 @@ from models.operations import weight_count
 from models.reward import RewardClassifier
 from models.training import BackboneModule
 from models.tree import pair_cost, tree_problem
-from tests.models.small import fit, probabilities, small_data, small_trainer
+from tests.models.small import LLAMA, fit, probabilities, small_data, small_trainer
 
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
 KINDS: tuple[Quantization, ...] = ("none", "int8", "nf4")
 LAYER = {"none": torch.nn.Linear, "int8": Linear8bitLt, "nf4": Linear4bit}
-
-
-@pytest.fixture(scope="module")
-def base(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pretrained causal language model with its tokenizer; as a classifier it gets a new head."""
-    folder = tmp_path_factory.mktemp("base")
-    data = small_data(root)
-    data.setup("fit")
-    torch.manual_seed(1)
-    config = LLAMA | {"vocab_size": len(data.tokenizer), "pad_token_id": data.tokenizer.pad_token_id}
-    network_from_config("language model", config, "float32", None).save_pretrained(folder)
-    data.tokenizer.save_pretrained(folder)
-    return folder
 
 
 def classifier(base: Path, quantization: Quantization = "nf4", **options: Any) -> RewardClassifier:
