@@ -4,9 +4,10 @@ Shape legend: R rows, T tokens, D hidden size, C classes (rejected, accepted), L
 """
 
 import contextlib
+import logging
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -27,6 +28,11 @@ Pooling = Literal["auto", "last", "cls", "mean"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet"}  # their first one is the padding id + 1
 LABELS = {0: "rejected", 1: "accepted"}
+# How the files of a network for text and pictures name the part that reads text, and what that is called alone.
+TEXT_PART = {
+    r"^(?:model\.)?(?:language_model|text_model)\.lm_head\.": "lm_head.",
+    r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?": "{}.",
+}
 LOGITS_AT_ONCE = 2**25  # of a chunk: 128 MiB in float32, and as much again for their gradients
 # A Llama-type decoder of about 2.2 million parameters, embeddings included.
 SCRATCH_CONFIG: dict[str, Any] = {
@@ -38,6 +44,7 @@ SCRATCH_CONFIG: dict[str, Any] = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 4096,
 }
+log = logging.getLogger("proactive")
 
 
 def build_network(
@@ -77,12 +84,68 @@ def build_network(
 def pretrained_network(
     head: Head, backbone: str, config: "PretrainedConfig", **options: Any
 ) -> tuple["PreTrainedModel", list[str]]:
-    """A network with the backbone's own weights, and which of its tensors were drawn, for the files lack them."""
+    """A network with the backbone's own weights, and which of its tensors were drawn.
+
+    Drawn are those that the files lack, and a classifier's head of another number of classes.
+
+    Raises:
+        UserError: The files do not belong to the configuration, or lack a part of the layers.
+    """
+    from transformers import PretrainedConfig
+
     with _clear_errors(head, backbone), quiet():
-        network, found = _auto_class(head).from_pretrained(
-            backbone, config=config, use_safetensors=True, output_loading_info=True, **options
+        auto = _auto_class(head)
+        is_part = PretrainedConfig.get_config_dict(backbone)[0].get("model_type") != config.model_type
+        prefix = auto._model_mapping[type(config)].base_model_prefix if is_part else ""
+        network, found = auto.from_pretrained(
+            backbone,
+            config=config,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are looked at below
+            key_mapping={pattern: target.format(prefix) for pattern, target in TEXT_PART.items()} if is_part else None,
+            output_loading_info=True,
+            **options,
         )
-    return network, sorted(found["missing_keys"])
+        if is_part:
+            vars(network).pop("_weight_conversions", None)  # by which it would be saved under the names of the whole
+        drawn = sorted(found["missing_keys"])
+        if gaps := [name for name in drawn if _must_be_there(network, head, name)]:
+            raise UserError(
+                f"model.backbone: {backbone} lacks {len(gaps)} of its tensors, the first of them {gaps[0]}",
+                "Fetch the backbone's files again, or give one whose files transformers can read.",
+            )
+        for name, there, needed in sorted(found["mismatched_keys"]):
+            refuse_shape(network, head, backbone, name, there, needed)
+            drawn.append(name)
+    return network, sorted(drawn)
+
+
+def _must_be_there(network: "PreTrainedModel", head: Head, name: str) -> bool:
+    """Whether a tensor can't be drawn anew without harm: all but a classifier's head and what pools for it."""
+    layers = [module for module in network.base_model.modules() if isinstance(module, nn.ModuleList)]
+    vital = [*layers, network.get_input_embeddings()]
+    owner = network.get_submodule(name.rpartition(".")[0])
+    return head == "language model" or any(owner is module for part in vital for module in part.modules())
+
+
+def refuse_shape(
+    network: "PreTrainedModel", head: Head, backbone: str, name: str, there: Sequence[int], needed: Sequence[int]
+) -> None:
+    """Say that a tensor of the files has another shape than the network's; a classifier's head is then a new one.
+
+    Raises:
+        UserError: The tensor is no part of such a head.
+    """
+    inside = {id(module) for module in network.base_model.modules()}
+    if head == "language model" or id(network.get_submodule(name.rpartition(".")[0])) in inside:
+        raise UserError(
+            f"model.backbone: {backbone}: {name} has the shape {tuple(there)}, not {tuple(needed)}",
+            "Give weights and config.json that belong together.",
+        )
+    log.info(
+        f"model.backbone: {name} of {backbone} has the shape {tuple(there)}, not {tuple(needed)}: "
+        f"the head is a new one, of {len(LABELS)} classes"
+    )
 
 
 def network_config(
@@ -103,13 +166,16 @@ def network_config(
             config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         else:
             config = AutoConfig.from_pretrained(backbone, trust_remote_code=trust_remote_code)
-        if not hasattr(config, "vocab_size"):
+        text = config.get_text_config()
+        if not hasattr(text, "vocab_size"):
             raise UserError(f"model.backbone: {backbone} reads no text", "Give an encoder or decoder of text.")
+        if type(text) in _auto_class(head)._model_mapping:
+            config = text  # of a network for text and pictures, the part that reads text
         _prepare(config, head, tokenizer, dropout)
-        if len(tokenizer) > config.vocab_size:
+        if len(tokenizer) > text.vocab_size:
             raise UserError(
                 f"model.backbone: the tokenizer has {len(tokenizer)} tokens, {backbone} has embeddings for "
-                f"{config.vocab_size}",
+                f"{text.vocab_size}",
                 "Give backbone and tokenizer that belong together.",
             )
     return config
@@ -158,14 +224,13 @@ def base_from_config(
         with same_random_numbers():
             return network_from_config(head, config, dtype, attn_implementation)
     try:
-        with _clear_errors(head, backbone), quiet():
-            return _auto_class(head).from_pretrained(
-                backbone,
-                config=AutoConfig.for_model(**config),
-                use_safetensors=True,
-                dtype=getattr(torch, dtype),
-                attn_implementation=attn_implementation,
-            )
+        return pretrained_network(
+            head,
+            backbone,
+            AutoConfig.for_model(**config),
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+        )[0]
     except UserError as error:
         raise UserError(
             f"the weights are those of an adapter alone, and its base is missing: {error.what}",
@@ -324,7 +389,7 @@ def _prepare(
         config.problem_type = "single_label_classification"
     else:
         config.eos_token_id = tokenizer.eos_token_id
-    config.pad_token_id = tokenizer.pad_token_id
+    config.pad_token_id = config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if dropout is not None:
         for name, value in config.to_dict().items():
             if isinstance(value, (int, float)) and ("dropout" in name or name.endswith("pdrop")):

@@ -27,6 +27,7 @@ from models.backbone import (
     build_network,
     network_config,
     pretrained_network,
+    refuse_shape,
     weightless_network,
 )
 from models.forward import register
@@ -77,7 +78,7 @@ def build_sharded_network(
         "trust_remote_code": trust_remote_code,
     }
     network = weightless_network(head, backbone, config, **options)
-    files = None if backbone == SCRATCH else WeightFiles.of(network, backbone)
+    files = None if backbone == SCRATCH else WeightFiles.of(network, head, backbone)
     new = {} if files is None else _new_modules(network, files)
     shard(network, mesh, precision)
     network.to_empty(device=device)
@@ -194,11 +195,12 @@ class WeightFiles:
     keys: dict[str, str]
 
     @classmethod
-    def of(cls, network: "PreTrainedModel", backbone: str) -> "WeightFiles":
+    def of(cls, network: "PreTrainedModel", head: Head, backbone: str) -> "WeightFiles":
         """Look for each tensor under its own name, and under that with or without the base model's prefix.
 
         Raises:
-            UserError: The backbone has no safetensors files, or a tensor in them has another shape.
+            UserError: The backbone has no safetensors files, or a tensor in them has another shape. A classifier's
+                head of another number of classes is left out instead, to be made anew.
         """
         place = _places(backbone)
         prefix = f"{network.base_model_prefix}."
@@ -209,8 +211,12 @@ class WeightFiles:
                     keys[name] = key
                     break
         found = cls(backbone, {name: place[key] for name, key in keys.items()}, keys)
-        found._check_shapes(network)
-        return found
+        other = found._of_another_shape(network, head)
+        return cls(
+            backbone,
+            {name: path for name, path in found.files.items() if name not in other},
+            {name: key for name, key in keys.items() if name not in other},
+        )
 
     def lacks(self, network: "PreTrainedModel", new: dict[str, nn.Module]) -> list[str]:
         """The tensors that are neither here, nor tied to one that is, nor made anew."""
@@ -226,17 +232,16 @@ class WeightFiles:
             for name, source in self._opened(stack):
                 fill(tensors[name], source.get_slice(self.keys[name]))
 
-    def _check_shapes(self, network: "PreTrainedModel") -> None:
-        tensors = network.state_dict()
+    def _of_another_shape(self, network: "PreTrainedModel", head: Head) -> set[str]:
+        """The tensors of a head of another number of classes, which is made anew."""
+        tensors, other = network.state_dict(), set()
         with ExitStack() as stack:
             for name, source in self._opened(stack):
                 shape = source.get_slice(self.keys[name]).get_shape()
                 if tuple(shape) != tuple(tensors[name].shape):
-                    raise UserError(
-                        f"model.backbone: {self.backbone}: {self.keys[name]} has the shape {tuple(shape)}, not "
-                        f"{tuple(tensors[name].shape)}",
-                        "Give weights and config.json that belong together.",
-                    )
+                    refuse_shape(network, head, self.backbone, name, shape, tensors[name].shape)
+                    other.add(name)
+        return other
 
     def _opened(self, stack: ExitStack) -> Iterator[tuple[str, Any]]:
         from safetensors import SafetensorError, safe_open

@@ -4,6 +4,7 @@ Shape legend: B rows, T tokens, D hidden size, C classes.
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, get_args
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -22,14 +23,18 @@ from datamodules.tokenizer import load_tokenizer, train_tokenizer
 from models.backbone import (
     LABELS,
     SCRATCH_CONFIG,
+    Head,
     Pooling,
     build_network,
     classify,
     load_network,
+    network_config,
     network_from_config,
     quiet,
     read_out,
+    weightless_network,
 )
+from models.sharding import WeightFiles
 from tests.models.small import DECODERS, ENCODERS, FAMILIES, SMALL_LLAMA
 
 LENGTHS = (9, 5, 1)  # rows of one batch: none, some and nearly all of it padding
@@ -144,6 +149,79 @@ def test_a_backbone_without_a_head_is_given_one(tmp_path: Path, tokenizer: PreTr
     assert read_out(model).out_features == 2
 
 
+@pytest.mark.parametrize("family", ["llama", "bert", "roberta"])
+@pytest.mark.parametrize("classes", [1, 3])
+def test_a_head_of_another_number_of_classes_is_replaced(
+    family: str, classes: int, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Reward models end in one class, entailment in three; the backbone's own weights stay, in shards as well."""
+    config = transformers.AutoConfig.for_model(
+        family, **FAMILIES[family], vocab_size=len(tokenizer), pad_token_id=0, num_labels=classes
+    )
+    with quiet():
+        saved = transformers.AutoModelForSequenceClassification.from_config(config)
+        saved.save_pretrained(tmp_path)
+    with caplog.at_level(logging.INFO, "proactive"):
+        model = build_network("classifier", str(tmp_path), tokenizer)
+    assert read_out(model).out_features == model.config.num_labels == 2
+    assert model.config.id2label == LABELS
+    head = READ_OUT[family]
+    kept = {name for name in saved.state_dict() if not name.startswith(head)}
+    assert all(torch.equal(model.state_dict()[name], saved.state_dict()[name]) for name in kept)
+    assert 0 < float(read_out(model).weight.detach().std()) < 0.1
+    assert f"has the shape ({classes}, 16), not (2, 16): the head is a new one, of 2 classes" in caplog.text
+    meta = weightless_network(
+        "classifier",
+        str(tmp_path),
+        network_config("classifier", str(tmp_path), tokenizer),
+        dtype="float32",
+        attn_implementation=None,
+        trust_remote_code=False,
+    )
+    files = WeightFiles.of(meta, "classifier", str(tmp_path))
+    assert set(files.keys) == set(files.files) == kept
+
+
+PICTURES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+MULTIMODAL: dict[str, dict[str, Any]] = {
+    "gemma3": {"vision_config": {**PICTURES, "image_size": 28, "patch_size": 14}},
+    "llava": {"vision_config": {**PICTURES, "model_type": "clip_vision_model", "image_size": 28, "patch_size": 14}},
+    "mistral3": {"vision_config": {**PICTURES, "model_type": "pixtral", "image_size": 28, "patch_size": 14}},
+    "smolvlm": {"vision_config": {**PICTURES, "image_size": 28, "patch_size": 14}},
+}
+TEXT_TYPES = {"gemma3": "gemma3_text", "llava": "llama", "mistral3": "mistral", "smolvlm": "llama"}
+
+
+@pytest.mark.parametrize("head", get_args(Head))
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_of_a_network_for_text_and_pictures_the_part_that_reads_text_serves(
+    family: str, head: Head, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    text_type = TEXT_TYPES[family]
+    text = {**FAMILIES[text_type], "model_type": text_type, "vocab_size": len(tokenizer), "pad_token_id": 0}
+    tied = {"tie_word_embeddings": False}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, text_config=text | tied, **MULTIMODAL[family], **tied)
+    with quiet():
+        whole = transformers.AutoModelForImageTextToText.from_config(config).eval()
+        whole.save_pretrained(tmp_path / "whole")
+    model = build_network(head, str(tmp_path / "whole"), tokenizer).eval()
+    assert model.config.model_type == text_type
+    ids_1T = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        expected_TD = getattr(whole.model, "language_model", None) or whole.model.text_model
+        torch.testing.assert_close(
+            model.base_model(ids_1T).last_hidden_state, expected_TD(input_ids=ids_1T).last_hidden_state
+        )
+        if head == "language model":
+            torch.testing.assert_close(model(ids_1T).logits, whole(input_ids=ids_1T).logits)
+    with quiet():
+        model.save_pretrained(tmp_path / "text")
+    assert load_file(tmp_path / "text" / "model.safetensors").keys() == model.state_dict().keys()
+    again = load_network(head, str(tmp_path / "text"))
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in again.state_dict().items())
+
+
 def configure(folder: Path, **changes: Any) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
@@ -152,6 +230,12 @@ def configure(folder: Path, **changes: Any) -> None:
 def cut_short(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
+
+
+def drop_a_layer(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    left = {name: weight for name, weight in weights.items() if ".layers.1." not in name}
+    save_file(left, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def pickle_only(folder: Path) -> None:
@@ -189,6 +273,7 @@ class Payload:
         pytest.param(lambda folder: configure(folder, vocab_size=100), id="fewer embeddings than tokens"),
         pytest.param(lambda folder: configure(folder, hidden_size="big"), id="wrong kind of value"),
         pytest.param(cut_short, id="weights cut short"),
+        pytest.param(drop_a_layer, id="a layer is missing"),
         pytest.param(pickle_only, id="pickle only"),
         pytest.param(pickle_behind_an_index, id="pickle behind an index"),
     ],
