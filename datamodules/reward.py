@@ -3,15 +3,17 @@
 from collections import Counter
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from datamodules.errors import UserError
 from datamodules.prompts import PromptTemplate, render, training_text, truncate
 from datamodules.records import AnnotatedRow
-from datamodules.rows import Encoded, RowsDataModule, Stage, cached_map, rows_digest
+from datamodules.rows import Encoded, RowsDataModule, Stage, cached_map, log, rows_digest
 from datamodules.sources import Corpus
 from datamodules.splits import Split, split_by_scene, split_published
 from datamodules.tokenizer import tokenizer_state
+from datamodules.tree import Integers
 
 
 class RewardDataModule(RowsDataModule):
@@ -73,4 +75,19 @@ class RewardDataModule(RowsDataModule):
         what = [rows_digest(rows), self.template.model_dump(), tokenizer_state(self.tokenizer), self.max_length]
         encoded = cached_map(len(rows), encode, what, self.cache, f"tokenizing {stage} rows")
         self.note_truncated(stage, encoded["dropped_events"])
-        return list(encoded.with_format("numpy")["input_ids"][:])
+        return self._without_padding_at_the_end(stage, list(encoded.with_format("numpy")["input_ids"][:]))
+
+    def _without_padding_at_the_end(self, stage: Stage, rows: list[Integers]) -> list[Integers]:
+        """Rows as far as transformers reads them: its classifiers read a row's last token that is no padding token.
+
+        Where the end token also pads, a prompt may end in it; a row of an exported model is then read before it.
+        """
+        pad = self.tokenizer.pad_token_id
+        kept = [row[: np.flatnonzero(row != pad)[-1] + 1] for row in rows]
+        shorter = sum(len(row) < len(whole) for row, whole in zip(kept, rows, strict=True))
+        if shorter and stage == "train":
+            log.info(
+                f"data.prompt: {shorter} of {len(rows)} train rows end in {self.tokenizer.pad_token}, which is also "
+                "the padding token; they are read at the token before it, as transformers reads them"
+            )
+        return kept

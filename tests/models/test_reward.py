@@ -1,6 +1,7 @@
 """RewardClassifier: its loss, what stops it, its calibration, and that its weights come back as they were."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from transformers import AutoModelForSequenceClassification
 
 from callbacks.checkpoints import LastCheckpoint, load_checkpoint
 from datamodules.batches import RewardBatch
 from datamodules.errors import UserError
+from datamodules.prompts import render
 from datamodules.records import Category
 from datamodules.reward import RewardDataModule
+from datamodules.tokenizer import train_tokenizer
 from models.calibration import calibrated, fit_temperature, fit_threshold
 from models.reward import RewardClassifier
 from tests.models.small import (
@@ -373,3 +377,46 @@ def test_a_folder_that_is_no_export_is_the_users_mistake(tmp_path: Path, content
         (tmp_path / "proactive.json").write_text(content)
     with pytest.raises(UserError, match="is not a complete export"):
         RewardClassifier.from_export(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["tree", "rows"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_prompt_that_ends_in_the_padding_token_is_read_as_the_exported_model_reads_it(
+    family: str, layout: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many decoders pad with their end token, and chat prompts end in it once or twice."""
+    texts = ["Events:", "Offer: accepted?", "- The user opens a file."]
+    tokenizer = train_tokenizer(texts, 300)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    parts = {"event": "- {event}\n<eos>", "proposal": "Offer: {proposal}<eos><eos>", "no_proposal": "No offer?<eos>"}
+    (tmp_path / "prompt.yaml").write_text(json.dumps({"instructions": "Events:\n", **parts}))
+    options = {"prompt": str(tmp_path / "prompt.yaml"), "tokenizer": str(tmp_path / "tokenizer")}
+    data = small_data(root, layout=layout, max_length=400, token_budget=800, **options)
+    said: list[str] = []
+    monkeypatch.setattr(logging.getLogger("proactive"), "info", said.append)
+    classifier = small_classifier(family)
+    fit(classifier, data, max_steps=2)
+    train = len(data.split.train)
+    assert [text for text in said if "which is also the padding token" in text] == [
+        f"data.prompt: {train} of {train} train rows end in <eos>, which is also the padding token; they are read at "
+        "the token before it, as transformers reads them"
+    ]
+    assert data.layout == layout
+    assert classifier.network is not None
+    data.tokenizer.save_pretrained(tmp_path / "export")
+    classifier.export(tmp_path / "export", data.state_dict())
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "export").eval()
+    segmenter = data.segmenter
+    (batch, *_), rows = next(iter(data.test_dataloader())), data.rows("test")
+    found = probabilities(classifier, batch)
+    prompts = []
+    for row in batch["row"].tolist():
+        segments = segmenter.encode(render(data.template, rows[row]))
+        prompts.append([*segmenter.prefix, *(token for segment in segments for token in segment), *segmenter.suffix])
+    assert all(prompt[-1] == tokenizer.pad_token_id for prompt in prompts)
+    with torch.no_grad():
+        alone = torch.cat([plain(input_ids=torch.tensor([prompt])).logits for prompt in prompts])
+        padded = plain(**data.tokenizer.pad({"input_ids": prompts}, return_tensors="pt")).logits
+    for logits in (alone, padded):
+        torch.testing.assert_close(logits.double().softmax(-1)[:, 1], found, atol=1e-5, rtol=1e-5)
