@@ -3,23 +3,28 @@
 import json
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from datamodules.answers import json_objects
+from datamodules.answers import AGENT_PROMPT
 from datamodules.errors import UserError
 from datamodules.records import Event
+from datamodules.replies import UNREADABLE, Found, behind_thoughts, conclusion, is_example
 
-AGENT_PROMPT = Path(__file__).with_name("agent_endpoint_prompt.yaml")
 JUDGE_PROMPT = Path(__file__).with_name("judge_prompt.yaml")
 Messages = list[dict[str, str]]  # as chat endpoints take them: role and content
 VERDICT_FIELDS = ("judgment", "judgement", "verdict", "accepted")
 _PLACEHOLDER = re.compile(r"\{(events|proposal)\}")
 _VERDICTS = {"accepted": True, "accept": True, "true": True, "rejected": False, "reject": False, "false": False}
-_BARE_VERDICT = re.compile(r"\W*(?:(?:judge?ment|verdict)\W+)?(accepted|rejected)\W*", re.IGNORECASE)
+_BARE_VERDICT = re.compile(
+    r"""(?:</?\w+>|[^\w{<])*(?:(?:my |the )?(?:final )?(?:judge?ment|verdict|answer)[^\w{]+)?"""
+    r"""(accepted|rejected)(?:</?\w+>|[^\w{},<])*""",
+    re.IGNORECASE,
+)
 
 
 class ChatPrompt(BaseModel):
@@ -58,6 +63,11 @@ class ChatPrompt(BaseModel):
             raise UserError(f"{path}, part user: expected the placeholders {wanted} and no other", hint)
         return prompt
 
+    @property
+    def text(self) -> str:
+        """All that the model is told, without the data."""
+        return f"{self.system}\n{self.user}"
+
     def messages(self, history: Sequence[Event], proposal: str | None = None) -> Messages:
         """The chat about a history, and for a judge about a proposal; data stands in it as JSON, so as data."""
         values = {
@@ -68,31 +78,44 @@ class ChatPrompt(BaseModel):
         return [{"role": "system", "content": self.system}, {"role": "user", "content": user}]
 
 
-def read_verdict(text: str) -> bool | None:
-    """Whether a judge's text says accepted; None if it says nothing clear. Raises nothing, whatever the text.
+def read_verdict(text: str, prompt: str | None = None) -> bool | None:
+    """Whether a judge's reply says accepted; None if it says nothing clear. Raises nothing, whatever the text.
 
-    Read is what stands behind a model's thoughts, if it marks them: the first JSON object with a verdict; else a text
-    that is, or whose last line is, one of the words accepted and rejected alone.
+    Read is the JSON object with a verdict that the reply comes to, see `conclusion`; where there is none, a last line
+    behind all thoughts that is one of the words accepted and rejected alone.
+
+    Args:
+        text: What the judge wrote.
+        prompt: What it was told, whose examples are no verdicts; the shipped prompt if None.
     """
-    text = text.rpartition("</think>")[2]
-    for content in json_objects(text):
-        if (verdict := _verdict(content)) is not None:
-            return verdict
-    last_line = next((line for line in reversed(text.splitlines()) if line.strip()), "")
+    return read_judgment(text, prompt)[0]
+
+
+def read_judgment(text: str, prompt: str | None = None) -> tuple[bool | None, str]:
+    """As `read_verdict`, with the judge's reason where its JSON gives one."""
+    told = _shipped_prompt() if prompt is None else prompt
+    if found := conclusion(text, lambda content: _judgment(content, told)):
+        return (None, "") if found.decision is UNREADABLE else (found.decision, found.value or "")
+    spoken = behind_thoughts(text) or ""
+    last_line = next((line for line in reversed(spoken.splitlines()) if line.strip()), "")
     bare = _BARE_VERDICT.fullmatch(last_line)
-    return _VERDICTS[bare[1].lower()] if bare else None
+    return (_VERDICTS[bare[1].lower()] if bare else None), ""
 
 
-def read_thought(text: str) -> str:
-    """A judge's reason, where its JSON gives one."""
-    for content in json_objects(text):
-        if isinstance(thought := content.get("thought"), str):
-            return thought
-    return ""
+def _judgment(content: dict[str, Any], prompt: str) -> Found[str] | None:
+    fields = {name.strip().lower(): value for name, value in content.items()}
+    verdicts = {_verdict(value) for name, value in fields.items() if name in VERDICT_FIELDS}
+    texts = {name: value for name, value in fields.items() if name not in VERDICT_FIELDS and isinstance(value, str)}
+    if not verdicts or is_example(texts, prompt):
+        return None
+    decision = verdicts.pop() if len(verdicts) == 1 else UNREADABLE
+    return Found(decision, texts.get("thought", ""))
 
 
-def _verdict(content: dict[str, Any]) -> bool | None:
-    for name, value in content.items():
-        if name.strip().lower() in VERDICT_FIELDS:
-            return value if isinstance(value, bool) else _VERDICTS.get(str(value).strip().lower())
-    return None
+def _verdict(value: Any) -> Any:
+    return value if isinstance(value, bool) else _VERDICTS.get(str(value).strip().lower(), UNREADABLE)
+
+
+@cache
+def _shipped_prompt() -> str:
+    return JUDGE_PROMPT.read_text(encoding="utf-8")

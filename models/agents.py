@@ -240,7 +240,7 @@ class EndpointAgent:
         answers: dict[str, list[list[Candidate]]] = {trace.name: [[] for _ in trace.events] for trace in traces}
         texts = self.endpoint.run(log, tasks, f"asking {self.endpoint.model}", count)
         for (trace, step, _), text in zip(places, texts, strict=True):
-            answers[trace.name][step].append(Candidate.of(read_answer(text)))
+            answers[trace.name][step].append(Candidate.of(read_answer(text, self.prompt.text)))
         return answers
 
     def _task(self, trace: Trace, step: int, number: int) -> Callable[[Session], Awaitable[str]]:

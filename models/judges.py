@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from lightning import Trainer
 
-from datamodules.chat import ChatPrompt, read_thought, read_verdict
+from datamodules.chat import ChatPrompt, read_judgment
 from datamodules.errors import UserError
 from datamodules.records import AnnotatedRow
 from datamodules.reward import RewardDataModule
@@ -97,8 +97,9 @@ class EndpointJudge:
             for attempt in range(self.attempts):
                 temperature = max(self.endpoint.temperature, RETRY_TEMPERATURE) if attempt else None
                 text = await session.ask(messages, where, attempt, temperature)
-                if (accepted := read_verdict(text)) is not None:
-                    return Verdict(accepted, thought=read_thought(text))
+                accepted, thought = read_judgment(text, self.prompt.text)
+                if accepted is not None:
+                    return Verdict(accepted, thought=thought)
             return Verdict(None)
 
         return verdict

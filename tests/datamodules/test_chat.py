@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamodules.chat import AGENT_PROMPT, JUDGE_PROMPT, ChatPrompt, read_thought, read_verdict
+from datamodules.chat import AGENT_PROMPT, JUDGE_PROMPT, ChatPrompt, read_judgment, read_verdict
 from datamodules.errors import UserError
 from datamodules.records import Event
 from tests.datamodules.conftest import few_examples
@@ -78,7 +78,24 @@ def test_an_agents_prompt_that_asks_for_a_proposal_or_is_not_there_is_refused(tm
         ("This is not accepted", None),
         ("It could be accepted or rejected.", None),
         ('{"judgment": "perhaps"}', None),
-        ('{"judgment": "accepted", ', True),  # cut off behind the verdict
+        ('{"judgment": "accepted", ', None),  # cut off
+        ("Final verdict: **rejected**", False),
+        ("<answer>accepted</answer>", True),
+        ('{"judgment": "accepted", "accepted": false}', None),
+        ('{"judgment": "accepted", "judgment": "rejected"}', None),
+        ('{"judgment": "accepted or rejected"}', None),
+        ('{"judgment": "perhaps"}\naccepted', None),
+        ('{"judgment": "accepted"}\n{"judgment": "rejected"}', False),
+        ('{"judgment": "accepted"} or {"judgment": "rejected"}, hard to say', None),
+        ('I have to answer with {"thought": "one or two sentences", "judgment": "accepted"}', None),
+        ('So {"thought": "one or two sentences", "judgment": "accepted"}. {"judgment": "rejected"}', False),
+        ('<think>I would say {"judgment": "accepted"}', None),
+        ("<think>It is accepted", None),
+        ("<reasoning>\naccepted", None),
+        ("hm\naccepted</think>", None),
+        ("hm\naccepted</think>\nrejected", False),
+        ("[THINK]accepted[/THINK]rejected", False),
+        ("<|channel|>analysis<|message|>accepted", None),
         ('{"thought": "It could be acc', None),
         ("", None),
     ],
@@ -91,9 +108,21 @@ def test_verdicts_as_models_write_them(text: str, verdict: bool | None) -> None:
 @given(st.text(st.characters(), max_size=60) | st.text(st.sampled_from('{}[]":,acdejprt\n '), max_size=60))
 def test_reading_raises_nothing(text: str) -> None:
     assert read_verdict(text) in (True, False, None)
-    assert isinstance(read_thought(text), str)
+    assert isinstance(read_judgment(text)[1], str)
 
 
-def test_the_reason_is_read_where_there_is_one() -> None:
-    assert read_thought('{"thought": "because", "judgment": "accepted"}') == "because"
-    assert read_thought('{"thought": 5}') == read_thought("accepted") == ""
+def test_the_reason_is_that_of_the_verdict() -> None:
+    assert read_judgment('{"thought": "because", "judgment": "accepted"}') == (True, "because")
+    assert read_judgment('{"thought": "a", "judgment": "accepted"}\n{"thought": "b", "judgment": "rejected"}') == (
+        False,
+        "b",
+    )
+    assert read_judgment('{"thought": 5, "judgment": "accepted"}') == read_judgment("accepted") == (True, "")
+    assert read_judgment('{"thought": "because"}') == (None, "")
+
+
+def test_an_example_of_ones_own_prompt_is_no_verdict() -> None:
+    prompt = 'Say {"why": "your reason", "verdict": "accepted"} or {"verdict": "rejected"}'
+    assert read_verdict('{"why": "your reason", "verdict": "accepted"}', prompt) is None
+    assert read_verdict('{"why": "it helps", "verdict": "accepted"}', prompt) is True
+    assert read_verdict('{"verdict": "rejected"}', prompt) is False
