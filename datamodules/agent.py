@@ -1,32 +1,29 @@
 """AgentDataModule: answers after histories, and conversations, as micro-batches for an agent."""
 
 import hashlib
-import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import ConcatDataset
 
 from datamodules.answers import Answer, write_answer
+from datamodules.cache import CachedRows, cached_rows
 from datamodules.conversations import ConversationTokenizer, mentions, read_conversations, telltale_pattern
 from datamodules.errors import UserError
-from datamodules.prompts import AgentTemplate, Data, Segment, plain_text, render_history, truncate
-from datamodules.records import AnnotatedRow, Category, Event, history_digest, scene_of
-from datamodules.rows import Encoded, RowsDataModule, Stage, cached_map, log
+from datamodules.prompts import AgentTemplate, Data, Segment, plain_text, render_history
+from datamodules.records import AnnotatedRow, Category, Event, scene_of
+from datamodules.rows import Encoded, RowsDataModule, Stage, log
 from datamodules.sources import Corpus
 from datamodules.splits import Split, history_digests, split_by_scene, split_outside_traces
 from datamodules.tokenizer import tokenizer_state
-
-if TYPE_CHECKING:
-    import datasets
+from datamodules.tree import Integers
 
 TURNS_FOR_VOCABULARY = 20_000  # of conversations, to train a tokenizer on
 SILENCE = write_answer(Answer(proposal=None))
@@ -89,6 +86,8 @@ class AgentDataModule(RowsDataModule):
             train and validate.
     """
 
+    may_change = (*RowsDataModule.may_change, "conversations")
+    branch_name = "answer"
     template_class = AgentTemplate
     template: AgentTemplate
 
@@ -107,7 +106,6 @@ class AgentDataModule(RowsDataModule):
         self._scenes: list[str] = []  # all that the root knows of, and the events of those that are not trained on
         self._held_out_events: list[str] = []
         self._digests: dict[Path, str] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
         if not annotated and not self.conversations:
             raise UserError("data.annotated: false leaves nothing to learn from", "Give data.conversations.")
 
@@ -139,7 +137,7 @@ class AgentDataModule(RowsDataModule):
         segments = (
             segment
             for example in self.rows("train")
-            for segment in [*render_history(self.template, example.history), *self._branch(example.proposal)]
+            for segment in [*render_history(self.template, example.history), *self.branch(example)]
         )
         conversations = chain.from_iterable(map(read_conversations, self.conversations))
         told = (turn.content for conversation in conversations for turn in conversation.conversations)
@@ -163,32 +161,44 @@ class AgentDataModule(RowsDataModule):
 
     def encode(self, stage: Stage) -> Encoded:
         examples = self.rows(stage)
-        input_ids: Any
-        answers: Any
-        input_ids, answers = self._encode_examples(stage, examples) if examples else ([], [])
+        found = self.tokenize(stage, examples)
+        columns = found.rows.with_format("numpy")
+        input_ids: Any = list(columns["input_ids"][:])
+        answers: Any = self._answers(examples, input_ids, columns["last_segment"][:])
         scenes = [scene_of(example.history) for example in examples]
         kinds = [int(example.kind) for example in examples]
         needed = [-1 if example.help_needed is None else int(example.help_needed) for example in examples]
+        digest = found.digest
         if self.conversations and stage != "test":
             told = self._tell(stage)
-            if len(told):
-                input_ids = ConcatDataset([input_ids, told["input_ids"]]) if input_ids else told["input_ids"]
-                answers = ConcatDataset([answers, told["answer"]]) if answers else told["answer"]
-                scenes += told["scene"][:].tolist()
-                kinds += [int(AnswerKind.CONVERSATION)] * len(told)
-                needed += [-1] * len(told)
+            digest += told.digest
+            if len(rows := told.rows.with_format("numpy")):
+                input_ids = ConcatDataset([input_ids, rows["input_ids"]]) if input_ids else rows["input_ids"]
+                answers = ConcatDataset([answers, rows["answer"]]) if answers else rows["answer"]
+                scenes += rows["scene"][:].tolist()
+                kinds += [int(AnswerKind.CONVERSATION)] * len(rows)
+                needed += [-1] * len(rows)
         if stage != "test" and not set(kinds) - {AnswerKind.PROBE}:
             raise UserError(f"data: there is no answer in the {stage} split", "Give more scenes or conversations.")
-        columns = {
-            "kind": torch.tensor(kinds, dtype=torch.int64),
-            "help_needed": torch.tensor(needed, dtype=torch.int64),
-        }
-        return Encoded(input_ids, scenes, columns, answers)
+        return Encoded(
+            input_ids,
+            scenes,
+            digest,
+            {
+                "kind": torch.tensor(kinds, dtype=torch.int64),
+                "help_needed": torch.tensor(needed, dtype=torch.int64),
+            },
+            answers,
+        )
 
-    def training_digest(self) -> str:
-        return hashlib.sha256(
-            "".join([super().training_digest(), *map(self._digest, self.conversations)]).encode()
-        ).hexdigest()
+    def _answers(self, examples: list[Example], input_ids: list[Integers], begins: Integers) -> list[Integers]:
+        """The places of each example's answer; of a probe's, of what follows the choice between null and an offer."""
+        silence, offer = self.segmenter.encode([(Data(SILENCE),), (Data(AN_OFFER),)])
+        decided_after = next(place for place, (a, b) in enumerate(zip(silence, offer, strict=False)) if a != b)
+        return [
+            np.arange(begin + (decided_after if example.kind == AnswerKind.PROBE else 0), len(ids))
+            for example, ids, begin in zip(examples, input_ids, begins, strict=True)
+        ]
 
     def opening(self) -> list[int]:
         """The token ids that an answer follows."""
@@ -199,53 +209,20 @@ class AgentDataModule(RowsDataModule):
         first, *events = self.segmenter.encode(render_history(self.template, history))
         return [[*self.segmenter.prefix, *first], *events]
 
-    def _branch(self, proposal: str | None) -> list[Segment]:
-        return [(self.template.answer,), (Data(write_answer(Answer(proposal=proposal))),)]
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before an answer, at most: as many as training keeps of a history, and the opening."""
+        return self.max_length - self.branch_length + len(self.opening())
 
-    def _encode_examples(self, stage: Stage, examples: list[Example]) -> tuple[list[Any], list[Any]]:
-        """The token ids of each example, and the places of those that are its answer."""
-        segmenter = self.segmenter
-        room = self.max_length - len(segmenter.prefix)
-        silence, offer = segmenter.encode([(Data(SILENCE),), (Data(AN_OFFER),)])
-        decided_after = next(place for place, (a, b) in enumerate(zip(silence, offer, strict=False)) if a != b)
+    def branch(self, row: Example) -> list[Segment]:
+        return [(self.template.answer,), (Data(write_answer(Answer(proposal=row.proposal))),)]
 
-        def encode(indices: list[int]) -> dict[str, list[Any]]:
-            columns: dict[str, list[Any]] = {"input_ids": [], "answer": [], "dropped_events": []}
-            for index in indices:
-                example = examples[index]
-                history = segmenter.encode(render_history(self.template, example.history))
-                opening, answer = segmenter.encode(self._branch(example.proposal))
-                ids, dropped = truncate([*history, [*opening, *answer, self.tokenizer.eos_token_id]], room)
-                if len(ids) > room:
-                    raise UserError(
-                        f"data.max_length: instructions and answer of row {index} of the {stage} split take "
-                        f"{len(ids) + self.max_length - room} tokens, more than {self.max_length}",
-                        "Use a greater max_length or a shorter prompt.",
-                    )
-                ids = [*segmenter.prefix, *ids]
-                begin = len(ids) - len(answer) - 1
-                columns["input_ids"].append(ids)
-                skipped = decided_after if example.kind == AnswerKind.PROBE else 0
-                columns["answer"].append(list(range(begin + skipped, len(ids))))
-                columns["dropped_events"].append(dropped)
-            return columns
+    @property
+    def end(self) -> list[int]:
+        return [self.tokenizer.eos_token_id]
 
-        what = [
-            [[history_digest(example.history), example.proposal, example.kind] for example in examples],
-            self.template.model_dump(),
-            tokenizer_state(self.tokenizer),
-            self.max_length,
-        ]
-        encoded = cached_map(len(examples), encode, what, self.cache, f"tokenizing {stage} answers")
-        self.note_truncated(stage, encoded["dropped_events"])
-        columns = encoded.with_format("numpy")
-        return list(columns["input_ids"][:]), list(columns["answer"][:])
-
-    def _tell(self, stage: Stage) -> "datasets.Dataset":
+    def _tell(self, stage: Stage) -> CachedRows:
         """The tokenized conversations of a split, on disk; whole ones that begin alike stay together."""
-        import datasets
-        from datasets.arrow_writer import ArrowWriter
-
         what = [
             *map(self._digest, self.conversations),
             tokenizer_state(self.tokenizer),
@@ -254,26 +231,15 @@ class AgentDataModule(RowsDataModule):
             stage,
             None if self.contamination_allowed else self._held_out_events,
         ]
-        name = f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}.arrow"
-        folder = Path(datasets.config.HF_DATASETS_CACHE, "proactive")
-        if not self.cache:
-            self._folder = self._folder or tempfile.TemporaryDirectory()
-            folder = Path(self._folder.name)
-        folder.mkdir(parents=True, exist_ok=True)
-        left_out = folder / f"{name}.json"
-        if not (folder / name).exists():
-            numbers = datasets.List(datasets.Value("int32"))
-            features = datasets.Features(input_ids=numbers, answer=numbers, scene=datasets.Value("string"))
-            unfinished = folder / f".{name}.{os.getpid()}"
-            with ArrowWriter(path=str(unfinished), features=features) as writer:
-                counts: Counter[str] = Counter()
-                for row in self._told(stage, counts):
-                    writer.write(row)
-                writer.finalize()
-            left_out.write_text(json.dumps(counts))
-            unfinished.replace(folder / name)
-        self.left_out.update(json.loads(left_out.read_text()))
-        return datasets.Dataset.from_file(str(folder / name)).with_format("numpy")
+        told = cached_rows(
+            what,
+            lambda counts: self._told(stage, counts),
+            {"input_ids": ["int32"], "answer": ["int32"], "scene": "string"},
+            self.cache_folder,
+            f"tokenizing {stage} conversations",
+        )
+        self.left_out.update(told.counts)
+        return told
 
     def _told(self, stage: Stage, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
         """The conversations of a split, one after the other; those that are not learned are counted."""

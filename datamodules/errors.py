@@ -1,4 +1,9 @@
-"""The one exception for mistakes that the person at the terminal can mend."""
+"""The one exception for mistakes that the person at the terminal can mend, and the mistakes of a resume."""
+
+import json
+import shlex
+from collections.abc import Collection, Mapping
+from typing import Any
 
 
 class UserError(Exception):
@@ -11,3 +16,25 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return f"{self.what}\n{self.hint}"
+
+
+def refuse_changes(group: str, before: Mapping[str, Any], now: Mapping[str, Any], may_change: Collection[str]) -> None:
+    """Refuse a resume with other options than the run began with.
+
+    Args:
+        group: What the options belong to, as the command line names it: data, model, trainer, ...
+        before: The options that a checkpoint was written with.
+        now: Those that are given now; one that only one side knows is null on the other.
+        may_change: The names of those that a resume may change.
+
+    Raises:
+        UserError: Another one differs; the message has its name and both values.
+    """
+    for name in {**before, **now}:
+        was, given = before.get(name), now.get(name)
+        if was != given and name not in may_change and not name.startswith("_"):
+            values = [value if isinstance(value, str) else json.dumps(value, default=str) for value in (given, was)]
+            raise UserError(
+                f"{group}.{name}: {values[0]}, but the checkpoint's run has {values[1]}",
+                f"Resume with --{group}.{name} {shlex.quote(values[1])}, or start a new run.",
+            )

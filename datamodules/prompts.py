@@ -118,12 +118,12 @@ Segment = tuple[str | Data, ...]  # the template's own text as str, in turn with
 
 def render(template: PromptTemplate, row: AnnotatedRow) -> list[Segment]:
     """The segments of a row: instructions, each event in time order, the proposal with its verdict slot."""
-    branch = (
-        _fill(template.no_proposal, {})
-        if row.proposal is None
-        else _fill(template.proposal, {"proposal": row.proposal})
-    )
-    return [*render_history(template, row.history), branch]
+    return [*render_history(template, row.history), render_proposal(template, row.proposal)]
+
+
+def render_proposal(template: PromptTemplate, proposal: str | None) -> Segment:
+    """The segment of a proposal, with its verdict slot."""
+    return _fill(template.no_proposal, {}) if proposal is None else _fill(template.proposal, {"proposal": proposal})
 
 
 def render_history(template: Template, history: Iterable[Event]) -> list[Segment]:
@@ -258,18 +258,20 @@ def _escaped(character: str) -> str:
     return f"\\u{ord(character):04x}"
 
 
-def truncate(segments_ids: Sequence[Sequence[int]], limit: int) -> tuple[list[int], int]:
+def truncate(segments_ids: Sequence[Sequence[int]], limit: int, branch_length: int = 0) -> tuple[list[int], int]:
     """Join the token ids of a row's segments within `limit` tokens, dropping the oldest events first.
 
     Args:
         segments_ids: Token ids of the instructions, of each event in time order, and of the proposal.
         limit: The greatest number of tokens; instructions and proposal are kept even where they exceed it.
+        branch_length: Tokens that are kept free for the proposal, however short it is: so all rows of a history whose
+            proposals are no longer than that keep the same events.
 
     Returns:
         The joined ids and the number of events dropped.
     """
     first, *events, last = segments_ids
-    room = limit - len(first) - len(last)
+    room = limit - len(first) - max(len(last), branch_length)
     kept = len(events)
     while kept and sum(map(len, events[-kept:])) > room:
         kept -= 1

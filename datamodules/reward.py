@@ -6,13 +6,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from datamodules.errors import UserError
-from datamodules.prompts import PromptTemplate, render, training_text, truncate
+from datamodules.prompts import PromptTemplate, Segment, render_proposal, training_text
 from datamodules.records import AnnotatedRow
-from datamodules.rows import Encoded, RowsDataModule, Stage, cached_map, log, rows_digest
+from datamodules.rows import Encoded, RowsDataModule, Stage, log
 from datamodules.sources import Corpus
 from datamodules.splits import Split, split_by_scene, split_published
-from datamodules.tokenizer import tokenizer_state
 from datamodules.tree import Integers
 
 
@@ -26,7 +24,7 @@ class RewardDataModule(RowsDataModule):
 
     template_class = PromptTemplate
     template: PromptTemplate
-    settled = (*RowsDataModule.settled, "balance")
+    branch_name = "proposal"
 
     def __init__(self, balance: Literal["none", "category"] = "none", **options: Any) -> None:
         super().__init__(**options)
@@ -40,12 +38,21 @@ class RewardDataModule(RowsDataModule):
     def training_text(self) -> list[str]:
         return training_text(self.template, self.split.train)
 
+    def branch(self, row: AnnotatedRow) -> list[Segment]:
+        return [render_proposal(self.template, row.proposal)]
+
+    @property
+    def end(self) -> list[int]:
+        return self.segmenter.suffix
+
     def encode(self, stage: Stage) -> Encoded:
         rows: list[AnnotatedRow] = getattr(self.split, stage)
+        found = self.tokenize(stage, rows)
         frequency = Counter(row.category for row in rows)
         return Encoded(
-            input_ids=self._input_ids(stage, rows) if rows else [],
+            input_ids=self._without_padding_at_the_end(stage, list(found.rows.with_format("numpy")["input_ids"][:])),
             scenes=[row.scene for row in rows],
+            digest=found.digest,
             columns={
                 "label": torch.tensor([int(row.accepted) for row in rows], dtype=torch.int64),
                 "category": torch.tensor([row.category.number for row in rows], dtype=torch.int64),
@@ -53,31 +60,7 @@ class RewardDataModule(RowsDataModule):
             odds=[1 / frequency[row.category] for row in rows] if self.balance == "category" else None,
         )
 
-    def _input_ids(self, stage: Stage, rows: list[AnnotatedRow]) -> list[Any]:
-        """The token ids of each row."""
-        segmenter = self.segmenter
-        room = self.max_length - len(segmenter.prefix) - len(segmenter.suffix)
-
-        def encode(indices: list[int]) -> dict[str, list[Any]]:
-            columns: dict[str, list[Any]] = {"input_ids": [], "dropped_events": []}
-            for index in indices:
-                ids, dropped = truncate(segmenter.encode(render(self.template, rows[index])), room)
-                if len(ids) > room:
-                    raise UserError(
-                        f"data.max_length: instructions and proposal of row {index} of the {stage} split take "
-                        f"{len(ids) + self.max_length - room} tokens, more than {self.max_length}",
-                        "Use a greater max_length or a shorter prompt.",
-                    )
-                columns["input_ids"].append([*segmenter.prefix, *ids, *segmenter.suffix])
-                columns["dropped_events"].append(dropped)
-            return columns
-
-        what = [rows_digest(rows), self.template.model_dump(), tokenizer_state(self.tokenizer), self.max_length]
-        encoded = cached_map(len(rows), encode, what, self.cache, f"tokenizing {stage} rows")
-        self.note_truncated(stage, encoded["dropped_events"])
-        return self._without_padding_at_the_end(stage, list(encoded.with_format("numpy")["input_ids"][:]))
-
-    def _without_padding_at_the_end(self, stage: Stage, rows: list[Integers]) -> list[Integers]:
+    def _without_padding_at_the_end(self, stage: Stage, rows: list[Integers]) -> list[Any]:
         """Rows as far as transformers reads them: its classifiers read a row's last token that is no padding token.
 
         Where the end token also pads, a prompt may end in it; a row of an exported model is then read before it.

@@ -4,7 +4,9 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,9 +25,9 @@ from datamodules.batches import (
     StepSampler,
     TreeLayout,
 )
-from datamodules.errors import UserError
-from datamodules.prompts import SegmentTokenizer, Template
-from datamodules.records import AnnotatedRow
+from datamodules.cache import CachedRows, cached_rows
+from datamodules.errors import UserError, refuse_changes
+from datamodules.prompts import Segment, SegmentTokenizer, Template, render_history, truncate
 from datamodules.sources import Corpus, load_corpus
 from datamodules.splits import Contamination, Split, SplitName, contamination, history_digests
 from datamodules.tokenizer import (
@@ -53,6 +55,7 @@ class Encoded:
 
     input_ids: Sequence[Sequence[int]]
     scenes: Sequence[str]  # of each row
+    digest: str  # of the token ids, and of which of them are learned
     columns: dict[str, Tensor] = field(default_factory=dict)  # what a batch has of each row besides, (N, ...)
     answers: Sequence[Integers] | None = None  # of each row, which of its tokens are learned
     odds: Sequence[float] | None = None  # see StepSampler
@@ -73,7 +76,8 @@ class RowsDataModule(LightningDataModule):
         tokenizer: Hub id or path of a tokenizer, or "scratch" to train one. Follows from model.backbone.
         trust_remote_code: Whether a tokenizer may run code of its own. Follows from model.trust_remote_code.
         vocabulary_size: Tokens of a tokenizer made from scratch, at most.
-        max_length: Tokens a row, at most; the oldest events are dropped first.
+        max_length: Tokens a row, at most; the oldest events are dropped first. Every row keeps room for the longest
+            proposal or answer, so that how much of a history is read follows from the history alone.
         batch_size: Rows of one optimizer step, over all devices together. How often gradients are accumulated
             follows from it and from what a device computes at once.
         layout: "tree" computes what rows share once; "rows" pads row by row; the result is the same to rounding.
@@ -83,12 +87,23 @@ class RowsDataModule(LightningDataModule):
         scenes_per_step: From how many scenes a step takes its rows: fewer share more, more are better mixed. All
             alike if null.
         num_workers: Processes that prepare batches.
-        cache: Whether to keep tokenized rows in the cache of Hugging Face `datasets`.
+        cache: Whether to keep tokenized rows in the cache of Hugging Face `datasets`. They are found again by all that
+            they follow from: the text as it is rendered, the tokenizer, its chat template, and this code.
         seed: Which embedded data and which division into splits; the order of rows follows seed_everything.
     """
 
+    # What may change on a resume: how a step is computed, and where its data lies, whose content is compared.
+    may_change: tuple[str, ...] = (
+        "root",
+        "prompt",
+        "tokenizer",
+        "layout",
+        "token_budget",
+        "micro_batch_size",
+        "cache",
+    )
     template_class: type[Template]
-    settled: tuple[str, ...] = ("max_length", "batch_size", "scenes_per_step", "num_workers")  # while a run lasts
+    branch_name: str  # what follows a row's history, in words
 
     def __init__(
         self,
@@ -135,6 +150,8 @@ class RowsDataModule(LightningDataModule):
         self._tokenizer: PreTrainedTokenizerFast | None = None
         self._trained_on: dict[str, list[Any]] | None = None  # a checkpoint's, where this data only evaluates it
         self._training_digest: str | None = None  # the same
+        self._branch_length: int | None = None  # the same
+        self._folder: tempfile.TemporaryDirectory[str] | None = None  # in place of the cache
         self._split: Split | None = None
         self._encoded: dict[Stage, Encoded] = {}
         self._layouts: dict[Stage, Layout] = {}
@@ -161,6 +178,15 @@ class RowsDataModule(LightningDataModule):
         """The rows of a split as token ids."""
         raise NotImplementedError
 
+    def branch(self, row: Any) -> list[Segment]:
+        """The segments that follow a row's history."""
+        raise NotImplementedError
+
+    @property
+    def end(self) -> list[int]:
+        """The token ids that end every row."""
+        raise NotImplementedError
+
     # What is known once `setup` has run
 
     @property
@@ -181,6 +207,20 @@ class RowsDataModule(LightningDataModule):
     def segmenter(self) -> SegmentTokenizer:
         """What tokenizes segments; made once, for a large vocabulary takes a while."""
         return SegmentTokenizer(self.tokenizer)
+
+    @property
+    def branch_length(self) -> int:
+        """How many of `max_length` tokens are kept for what follows a history: the most that any row needs.
+
+        The same for every row, for what is left of a history must not tell how long its answer is. A checkpoint
+        carries it. Only where rows come later, as proposals to be judged do, may one of them need more; that one then
+        takes the place of more events.
+        """
+        if self._branch_length is None:
+            branches = (self.branch(row) for stage in STAGES["fit"] for row in self.rows(stage))
+            lengths = (sum(map(len, self.segmenter.encode(branch))) for branch in branches)
+            self._branch_length = max(lengths, default=0) + len(self.end)
+        return self._branch_length
 
     @property
     def trained_on(self) -> dict[str, list[Any]]:
@@ -267,13 +307,24 @@ class RowsDataModule(LightningDataModule):
             "hyperparameters": {name: value for name, value in self.hparams.items() if not name.startswith("_")},
             "prompt": self.template.model_dump(),
             "tokenizer": tokenizer_state(self.tokenizer),
+            "branch_length": self.branch_length,
             **self.trained_on,
-            "training_rows": self._training_digest or self.training_digest(),
+            "training_rows": self.training_digest,
+            "order_seed": _order_seed(),
         }
 
+    @property
     def training_digest(self) -> str:
-        """A digest of all that is trained on."""
-        return rows_digest(self.split.train)
+        """A digest of all that is trained on: token ids, what is learned of them, and in which order they stand."""
+        if self._training_digest is None:
+            if "train" not in self._encoded:
+                self._encoded["train"] = self.encode("train")
+            encoded = self._encoded["train"]
+            digest = hashlib.sha256(json.dumps([encoded.digest, list(encoded.scenes)]).encode())
+            for name, column in sorted(encoded.columns.items()):
+                digest.update(name.encode() + column.numpy().tobytes())
+            self._training_digest = digest.hexdigest()
+        return self._training_digest
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check that a resumed run goes on with the data that it began with.
@@ -283,25 +334,21 @@ class RowsDataModule(LightningDataModule):
                 checkpoint.
         """
         current = self.state_dict()
-        # The loader's position is kept for each worker.
-        for name in self.settled:
-            before, now = state_dict["hyperparameters"][name], current["hyperparameters"][name]
-            if before != now:
-                raise UserError(
-                    f"data.{name}: {now}, but the checkpoint's run has {before}",
-                    f"Resume with --data.{name} {before}, or start a new run.",
-                )
-        for key, option in (("training_rows", "data.root or data.split"), ("prompt", "data.prompt")):
-            if state_dict[key] != current[key]:
-                raise UserError(
-                    f"the {key.replace('_', ' ')} differ from those of the checkpoint",
-                    f"Resume with the same {option}, or start a new run.",
-                )
-        if state_dict["tokenizer"]["json"] != current["tokenizer"]["json"]:
+        refuse_changes("data", state_dict["hyperparameters"], current["hyperparameters"], self.may_change)
+        if state_dict["order_seed"] != current["order_seed"]:
             raise UserError(
-                "the tokenizer differs from the one in the checkpoint",
-                "Resume with the same model.backbone and data.vocabulary_size, or start a new run.",
+                f"seed_everything: {current['order_seed']}, but the checkpoint's run has {state_dict['order_seed']}",
+                f"Resume with --seed_everything {state_dict['order_seed']}, or start a new run.",
             )
+        tokenizer = ("tokenizer", "the tokenizer, or its chat template, differs from the one in", "model.backbone")
+        rows = ("training_rows", "the training rows differ from those of", "data.root and data.conversations")
+        made_of_rows = self.tokenizer_name == SCRATCH
+        for key, what, option in (
+            ("prompt", "the prompt differs from the one in", "data.prompt"),
+            *((rows, tokenizer) if made_of_rows else (tokenizer, rows)),
+        ):
+            if state_dict[key] != current[key]:
+                raise UserError(f"{what} the checkpoint", f"Resume with the same {option}, or start a new run.")
 
     @classmethod
     def from_state(cls, state: dict[str, Any], **overrides: Any) -> Self:
@@ -313,6 +360,7 @@ class RowsDataModule(LightningDataModule):
         data._tokenizer = tokenizer_from_state(state["tokenizer"])
         data._trained_on = {name: list(state.get(name, [])) for name in ("training_histories", "training_scenes")}
         data._training_digest = state["training_rows"]
+        data._branch_length = state.get("branch_length", 0)  # older checkpoints kept no room
         return data
 
     def epoch(
@@ -332,7 +380,7 @@ class RowsDataModule(LightningDataModule):
             encoded.scenes,
             self.batch_size,
             self.scenes_per_step,
-            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
+            seed=_order_seed(),
             rank=rank,
             world_size=world_size,
             odds=encoded.odds,
@@ -381,47 +429,53 @@ class RowsDataModule(LightningDataModule):
                 f"Make it at least data.max_length, {self.max_length}.",
             )
 
-    def note_truncated(self, stage: Stage, dropped_events: Sequence[int]) -> None:
-        """Say how many rows lost events to `max_length`."""
-        self.truncated[stage] = sum(dropped > 0 for dropped in dropped_events)
+    def tokenize(self, stage: Stage, rows: Sequence[Any]) -> CachedRows:
+        """The token ids of some rows of a split, and where the last segment of each begins."""
+        rendered = hashlib.sha256()
+        for row in rows:
+            rendered.update(repr([*render_history(self.template, row.history), *self.branch(row)]).encode())
+        found = cached_rows(
+            [rendered.hexdigest(), tokenizer_state(self.tokenizer), self.max_length, self.branch_length],
+            lambda counts: self._tokenized(stage, rows, counts),
+            {"input_ids": ["int32"], "last_segment": "int32"},
+            self.cache_folder,
+            f"tokenizing {stage} {self.branch_name}s",
+        )
+        self.truncated[stage] = found.counts.get("truncated", 0)
         if self.truncated[stage]:
             log.info(
-                f"{self.truncated[stage]} of {len(dropped_events)} {stage} rows lost their oldest events to "
-                f"data.max_length {self.max_length}"
+                f"{self.truncated[stage]} of {len(rows)} {stage} rows lost their oldest events to data.max_length "
+                f"{self.max_length}, of which {self.branch_length} are kept for the {self.branch_name}"
             )
+        return found
+
+    def _tokenized(self, stage: Stage, rows: Sequence[Any], counts: Counter[str]) -> Iterator[Mapping[str, Any]]:
+        segmenter = self.segmenter
+        room = self.max_length - len(segmenter.prefix)
+        for index, row in enumerate(rows):
+            history = segmenter.encode(render_history(self.template, row.history))
+            *before, last = segmenter.encode(self.branch(row))
+            branch = [token for segment in (*before, last, self.end) for token in segment]
+            ids, dropped = truncate([*history, branch], room, self.branch_length)
+            if len(ids) > room:
+                raise UserError(
+                    f"data.max_length: instructions and {self.branch_name} of row {index} of the {stage} split take "
+                    f"{len(ids) + len(segmenter.prefix)} tokens, more than {self.max_length}",
+                    "Use a greater max_length or a shorter prompt.",
+                )
+            counts["truncated"] += dropped > 0
+            ids = [*segmenter.prefix, *ids]
+            yield {"input_ids": ids, "last_segment": len(ids) - len(self.end) - len(last)}
+
+    @property
+    def cache_folder(self) -> Path | None:
+        """Where tokenized rows are kept; None for the cache of Hugging Face `datasets`."""
+        if self.cache:
+            return None
+        self._folder = self._folder or tempfile.TemporaryDirectory()
+        return Path(self._folder.name)
 
 
-def cached_map(rows: int, encode: Any, what: Any, cache: bool, label: str) -> Any:
-    """Tokenize rows by their number into a `datasets.Dataset`, which a digest of `what` finds again in the cache.
-
-    Args:
-        rows: How many there are.
-        encode: Takes a list of numbers, gives a list for each column.
-        what: Everything that the result follows from, as JSON can write it.
-        cache: Whether to keep the result on disk.
-        label: What the progress bar says.
-    """
-    import datasets
-
-    fingerprint = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
-    cache_file = Path(datasets.config.HF_DATASETS_CACHE, "proactive", f"{fingerprint}.arrow")
-    if cache:
-        cache_file.parent.mkdir(parents=True, exist_ok=True)
-    return datasets.Dataset.from_dict({"index": range(rows)}).map(
-        encode,
-        input_columns="index",
-        batched=True,
-        remove_columns="index",
-        cache_file_name=str(cache_file) if cache else None,
-        new_fingerprint=fingerprint,
-        keep_in_memory=not cache,
-        desc=label,
-    )
-
-
-def rows_digest(rows: Sequence[AnnotatedRow]) -> str:
-    """A digest of some rows in their order."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps([row.history_digest, row.proposal, row.accepted]).encode())
-    return digest.hexdigest()
+def _order_seed() -> int:
+    """What seed_everything was called with: it settles the order of rows."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))

@@ -74,6 +74,7 @@ def tokenizer_state(tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
     return {
         "json": tokenizer.backend_tokenizer.to_str(),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
+        "chat_template": tokenizer.chat_template,
     }
 
 
@@ -83,5 +84,8 @@ def tokenizer_from_state(state: dict[str, Any]) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(state["json"]), padding_side="right", **state["special"]
+        tokenizer_object=Tokenizer.from_str(state["json"]),
+        padding_side="right",
+        chat_template=state.get("chat_template"),  # older checkpoints have none
+        **state["special"],
     )

@@ -13,7 +13,7 @@ from datamodules.answers import read_answer
 from datamodules.batches import AgentBatch
 from datamodules.errors import UserError
 from models.answer_metrics import AnswerLosses, answer_losses, decision_figures, decisions
-from models.backbone import language_problem, token_losses
+from models.backbone import language_problem, position_room, token_losses
 from models.generation import generate_answers
 from models.training import BackboneModule
 
@@ -114,7 +114,7 @@ class ProactiveAgent(BackboneModule):
             data.opening(),
             end_id=data.tokenizer.eos_token_id,
             max_new_tokens=SAMPLED_TOKENS,
-            max_length=data.max_length,
+            max_length=min(data.prompt_length + SAMPLED_TOKENS, position_room(self.network.config)),
             wanted={(place, len(example.history)) for place, example in enumerate(chosen)},
         )
         texts = {answer.trace: data.tokenizer.decode(answer.token_ids) for answer in generated}

@@ -199,7 +199,7 @@ class LocalAgent:
             temperature=self.temperature,
             seed=self.seed,
             grammar=AnswerGrammar(data.tokenizer, end_id) if self.options.constrained else None,
-            max_length=min(data.max_length + self.options.max_new_tokens, position_room(network.config)),
+            max_length=min(data.prompt_length + self.options.max_new_tokens, position_room(network.config)),
             wanted=wanted,
         )
         for answer in answers:

@@ -96,6 +96,7 @@ def _chat_tokenizer(text: Sequence[str]) -> "PreTrainedTokenizerFast":
 
     tokenizer = train_tokenizer(text, 300)
     tokenizer.add_tokens([AddedToken("<|eot_id|>", special=True), AddedToken("<tool_call>", special=False)])
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}<|eot_id|>{% endfor %}"
     return tokenizer
 
 

@@ -9,13 +9,17 @@ from typing import Any
 import datasets
 import pytest
 
+from datamodules import cache as cache_module
 from datamodules.agent import AgentDataModule, AnswerKind
 from datamodules.answers import read_answer
 from datamodules.batches import AgentBatch
+from datamodules.conversations import ConversationTokenizer
 from datamodules.errors import UserError
+from datamodules.prompts import truncate
 from datamodules.records import Category, scene_of
 from datamodules.sources import load_corpus
-from tests.helpers import PROACTIVEBENCH, needs_proactivebench, small_root
+from datamodules.tokenizer import tokenizer_from_state, tokenizer_state
+from tests.helpers import PROACTIVEBENCH, needs_proactivebench, small_root, write_jsonl
 
 Batches = list[AgentBatch]
 
@@ -234,6 +238,65 @@ def test_long_histories_lose_their_oldest_events(root: Path) -> None:
     assert max(map(len, data._encoded["train"].input_ids)) < longest
     begin = whole.segments(())[0]
     assert all(ids[: len(begin)].tolist() == begin for ids in data._encoded["train"].input_ids)
+
+
+def test_what_is_read_of_a_history_does_not_follow_from_the_answer(tmp_path: Path) -> None:
+    """Nor from whether it is learned or asked for; and an agent that answers later reads the same."""
+    rows = load_corpus(str(small_root(tmp_path / "small", scenes=9, rows_per_scene=20))).rows
+    longer = [row.model_copy(update={"proposal": row.proposal and row.proposal * 2}) for row in rows]
+    write_jsonl(tmp_path / "long" / "reward_data" / "train_data.jsonl", rows + longer)
+    whole = made(tmp_path / "long")
+    limit = len(whole.segments(())[0]) + whole.branch_length + 50
+    data = made(tmp_path / "long", max_length=limit)
+    again = AgentDataModule.from_state(json.loads(json.dumps(data.state_dict())))
+    assert again.prompt_length == data.prompt_length
+    assert sum(data.truncated.values()) > 0
+    for stage in ("train", "validation", "test"):
+        for example, ids in zip(data.rows(stage), data._encoded[stage].input_ids, strict=True):  # type: ignore[arg-type]
+            opening, answer = data.segmenter.encode(data.branch(example))
+            prompt = [*truncate([*data.segments(example.history), opening], again.prompt_length)[0]]
+            assert ids.tolist() == [*prompt, *answer, data.tokenizer.eos_token_id]
+            assert len(ids) <= limit
+
+
+def test_the_cache_knows_the_chat_template(
+    root: Path, tmp_path: Path, tokenizers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = conversations_file(tmp_path / "told.json", *(f"Talk {number}." for number in range(20)))
+    templates = [
+        None,
+        "{% for m in messages %}{{ m.role }}! {{ m.content }}<eos>{% endfor %}",
+        "{% for m in messages %}{{ m.role }}? {{ m.content }}<eos>{% endfor %}",
+    ]
+    texts, states = [], []
+    for number, template in enumerate(templates):
+        tokenizer = tokenizer_from_state({**tokenizer_state(tokenizers["scratch"]), "chat_template": template})
+        tokenizer.save_pretrained(folder := tmp_path / str(number))
+        options: dict[str, Any] = {"conversations": [path], "annotated": False, "tokenizer": str(folder)}
+        for data in (made(root, **options), made(root, **options)):
+            texts.append(data.tokenizer.decode(data._encoded["train"].input_ids[0]))
+        states.append(data.state_dict())
+    starts = ("<bos>user: Talk", "user! Talk", "user? Talk")
+    assert [text.startswith(start) for text, start in zip(texts[::2], starts, strict=True)] == [True] * 3
+    assert texts[::2] == texts[1::2]
+    with pytest.raises(UserError, match="the tokenizer, or its chat template, differs"):
+        data.load_state_dict(states[1])
+    monkeypatch.setattr(cache_module, "code_digest", lambda: "other code")
+    with monkeypatch.context() as patch:
+        patch.setattr(ConversationTokenizer, "encode", lambda *args: ([1, 2, 3], [2]))
+        other = made(root, **options)
+        assert list(other._encoded["train"].input_ids[0]) == [1, 2, 3]
+    with pytest.raises(UserError, match="the training rows differ"):
+        other.load_state_dict(states[2])
+
+
+def test_a_resumed_run_holds_the_same_conversations_out(root: Path, tmp_path: Path) -> None:
+    path = conversations_file(tmp_path / "told.json", *(f"Talk {number}." for number in range(40)))
+    state = made(root, conversations=[path]).state_dict()
+    with pytest.raises(UserError, match=r"data.validation_fraction: 0.3, but the checkpoint's run has 0.1"):
+        made(root, conversations=[path], validation_fraction=0.3).load_state_dict(state)
+    moved = (tmp_path / "told.json").rename(tmp_path / "moved.json")
+    made(root, conversations=[str(moved)]).load_state_dict(state)
 
 
 def test_the_segments_of_a_history_and_the_opening_are_how_rows_begin(root: Path) -> None:

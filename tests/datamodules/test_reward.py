@@ -12,11 +12,15 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
+from datamodules import cache as cache_module
+from datamodules import prompts
 from datamodules.batches import RewardBatch
 from datamodules.errors import UserError
 from datamodules.prompts import DEFAULT_PROMPT, Data, PromptTemplate, SegmentTokenizer, render
 from datamodules.records import AnnotatedRow, Category
 from datamodules.reward import RewardDataModule
+from datamodules.sources import load_corpus
+from datamodules.splits import Split
 from tests.helpers import PROACTIVEBENCH, needs_proactivebench, write_jsonl
 
 SPLITS = ("train", "validation", "test")
@@ -179,7 +183,7 @@ def test_prompt_file_of_the_user_is_what_rows_become(root: Path, tmp_path: Path)
     assert written_out(data, row).startswith(f"Judge.{row.history[0].event} ")
 
 
-def test_long_rows_lose_their_oldest_events_and_are_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_long_histories_lose_their_oldest_events_and_are_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = made(root)
     assert whole.truncated == dict.fromkeys(SPLITS, 0)
     segmenter = SegmentTokenizer(whole.tokenizer)
@@ -188,6 +192,7 @@ def test_long_rows_lose_their_oldest_events_and_are_counted(root: Path, caplog: 
         data = made(root, max_length=limit)
     for name in SPLITS:
         rows, full = getattr(data.split, name), ids_of(whole, name)
+        long = 0
         for row, ids, all_ids in zip(rows, ids_of(data, name), full, strict=True):
             first, *_, last = segmenter.encode(render(data.template, row))
             head = [*segmenter.prefix, *first]
@@ -195,9 +200,63 @@ def test_long_rows_lose_their_oldest_events_and_are_counted(root: Path, caplog: 
             assert ids[: len(head)] == head
             assert ids == head + all_ids[len(all_ids) - len(ids) + len(head) :], "the newest events stay"
             assert ids[-len(last) :] == last
-        long = sum(len(ids) > limit for ids in full)
+            long += len(all_ids) - len(last) + data.branch_length > limit
+            assert (len(ids) == len(all_ids)) is (len(all_ids) - len(last) + data.branch_length <= limit)
         assert data.truncated[name] == long > 0
-        assert f"{long} of {len(rows)} {name} rows lost their oldest events to data.max_length {limit}" in caplog.text
+        said = f"{long} of {len(rows)} {name} rows lost their oldest events to data.max_length {limit}, of which "
+        assert f"{said}{data.branch_length} are kept for the proposal" in caplog.text
+
+
+def histories(data: RewardDataModule) -> Iterator[tuple[AnnotatedRow, list[int]]]:
+    """Each row, and the token ids before its proposal."""
+    for name, encoded in data._encoded.items():
+        for row, ids in zip(getattr(data.split, name), encoded.input_ids, strict=True):
+            yield row, list(ids[: len(ids) - len(data.segmenter.encode(data.branch(row))[0])])
+
+
+@pytest.mark.parametrize("room", [0, 20, 80])
+def test_what_is_read_of_a_history_does_not_follow_from_the_proposal(root: Path, tmp_path: Path, room: int) -> None:
+    """Rows of one history are one trunk, also of proposals that are a word and proposals that are twenty."""
+    for number, row in enumerate(rows := made(root).split.train + made(root).split.test):
+        rows[number] = row.model_copy(update={"proposal": row.proposal and row.proposal * (1 + number % 2)})
+    rows += [row.model_copy(update={"proposal": "Go"}) for row in rows]
+    write_jsonl(tmp_path / "reward_data" / "train_data.jsonl", rows)
+    whole = made(tmp_path)
+    limit = len(whole.segmenter.prefix) + whole.branch_length + room
+    limit += len(whole.segmenter.encode(prompts.render_history(whole.template, ()))[0])
+    data = made(tmp_path, max_length=limit)
+    trunks: dict[int, set[tuple[int, ...]]] = {}
+    for row, trunk in histories(data):
+        trunks.setdefault(row.history_digest, set()).add(tuple(trunk))
+    assert all(len(seen) == 1 for seen in trunks.values())
+    assert sum(data.truncated.values()) > 0
+    assert max(len(ids) for name in SPLITS for ids in ids_of(data, name)) <= limit
+
+
+def test_proposals_that_come_later_are_read_after_the_same_history(root: Path, tmp_path: Path) -> None:
+    """As a judge reads them: one at a time, with the room of the training; only what is longer takes more."""
+    data = made(root, max_length=120)
+    row = max(data.split.train, key=lambda row: len(row.history))
+
+    def length(proposal: str) -> int:
+        return len(data.segmenter.encode(data.branch(row.model_copy(update={"proposal": proposal})))[0])
+
+    expected = next(found for seen, found in histories(data) if seen.history == row.history)
+    longest = "Go"
+    while len(expected) + length(longest) <= 120:
+        longest += " on"
+    proposals = ["Go", None, "Go on and on", longest]
+
+    def trunk(proposal: str | None) -> list[int]:
+        again = RewardDataModule.from_state(stored(data, tmp_path), cache=False)
+        again._split = Split([], [], [row.model_copy(update={"proposal": proposal})])
+        again.setup("test")
+        ((_, found),) = histories(again)
+        return found
+
+    short, null, middling, long = map(trunk, proposals)
+    assert short == null == middling == expected
+    assert len(long) < len(expected)
 
 
 def test_prompt_longer_than_max_length_is_refused(root: Path) -> None:
@@ -229,7 +288,7 @@ def test_second_tokenization_comes_from_the_cache(root: Path, tmp_path: Path, mo
         raise AssertionError("the cache was not used")
 
     with monkeypatch.context() as patch:
-        patch.setattr(SegmentTokenizer, "encode", tokenizes_again)
+        patch.setattr(RewardDataModule, "_tokenized", tokenizes_again)
         second = made(root, max_length=130)
     assert (second.truncated, ids_of(second, "train")) == (first.truncated, ids_of(first, "train"))
     assert sorted(tmp_path.rglob("*.arrow")) == files
@@ -237,6 +296,19 @@ def test_second_tokenization_comes_from_the_cache(root: Path, tmp_path: Path, mo
         made(root, **{"max_length": 130, **options})
         assert len(list(tmp_path.rglob("*.arrow"))) > len(files), f"{options} needs tokens of its own"
         files = sorted(tmp_path.rglob("*.arrow"))
+
+
+def test_the_cache_gives_no_rows_of_other_code(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where an event is rendered in another way nor where the code's text is another."""
+    first = made(root)
+    with monkeypatch.context() as patch:
+        patch.setattr(prompts, "on_one_line", str.upper)
+        assert ids_of(made(root), "test") != ids_of(first, "test")
+    folder = Path(datasets.config.HF_DATASETS_CACHE)
+    files = len(list(folder.rglob("*.arrow")))
+    monkeypatch.setattr(cache_module, "code_digest", lambda: "other code")
+    assert ids_of(made(root), "test") == ids_of(first, "test")
+    assert len(list(folder.rglob("*.arrow"))) == files + 3
 
 
 def test_cache_can_be_switched_off(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,8 +383,12 @@ def test_resumed_run_takes_its_own_state(root: Path, tmp_path: Path) -> None:
         ({"max_length": 500}, "--data.max_length 1024"),
         ({"scenes_per_step": None}, "--data.scenes_per_step 4"),
         ({"balance": "category"}, "--data.balance none"),
-        ({"fold": 1}, "data.split"),
-        ({"seed": 1}, "data.split"),
+        ({"fold": 1}, "--data.fold 0"),
+        ({"seed": 1}, "--data.seed 0"),
+        ({"folds": 4}, "--data.folds 3"),
+        ({"split": "published"}, "--data.split by_scene"),
+        ({"validation_fraction": 0.3}, "--data.validation_fraction 0.1"),
+        ({"num_workers": 1}, "--data.num_workers 0"),
         ({"root": "fewer rows"}, "data.root"),
         ({"prompt": "own"}, "data.prompt"),
         ({"vocabulary_size": 380}, "data.vocabulary_size"),
@@ -333,6 +409,34 @@ def test_resumed_run_refuses_other_data(root: Path, tmp_path: Path, options: dic
         made(place, **options).load_state_dict(state)
     assert "checkpoint" in caught.value.what
     assert named in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "options", [{"layout": "rows"}, {"token_budget": 4096}, {"micro_batch_size": 4}, {"cache": False}], ids=str
+)
+def test_resumed_run_may_compute_its_steps_in_another_way(root: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    state = stored(made(root), tmp_path)
+    made(root, **options).load_state_dict(state)
+
+
+def test_resumed_run_needs_the_same_order_and_labels(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = made(root)
+    state = stored(data, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setenv("PL_GLOBAL_SEED", "1")
+        with pytest.raises(UserError, match="seed_everything: 1, but the checkpoint's run has 0"):
+            made(root).load_state_dict(state)
+    with monkeypatch.context() as patch:
+        patch.setattr(prompts, "on_one_line", str.upper)
+        with pytest.raises(UserError, match="differ"):
+            made(root).load_state_dict(state)
+    rows = load_corpus(str(root)).rows
+    other = rows[0].model_copy(update={"accepted": not rows[0].accepted, "help_needed": None})
+    write_jsonl(tmp_path / "reward_data" / "train_data.jsonl", [other, *rows[1:]])
+    with pytest.raises(UserError, match="the training rows differ"):
+        made(tmp_path).load_state_dict(state)
 
 
 def test_state_alone_gives_the_module_back(root: Path, tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def test_state_is_plain_and_rebuilds_the_tokenizer(
     rebuilt = tokenizer_from_state(json.loads(json.dumps(state)))
     assert tokenizer_state(rebuilt) == state
     assert rebuilt.padding_side == "right"
+    assert rebuilt.chat_template == original.chat_template
     assert rebuilt.special_tokens_map == original.special_tokens_map
     for text in (*TEXT, *IMPOSTORS, "".join(IMPOSTORS)):
         assert rebuilt(text).input_ids == original(text).input_ids

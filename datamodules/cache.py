@@ -1,0 +1,79 @@
+"""Tokenized rows on disk, found again by all that they follow from."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import datasets
+
+LIBRARIES = ("tokenizers", "transformers")  # tokenize, and read chat templates
+
+
+@dataclass(frozen=True)
+class CachedRows:
+    """Rows of token ids."""
+
+    rows: "datasets.Dataset"
+    digest: str  # of the rows in their order; it knows nothing of how they came into being
+    counts: dict[str, int]  # what was counted while they were written
+
+
+def cached_rows(
+    what: Any,
+    write: Callable[[Counter[str]], Iterable[Mapping[str, Any]]],
+    columns: Mapping[str, str | list[str]],
+    folder: Path | None = None,
+    label: str = "tokenizing",
+) -> CachedRows:
+    """Rows from the cache, or written there now, a row at a time.
+
+    Args:
+        what: Everything that the rows follow from besides the code, as JSON can write it.
+        write: Gives the rows; takes a counter to count in.
+        columns: The type of each column, such as "int32" or "string"; of lists in brackets.
+        folder: Where to keep the rows; the cache of Hugging Face `datasets` if None.
+        label: What the progress bar says.
+    """
+    import datasets
+    from datasets.arrow_writer import ArrowWriter
+    from datasets.utils import tqdm
+
+    folder = folder or Path(datasets.config.HF_DATASETS_CACHE, "proactive")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{hashlib.sha256(json.dumps([what, code_digest()]).encode()).hexdigest()[:32]}.arrow"
+    notes = path.with_suffix(".json")
+    if not path.exists() or not notes.exists():
+        features = {
+            name: datasets.List(datasets.Value(kind[0])) if isinstance(kind, list) else datasets.Value(kind)
+            for name, kind in columns.items()
+        }
+        unfinished = [file.with_name(f".{file.name}.{os.getpid()}") for file in (path, notes)]
+        counts: Counter[str] = Counter()
+        digest = hashlib.sha256()
+        with ArrowWriter(path=str(unfinished[0]), features=datasets.Features(features)) as writer:
+            for row in tqdm(write(counts), desc=label, unit=" rows"):
+                digest.update(json.dumps([row[name] for name in columns]).encode())
+                writer.write(row)
+            writer.finalize()
+        unfinished[1].write_text(json.dumps({"digest": digest.hexdigest(), "counts": counts}))
+        for file, final in zip(unfinished, (path, notes), strict=True):
+            file.replace(final)
+    found = json.loads(notes.read_text())
+    return CachedRows(datasets.Dataset.from_file(str(path)), found["digest"], found["counts"])
+
+
+@cache
+def code_digest() -> str:
+    """A digest of the code that renders and tokenizes rows: this package, and the versions of `LIBRARIES`."""
+    digest = hashlib.sha256(json.dumps([importlib.metadata.version(name) for name in LIBRARIES]).encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
