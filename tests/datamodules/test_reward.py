@@ -235,7 +235,7 @@ def test_what_is_read_of_a_history_does_not_follow_from_the_proposal(root: Path,
 
 def test_proposals_that_come_later_are_read_after_the_same_history(root: Path, tmp_path: Path) -> None:
     """As a judge reads them: one at a time, with the room of the training; only what is longer takes more."""
-    data = made(root, max_length=120)
+    data = made(root, max_length=150)
     row = max(data.split.train, key=lambda row: len(row.history))
 
     def length(proposal: str) -> int:
@@ -243,7 +243,7 @@ def test_proposals_that_come_later_are_read_after_the_same_history(root: Path, t
 
     expected = next(found for seen, found in histories(data) if seen.history == row.history)
     longest = "Go"
-    while len(expected) + length(longest) <= 120:
+    while len(expected) + length(longest) <= 150:
         longest += " on"
     proposals = ["Go", None, "Go on and on", longest]
 
