@@ -3,6 +3,7 @@
 Answers and verdicts are logged as they come, so a killed evaluation goes on in its folder.
 """
 
+import collections
 import contextlib
 import hashlib
 import json
@@ -92,6 +93,9 @@ def carry_out(evaluation: Evaluation, folder: Path, count: Counter) -> dict[str,
         **evaluation.stamps,
         "agent": _shown(agent),
         "judge": _shown(judge),
+        "unfinished": {
+            who: collections.Counter(log.unfinished.values()) for who, log in zip(("agent", "judge"), logs, strict=True)
+        },
         "baselines": {name: figures(judge_events(traces, one, verdicts)) for name, one in baselines.items()},
         "gate": None,
     }
@@ -128,7 +132,6 @@ def _shown(part: Agent | Judge) -> dict[str, Any]:
         shown["url"] = part.endpoint.url
     if isinstance(part, LocalAgent):
         shown["weights"] = {name: one.source for name, one in part.assigned.items()}
-        shown["cut_off"] = part.cut_off
     if isinstance(part, RewardJudge):
         shown["weights"] = {name: one.source for name, one in part.assigned.items()}
         shown["thresholds"] = {one.source: one.model.threshold for one in part.assigned.values()}

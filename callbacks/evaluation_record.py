@@ -167,8 +167,14 @@ def notes(record: Mapping[str, Any]) -> list[str]:
     if record["traces_left_out"]:
         names = ", ".join(record["traces_left_out"])
         said.append(f"left out, for the agent was trained on them: {names}")
-    if record["agent"].get("cut_off"):
-        said.append(f"{record['agent']['cut_off']} answers reached the greatest number of tokens and were closed there")
+    for who, reasons in record["unfinished"].items():
+        if reasons:
+            counted = ", ".join(f"{number} {reason}" for reason, number in reasons.items())
+            more = "; --agent.answers.max_new_tokens, or max_tokens in --agent.extra or --judge.extra, gives more room"
+            said.append(
+                f"replies of the {who} that did not come to their end, and were not read: {counted}"
+                + more * ("length" in reasons)
+            )
     if record["gate"]:
         gate = record["gate"]
         said.append(

@@ -98,7 +98,7 @@ class AnswerOptions:
     """How a trained agent writes its answers.
 
     Args:
-        max_new_tokens: Tokens of an answer, at most; a longer one is closed there.
+        max_new_tokens: Tokens of an answer, at most; a longer one is closed there, and is not read.
         constrained: Whether a grammar holds answers to JSON.
         traces_at_once: Traces read side by side.
     """
@@ -141,7 +141,6 @@ class LocalAgent:
         self.candidates = candidates
         self.temperature = temperature
         self.seed = seed
-        self.cut_off = 0  # answers that reached max_new_tokens
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -164,11 +163,9 @@ class LocalAgent:
             for weights in {weights.digest: weights for weights in self.assigned.values()}.values():
                 self._write(weights, traces, log, advance)
         answers: dict[str, list[list[Candidate]]] = {trace.name: [[] for _ in trace.events] for trace in traces}
-        self.cut_off = 0
         for name, step, number in keys:
-            text, finished = json.loads(log.texts[json.dumps((name, step, number))])
-            answers[name][step].append(Candidate.of(read_answer(text)))
-            self.cut_off += not finished
+            text = log.final(json.dumps((name, step, number)))
+            answers[name][step].append(Candidate.of(read_answer(text or "")))
         return answers
 
     def _write(
@@ -207,7 +204,7 @@ class LocalAgent:
             key = json.dumps((name, step, answer.candidate))
             if key not in log.texts:
                 text = data.tokenizer.decode(answer.token_ids)
-                log.add(key, json.dumps([text, answer.finished]), f"{name}, event {step + 1}")
+                log.add(key, text, f"{name}, event {step + 1}", "stop" if answer.finished else "length")
                 advance()
 
 
@@ -240,10 +237,10 @@ class EndpointAgent:
         answers: dict[str, list[list[Candidate]]] = {trace.name: [[] for _ in trace.events] for trace in traces}
         texts = self.endpoint.run(log, tasks, f"asking {self.endpoint.model}", count)
         for (trace, step, _), text in zip(places, texts, strict=True):
-            answers[trace.name][step].append(Candidate.of(read_answer(text, self.prompt.text)))
+            answers[trace.name][step].append(Candidate.of(read_answer(text or "", self.prompt.text)))
         return answers
 
-    def _task(self, trace: Trace, step: int, number: int) -> Callable[[Session], Awaitable[str]]:
+    def _task(self, trace: Trace, step: int, number: int) -> Callable[[Session], Awaitable[str | None]]:
         messages = self.prompt.messages(trace.history(step))
         return lambda session: session.ask(messages, f"{trace.name}, event {step + 1}", number)
 

@@ -5,34 +5,43 @@ tries again where a server is busy, broken or silent.
 """
 
 import asyncio
-import email.utils
+import base64
 import fcntl
 import hashlib
 import json
+import logging
 import os
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import parse_qsl, urlsplit
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import ValidationError
 
 from datamodules.chat import Messages
 from datamodules.errors import UserError
+from models.completions import Completion, duration, error_of, is_refusal, json_of, retry_after, streams, text_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from httpx2 import AsyncClient, Response
+    from httpx2 import AsyncClient
     from tenacity import RetryCallState
 
 Result = TypeVar("Result")
 Counter = Callable[[str, int], AbstractContextManager[Callable[[], None]]]  # label, total -> what counts one more
 ADDRESS_HINT = "Give one such as http://localhost:8000/v1."
-TRY_AGAIN = (408, 409, 425, 429)  # and all from 500
+# Why a reply ended that is a whole one, in the words of several servers; others are length, content_filter, tool_calls.
+FINAL = ("stop", "end_turn", "stop_sequence", "eos", "eos_token", "complete", "completed")
+TOLD_FROM = 5.0  # seconds of a wait that a server asks for
+SHORTEST_SECRET = 6  # characters of a key: what is shorter, such as "EMPTY", is a stand-in and may be any word
+SECRET_NAMES = re.compile("key|token|secret|sig|auth|pass|pw|cred|code|jwt", re.IGNORECASE)
+log = logging.getLogger("proactive")
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,7 @@ class EndpointOptions:
         retries: How often a request is tried again where the server is busy, broken, or does not answer in time.
         first_delay: Seconds before the first retry, at most; they double with each, and chance shortens them.
         longest_delay: Seconds between retries, at most; a server that names a time is given that time.
+        longest_wait: Seconds that a server may name, at most; one that asks for more ends the evaluation.
         time_limit: Seconds after which the evaluation stops; what it has is kept, and the same command goes on.
     """
 
@@ -53,10 +63,12 @@ class EndpointOptions:
     retries: int = 6
     first_delay: float = 1.0
     longest_delay: float = 60.0
+    longest_wait: float = 600.0
     time_limit: float | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("concurrency", 1), ("retries", 0), ("first_delay", 0), ("longest_delay", 0)):
+        for name in ("concurrency", "retries", "first_delay", "longest_delay", "longest_wait"):
+            least = 1 if name == "concurrency" else 0
             if (value := getattr(self, name)) < least:
                 raise UserError(f"endpoint.{name}: expected {least} or more, got {value}", "Give a greater one.")
         for name in ("timeout", "time_limit"):
@@ -68,6 +80,7 @@ class AnswerLog:
     """Texts by key, in a file that grows line by line and outlives a kill.
 
     The first line says with which settings the texts came about. A last line that was cut short is dropped.
+    `unfinished` says of each text that is no whole reply why it ended.
 
     Raises:
         UserError: The file was written with other settings, is no such log, or another process writes it.
@@ -76,6 +89,7 @@ class AnswerLog:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
         self.texts: dict[str, str] = {}
+        self.unfinished: dict[str, str] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab+")
         try:
@@ -91,13 +105,22 @@ class AnswerLog:
             self.close()
             raise
 
-    def add(self, key: str, text: str, where: str) -> None:
-        """Keep a text; when this returns, the disk has it."""
-        self.texts[key] = text
-        self._append({"key": key, "where": where, "text": text})
+    def add(self, key: str, text: str, where: str, finish_reason: str | None = None) -> None:
+        """Keep a text and why it ended, if that is known; when this returns, the disk has it."""
+        self._note(key, text, finish_reason)
+        self._append({"key": key, "where": where, "text": text, "finish_reason": finish_reason})
+
+    def final(self, key: str) -> str | None:
+        """The text of a key; None if it is no whole reply, which nothing may be read out of."""
+        return None if key in self.unfinished else self.texts[key]
 
     def close(self) -> None:
         self._file.close()
+
+    def _note(self, key: str, text: str, finish_reason: str | None) -> None:
+        self.texts[key] = text
+        if finish_reason and finish_reason.lower() not in FINAL:
+            self.unfinished[key] = finish_reason
 
     def _read(self, settings: dict[str, Any]) -> None:
         self._file.seek(0)
@@ -113,9 +136,11 @@ class AnswerLog:
             before = json.loads(lines[0])["settings"]
             for line in lines[1:]:
                 entry = json.loads(line)
-                self.texts[entry["key"]] = entry["text"]
+                self._note(entry["key"], entry["text"], entry["finish_reason"])
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.path} is no log of an evaluation", "Give another --output.") from error
+            raise UserError(
+                f"{self.path} is no log of an evaluation, or an older one's", "Give another --output."
+            ) from error
         for name in sorted(set(before) | set(settings)):
             if (then := before.get(name)) != (now := settings.get(name)):
                 raise UserError(
@@ -135,7 +160,8 @@ class Endpoint:
     """One model behind an address.
 
     Attributes:
-        url: The address that /chat/completions is under, for example http://localhost:8000/v1.
+        url: The address that /chat/completions is under, for example http://localhost:8000/v1; a query such as
+            ?api-version=... is kept.
         model: The model's name there.
         key_variable: The environment variable that holds the key, if the server wants one. The key is sent to the
             server and stands in no file, message or log.
@@ -156,16 +182,36 @@ class Endpoint:
     deadline: float | None = None
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(self.url)
+            sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            sound = False
+        if not sound:
             raise UserError(f"{_shorten(self.url)} is no address", ADDRESS_HINT)
-        if parts.username or parts.password or parts.query or parts.fragment:
+        secrets = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if SECRET_NAMES.search(name)]
+        if parts.username or parts.password or parts.fragment or secrets:
             raise UserError(
-                "the endpoint's address holds more than a host and a path",
+                "the endpoint's address holds more than a host, a path and a plain query",
                 "Give the plain address, and the key by the name of an environment variable.",
             )
+        if self.extra.get("stream"):
+            raise UserError("extra: stream: answers are read whole, not as a stream", "Leave stream out.")
         if self.key_variable and not self._key:
             raise UserError(f"the environment variable {self.key_variable} is not set", "Put the endpoint's key there.")
+        if self._key and not re.fullmatch(r"[!#-&(-\[\]-~]+", self._key):  # visible ASCII but quotes and backslashes
+            raise UserError(
+                f"the environment variable {self.key_variable} holds something else than a key: blanks, quotes, "
+                "control characters or letters outside ASCII",
+                "Put the key alone there, without Bearer and quotes.",
+            )
+
+    @property
+    def address(self) -> str:
+        """Where requests go."""
+        parts = urlsplit(self.url)
+        path = parts.path.rstrip("/").removesuffix("/chat/completions").rstrip("/") + "/chat/completions"
+        return parts._replace(path=path).geturl()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -217,17 +263,46 @@ class Endpoint:
         from httpx2 import AsyncClient, Limits
 
         limits = Limits(max_connections=self.options.concurrency)
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        async with AsyncClient(headers=headers, limits=limits, timeout=self.options.timeout) as client:
+        async with AsyncClient(headers=self._headers(), limits=limits, timeout=self.options.timeout) as client:
             yield Session(self, log, client)
 
     @property
     def _key(self) -> str | None:
-        return os.environ.get(self.key_variable) if self.key_variable else None
+        return os.environ.get(self.key_variable, "").strip() or None if self.key_variable else None
+
+    def _headers(self) -> dict[str, str]:
+        """Azure, which alone names a version in its addresses, takes a key under a name of its own."""
+        if not self._key:
+            return {}
+        of_azure = str(urlsplit(self.url).hostname).endswith(".azure.com")
+        return {"api-key": self._key} if of_azure else {"Authorization": f"Bearer {self._key}"}
 
     def without_key(self, text: str) -> str:
-        """A server's text, in which it may have sent the key back."""
-        return text.replace(self._key, "[key]") if self._key else text
+        """A server's text, in which it may have sent the key back, in whatever escaping."""
+        key = self._key
+        return _in_any_escaping(key).sub("[key]", text) if key and len(key) >= SHORTEST_SECRET else text
+
+
+@lru_cache(maxsize=4)
+def _in_any_escaping(key: str) -> re.Pattern[str]:
+    """What finds a key as it is, and as JSON, repr, URLs, HTML or base64 write it, several times over as well."""
+
+    def forms(character: str) -> str:
+        code, hexadecimal = ord(character), f"(?i:{ord(character):02x})"
+        escaped = rf"\\*{re.escape(character)}|\\+(?:u00|x){hexadecimal}|%(?:25)*{hexadecimal}"
+        return rf"(?:{escaped}|&(?:amp;)*\#(?:0*{code}|[xX]0*{hexadecimal});)"
+
+    names = {"&": "amp", "<": "lt", ">": "gt"}
+    written = [
+        f"(?:{forms(character)}|&(?:amp;)*{names[character]};)" if character in names else forms(character)
+        for character in key
+    ]
+    encoded: set[str] = set()
+    for offset in range(3):  # of the key's first byte among three; what other bytes have a part in is cut off
+        letters = base64.b64encode(b"\0" * offset + key.encode()).decode().rstrip("=")
+        whole = letters[(0, 2, 3)[offset] : (offset + len(key)) * 8 // 6]
+        encoded |= {re.escape(whole), re.escape(whole.translate(str.maketrans("+/", "-_")))}
+    return re.compile("|".join(["".join(written), *sorted(encoded, key=len, reverse=True)]))
 
 
 class Session:
@@ -239,9 +314,12 @@ class Session:
         self.client = client
         self._room = asyncio.Semaphore(endpoint.options.concurrency)
         self._asked: dict[str, asyncio.Lock] = {}
+        self._told_until = 0.0  # when a wait ends that was told
 
-    async def ask(self, messages: Messages, where: str, attempt: int = 0, temperature: float | None = None) -> str:
-        """The model's text; from the log if it was asked the same before.
+    async def ask(
+        self, messages: Messages, where: str, attempt: int = 0, temperature: float | None = None
+    ) -> str | None:
+        """The model's text, from the log if it was asked the same before; None if it is no whole reply.
 
         Args:
             messages: The chat.
@@ -256,9 +334,9 @@ class Session:
         async with self._asked.setdefault(key, asyncio.Lock()):  # the same question by two tasks is asked once
             if key not in self.log.texts:
                 async with self._room:
-                    text = await self._with_retries(self._body(messages, attempt, temperature), where)
-                self.log.add(key, text, where)
-        return self.log.texts[key]
+                    text, finish_reason = await self._with_retries(self._body(messages, attempt, temperature), where)
+                self.log.add(key, text, where, finish_reason)
+        return self.log.final(key)
 
     def _body(self, messages: Messages, attempt: int, temperature: float | None) -> dict[str, Any]:
         endpoint = self.endpoint
@@ -271,7 +349,7 @@ class Session:
         }
         return {name: value for name, value in body.items() if value is not None}
 
-    async def _with_retries(self, body: dict[str, Any], where: str) -> str:
+    async def _with_retries(self, body: dict[str, Any], where: str) -> tuple[str, str | None]:
         from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
 
         options = self.endpoint.options
@@ -294,14 +372,19 @@ class Session:
 
         failure = state.outcome.exception() if state.outcome else None
         if isinstance(failure, _Failed) and failure.retry_after is not None:
+            until = time.monotonic() + failure.retry_after
+            if failure.retry_after >= TOLD_FROM and until > self._told_until + TOLD_FROM:
+                self._told_until = until
+                log.info(f"{self.endpoint.url} asks to wait {duration(failure.retry_after)}: {failure}")
             return failure.retry_after
         options = self.endpoint.options
         return wait_random_exponential(multiplier=options.first_delay, max=options.longest_delay)(state)
 
-    async def _request(self, body: dict[str, Any], where: str) -> str:
+    async def _request(self, body: dict[str, Any], where: str) -> tuple[str, str | None]:
+        """The model's text, and why it ended if the server says so."""
         from httpx2 import HTTPError, InvalidURL
 
-        address = self.endpoint.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        address = self.endpoint.address
         try:
             async with asyncio.timeout(self.endpoint.options.timeout):  # httpx2 limits the wait for each byte alone
                 response = await self.client.post(address, json=body)
@@ -310,27 +393,61 @@ class Session:
         except HTTPError as error:
             raise _Failed(self._printable(f"{type(error).__name__}: {error}")) from error
         except InvalidURL as error:
-            raise UserError(
-                f"{address} is no address: {error}", "Give one such as http://localhost:8000/v1."
-            ) from error
-        if response.status_code in TRY_AGAIN or response.status_code >= 500:
-            raise _Failed(self._status(response), _retry_after(response.headers.get("retry-after")))
+            raise UserError(f"{address} is no address: {error}", ADDRESS_HINT) from error
+        content = json_of(response.content)
+        status = f"{response.status_code} {response.reason_phrase}"
+        said = self._printable(f"{status}: {error_of(content) or response.text}")
+        if is_refusal(response, content):
+            raise UserError(f"{where}: {address} refuses: {said}", self._hint(response.status_code, content, body))
         if response.status_code != 200:
+            wait = retry_after(response.headers.get("retry-after"))
+            self._refuse_long_wait(wait, said, where)
+            raise _Failed(said, wait)
+        if error_of(content):
+            raise _Failed(f"an error in place of an answer: {said}")
+        if streams(response):
             raise UserError(
-                f"{where}: {address} refuses: {self._status(response)}",
-                "Mend the options; what was answered is kept.",
+                f"{where}: {address}: the server streams, and one JSON object is expected: {said}",
+                "Turn streaming off, for example with stream: false in --agent.extra or --judge.extra.",
             )
         try:
-            completion = _Completion.model_validate_json(response.content)
+            choice = Completion.model_validate(content).choices[0]
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(map(str, first["loc"])) or "top level"
-            raise _Failed(self._printable(f"no chat completion: {place}: {first['msg']}")) from None
-        text = completion.choices[0].message.content or ""
-        return self.endpoint.without_key(text.encode("utf-8", "replace").decode())
+            raise _Failed(self._printable(f"no chat completion: {place}: {first['msg']}: {response.text}")) from None
+        text = text_of(choice.message.content).encode("utf-8", "replace").decode()
+        return self.endpoint.without_key(text), choice.finish_reason
 
-    def _status(self, response: "Response") -> str:
-        return self._printable(f"{response.status_code} {response.reason_phrase} {response.text}")
+    def _refuse_long_wait(self, wait: float | None, said: str, where: str) -> None:
+        if wait is None:
+            return
+        endpoint, longest = self.endpoint, self.endpoint.options.longest_wait
+        if wait > longest:
+            raise UserError(
+                f"{where}: {endpoint.url} asks to wait {duration(wait)}, longer than endpoint.longest_wait "
+                f"({duration(longest)}): {said}",
+                "What was answered is kept: go on later, or give a greater --endpoint.longest_wait.",
+            )
+        if endpoint.deadline is not None and time.monotonic() + wait > endpoint.deadline:
+            raise UserError(
+                f"{where}: {endpoint.url} asks to wait {duration(wait)}, longer than the time limit leaves: {said}",
+                "What was answered is kept: go on later, or give a greater --endpoint.time_limit.",
+            )
+
+    def _hint(self, status: int, content: Any, body: dict[str, Any]) -> str:
+        error = content.get("error") if isinstance(content, dict) else None
+        parameter = error.get("param") if isinstance(error, dict) else None
+        if parameter in ("temperature", "seed") and parameter in body:
+            what = f"Leave it out with {parameter}: null in --agent.extra or --judge.extra"
+        elif status in (401, 403):
+            variable = self.endpoint.key_variable
+            what = f"Check the key in {variable}" if variable else "Name the variable of a key, --agent.key_variable"
+        elif status == 404:
+            what = "Check the address, which often ends in /v1, and the model's name"
+        else:
+            what = "Mend the options"
+        return f"{what}; what was answered is kept."
 
     def _printable(self, text: str) -> str:
         return _shorten(self.endpoint.without_key(" ".join(text.split())))
@@ -342,32 +459,6 @@ class _Failed(Exception):  # noqa: N818 - not an error until the retries are use
     def __init__(self, what: str, retry_after: float | None = None) -> None:
         super().__init__(what)
         self.retry_after = retry_after
-
-
-class _Message(BaseModel):
-    content: str | None = None
-
-
-class _Choice(BaseModel):
-    message: _Message
-
-
-class _Completion(BaseModel):
-    """The part of a server's answer that is read."""
-
-    choices: Annotated[list[_Choice], Field(min_length=1)]
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds from a Retry-After header, which gives them or a date (RFC 9110, section 10.2.3)."""
-    if value is None:
-        return None
-    if value.strip().isdecimal():
-        return float(value)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return None
 
 
 def _shorten(value: Any, limit: int = 200) -> str:

@@ -97,7 +97,7 @@ class EndpointJudge:
             for attempt in range(self.attempts):
                 temperature = max(self.endpoint.temperature, RETRY_TEMPERATURE) if attempt else None
                 text = await session.ask(messages, where, attempt, temperature)
-                accepted, thought = read_judgment(text, self.prompt.text)
+                accepted, thought = read_judgment(text or "", self.prompt.text)
                 if accepted is not None:
                     return Verdict(accepted, thought=thought)
             return Verdict(None)

@@ -17,7 +17,8 @@ Body = dict[str, Any]
 class Reply:
     """One HTTP answer: of a model's text, or of anything else."""
 
-    text: str | None = None
+    text: Any = None
+    finish_reason: str | None = None
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes | None = None
@@ -27,7 +28,8 @@ class Reply:
     def content(self) -> bytes:
         if self.body is not None:
             return self.body
-        return json.dumps({"choices": [{"message": {"role": "assistant", "content": self.text}}]}).encode()
+        choice = {"message": {"role": "assistant", "content": self.text}, "finish_reason": self.finish_reason}
+        return json.dumps({"choices": [choice]}).encode()
 
 
 class ChatServer:
@@ -41,6 +43,7 @@ class ChatServer:
         self.bodies: list[Body] = []
         self.asked: list[str] = []  # each body as text
         self.keys: list[str | None] = []
+        self.paths: list[str] = []
         self.under_way = self.most_under_way = 0
         self._lock = threading.Lock()
         chat = self
@@ -76,10 +79,11 @@ class ChatServer:
             self.bodies.append(body)
             self.asked.append(text)
             self.keys.append(handler.headers.get("Authorization"))
+            self.paths.append(handler.path)
             self.under_way += 1
             self.most_under_way = max(self.most_under_way, self.under_way)
         try:
-            assert handler.path == "/v1/chat/completions"
+            assert handler.path.partition("?")[0] == "/v1/chat/completions"
             reply = self.answer(body, before)
             time.sleep(reply.delay)
             content = reply.content()

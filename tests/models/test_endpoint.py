@@ -1,13 +1,17 @@
 """The endpoint client against a real server that misbehaves, and its log against whatever a kill leaves behind."""
 
+import base64
 import contextlib
+import html
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 import pytest
 from hypothesis import given
@@ -15,7 +19,7 @@ from hypothesis import strategies as st
 from tenacity import AsyncRetrying, RetryCallState
 
 from datamodules.errors import UserError
-from models.endpoint import AnswerLog, Endpoint, EndpointOptions, Session, _Failed, _retry_after
+from models.endpoint import AnswerLog, Endpoint, EndpointOptions, Session, _Failed
 from tests.chat_server import ChatServer, Reply, chat_server
 from tests.datamodules.conftest import few_examples
 from tests.patience import HANG, HOUR, Clock, turnable_clock
@@ -32,7 +36,7 @@ def silent(label: str, total: int) -> Iterator[Callable[[], None]]:
 
 def ask(
     chat: ChatServer, log: AnswerLog, questions: list[str], key_variable: str | None = None, **options: Any
-) -> list[str]:
+) -> list[str | None]:
     """The answers to some questions, asked side by side."""
 
     def task(question: str) -> Callable[[Session], Any]:
@@ -70,6 +74,8 @@ MISBEHAVIOURS = {
     "no choices": Reply(body=b'{"choices": []}'),
     "null": Reply(body=b"null"),
     "nothing": Reply(body=b""),
+    "an error in place of an answer": Reply(body=b'{"error": {"message": "model is overloaded", "code": 502}}'),
+    "an error in the choice": Reply(body=b'{"choices": [{"error": {"message": "overloaded"}, "message": {}}]}'),
 }
 
 
@@ -113,10 +119,155 @@ def test_when_the_retries_are_used_up_the_error_names_the_place_and_the_rest_is_
     with chat_server(answer) as chat, pytest.raises(UserError, match=r"^about c: http.* failed 2 times") as caught:
         ask(chat, log, ["a", "b", "c", "d"], **options)
     assert "\n" not in caught.value.what
+    assert "overloaded" in caught.value.what or "error in" not in name, "the server's sentence"
     assert sorted(log.texts.values()) == ["answer to a", "answer to b"]
     with chat_server(echo) as chat:
         assert len(ask(chat, log, ["a", "b", "c", "d"], **options)) == 4
     assert sorted(body["messages"][-1]["content"] for body in chat.bodies) == ["c", "d"]
+
+
+@pytest.mark.parametrize(
+    "error", [{"message": "no such model", "code": 404}, {"message": "no such model", "code": "404"}]
+)
+def test_an_error_with_status_200_is_refused_where_its_code_says_so(error: dict[str, Any], log: AnswerLog) -> None:
+    reply = Reply(body=json.dumps({"error": error}).encode())
+    with chat_server(lambda body, before: reply) as chat, pytest.raises(UserError, match=r"refuses: .*no such model"):
+        ask(chat, log, ["a"])
+    assert len(chat.bodies) == 1
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply(body=b'data: {"choices":[{"delta":{"content":"{"}}]}\n\ndata: [DONE]\n\n'),
+        Reply(body=b': busy\n\ndata: {"choices":[]}\n\n'),
+        Reply(body=b"event: done", headers={"Content-Type": "text/event-stream; charset=utf-8"}),
+        Reply(body=b'{"message": {"content": "a"}}\n{"message": {"content": "b"}, "done": true}\n'),
+    ],
+)
+def test_a_server_that_streams_is_told_and_not_asked_again(reply: Reply, log: AnswerLog) -> None:
+    with (
+        chat_server(lambda body, before: reply) as chat,
+        pytest.raises(UserError, match="the server streams") as caught,
+    ):
+        ask(chat, log, ["a"])
+    assert len(chat.bodies) == 1
+    assert "stream: false" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("reason", "final"),
+    [
+        *((reason, True) for reason in (None, "stop", "STOP", "end_turn", "eos_token", "stop_sequence", "")),
+        *((reason, False) for reason in ("length", "max_tokens", "MAX_TOKENS", "content_filter", "SAFETY")),
+        *((reason, False) for reason in ("tool_calls", "function_call", "error", "abort", "model_length", "?")),
+    ],
+)
+def test_a_reply_that_did_not_come_to_its_end_is_kept_and_not_read(
+    reason: str | None, final: bool, log: AnswerLog
+) -> None:
+    with chat_server(lambda body, before: Reply('{"proposal": null}', finish_reason=reason)) as chat:
+        expected = ['{"proposal": null}' if final else None]
+        assert ask(chat, log, ["a"]) == expected
+        assert ask(chat, log, ["a"]) == expected
+        assert len(chat.bodies) == 1
+    assert list(log.texts.values()) == ['{"proposal": null}']
+    assert list(log.unfinished.values()) == ([] if final else [reason])
+    log.close()
+    again = AnswerLog(log.path, SETTINGS)
+    assert (again.texts, again.unfinished) == (log.texts, log.unfinished)
+    again.close()
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "yes"}], "yes"),
+        ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "ab"),
+        ([{"type": "text", "text": "hm", "thought": True}, {"text": "yes"}], "yes"),
+        ([{"type": "reasoning", "text": "hm"}, {"type": "output_text", "text": "yes"}], "yes"),
+        ([{"type": "image_url", "image_url": {"url": "x"}}, "yes"], "yes"),
+        ({"type": "text", "text": "yes"}, "yes"),
+        ([{"type": "text", "text": None}], ""),
+        ([], ""),
+        (None, ""),
+    ],
+)
+def test_content_in_parts_is_put_together_without_thoughts(content: Any, text: str, log: AnswerLog) -> None:
+    with chat_server(lambda body, before: Reply(content)) as chat:
+        assert ask(chat, log, ["a"]) == [text]
+
+
+def test_text_of_a_reasoning_field_is_no_answer(log: AnswerLog) -> None:
+    message = {"role": "assistant", "content": None, "reasoning_content": '{"proposal": null}', "refusal": "no"}
+    reply = Reply(body=json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode())
+    with chat_server(lambda body, before: reply) as chat:
+        assert ask(chat, log, ["a"]) == [""]
+
+
+@pytest.mark.parametrize(
+    ("wait", "said"),
+    [("86400", "24 hours"), ("9" * 400, "inf"), (formatdate(4e9, usegmt=True), "days"), ("601", "10 minutes")],
+)
+def test_a_wait_that_is_too_long_ends_it_at_once_and_is_told(wait: str, said: str, log: AnswerLog) -> None:
+    reply = Reply(status=429, headers={"Retry-After": wait}, body=b'{"error": "quota"}')
+    with chat_server(lambda body, before: reply) as chat, pytest.raises(UserError, match="asks to wait") as caught:
+        ask(chat, log, ["a"])
+    assert len(chat.bodies) == 1
+    assert said in caught.value.what
+    assert "429 Too Many Requests: quota" in caught.value.what
+    assert "--endpoint.longest_wait" in caught.value.hint
+
+
+def test_a_wait_beyond_the_time_limit_ends_it_at_once(log: AnswerLog) -> None:
+    reply = Reply(status=503, headers={"Retry-After": "500"}, body=b"")
+    options = EndpointOptions(**QUICK, time_limit=100)
+    with chat_server(lambda body, before: reply) as chat:
+        endpoint = Endpoint(chat.url, "m", options=options, deadline=time.monotonic() + 100)
+        with pytest.raises(UserError, match=r"asks to wait 8\.33 minutes, longer than the time limit leaves"):
+            endpoint.run(log, [lambda session: session.ask([], "a")], "asking", silent)
+    assert len(chat.bodies) == 1
+
+
+def test_a_wait_is_told_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("proactive"), "propagate", True)
+    session = Session(Endpoint("http://x/v1", "m"), None, None)  # type: ignore[arg-type]
+    state = RetryCallState(AsyncRetrying(), None, (), {})
+    for wait in (1.0, 30.0, 30.0, 300.0):
+        state.set_exception((_Failed, _Failed("429 Too Many Requests: busy", wait), None))
+        with caplog.at_level(logging.INFO):
+            assert session._delay(state) == wait
+    assert [record.getMessage() for record in caplog.records] == [
+        "http://x/v1 asks to wait 30 seconds: 429 Too Many Requests: busy",
+        "http://x/v1 asks to wait 5 minutes: 429 Too Many Requests: busy",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("reply", "hint"),
+    [
+        (Reply(status=404, body=b"404 page not found"), "Check the address"),
+        (Reply(status=401, body=b'{"detail": "who are you?"}'), "--agent.key_variable"),
+        (
+            Reply(status=400, body=b'{"error": {"message": "Unsupported value", "param": "temperature"}}'),
+            "Leave it out with temperature: null",
+        ),
+    ],
+)
+def test_a_refusal_says_what_to_do(reply: Reply, hint: str, log: AnswerLog) -> None:
+    with chat_server(lambda body, before: reply) as chat, pytest.raises(UserError) as caught:
+        ask(chat, log, ["a"])
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize("suffix", ["", "/", "/chat/completions", "/chat/completions/"])
+@pytest.mark.parametrize("query", ["", "?api-version=2024-10-21", "?a=1&b="])
+def test_an_addresss_query_is_kept_and_its_path_is_joined(suffix: str, query: str, log: AnswerLog) -> None:
+    with chat_server(echo) as chat:
+        endpoint = Endpoint(chat.url + suffix + query, "m", options=EndpointOptions(**QUICK))
+        asked = [lambda session: session.ask([{"role": "user", "content": "a"}], "a")]
+        assert endpoint.run(log, asked, "asking", silent) == ["answer to a"]
+    assert chat.paths == [f"/v1/chat/completions{query}"]
 
 
 def test_a_server_that_is_not_there(log: AnswerLog) -> None:
@@ -201,7 +352,7 @@ def test_the_key_is_sent_and_stands_nowhere_even_if_the_server_sends_it_back(
     said = ""
     with chat_server(lambda body, before: replies[case]) as chat:
         try:
-            said = ask(chat, log, ["a"], "MY_KEY", retries=0)[0]
+            said = str(ask(chat, log, ["a"], "MY_KEY", retries=0)[0])
         except UserError as error:
             said = str(error)
     assert chat.keys == [f"Bearer {KEY}"]
@@ -210,20 +361,102 @@ def test_the_key_is_sent_and_stands_nowhere_even_if_the_server_sends_it_back(
     assert KEY not in repr(Endpoint(chat.url, "m", "MY_KEY")) + json.dumps(Endpoint(chat.url, "m", "MY_KEY").settings)
 
 
+ESCAPED = {
+    "JSON": lambda key: json.dumps(key)[1:-1],
+    "JSON in JSON": lambda key: json.dumps(json.dumps(key))[1:-1],
+    "JSON of a careful server": lambda key: "".join(f"\\u{ord(character):04X}" for character in key),
+    "JSON with slashes escaped": lambda key: json.dumps(key)[1:-1].replace("/", "\\/"),
+    "repr": lambda key: repr(f"Bearer {key}'\n"),
+    "bytes": lambda key: repr(key.encode()),
+    "bytes in hexadecimal": lambda key: "".join(f"\\x{ord(character):02x}" for character in key),
+    "a URL": lambda key: quote(key, safe=""),
+    "a form": quote_plus,
+    "a URL in a URL": lambda key: quote(quote(key, safe=""), safe=""),
+    "HTML": html.escape,
+    "HTML by number": lambda key: "".join(f"&#{ord(character)};" for character in key),
+    "base64": lambda key: base64.b64encode(key.encode()).decode(),
+    "base64 of the header": lambda key: base64.b64encode(f"Bearer {key}".encode()).decode(),
+    "base64 of a pair": lambda key: base64.urlsafe_b64encode(f"me:{key} ".encode()).decode(),
+}
+
+
+@pytest.mark.parametrize("escaping", ESCAPED)
+@pytest.mark.parametrize("key", [KEY, "sk/very+secret=&<123>%"])
+def test_a_key_is_taken_out_in_any_escaping(escaping: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", key)
+    written = ESCAPED[escaping](key)
+    said = Endpoint("http://x/v1", "m", "MY_KEY").without_key(f"<{written}> is a bad key")
+    assert "[key]" in said
+    assert said.endswith("> is a bad key")
+    left = said.replace("[key]", "").removesuffix("> is a bad key")
+    assert len(left) <= len("<QmVhcmVyIHw=="), "but for what stands around it, and the rest of base64"
+
+
+@pytest.mark.parametrize("key", ["EMPTY", "x", "token"])
+def test_a_stand_in_for_a_key_is_a_word_like_others(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", key)
+    assert Endpoint("http://x/v1", "m", "MY_KEY").without_key("EMPTY x token") == "EMPTY x token"
+
+
+@pytest.mark.parametrize("around", [("", "\n"), (" ", "\r\n"), ("\t", " "), ("\n\n", "\n")])
+def test_blanks_around_a_key_are_left_out(
+    around: tuple[str, str], log: AnswerLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", KEY.join(around))
+    with chat_server(echo) as chat:
+        ask(chat, log, ["a"], "MY_KEY")
+    assert chat.keys == [f"Bearer {KEY}"]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [f"Bearer {KEY}", f'"{KEY}"', f"{KEY}\n{KEY}", f"{KEY}\u200b", f"\ufeff{KEY}", f"{KEY}\x01", "ключ", f"{KEY}\\n"],
+)
+def test_what_cannot_be_a_key_is_refused_before_it_is_used(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", key)
+    with pytest.raises(UserError, match="MY_KEY holds something else than a key") as caught:
+        Endpoint("http://x/v1", "m", "MY_KEY")
+    assert KEY not in str(caught.value)
+    monkeypatch.setenv("MY_KEY", " \n")
+    with pytest.raises(UserError, match="MY_KEY is not set"):
+        Endpoint("http://x/v1", "m", "MY_KEY")
+
+
+def test_azure_takes_the_key_under_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", KEY)
+    url = "https://mine.openai.azure.com/openai/deployments/m?api-version=2024-10-21"
+    endpoint = Endpoint(url, "m", "MY_KEY")
+    assert endpoint._headers() == {"api-key": KEY}
+    assert endpoint.address == (
+        "https://mine.openai.azure.com/openai/deployments/m/chat/completions?api-version=2024-10-21"
+    )
+
+
+SECRETS = ("key", "api_key", "subscription-key", "access_token", "sig", "code", "password", "client_secret")
+
+
 @pytest.mark.parametrize(
     ("url", "key_variable", "message"),
     [
         ("localhost:8000", None, "is no address"),
         ("ftp://x/v1", None, "is no address"),
-        ("http://user:pw@x/v1", None, "more than a host and a path"),
-        ("http://x/v1?key=pw", None, "more than a host and a path"),
+        ("http://user:pw@x/v1", None, "more than a host, a path"),
+        *((f"http://x/v1?a=1&{name}=pw", None, "more than a host, a path") for name in SECRETS),
+        ("http://x/v1#pw", None, "more than a host, a path"),
+        ("http://x:pw/v1", None, "is no address"),
+        ("http://[x/v1", None, "is no address"),
         ("http://x/v1", "NOT_SET_ANYWHERE", "environment variable NOT_SET_ANYWHERE is not set"),
     ],
 )
 def test_an_endpoint_that_cannot_be_is_refused(url: str, key_variable: str | None, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         Endpoint(url, "m", key_variable)
-    assert "pw" not in str(caught.value)
+    assert "pw" not in str(caught.value) or "x:pw" in url
+
+
+def test_a_stream_is_not_asked_for() -> None:
+    with pytest.raises(UserError, match="extra: stream"):
+        Endpoint("http://x/v1", "m", extra={"stream": True})
 
 
 @pytest.mark.parametrize(
@@ -232,13 +465,6 @@ def test_an_endpoint_that_cannot_be_is_refused(url: str, key_variable: str | Non
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"endpoint.{next(iter(options))}: expected"):
         EndpointOptions(**options)
-
-
-def test_retry_after_as_seconds_as_a_date_and_as_neither() -> None:
-    assert _retry_after("7") == 7
-    assert _retry_after(formatdate(0, usegmt=True)) == 0
-    assert 50 < (_retry_after(formatdate(time.time() + 60, usegmt=True)) or 0) <= 60
-    assert [_retry_after(value) for value in (None, "", "soon", "-1", "1.5")] == [None] * 5
 
 
 @few_examples
@@ -296,7 +522,11 @@ def test_a_log_of_other_settings_is_refused_and_says_what_differs(tmp_path: Path
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("content", [b"hello\n", b"[]\n", b'{"settings": {"model": "m"}}\n{"no": 1}\n', b"5\n"])
+NO_ENTRY = b'{"settings": {"model": "m"}}\n{"no": 1}\n'
+EARLIER = b'{"settings": {"model": "m"}}\n{"key": "a", "where": "b", "text": "c"}\n'  # without why it ended
+
+
+@pytest.mark.parametrize("content", [b"hello\n", b"[]\n", NO_ENTRY, b"5\n", EARLIER])
 def test_a_file_that_is_no_log_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_bytes(content)
     with pytest.raises(UserError, match="is no log of an evaluation"):

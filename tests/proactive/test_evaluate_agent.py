@@ -342,7 +342,9 @@ def test_what_cannot_be_read_is_reported(fresh: Path, call: Callable, tmp_path: 
     def answer(body: Body, before: int) -> Reply:
         who, what = question(body)
         if who == "agent":
-            return Reply("I would rather not say." if len(what) % 2 else json.dumps({"proposal": what}))
+            cut_off = Reply(json.dumps({"proposal": what}), finish_reason="length")
+            unread = cut_off if len(what) % 4 == 1 else Reply("I would rather not say.")
+            return unread if len(what) % 2 else Reply(json.dumps({"proposal": what}), finish_reason="stop")
         tries = body["seed"]
         if what is None:
             return Reply("rejected" if tries == 1 else "hm")
@@ -360,6 +362,9 @@ def test_what_cannot_be_read_is_reported(fresh: Path, call: Callable, tmp_path: 
     assert figures["undecided"] == len(events) - odd
     said = " ".join(ended.out.split())
     assert f"{odd} answers could not be read and count as null" in said
+    cut_off = sum(len(event) % 4 == 1 for event in events)
+    assert metrics(tmp_path / "out")["unfinished"] == {"agent": {"length": cut_off}, "judge": {}}
+    assert f"replies of the agent that did not come to their end, and were not read: {cut_off} length" in said
     assert f"{len(events) - odd} events have no verdict" in said
     check_outputs(tmp_path / "out", {"all": list(metrics(tmp_path / "out")["per_trace"])})
 
