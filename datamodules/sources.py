@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from datamodules.errors import UserError
@@ -47,8 +48,9 @@ class Corpus:
     traces: dict[str, list[TestStep]] = field(default_factory=dict)
     splits_file: Path | None = None
 
-    @property
+    @cached_property  # 100,000 rows are read thousands of times
     def rows(self) -> list[AnnotatedRow]:
+        """The rows of both files."""
         return self.train + self.test
 
 
