@@ -263,16 +263,19 @@ class StepSampler(Sampler[Step]):
         for row in rows:
             by_scene[self.scenes[row]].append(row)
         left = list(by_scene.values())
+        remaining = np.array([len(part) for part in left], dtype=np.int64)
         steps: list[list[int]] = []
         while True:
             # The scenes with the most rows left first, so that scenes do not run out while others are still full.
-            order = sorted(random.permutation(len(left)).tolist(), key=lambda scene: -(len(left[scene]) // size))
+            drawn = random.permutation(len(left))
+            order = drawn[np.argsort(-(remaining[drawn] // size), kind="stable")].tolist()
             chosen = order[: self.scenes_per_step]
             if len(chosen) < self.scenes_per_step or any(len(left[scene]) < size for scene in chosen):
                 return steps, [row for scene in order for row in left[scene]]
             steps.append([row for scene in chosen for row in left[scene][:size]])
             for scene in chosen:
                 left[scene] = left[scene][size:]
+                remaining[scene] -= size
 
 
 class EvaluationSampler(Sampler[Step]):

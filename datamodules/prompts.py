@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -133,7 +134,12 @@ def render_history(template: Template, history: Iterable[Event]) -> list[Segment
 
 def render_event(template: Template, event: Event) -> Segment:
     """The segment of one event."""
-    return _fill(template.event, {"time": event.time, "event": event.event})
+    return _event_segment(template.event, event.time, event.event)
+
+
+@lru_cache(maxsize=2**16)  # rows of a scene share their events
+def _event_segment(text: str, time: str, event: str) -> Segment:
+    return _fill(text, {"time": time, "event": event})
 
 
 def _fill(text: str, values: Mapping[str, str]) -> Segment:

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 
+from datamodules.sources import load_corpus
 from tests.helpers import ROOT, SMALL_BACKBONE, small_root
 
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
@@ -36,3 +37,22 @@ def test_trees_are_measured(task: str, layout: str, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(module, "WARM_UP_STEPS", 0)
     figures = module.ours(task, layout, 1, str(small_root(tmp_path, scenes=12, rows_per_scene=20)), 100)
     assert all(math.isfinite(value) and value > 0 for value in figures.values())
+
+
+def test_growth_is_measured_on_as_many_rows_and_events_as_asked_for(tmp_path: Path) -> None:
+    module = loaded(ROOT / "benchmarks" / "growth.py")
+    corpus = load_corpus(str(module.write_root(tmp_path, rows=3_000, events=150)))
+    assert len(corpus.train) == 3_000
+    assert len({row.scene for row in corpus.train}) > 60, "more rows are more scenes"
+    assert [len(steps) for steps in corpus.traces.values()] == [150]
+    found = module.main(rows=[100], events=[], parts=["inspect"], plot=tmp_path / "plot.svg")
+    assert found["inspect"]["sizes"][100]["cpu_seconds"] > 0
+    assert found["inspect"]["sizes"][100]["peak_gib"] > 0
+    assert "inspect" in (tmp_path / "plot.svg").read_text()
+
+
+def test_the_exponent_of_growth_leaves_out_the_start() -> None:
+    exponent = loaded(ROOT / "benchmarks" / "growth.py")._exponent
+    assert exponent({1: 5.0, 10: 6.0, 100: 15.0}) == pytest.approx(1.0)
+    assert exponent({1: 5.0, 10: 5.1, 100: 15.0}) == pytest.approx(2.0)
+    assert math.isnan(exponent({1: 5.0, 10: 6.0}))
