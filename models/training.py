@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from datamodules.errors import UserError
+from datamodules.rows import log
 from datamodules.tokenizer import SCRATCH
 from models.adapters import (
     AdapterOptions,
@@ -49,6 +50,13 @@ if TYPE_CHECKING:
 EXPORT_STATE = "proactive.json"
 
 
+def default_learning_rate(backbone: str, adapter: Any | None) -> tuple[float, str]:
+    """The peak learning rate of a run that is given none, and what it is the usual one for."""
+    if adapter is not None:
+        return 1e-4, "an adapter"
+    return (1e-3, "a backbone from scratch") if backbone == SCRATCH else (2e-5, "a pretrained backbone")
+
+
 class BackboneModule(LightningModule):
     """A backbone with a head; its weights come into being in `configure_model`.
 
@@ -67,7 +75,8 @@ class BackboneModule(LightningModule):
         trust_remote_code: Let a backbone from the hub run code of its own. Off for a reason.
         optimizer: adamw; adamw_8bit and paged_adamw_8bit from bitsandbytes; adamw_8bit_stochastic_rounding from
             torchao, for dtype bfloat16, in which small updates would be lost to rounding.
-        learning_rate: Peak learning rate.
+        learning_rate: Peak learning rate. If null, 1e-4 with an adapter, 1e-3 from scratch, and 2e-5 for a pretrained
+            backbone, which a higher one would make forget what it knows.
         weight_decay: Decoupled weight decay on matrices.
         warmup_ratio: The share of all steps over which the learning rate rises.
         schedule: How the learning rate falls to zero afterwards.
@@ -94,7 +103,7 @@ class BackboneModule(LightningModule):
         compile: bool = False,
         trust_remote_code: bool = False,
         optimizer: OptimizerName = "adamw",
-        learning_rate: float = 1e-3,
+        learning_rate: float | None = None,
         weight_decay: float = 0.1,
         warmup_ratio: float = 0.1,
         schedule: ScheduleName = "linear",
@@ -105,9 +114,20 @@ class BackboneModule(LightningModule):
         super().__init__()
         if not 0 <= warmup_ratio <= 1:
             raise UserError(f"model.warmup_ratio: {warmup_ratio} is no share", "Give a number from 0 to 1.")
-        if learning_rate < 0:
-            raise UserError(f"model.learning_rate: {learning_rate} is negative", "Give 0 or more.")
+        for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay), ("dropout", dropout)):
+            if value is not None and value < 0:
+                raise UserError(f"model.{name}: {value} is negative", "Give 0 or more.")
+        if gradient_clip_norm is not None and gradient_clip_norm <= 0:
+            raise UserError(
+                f"model.gradient_clip_norm: {gradient_clip_norm} leaves no gradient",
+                "Give more than 0, or null for no clipping.",
+            )
         self.save_hyperparameters()
+        self._said_at_start: str | None = None
+        if learning_rate is None:  # config.yaml and checkpoints say what was used
+            rate, usual_for = default_learning_rate(backbone, adapter)
+            self.save_hyperparameters({"learning_rate": rate})
+            self._said_at_start = f"model.learning_rate: {rate:g}, the default for {usual_for}"
         self.adapter = AdapterOptions(**adapter) if isinstance(adapter, dict) else adapter  # as a checkpoint has it
         self.hparams["adapter"] = None if self.adapter is None else asdict(self.adapter)
         self.base: dict[str, str] = {}  # of an adapter: which backbone it is for, and a digest of that
@@ -145,6 +165,9 @@ class BackboneModule(LightningModule):
         another library. So the default is the CPU here, as it is everywhere else, and what belongs on the device is
         put there by name.
         """
+        if self._said_at_start:
+            log.info(self._said_at_start)
+            self._said_at_start = None  # a test comes here again
         optimizer = self.hparams["optimizer"]
         optimizer_maker(optimizer)  # says what is missing before any weight is loaded
         refuse_unfit(self.adapter, self.hparams["quantization"], self.trainer.strategy)

@@ -3,17 +3,19 @@
 import argparse
 import contextlib
 import os
+import re
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from jsonargparse import ActionConfigFile
 from lightning import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from callbacks.checkpoints import (
@@ -54,7 +56,7 @@ from datamodules.rows import RowsDataModule
 from models.agent import ProactiveAgent
 from models.reward import RewardClassifier
 from models.training import BackboneModule
-from proactive.terminal import Parser, run, show, test_tables
+from proactive.terminal import Parser, one_line, run, show, test_tables
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -63,17 +65,42 @@ TASKS: dict[str, tuple[type[BackboneModule], type[RowsDataModule]]] = {
     "reward": (RewardClassifier, RewardDataModule),
     "agent": (ProactiveAgent, AgentDataModule),
 }
+DEFAULT_TASK = "reward"
 TRAINER_DEFAULTS = {
     "max_epochs": 5,
     "log_every_n_steps": 5,
     "use_distributed_sampler": False,  # the data module's own sampler knows ranks and weights
     "enable_model_summary": False,
 }
+# Lightning's options that do nothing where the module steps by hand, with their defaults.
+NOT_OURS = {"accumulate_grad_batches": 1, "gradient_clip_val": None, "gradient_clip_algorithm": None}
 NOT_IN_CONFIG = ("config", "ckpt_path", "quiet", "debug")  # what belongs to one call, not to the run
 
 
 class FitParser(Parser, LightningArgumentParser):
     """LightningCLI's parser with errors in one line."""
+
+
+class MergedConfigs(ActionConfigFile):
+    """Configurations of which a later one changes single fields of a mapping, as the command line does."""
+
+    @staticmethod
+    def apply_config(parser: LightningArgumentParser, cfg: "Namespace", dest: str, value: str) -> None:
+        before = cfg.clone()
+        ActionConfigFile.apply_config(parser, cfg, dest, value)
+        for name, mapping in cfg.items():
+            if isinstance(mapping, dict) and isinstance(before.get(name), dict):
+                cfg[name] = _merged(before[name], mapping)
+
+
+def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Two nested mappings as one; where both have a field, the second's counts."""
+    both = {
+        name: _merged(first[name], value)
+        for name, value in second.items()
+        if isinstance(value, dict) and isinstance(first.get(name), dict)
+    }
+    return {**first, **second, **both}
 
 
 class FitCLI(LightningCLI):
@@ -88,7 +115,8 @@ class FitCLI(LightningCLI):
             model_class,
             data_class,
             run=False,
-            args=arguments,
+            # The task last, whatever several configurations say; and what prints options after what sets them.
+            args=sorted([*arguments, f"--task={task}"], key=lambda argument: argument.startswith("--print_config")),
             seed_everything_default=0,
             trainer_defaults=TRAINER_DEFAULTS,
             save_config_callback=None,
@@ -97,12 +125,13 @@ class FitCLI(LightningCLI):
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        self.parser_class = FitParser
-        return super().init_parser(**kwargs)
+        parser = FitParser(**kwargs)
+        parser.add_argument("-c", "--config", action=MergedConfigs, help="A YAML file of options; later ones count.")
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         figures = TASKS[self.task][0].logged_figures
-        parser.add_argument("--task", choices=list(TASKS), default=self.task, help="Which model to train.")
+        parser.add_argument("--task", choices=list(TASKS), default=DEFAULT_TASK, help="Which model to train.")
         parser.add_argument("--run.root", type=str, default="runs", help="Where run folders are made.")
         parser.add_argument("--run.name", type=str, default=self.task, help="Runs of one name are numbered.")
         parser.add_argument(
@@ -129,16 +158,27 @@ class FitCLI(LightningCLI):
         parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
 
     def before_instantiate_classes(self) -> None:
-        if self.config.run.checkpoint_every_n_steps < 1:
-            raise UserError(
-                f"run.checkpoint_every_n_steps: {self.config.run.checkpoint_every_n_steps} is not a number of steps",
-                "Use 1 or more.",
-            )
+        self.refuse_impossible_options()
         self.folder, self.folder_is_new = _run_folder(self.config.run, self.config.ckpt_path)
 
+    def refuse_impossible_options(self) -> None:
+        """Raise a UserError for options that no part of the run could use as they are."""
+        if (steps := self.config.run.checkpoint_every_n_steps) < 1:
+            raise UserError(f"run.checkpoint_every_n_steps: {steps} is not a number of steps", "Use 1 or more.")
+        for name, default in NOT_OURS.items():
+            if (value := self.config.trainer[name]) != default:
+                raise UserError(
+                    f"trainer.{name}: {value} would have no effect, for the model makes its steps itself",
+                    "Use data.batch_size for the rows of a step, data.token_budget for the tokens that are computed at "
+                    "once, and model.gradient_clip_norm for the greatest norm of a step's gradient.",
+                )
+
     def instantiate_classes(self) -> None:
-        with self.without_empty_folder():
+        with self.without_empty_folder(), _clear_class_errors():
             super().instantiate_classes()
+
+    def after_instantiate_classes(self) -> None:
+        self.config.model.learning_rate = self.model.hparams["learning_rate"]  # its default follows from the others
 
     @contextlib.contextmanager
     def without_empty_folder(self) -> Iterator[None]:
@@ -179,8 +219,7 @@ class FitCLI(LightningCLI):
             )
         if isinstance(options.strategy, FullySharded) or options.strategy == "fully_sharded":
             given["inference_mode"] = False  # what is gathered for a validation is trained with afterwards
-        if options.logger is None:
-            given["logger"] = [CSVLogger(folder, "", LOGS), TensorBoardLogger(folder, "", LOGS)]
+        given["logger"] = [CSVLogger(folder, "", LOGS), *self._other_loggers(options.logger)]  # the report reads CSV
         if options.enable_progress_bar is None:
             given["enable_progress_bar"] = any(isinstance(callback, ProgressBar) for callback in callbacks)
         try:
@@ -188,6 +227,14 @@ class FitCLI(LightningCLI):
         except (ValueError, TypeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"trainer: {reason}", "Change the trainer's options; see --help.") from error
+
+    def _other_loggers(self, given: Logger | Iterable[Logger] | bool | None) -> list[Logger]:
+        """TensorBoard's, or those that the user gives in its place."""
+        if isinstance(given, Logger):
+            return [given]
+        if given is None or given is True:
+            return [TensorBoardLogger(self.folder, "", LOGS)]
+        return list(given or [])
 
 
 def main(arguments: list[str]) -> None:
@@ -198,6 +245,22 @@ def main(arguments: list[str]) -> None:
         cli = FitCLI(task_of(arguments), arguments)
         with cli.without_empty_folder():
             _fit_and_test(cli)
+
+
+@contextlib.contextmanager
+def _clear_class_errors() -> Iterator[None]:
+    """What a logger, callback or the like that is given by its class says, in one line."""
+    try:
+        yield
+    except ValueError as error:
+        # The parser tells of each type that it tried; what tells of the class itself is none of those.
+        tried = re.split(r"\n\s*- ", str(error).partition("\nGiven value")[0])
+        others = ("Expected a ", "Not a valid subclass", "a class path", "a dict ")
+        reason = one_line(next((one for one in tried[1:] if not one.startswith(others)), str(error)))
+        reason = reason.removeprefix("Problem with given class_path ")
+        missing = re.search(r"(?:pip install (?:-U )?'?|No module named ')([\w-]+)", reason)
+        hint = f"Install it: pip install {missing[1]}" if missing else "Change its options, its init_args; see --help."
+        raise UserError(f"trainer: {reason.partition('. HINT')[0]}", hint) from error
 
 
 def _fit_and_test(cli: FitCLI) -> None:
@@ -267,7 +330,7 @@ def task_of(arguments: list[str]) -> str:
     """Which model the arguments, or the last configuration that says so, want trained; it settles the other options."""
     found = _scan(arguments)
     named = [yaml.safe_load(Path(config).read_text()).get("task") for config in found.config if Path(config).is_file()]
-    task = found.task or next((task for task in reversed(named) if task), "reward")
+    task = found.task or next((task for task in reversed(named) if task), DEFAULT_TASK)
     if task not in TASKS:
         raise UserError(f"task: there is no task {task}", f"Use {' or '.join(TASKS)}.")
     return task

@@ -28,7 +28,7 @@ class Parser(ArgumentParser):
             if isinstance(cause, UserError):
                 raise cause
             cause = cause.__cause__ or cause.__context__
-        raise UserError(_one_line(message), f"See {self.prog} --help.")
+        raise UserError(one_line(message), f"See {self.prog} --help.")
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
@@ -66,7 +66,7 @@ def as_user_error(error: BaseException) -> UserError | None:
 
     if isinstance(error, UserError):
         return error
-    text = _one_line(str(error))
+    text = one_line(str(error))
     if isinstance(error, (OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         return UserError(
             f"out of memory: {text}",
@@ -204,7 +204,8 @@ class _Messages(logging.StreamHandler):
         super().handleError(record)
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """The first 400 characters of a text, without line breaks."""
     return " ".join(text.split())[:400]
 
 

@@ -90,6 +90,16 @@ def test_the_agents_paper_config_is_the_papers_recipe() -> None:
     assert (recipe["data.batch_size"], recipe["model.learning_rate"], recipe["trainer.max_epochs"]) == (32, 1e-5, 3)
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT / "configs").as_posix())
+def test_recipes_hold_scenes_out_but_for_the_papers_row_which_says_that_it_is_contaminated(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    of_the_papers_row = path.parent.name == "reward" and path.stem in ("paper", "paper_fsdp")
+    assert yaml.safe_load(text)["data"]["split"] == ("published" if of_the_papers_row else "by_scene")
+    said = " ".join(line.removeprefix("#") for line in text.splitlines() if line.startswith("#"))
+    assert ("contaminated" in said) == of_the_papers_row
+    assert ("--data.split by_scene" in said) == of_the_papers_row
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_the_sharded_recipes_are_the_papers_on_eight_devices(task: str) -> None:
     plain, spread = (
