@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -11,41 +12,75 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 
 
 def progress_callback(quiet: bool) -> Callback | None:
-    """A bar on a terminal, a line an epoch elsewhere, nothing when quiet."""
+    """A bar on a terminal, lines elsewhere, nothing when quiet."""
     if quiet:
         return None
-    return RichProgressBar(leave=True) if sys.stdout.isatty() else PlainProgress()
+    return TerminalProgress(leave=True) if sys.stdout.isatty() else PlainProgress()
+
+
+class TerminalProgress(RichProgressBar):
+    """A bar for each epoch, which ends where max_steps ends it."""
+
+    @property
+    def total_train_batches(self) -> int | float:
+        trainer = self.trainer
+        batches, done = super().total_train_batches, trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        left = trainer.max_steps - trainer.global_step if trainer.max_steps >= 0 else batches
+        return min(batches, done + left)
 
 
 class PlainProgress(Callback):
-    """One line for each epoch and each test, and one at least every `interval` seconds in between."""
+    """One line for each epoch and each test, and one at least every `interval` seconds in between.
+
+    Those of training tell how many steps are done of the whole run's, how fast they are, and how long the rest takes
+    at that rate; validations, and what else has taken its time since the training's start, are part of the rate.
+    """
 
     def __init__(self, interval: float = 30.0) -> None:
         self.interval = interval
-        self._last = time.monotonic()
+        self._last = self._start = time.monotonic()
+        self._first = 0  # the steps that were done before, in a resumed run
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last = self._start = time.monotonic()
+        self._first = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         if time.monotonic() - self._last >= self.interval:
-            done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-            rate = trainer.callback_metrics.get("throughput/rows_per_second")
-            speed = "" if rate is None else f", {float(rate):.1f} rows a second"
-            self._print(trainer, f"{done} of {trainer.num_training_batches} steps{speed}")
+            self._print(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._print(trainer, _figures(trainer))
+            self._print(trainer)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             print(f"testing on {sum(trainer.num_test_batches)} batches", flush=True)
 
-    def _print(self, trainer: Trainer, text: str) -> None:
+    def _print(self, trainer: Trainer) -> None:
         self._last = time.monotonic()
-        if trainer.is_global_zero:
-            print(
-                f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, step {trainer.global_step}: {text}",
-                flush=True,
-            )
+        if not trainer.is_global_zero:
+            return
+        step, total = trainer.global_step, _total_steps(trainer)
+        epochs = -(-total // int(trainer.num_training_batches))
+        told = [_figures(trainer), _pace(step - self._first, total - step, self._last - self._start, "steps ")]
+        print(
+            f"epoch {trainer.current_epoch + 1}/{epochs}, step {step} of {total}: {', '.join(filter(None, told))}",
+            flush=True,
+        )
+
+
+def _total_steps(trainer: Trainer) -> int:
+    """The optimizer steps of the whole run, each of which is a batch."""
+    epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
+    ends = (trainer.max_steps, epochs * int(trainer.num_training_batches))
+    return min(end for end in ends if end >= 0)
+
+
+def _pace(done: int, left: int, seconds: float, what: str = "") -> str:
+    """How fast it goes, and how long what is left takes at that rate."""
+    rate = done / max(seconds, 1e-9)
+    return f"{rate:.2g} {what}a second, {timedelta(seconds=round(left / rate))} left" if rate else ""
 
 
 def _figures(trainer: Trainer) -> str:
@@ -97,9 +132,8 @@ class _Lines:
         now = time.monotonic()
         if now - self.last >= self.interval or self.done == self.total:
             self.last = now
-            rate = self.done / max(now - self.start, 1e-9)
-            left = (self.total - self.done) / rate
-            print(f"{self.label}: {self.done} of {self.total}, {rate:.1f} a second, {left:.0f} s left", flush=True)
+            pace = _pace(self.done, self.total - self.done, now - self.start)
+            print(f"{self.label}: {self.done} of {self.total}, {pace}", flush=True)
 
 
 def _bar() -> Any:

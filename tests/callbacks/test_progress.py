@@ -3,12 +3,15 @@
 import io
 import re
 import sys
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from lightning.pytorch.callbacks import RichProgressBar
 
-from callbacks.progress import PlainProgress, counted, progress_callback
+from callbacks.progress import PlainProgress, TerminalProgress, counted, progress_callback
 from tests.models.small import fit, small_classifier, small_data
 
 
@@ -20,28 +23,79 @@ def test_a_terminal_gets_a_bar_a_file_gets_lines_and_quiet_gets_nothing(monkeypa
     assert progress_callback(quiet=True) is None
 
 
-def printed(root: Path, capsys: pytest.CaptureFixture[str], interval: float) -> list[str]:
+def printed(root: Path, capsys: pytest.CaptureFixture[str], interval: float, **options: Any) -> list[str]:
     data = small_data(root)
     classifier = small_classifier()
-    trainer = fit(classifier, data, PlainProgress(interval), max_epochs=2)
+    trainer = fit(classifier, data, PlainProgress(interval), **options)
     trainer.test(classifier, data, verbose=False)
     return capsys.readouterr().out.splitlines()
 
 
+PACE = r"\S+ steps a second, \d+:\d\d:\d\d left"
+
+
 def test_one_line_for_each_epoch_and_each_test(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = printed(root, capsys, interval=1e9)
+    lines = printed(root, capsys, interval=1e9, max_epochs=2)
     figures = r"train/loss \d\.\d{4}, validation/loss \d\.\d{4}, .*validation/auroc \d\.\d{4}"
-    assert re.fullmatch(rf"epoch 1/2, step 6: {figures}", lines[0])
-    assert re.fullmatch(rf"epoch 2/2, step 12: {figures}", lines[1])
+    assert re.fullmatch(rf"epoch 1/2, step 6 of 12: {figures}, {PACE}", lines[0])
+    assert re.fullmatch(rf"epoch 2/2, step 12 of 12: {figures}, {PACE}", lines[1])
+    assert lines[1].endswith(", 0:00:00 left")
     assert re.fullmatch(r"testing on \d+ batches", lines[2])
     assert len(lines) == 3
     assert not any("\x1b" in line or "\r" in line for line in lines), "no terminal codes in a log file"
 
 
-def test_lines_in_between_say_how_far_the_epoch_is(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = printed(root, capsys, interval=0)
-    found = [re.fullmatch(r"epoch 1/2, step (\d+): (\d+) of 6 steps", line) for line in lines]
-    assert [tuple(map(int, match.groups())) for match in found if match] == [(step, step) for step in range(1, 7)]
+@pytest.mark.parametrize(
+    ("limits", "total", "epochs"),
+    [({"max_epochs": 2}, 12, 2), ({"max_steps": 3}, 3, 1), ({"max_steps": 8, "max_epochs": -1}, 8, 2)],
+    ids=["epochs", "steps within an epoch", "steps alone"],
+)
+def test_lines_in_between_say_how_far_the_run_is_and_how_long_the_rest_takes(
+    limits: dict[str, int], total: int, epochs: int, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = printed(root, capsys, interval=0, **{"max_epochs": 2, **limits})
+    found = [re.fullmatch(rf"epoch (\d)/{epochs}, step (\d+) of {total}: .*{PACE}", line) for line in lines]
+    assert dict.fromkeys(int(match[2]) for match in found if match) == dict.fromkeys(range(1, total + 1))
+    assert {int(match[1]) for match in found if match} == set(range(1, epochs + 1))
+
+
+def test_the_time_left_is_that_of_the_steps_left_at_the_rate_of_those_done(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that shows 10 seconds more at each look; a resumed run counts its own steps alone."""
+    clock = count(0, 10)
+    monkeypatch.setattr("callbacks.progress.time.monotonic", lambda: next(clock))
+    progress = PlainProgress()
+    trainer = SimpleNamespace(
+        global_step=100,
+        max_steps=150,
+        max_epochs=5,
+        num_training_batches=40,
+        current_epoch=2,
+        is_global_zero=True,
+        sanity_checking=False,
+        callback_metrics={},
+    )
+    progress.on_train_start(trainer, None)  # at 10
+    trainer.global_step = 105
+    progress.on_validation_end(trainer, None)  # at 20, so 5 steps in 10 seconds, and 45 to go
+    assert capsys.readouterr().out == "epoch 3/4, step 105 of 150: 0.5 steps a second, 0:01:30 left\n"
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "step", "batch", "total"), [(-1, 50, 10, 40), (150, 90, 10, 40), (100, 90, 10, 20), (100, 99, 19, 20)]
+)
+def test_a_bar_ends_where_max_steps_ends_the_epoch(max_steps: int, step: int, batch: int, total: int) -> None:
+    bar = TerminalProgress()
+    epoch = SimpleNamespace(batch_progress=SimpleNamespace(current=SimpleNamespace(completed=batch)))
+    bar._trainer = SimpleNamespace(
+        max_steps=max_steps,
+        global_step=step,
+        max_epochs=5,
+        num_training_batches=40,
+        fit_loop=SimpleNamespace(epoch_loop=epoch),
+    )
+    assert bar.total_train_batches == total
 
 
 def test_a_count_on_a_terminal_shows_its_label_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
