@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from models.agent import ProactiveAgent
 
 SAMPLES = "answers.csv"
-COLUMNS = ("epoch", "step", "event", "help_needed", "answer", "valid")
+COLUMNS = ("epoch", "step", "history", "event", "help_needed", "answer", "valid")
 
 
 class SampledAnswers(Callback):
@@ -39,4 +39,4 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
         return []
     with (folder / SAMPLES).open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if None not in row.values()]  # a kill may cut the last one short
-    return list({(row["step"], row["event"]): row for row in rows}.values())
+    return list({(row["step"], row["history"]): row for row in rows}.values())

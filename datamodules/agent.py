@@ -61,15 +61,26 @@ def _learned(rows: Sequence[AnnotatedRow]) -> list[Example]:
 
 
 def _probes(rows: Sequence[AnnotatedRow]) -> list[Example]:
-    """One for each history of which some row tells whether help was needed."""
-    known: dict[int, Example] = {}
+    """One for each history of which is known whether help was needed.
+
+    Most of its rows say it, outright or by a judgment of null; where none does, an accepted proposal says yes. Where as
+    many rows say yes as no, it is not known.
+    """
+    votes: dict[int, Counter[bool]] = {}
+    histories: dict[int, tuple[Event, ...]] = {}
     for row in rows:
-        needed = row.help_needed
-        if needed is None and (row.proposal is None or row.accepted):
-            needed = row.accepted is (row.proposal is not None)
-        if needed is not None and (row.help_needed is not None or row.history_digest not in known):
-            known[row.history_digest] = Example(row.history, None, AnswerKind.PROBE, needed)
-    return list(known.values())
+        histories[row.history_digest] = row.history
+        found = votes.setdefault(row.history_digest, Counter())
+        if row.help_needed is not None or row.proposal is None:
+            found[not row.accepted if row.help_needed is None else row.help_needed] += 1
+    for row in rows:
+        if row.accepted and not votes[row.history_digest]:
+            votes[row.history_digest][True] = 1
+    return [
+        Example(histories[digest], None, AnswerKind.PROBE, found[True] > found[False])
+        for digest, found in votes.items()
+        if found[True] != found[False]
+    ]
 
 
 class AgentDataModule(RowsDataModule):

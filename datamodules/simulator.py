@@ -5,7 +5,8 @@ that only the latest events betray, and some events fit any state. After each ev
 made that help with an obstacle or with finding things out, on this scene's topic or on another's; null is a
 candidate too. Whether three simulated annotators accept one depends on the state now, on the kind of help and
 on the topic, with a bias of their own each: so neither the words of the history nor those of the proposal
-settle a row alone. Everything is drawn from one seed and lives in memory only.
+settle a row alone. Help is needed after an event if most annotators reject silence there; that is asked once, so all
+rows of a history and its trace agree. Everything is drawn from one seed and lives in memory only.
 """
 
 from collections.abc import Sequence
@@ -216,9 +217,10 @@ def _scene(random: Random, domain: Domain, number: int) -> tuple[list[AnnotatedR
     for _ in range(EVENTS_PER_SCENE):
         event = Event(time=_time(second, as_words), event=_event(random, domain, topic, state))
         history = (*history, event)
-        rows += [_row(random, domain, topic, state, history) for _ in range(PROPOSALS_PER_EVENT)]
-        apt = {"stuck": "obstacle", "exploring": "search"}.get(state)
-        fitting = [_fill(text, topic) for text in domain.proposals[apt]] if apt else []
+        silence = _annotate(random, ACCEPTS_NULL[state])
+        rows += [_row(random, domain, topic, state, history, silence) for _ in range(PROPOSALS_PER_EVENT)]
+        apt = "search" if state == "exploring" else "obstacle"
+        fitting = [] if _majority(silence) else [_fill(text, topic) for text in domain.proposals[apt]]
         steps.append(
             TestStep(
                 observation=event,
@@ -246,28 +248,41 @@ def _event(random: Random, domain: Domain, topic: tuple[str, str], state: str) -
 
 
 def _row(
-    random: Random, domain: Domain, topic: tuple[str, str], state: str, history: tuple[Event, ...]
+    random: Random,
+    domain: Domain,
+    topic: tuple[str, str],
+    state: str,
+    history: tuple[Event, ...],
+    silence: tuple[bool, ...],
 ) -> AnnotatedRow:
+    """A row with a proposal that is drawn; `silence` is what the annotators say of null after this history."""
     if random.random() < NULL_PROPOSAL:
-        proposal, chance = None, ACCEPTS_NULL[state]
+        proposal, annotation = None, silence
     else:
         helps_with = random.choice(("obstacle", "search"))
         on_topic = random.random() < ON_TOPIC
         other = random.choice([other for other in DOMAINS.values() if other is not domain])
         source, subject = (domain, topic) if on_topic else (other, random.choice(other.topics))
         proposal = _fill(random.choice(source.proposals[helps_with]), subject)
-        chance = ACCEPTS_TEXT[state, helps_with] if on_topic else ACCEPTS_OFF_TOPIC
-    annotation = tuple(random.random() < chance + bias for bias in ANNOTATOR_BIAS)
-    accepted = sum(annotation) * 2 > len(annotation)
+        annotation = _annotate(random, ACCEPTS_TEXT[state, helps_with] if on_topic else ACCEPTS_OFF_TOPIC)
     return AnnotatedRow.model_validate(
         {
             "obs": history,
             "pred_task": proposal,
-            "valid": accepted,
-            "help_needed": (not accepted) if proposal is None else state in ("stuck", "exploring"),
+            "valid": _majority(annotation),
+            "help_needed": not _majority(silence),
             "annotation": annotation,
         }
     )
+
+
+def _annotate(random: Random, chance: float) -> tuple[bool, ...]:
+    """Whether each annotator accepts, with about this chance."""
+    return tuple(random.random() < chance + bias for bias in ANNOTATOR_BIAS)
+
+
+def _majority(annotation: tuple[bool, ...]) -> bool:
+    return sum(annotation) * 2 > len(annotation)
 
 
 def _fill(template: str, topic: tuple[str, str], app: str = "") -> str:

@@ -12,6 +12,7 @@ from datamodules.agent import AnswerKind
 from datamodules.answers import read_answer
 from datamodules.batches import AgentBatch
 from datamodules.errors import UserError
+from datamodules.records import history_digest
 from models.answer_metrics import AnswerLosses, answer_losses, decision_figures, decisions
 from models.backbone import language_problem, position_room, token_losses
 from models.generation import generate_answers
@@ -120,6 +121,7 @@ class ProactiveAgent(BackboneModule):
         texts = {answer.trace: data.tokenizer.decode(answer.token_ids) for answer in generated}
         return [
             {
+                "history": f"{history_digest(example.history) % 2**64:016x}",
                 "event": example.history[-1].event,
                 "help_needed": example.help_needed,
                 "answer": texts[place],

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import datasets
 import pytest
 
 from datamodules import cache as cache_module
-from datamodules.agent import AgentDataModule, AnswerKind
+from datamodules.agent import AgentDataModule, AnswerKind, _probes
 from datamodules.answers import read_answer
 from datamodules.batches import AgentBatch
 from datamodules.conversations import ConversationTokenizer
@@ -19,6 +20,7 @@ from datamodules.prompts import truncate
 from datamodules.records import Category, scene_of
 from datamodules.sources import load_corpus
 from datamodules.tokenizer import tokenizer_from_state, tokenizer_state
+from tests.datamodules.conftest import row_of
 from tests.helpers import PROACTIVEBENCH, needs_proactivebench, small_root, write_jsonl
 
 Batches = list[AgentBatch]
@@ -100,8 +102,6 @@ def test_each_validation_history_is_probed_once_for_what_follows_the_choice(root
 
 
 def test_what_is_known_of_a_history_follows_from_its_judgments_where_no_row_says_it(root: Path) -> None:
-    from datamodules.agent import _probes
-
     rows = [row.model_copy(update={"help_needed": None}) for row in load_corpus(str(root)).train]
     said = {probe.history: probe.help_needed for probe in _probes(rows)}
     for row in rows:
@@ -110,6 +110,28 @@ def test_what_is_known_of_a_history_follows_from_its_judgments_where_no_row_says
             if all(other.category != Category.NON_RESPONSE for other in same):
                 assert said[row.history] is True
     assert {row.history for row in rows if row.category != Category.FALSE_ALARM} == set(said)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([("A", True, True), ("B", True, True), ("C", False, False)], True),
+        ([("A", True, False), ("B", False, False), ("C", True, True)], False),
+        ([("A", True, True), ("B", False, False)], None),  # as many as not: not known
+        ([("A", True, True), ("B", False, False), (None, True, None)], False),
+        ([(None, False, None), ("A", False, None)], True),
+        ([(None, True, None), ("A", True, None)], False),  # null was right, though an offer was welcome
+        ([("A", True, None)], True),
+        ([("A", False, None)], None),
+    ],
+)
+def test_most_rows_of_a_history_say_whether_help_was_needed(rows: list[Any], expected: bool | None) -> None:
+    given = [row_of(["It rains."], proposal, accepted, help_needed=needed) for proposal, accepted, needed in rows]
+    other = row_of(["It rains.", "It pours."], None, True)
+    for order in permutations(given):
+        probes = {probe.history: probe.help_needed for probe in _probes([*order, other])}
+        assert probes.pop(other.history) is False
+        assert probes == ({} if expected is None else {given[0].history: expected})
 
 
 @pytest.mark.parametrize("split", ["by_scene", "published"])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from datamodules.agent import _probes
 from datamodules.records import AnnotatedRow, Category, Event
 from datamodules.simulator import simulate
 from datamodules.sources import Corpus
@@ -107,6 +108,25 @@ def test_histories_of_a_scene_nest(embedded: Corpus) -> None:
     for rows in scenes_of(embedded.rows).values():
         longest = max((row.history for row in rows), key=len)
         assert {row.history for row in rows} == {longest[: size + 1] for size in range(len(longest))}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_help_is_needed_after_a_history_or_it_is_not(seed: int) -> None:
+    """All its rows say the same, null is right where no help is needed, and traces offer tasks where it is."""
+    train, test, traces = simulate(seed)
+    needed: dict[tuple[Event, ...], bool] = {}
+    for row in train + test:
+        assert row.help_needed is not None
+        assert needed.setdefault(row.history, row.help_needed) is row.help_needed
+        assert row.proposal is not None or row.accepted is not row.help_needed
+    for steps in traces.values():
+        history: tuple[Event, ...] = ()
+        for step in steps:
+            history = (*history, step.observation)
+            assert step.task_status is needed[history]
+    probed = {probe.history: probe.help_needed for probe in _probes(train + test)}
+    assert probed == needed
+    assert 0.3 < sum(needed.values()) / len(needed) < 0.7
 
 
 def test_no_proposal_comes_twice_after_one_history(embedded: Corpus) -> None:

@@ -51,7 +51,7 @@ def test_a_killed_agent_goes_on_bit_for_bit_and_leaves_a_whole_run_behind(root: 
     assert page.count("<tr><td>6</td>") <= page.count("<tr><td>")
     assert "Contaminated" not in page
     samples = (whole / FOLDER / "logs" / "answers.csv").read_text(encoding="utf-8").splitlines()
-    assert samples[0] == "epoch,step,event,help_needed,answer,valid"
+    assert samples[0] == "epoch,step,history,event,help_needed,answer,valid"
     assert len(load(last(whole / FOLDER))["AgentDataModule"]["training_scenes"]) > 0
 
 

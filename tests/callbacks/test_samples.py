@@ -1,0 +1,35 @@
+"""Sampled answers: each is known by its history; what a resumed run wrote again counts once."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from callbacks.samples import COLUMNS, SampledAnswers, read_samples
+from models.agent import ProactiveAgent
+
+
+def sample(history: str, answer: str) -> dict[str, Any]:
+    return {"history": history, "event": "The user scrolls.", "help_needed": True, "answer": answer, "valid": True}
+
+
+def test_samples_whose_last_events_read_alike_are_all_kept(tmp_path: Path) -> None:
+    writer, model = SampledAnswers(tmp_path), ProactiveAgent()
+
+    def validated(step: int, *samples: dict[str, Any]) -> None:
+        trainer: Any = SimpleNamespace(sanity_checking=False, is_global_zero=True, current_epoch=0, global_step=step)
+        model.samples = list(samples)
+        writer.on_validation_end(trainer, model)
+
+    validated(5, sample("a", "first"), sample("b", "second"))
+    validated(10, sample("a", "lost"), sample("b", "lost"))
+    validated(10, sample("a", "third"), sample("b", "fourth"))  # once more, after a resume
+    with writer.path.open("a") as file:
+        file.write("0,15,a,The")  # cut short by a kill
+    found = read_samples(tmp_path)
+    assert [(row["step"], row["history"], row["answer"]) for row in found] == [
+        ("5", "a", "first"),
+        ("5", "b", "second"),
+        ("10", "a", "third"),
+        ("10", "b", "fourth"),
+    ]
+    assert tuple(found[0]) == COLUMNS
