@@ -26,6 +26,7 @@ from datamodules.tokenizer import tokenizer_state
 from datamodules.tree import Integers
 
 TURNS_FOR_VOCABULARY = 20_000  # of conversations, to train a tokenizer on
+REWRITTEN = "rewritten"  # among the counts of conversations, those that are not left out
 SILENCE = write_answer(Answer(proposal=None))
 AN_OFFER = write_answer(Answer(proposal="A"))
 
@@ -160,8 +161,10 @@ class AgentDataModule(RowsDataModule):
             kinds = self._encoded["train"].columns["kind"]
             counts = {kind.name.lower(): int((kinds == kind).sum()) for kind in AnswerKind if kind in kinds}
             log.info(f"answers to learn: {', '.join(f'{count} {name}' for name, count in counts.items())}")
-            if self.left_out:
-                log.info(f"conversations left out: {', '.join(f'{n} {why}' for why, n in self.left_out.items())}")
+            if left_out := [f"{n} {why}" for why, n in self.left_out.items() if why != REWRITTEN]:
+                log.info(f"conversations left out: {', '.join(left_out)}")
+            if rewritten := self.left_out[REWRITTEN]:
+                log.info(f"conversations learned as the chat format writes them, with texts changed: {rewritten}")
             if self.contamination_allowed:
                 log.info("contaminated: data.allow_contamination trains on scenes that are tested on")
 
@@ -267,6 +270,9 @@ class AgentDataModule(RowsDataModule):
                     left_out["for their length"] += 1
                 elif encoded[1]:
                     yield {"input_ids": encoded[0], "answer": encoded[1], "scene": conversation.scene}
+                else:
+                    left_out["for the chat format leaves nothing of their last answer"] += 1
+        left_out[REWRITTEN] += encoder.rewritten
 
     def _digest(self, path: Path) -> str:
         if path not in self._digests:

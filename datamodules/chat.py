@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from datamodules.answers import AGENT_PROMPT
 from datamodules.errors import UserError
-from datamodules.records import Event
+from datamodules.records import Event, Unicode
 from datamodules.replies import UNREADABLE, Found, behind_thoughts, conclusion, is_example
 
 JUDGE_PROMPT = Path(__file__).with_name("judge_prompt.yaml")
@@ -32,8 +32,8 @@ class ChatPrompt(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    system: str
-    user: str
+    system: Unicode
+    user: Unicode
 
     @classmethod
     def read(cls, path: Path, *, with_proposal: bool) -> "ChatPrompt":
@@ -54,7 +54,7 @@ class ChatPrompt(BaseModel):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             part = ".".join(map(str, first["loc"])) or "top level"
-            raise UserError(f"{path}, part {part}: {first['msg']}", hint) from error
+            raise UserError(f"{path}, part {part}: {first['msg'].removeprefix('Value error, ')}", hint) from error
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}", hint) from error
         found, needed = set(_PLACEHOLDER.findall(prompt.user)), {"events", "proposal"} if with_proposal else {"events"}

@@ -6,22 +6,44 @@ is learned. Conversations that begin alike share what they share, as all rows do
 
 import hashlib
 import json
+import mmap
 import re
 from collections.abc import Collection, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
+from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
 
 from datamodules.errors import UserError
-from datamodules.prompts import Data, SegmentTokenizer, on_one_line, truncate
-from datamodules.records import parse_json, validate
+from datamodules.prompts import Data, SegmentTokenizer, on_one_line
+from datamodules.records import Text, parse_json, validate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SHORTEST_TELLTALE = 20  # characters: what is shorter may stand in any conversation by chance
+PAGE = "docs/how-to/conversations.md"
+# Where a JSON text's values begin and end; a string is one mark, whatever stands in it.
+_JSON_MARKS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},]', re.DOTALL)
+_NOT_BLANK = re.compile(rb"\S")
+
+# Formats of other projects, by the fields that tell them: what they are, and what to do.
+OTHER_FORMATS: tuple[tuple[set[str], str, str], ...] = (
+    ({"messages"}, 'OpenAI\'s "messages"', "Rename it, as in jq -c '{conversations: .messages}'"),
+    (
+        {"instruction", "output"},
+        'Alpaca\'s "instruction" and "output"',
+        "Make a user turn and an assistant turn of them",
+    ),
+    ({"chosen", "rejected"}, 'pairs of "chosen" and "rejected"', "Make conversations of those that were chosen"),
+    ({"prompt", "completion"}, '"prompt" and "completion"', "Make a user turn and an assistant turn of them"),
+    ({"obs", "pred_task"}, "an annotated row", "Give the folder of such rows with --data.root"),
+    ({"observation", "agent_response"}, "a step of a trace", "Give the folder of such traces with --data.root"),
+    ({"text"}, '"text"', "Divide the text into turns of role and content"),
+)
 
 
 class Message(BaseModel):
@@ -30,17 +52,31 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     role: Literal["system", "user", "assistant"]
-    content: str
+    content: Text
 
 
 class Conversation(BaseModel):
     """Turns, one of them an assistant's after another one."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    page: ClassVar[str] = PAGE
 
     conversations: Annotated[
         tuple[Message, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
     ]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_of_no_other_format(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "conversations" not in data:
+            for fields, what, hint in OTHER_FORMATS:
+                if fields <= data.keys():
+                    raise _other_format(f'expected the field "conversations", got {what}', hint)
+        turns = data.get("conversations") if isinstance(data, dict) else None
+        for place, turn in enumerate(turns if isinstance(turns, list) else ()):
+            if isinstance(turn, dict):
+                _refuse_other_turns(f"conversations[{place}]", turn)
+        return data
 
     @model_validator(mode="after")
     def _has_an_answer(self) -> "Conversation":
@@ -53,6 +89,26 @@ class Conversation(BaseModel):
         """A name that conversations share whose first two turns are the same: 16 hexadecimal digits."""
         turns = [[message.role, message.content] for message in self.conversations[:2]]
         return hashlib.blake2b(json.dumps(turns).encode(), digest_size=8).hexdigest()
+
+
+def _refuse_other_turns(place: str, turn: dict[str, Any]) -> None:
+    calls = [name for name in ("tool_calls", "function_call", "tool_call_id") if turn.get(name)]
+    if {"from", "value"} <= turn.keys():
+        raise _other_format(
+            f'{place}: expected "role" and "content", got ShareGPT\'s "from" and "value"',
+            "Rename these fields, human to user, and gpt to assistant",
+        )
+    if calls or turn.get("role") in ("tool", "function"):
+        raise _other_format(
+            f"{place}: expected a turn of text, got a call of tools ({calls[0] if calls else turn['role']})",
+            "Leave turns that call tools or answer calls out, or write them as content of the assistant and the user",
+        )
+    if isinstance(turn.get("content"), list):
+        raise _other_format(f"{place}: expected content in one text, got a list of parts", "Join the parts of text")
+
+
+def _other_format(what: str, hint: str) -> PydanticCustomError:
+    return PydanticCustomError("other_format", what, {"hint": f"{hint}; {PAGE} shows the format."})
 
 
 def read_conversations(path: Path) -> Iterator[Conversation]:
@@ -75,25 +131,40 @@ def read_conversations(path: Path) -> Iterator[Conversation]:
 
 
 def _items_of_list(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
-    import ijson
-
-    index = -1
-    try:
-        for index, item in enumerate(ijson.items(file, "item", use_float=True)):
-            yield f"{path}, index {index}", item
-    except (ijson.JSONError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: expected JSON after index {index}: {reason}", "Mend that text.") from error
+    """Each item's text is cut out and then read as a line is; the file is mapped into memory, not read into it."""
+    content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    depth = index = start = 0
+    for mark in _JSON_MARKS.finditer(content, file.tell()):
+        sign = mark[0]
+        depth += (sign in (b"[", b"{")) - (sign in (b"]", b"}"))
+        if depth == 1 and sign == b"[" and not start:
+            start = mark.end()
+        elif depth == 0 or (depth == 1 and sign == b","):
+            text = content[start : mark.start()]
+            if depth or index or text.strip():  # the list is not empty
+                yield _item(text, f"{path}, index {index}")
+            index, start = index + 1, mark.end()
+        if depth == 0:
+            break
+    else:
+        raise UserError(
+            f"{path}, index {index}: expected JSON: the file ends within the list", "Mend that text, or end the list."
+        )
+    if _NOT_BLANK.search(content, start):
+        raise UserError(f"{path}: expected JSON: more follows the list", "Leave one list, or one record a line.")
 
 
 def _items_of_lines(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(file, start=1):
-        where = f"{path}, line {number}"
         if line.strip():
-            try:
-                yield where, parse_json(line.decode(), where)
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where}: is not UTF-8", "Save the file as UTF-8 text.") from error
+            yield _item(line, f"{path}, line {number}")
+
+
+def _item(text: bytes, where: str) -> tuple[str, Any]:
+    try:
+        return where, parse_json(text.decode(), where)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: is not UTF-8", "Save the file as UTF-8 text.") from error
 
 
 def telltale_pattern(events: Collection[str]) -> re.Pattern[str] | None:
@@ -112,16 +183,21 @@ class ConversationTokenizer:
     """Token ids of conversations in a tokenizer's own chat format, or in a plain one where it has none.
 
     Every turn is tokenized on its own, so conversations that begin alike share their token ids, and special tokens
-    come from the chat's format alone. An assistant's turn is learned with the end token that follows it.
+    come from the chat's format alone. An assistant's turn is learned with the end token that follows it, as the format
+    writes it: many trim its text, some cut a part of it.
 
     Args:
         tokenizer: Whose chat format.
         max_length: The greatest number of tokens of a conversation.
+
+    Attributes:
+        rewritten: Conversations of which the chat format changed a text.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", max_length: int) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.rewritten = 0
         self._segmenter = SegmentTokenizer(tokenizer)
         self._special = set(tokenizer.get_added_vocab().values())
         self._prefix = [] if tokenizer.chat_template else self._segmenter.prefix  # a chat format has its own
@@ -129,59 +205,102 @@ class ConversationTokenizer:
     def encode(self, conversation: Conversation) -> tuple[list[int], list[int]] | None:
         """Token ids, and which of them are learned, counted from 0; what follows the last answer is left out.
 
-        Turns after the first one are left out, oldest first, until at most `max_length` tokens are left. None if the
-        first and the last turn alone are more.
-        """
-        messages = conversation.conversations
-        messages = messages[: max(place for place, turn in enumerate(messages) if turn.role == "assistant") + 1]
-        *before, end = self._segmenter.encode([(piece,) for piece in self._format(messages)])
-        contents = self._segmenter.encode([(self._content(message),) for message in messages])
-        ids: list[list[int]] = []  # of each turn, with what the format puts before it
-        marks: list[list[int]] = []  # 1 for tokens that are learned
-        follows_answer = False
-        for message, opening, content in zip(messages, before, contents, strict=True):
-            is_answer = message.role == "assistant"
-            ids.append([*opening, *content])
-            marks.append([0] * len(opening) + [int(is_answer)] * len(content))
-            if follows_answer and opening and opening[0] in self._special:
-                marks[-1][0] = 1
-            follows_answer = is_answer
-        ids[-1].append(end[0] if end and end[0] in self._special else self.tokenizer.eos_token_id)
-        marks[-1].append(1)
-        room = self.max_length - len(self._prefix)
-        (kept, _), (learned, _) = truncate(ids, room), truncate(marks, room)
-        if len(kept) > room:
-            return None
-        return [*self._prefix, *kept], [len(self._prefix) + place for place, mark in enumerate(learned) if mark]
-
-    def _content(self, message: Message) -> Data:
-        return Data(message.content if self.tokenizer.chat_template else on_one_line(message.content))
-
-    def _format(self, messages: Sequence[Message]) -> list[str]:
-        """What the format puts before each turn's content, and after the last one.
+        Of a conversation of more than `max_length` tokens a later part is encoded as if it were the whole: a system's
+        turn at its beginning, and all from the earliest user's turn that leaves room. None if there is none. Nothing is
+        learned if the chat format leaves nothing of the last answer.
 
         Raises:
             UserError: The tokenizer's chat format does not take such turns, or changes them.
         """
+        messages = conversation.conversations
+        messages = messages[: max(place for place, turn in enumerate(messages) if turn.role == "assistant") + 1]
+        ids, learned, starts = self._encode(messages)
+        if len(ids) <= self.max_length:
+            return ids, learned
+        system = messages[:1] if messages[0].role == "system" else ()
+        for place in range(len(system) + 1, len(messages)):
+            if messages[place].role == "user" and len(ids) - starts[place] <= self.max_length:
+                part, learned, _ = self._encode((*system, *messages[place:]))
+                if len(part) <= self.max_length:
+                    return part, learned
+        return None
+
+    def _encode(self, messages: Sequence[Message]) -> tuple[list[int], list[int], list[int]]:
+        """Token ids of a whole conversation, which of them are learned, and where each turn's text begins."""
+        pieces, texts = self._format(messages)
+        *before, end = self._segmenter.encode([(piece,) for piece in pieces])
+        contents = self._segmenter.encode([(Data(text),) for text in texts])
+        ids = list(self._prefix)
+        learned: list[int] = []
+        starts: list[int] = []
+        follows_answer = False
+        for message, opening, content, text in zip(messages, before, contents, texts, strict=True):
+            if follows_answer and opening and opening[0] in self._special:
+                learned.append(len(ids))
+            ids += opening
+            starts.append(len(ids))
+            follows_answer = message.role == "assistant" and bool(text.strip())
+            learned += range(len(ids), len(ids) + len(content)) if follows_answer else ()
+            ids += content
+        learned.append(len(ids))
+        ids.append(end[0] if end and end[0] in self._special else self.tokenizer.eos_token_id)
+        return ids, learned if follows_answer else [], starts
+
+    def _format(self, messages: Sequence[Message]) -> tuple[list[str], list[str]]:
+        """What the format puts before each turn's text and after the last one, and what it makes of each text."""
+        texts = [message.content for message in messages]
         if not self.tokenizer.chat_template:
             end = {"assistant": f"{self.tokenizer.eos_token}\n"}
             closings = ["", *(end.get(message.role, "\n") for message in messages)]
             openings = [*(f"{message.role}: " for message in messages), ""]
-            return [closing + opening for closing, opening in zip(closings, openings, strict=True)]
+            pieces = [closing + opening for closing, opening in zip(closings, openings, strict=True)]
+            return pieces, [on_one_line(text) for text in texts]
         stand_ins = [f"CONTENT-{number}-OF-TURN" for number in range(len(messages))]
-        turns = [{"role": m.role, "content": stand_in} for m, stand_in in zip(messages, stand_ins, strict=True)]
+        with_stand_ins = self._apply(messages, stand_ins)
+        pieces = re.split("|".join(stand_ins), with_stand_ins)
+        if re.findall("|".join(stand_ins), with_stand_ins) != stand_ins:
+            raise UserError(
+                "data.conversations: the tokenizer's chat format leaves turns out, repeats or rewrites them",
+                "Use another backbone, or one whose tokenizer has no chat format.",
+            )
+        whole = self._apply(messages, texts)
+        if whole != _joined(pieces, texts):
+            texts = [self._as_written(messages, stand_ins, pieces, place) for place in range(len(messages))]
+            self.rewritten += 1
+            if whole != _joined(pieces, texts):
+                raise _unclear_format(messages[-1])
+        return pieces, texts
+
+    def _as_written(self, messages: Sequence[Message], stand_ins: list[str], pieces: list[str], place: int) -> str:
+        """What the format makes of one turn's text; the others' stand-ins stay in place."""
+        mixed = [*stand_ins[:place], messages[place].content, *stand_ins[place + 1 :]]
+        text = self._apply(messages, mixed)
+        before = _joined(pieces[: place + 1], stand_ins[:place])
+        after = _joined(pieces[place + 1 :], stand_ins[place + 1 :])
+        if len(text) < len(before) + len(after) or not (text.startswith(before) and text.endswith(after)):
+            raise _unclear_format(messages[place])
+        return text[len(before) : len(text) - len(after)]
+
+    def _apply(self, messages: Sequence[Message], texts: Sequence[str]) -> str:
+        turns = [{"role": turn.role, "content": text} for turn, text in zip(messages, texts, strict=True)]
         try:
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False))
         except Exception as error:  # a template raises what it likes
             raise UserError(
                 f"data.conversations: the tokenizer's chat format refuses turns of {[m.role for m in messages]}: "
                 f"{' '.join(str(error).split())[:200]}",
                 "Bring the conversations into an order that the backbone knows.",
             ) from error
-        pieces = re.split("|".join(stand_ins), str(text))
-        if len(pieces) != len(messages) + 1 or re.findall("|".join(stand_ins), str(text)) != stand_ins:
-            raise UserError(
-                "data.conversations: the tokenizer's chat format leaves turns out or repeats them",
-                "Use another backbone, or one whose tokenizer has no chat format.",
-            )
-        return pieces
+
+
+def _joined(pieces: Sequence[str], texts: Sequence[str]) -> str:
+    """Pieces and texts in turn, a piece first."""
+    return "".join(part for pair in zip_longest(pieces, texts, fillvalue="") for part in pair)
+
+
+def _unclear_format(message: Message) -> UserError:
+    turn = on_one_line(f"{message.role}: {message.content[:60]}")
+    return UserError(
+        f"data.conversations: the tokenizer's chat format changes more than the text of a turn: {turn}",
+        "Take what the format treats on its own, such as a <think> block, out of the turns.",
+    )

@@ -20,7 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from datamodules.errors import UserError
-from datamodules.records import AnnotatedRow, Event
+from datamodules.records import AnnotatedRow, Event, Unicode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -40,8 +40,8 @@ class Template(BaseModel):
     default: ClassVar[Path]
     placeholders: ClassVar[dict[str, set[str]]] = {"event": {"time", "event"}}
 
-    instructions: str
-    event: str
+    instructions: Unicode
+    event: Unicode
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -67,8 +67,9 @@ class Template(BaseModel):
             template = cls.model_validate(parts)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
+            part, problem = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
             raise UserError(
-                f"data.prompt: {where}, part {'.'.join(map(str, first['loc'])) or 'top level'}: {first['msg']}",
+                f"data.prompt: {where}, part {part or 'top level'}: {problem}",
                 f"Start from {cls.default}.",
             ) from error
         for part in cls.model_fields:
@@ -95,8 +96,8 @@ class PromptTemplate(Template):
     default = DEFAULT_PROMPT
     placeholders: ClassVar[dict[str, set[str]]] = {**Template.placeholders, "proposal": {"proposal"}}
 
-    proposal: str
-    no_proposal: str
+    proposal: Unicode
+    no_proposal: Unicode
 
 
 class AgentTemplate(Template):
@@ -104,7 +105,7 @@ class AgentTemplate(Template):
 
     default = DEFAULT_AGENT_PROMPT
 
-    answer: str
+    answer: Unicode
 
 
 @dataclass(frozen=True)

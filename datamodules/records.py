@@ -8,12 +8,13 @@ order mark, CRLF line ends and a blank last line.
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import (
     AliasChoices,
@@ -61,16 +62,24 @@ class _Refused:
         return self.why
 
 
-def _text(value: Any) -> Any:
-    if isinstance(value, str) and not value.strip():
-        raise ValueError("expected text, got a blank")
+def _unicode(value: Any) -> Any:
+    """Text that UTF-8 can write. JSON and YAML can escape half a surrogate pair, which nothing else takes."""
     if isinstance(value, str) and not _is_unicode(value):
-        raise ValueError("expected text, got half a surrogate pair")
+        try:  # YAML leaves the halves of a pair apart
+            return value.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            raise ValueError("expected text, got half a surrogate pair") from None
+    return value
+
+
+def _text(value: Any) -> Any:
+    value = _unicode(value)
+    if isinstance(value, str) and all(c.isspace() or unicodedata.category(c) == "Cf" for c in value):  # or invisible
+        raise ValueError("expected text, got a blank")
     return value
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether UTF-8 can write a text: JSON can escape half a surrogate pair, which nothing else takes."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -141,7 +150,8 @@ def _tuple(value: Any) -> Any:
     return tuple(value)
 
 
-Text = Annotated[str, BeforeValidator(_text)]
+Unicode = Annotated[str, BeforeValidator(_unicode)]
+Text = Annotated[str, BeforeValidator(_text)]  # not blank, either
 Proposal = Annotated[str | None, BeforeValidator(_proposal)]
 Judgment = Annotated[bool, BeforeValidator(_judgment)]
 JUDGMENT_SPELLINGS = ("valid", "judgment", "judgement")
@@ -149,6 +159,7 @@ JUDGMENT_SPELLINGS = ("valid", "judgment", "judgement")
 
 class _Record(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, populate_by_name=False)
+    page: ClassVar[str] = "docs/how-to/own-data.md"  # where every field is shown
 
     @model_validator(mode="before")
     @classmethod
@@ -240,6 +251,8 @@ class PublishedStep(_Record):
     No proposal in `agent_response` means null. One may also be an operation with its arguments, as an object.
     """
 
+    page: ClassVar[str] = "docs/how-to/evaluate-an-endpoint.md"
+
     observation: Event
     agent_response: Annotated[
         tuple[str | dict[str, Any] | None, ...], BeforeValidator(_proposals(str, dict, with_null=True))
@@ -308,6 +321,8 @@ def read_json_mapping(path: Path, record: type[RecordType]) -> dict[str, RecordT
     items = parse_json(_read_text(path), str(path))
     if not isinstance(items, dict):
         raise UserError(f"{path}: expected a JSON object, got {_shorten(items)}", "Name each record in { }.")
+    if unsound := [name for name in items if not _is_unicode(name)]:
+        raise UserError(f"{path}: {_printable(unsound[0])} holds half a surrogate pair", "Give it another name.")
     return {name: validate(item, record, f"{path}, {_printable(name)}") for name, item in items.items()}
 
 
@@ -315,7 +330,8 @@ def validate(item: Any, record: type[RecordType], where: str) -> RecordType:
     """Make a record of a parsed JSON value.
 
     Raises:
-        UserError: The value does not fit; the message names `where`, the field and what was expected.
+        UserError: The value does not fit; the message names `where`, the field and what was expected. What to do is the
+            `hint` of the error's context, else to look at the `page` of the record's class.
     """
     try:
         return record.model_validate(item)
@@ -326,7 +342,7 @@ def validate(item: Any, record: type[RecordType], where: str) -> RecordType:
         got = "" if first["type"] == "missing" or "got" in expected else f", got {_shorten(first['input'])}"
         raise UserError(
             f"{where}{f', field {_printable(field)}' if field else ''}: {_printable(expected)}{got}",
-            "Mend that record; docs/how-to/own-data.md shows every field.",
+            first.get("ctx", {}).get("hint") or f"Mend that record; {record.page} shows every field.",  # type: ignore[attr-defined]
         ) from error
 
 

@@ -1,5 +1,6 @@
 """What the tests of several data modules share: rows in one line, tokenizers of three families, a small root."""
 
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,11 @@ IMPOSTORS = (
     "No offer.",
     "Accepted?",
 )
+
+
+def says_something(text: str) -> bool:
+    """Whether a text has more than blanks and invisible characters."""
+    return any(not character.isspace() and unicodedata.category(character) != "Cf" for character in text)
 
 
 def row_of(

@@ -3,9 +3,10 @@
 import json
 import logging
 from collections.abc import Iterator
+from copy import deepcopy
 from itertools import permutations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import pytest
@@ -22,6 +23,9 @@ from datamodules.sources import load_corpus
 from datamodules.tokenizer import tokenizer_from_state, tokenizer_state
 from tests.datamodules.conftest import row_of
 from tests.helpers import PROACTIVEBENCH, needs_proactivebench, small_root, write_jsonl
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Batches = list[AgentBatch]
 
@@ -208,6 +212,29 @@ def test_conversations_that_tell_a_tested_event_are_left_out(
         assert int((data._encoded["train"].columns["kind"] == AnswerKind.CONVERSATION).sum()) == 2
     allowed = made(root, **options, allow_contamination=True)
     assert int((allowed._encoded["train"].columns["kind"] == AnswerKind.CONVERSATION).sum()) == 3
+
+
+def test_what_the_chat_format_changes_is_told(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, tokenizers: "dict[str, PreTrainedTokenizerFast]"
+) -> None:
+    tokenizer = deepcopy(tokenizers["chat"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'].split('</think>')[-1] }}<|eot_id|>{% endfor %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    answers = ["Fine.", "hm</think>Fine.", "only a thought</think>"]
+    told = [[("user", f"Talk {number}."), ("assistant", answer)] for number, answer in enumerate(answers)]
+    records = [{"conversations": [{"role": role, "content": text} for role, text in turns]} for turns in told]
+    (tmp_path / "told.json").write_text(json.dumps(records))
+    options: dict[str, Any] = {"conversations": [str(tmp_path / "told.json")], "validation_fraction": 0.0}
+    for _ in range(2):  # also when the cache remembers
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="proactive"):
+            logging.getLogger("proactive").propagate = True
+            data = made(root, tokenizer=str(tmp_path / "tokenizer"), **options)
+        assert "conversations left out: 1 for the chat format leaves nothing of their last answer" in caplog.text
+        assert "conversations learned as the chat format writes them, with texts changed: 2" in caplog.text
+        assert int((data._encoded["train"].columns["kind"] == AnswerKind.CONVERSATION).sum()) == 2
 
 
 @pytest.mark.parametrize("annotated", [True, False])

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from datamodules.chat import AGENT_PROMPT, JUDGE_PROMPT, ChatPrompt, read_judgment, read_verdict
 from datamodules.errors import UserError
 from datamodules.records import Event
-from tests.datamodules.conftest import few_examples
+from tests.datamodules.conftest import few_examples, says_something
 
-TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=30).filter(str.strip)
+TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=30).filter(says_something)
 
 
 @few_examples
@@ -43,6 +43,7 @@ def test_the_shipped_agent_prompt_holds_the_data_as_json(events: list[str]) -> N
         ("system: a", "part user: Field required"),
         ("system: a\nuser: '{events}{proposal}'\nmore: b", "part more: Extra inputs"),
         ("- a", "part top level"),
+        ('system: "a \\ud83d"\nuser: "{events}{proposal}"', "part system: expected text, got half a surrogate pair"),
         ("a: [", "is not YAML"),
     ],
 )

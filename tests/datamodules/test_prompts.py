@@ -245,6 +245,7 @@ def test_prompt_file_of_the_user_replaces_ours(tmp_path: Path, mark: str) -> Non
         (json.dumps({**PARTS, "event": "{proposal}"}).encode(), "part event: unknown placeholder {proposal}"),
         (json.dumps({**PARTS, "proposal": "{task}"}).encode(), "part proposal: unknown placeholder {task}"),
         (json.dumps({**PARTS, "no_proposal": "{proposal}"}).encode(), "part no_proposal: unknown placeholder"),
+        (json.dumps({**PARTS, "event": "{event} \ud83d"}).encode(), "part event: expected text, got half a surrogate"),
         (b"instructions: [", "is not YAML"),
         (b"instructions: \xff", "is not YAML"),
         (b"instructions: \x07", "is not YAML"),
@@ -253,7 +254,7 @@ def test_prompt_file_of_the_user_replaces_ours(tmp_path: Path, mark: str) -> Non
         (b"instructions: !!int x", "is not YAML"),
         (b"[" * 2_000, "is not YAML"),
     ],
-    ids=range(20),
+    ids=range(21),
 )
 def test_bad_prompt_file_is_refused_by_name_and_part(tmp_path: Path, content: bytes, expected: str) -> None:
     path = tmp_path / "prompt.yaml"
@@ -263,6 +264,13 @@ def test_bad_prompt_file_is_refused_by_name_and_part(tmp_path: Path, content: by
     assert caught.value.what.startswith(f"data.prompt: {path}")
     assert expected in caught.value.what
     assert len(str(caught.value).splitlines()) == 2
+
+
+def test_a_surrogate_pair_that_yaml_leaves_apart_is_one_character(tmp_path: Path) -> None:
+    path = tmp_path / "prompt.yaml"
+    path.write_text(json.dumps({**PARTS, "instructions": "\N{GRINNING FACE}"}))
+    assert "\\ud83d\\ude00" in path.read_text()
+    assert PromptTemplate.read(path).instructions == "\N{GRINNING FACE}"
 
 
 def test_prompt_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -18,12 +18,14 @@ from datamodules.records import (
     Event,
     PublishedStep,
     TestStep,
+    TraceSplit,
     read_json_list,
+    read_json_mapping,
     read_jsonl,
     validate,
 )
-from tests.datamodules.conftest import few_examples, row_of
-from tests.helpers import PROACTIVEBENCH, needs_proactivebench, published_form
+from tests.datamodules.conftest import few_examples, row_of, says_something
+from tests.helpers import PROACTIVEBENCH, ROOT, needs_proactivebench, published_form
 
 EVENT = {"time": "1717377997.0", "event": "The user opens a file."}
 ROW = {
@@ -71,6 +73,44 @@ def records_or_refusal(path: Path, record: type[BaseModel]) -> list[BaseModel] |
         return list(read_jsonl(path, record))
     except UserError as error:
         return checked_what(error)
+
+
+def test_a_hint_names_the_page_that_shows_the_fields() -> None:
+    for record, item, page in ((AnnotatedRow, ROW, "own-data"), (TestStep, STEP, "own-data")):
+        with pytest.raises(UserError) as caught:
+            validate({**item, "more": 1}, record, "here")
+        assert f"docs/how-to/{page}.md" in caught.value.hint
+    with pytest.raises(UserError) as caught:
+        validate({**ANSWER, "more": 1}, PublishedStep, "here")
+    assert "docs/how-to/evaluate-an-endpoint.md" in caught.value.hint
+    shown = (ROOT / "docs/how-to/own-data.md").read_text()
+    for name in (*changed(ROW), *STEP):
+        assert f"`{name}`" in shown
+
+
+@pytest.mark.parametrize("text", ["half \ud83d", "\udc00", "\udc00\ud83d"])
+def test_half_a_surrogate_pair_is_refused_wherever_it_is(text: str, tmp_path: Path) -> None:
+    bad = json.dumps(text)
+    event = f'{{"time": "1", "event": {bad}}}'
+    rows = written(tmp_path, json.dumps(ROW).replace(json.dumps(ROW["obs"]), f"[{event}]"))
+    assert "line 1, field obs[0].event: expected text, got half a surrogate pair" in refusal(rows, AnnotatedRow)
+    rows = written(tmp_path, json.dumps(ROW).replace('"Explain the error."', bad))
+    assert "line 1, field pred_task: expected text, got half a surrogate pair" in refusal(rows, AnnotatedRow)
+    steps = json.dumps([STEP]).replace(json.dumps(STEP["observation"]), event)
+    said = refusal(written(tmp_path, steps), TestStep, read_json_list)
+    assert "index 0, field observation.event: expected text, got half a surrogate pair" in said
+    steps = json.dumps([{**STEP, "agent_response": {"candidate_task": ["Go.", text]}}])
+    assert "index 1: expected text, got half" in refusal(written(tmp_path, steps), TestStep, read_json_list)
+    splits = f'{{{bad}: {{"files": ["a"]}}}}'
+    assert "holds half a surrogate pair" in refusal(written(tmp_path, splits), TraceSplit, read_json_mapping)
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n", "\u200b", "\ufeff \u2060"])
+def test_blank_and_invisible_text_is_refused(blank: str) -> None:
+    with pytest.raises(UserError, match=r"field obs\[0\].event: expected text, got a blank"):
+        row(obs=[{"time": "1", "event": blank}])
+    with pytest.raises(UserError, match="field pred_task: expected text, got a blank"):
+        row(pred_task=blank)
 
 
 # What the published files contain
@@ -388,7 +428,7 @@ def test_damaged_file_gives_records_or_a_user_error(session_file: Path, start: i
     assert isinstance(result, list) or result.startswith(f"{session_file}, line ")
 
 
-TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(lambda text: text.strip())
+TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(says_something)
 EVENTS = st.lists(st.fixed_dictionaries({"time": TEXT, "event": TEXT}), min_size=1, max_size=4)
 
 
