@@ -31,6 +31,7 @@ def record_of(events: list[JudgedEvent], **changes: Any) -> dict[str, Any]:
     record = evaluation_record(events, {"all": TraceSplit(files=(NAME,))})
     record |= {"agent": {"agent": "recorded", "source": HOSTILE}, "judge": {"judge": "endpoint", "model": HOSTILE}}
     record |= {"gate_is_judge": False, "baselines": {}, "gate": None, "traces_left_out": []}
+    record["unfinished"] = {"agent": {"length": 2, "content_filter": 1}, "judge": {}}
     record |= {f"{who}_trained_on": [] for who in ("agent", "judge", "gate")}
     record |= changes
     return record | {"notes": notes(record)}
@@ -51,7 +52,8 @@ def test_the_page_shows_each_event_as_text() -> None:
     for text in (HOSTILE, NAME, "Help.", "an answer that could not be read", "no verdict", "P 0.250"):
         assert text in page.text, text
     assert page.text.count(f"{HOSTILE} too long") == 1
-    for note in ("1 answers could not be read and count as null", "1 events have no verdict"):
+    unfinished = "replies of the agent that did not come to their end, and were not read: 2 length, 1 content_filter"
+    for note in ("1 answers could not be read and count as null", "1 events have no verdict", unfinished):
         assert any(note in one for one in record["notes"])
 
 
