@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -59,9 +59,26 @@ class TimedGrammar(AnswerGrammar):
 
 
 class Setting:
-    """The network, the traces and the opening, the same in every process."""
+    """The network, the traces and the opening, the same in every process.
 
-    def __init__(self, root: str, traces: int, events: int) -> None:
+    Args:
+        root: A directory in the published layout.
+        traces: How many traces at most.
+        events: How many events of each at most.
+        backbone: A configuration of transformers with its model_type; the one described above if None.
+        device: Where it computes.
+        dtype: What it computes in.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        traces: int,
+        events: int,
+        backbone: dict[str, Any] | None = None,
+        device: str = "cpu",
+        dtype: str = "float32",
+    ) -> None:
         data = RewardDataModule(root=root, split="published", vocabulary_size=4096)
         data.setup("fit")
         self.tokenizer = data.tokenizer
@@ -74,13 +91,22 @@ class Setting:
             ids = segments.encode([(INSTRUCTIONS,), *seen])
             self.traces.append([segments.prefix + ids[0], *ids[1:]])
         self.opening = segments.encode([(OPENING,)])[0]
-        settings = dict(BACKBONE)
-        config = transformers.AutoConfig.for_model(
-            settings.pop("model_type"), **settings, vocab_size=len(self.tokenizer), pad_token_id=0, eos_token_id=None
-        )
+        settings = {
+            "vocab_size": len(self.tokenizer),
+            **(backbone or BACKBONE),
+            "pad_token_id": 0,
+            "eos_token_id": None,
+        }
+        config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
         torch.manual_seed(0)
-        self.network = transformers.AutoModelForCausalLM.from_config(config).eval()
+        with torch.device(device):
+            network = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        self.network = network.eval()
         self.tokens = tree_batches.Tokens(self.network)
+
+    def grammar(self) -> "TimedGrammar":
+        """What holds answers to JSON."""
+        return TimedGrammar(self.tokenizer, self.tokenizer.eos_token_id)
 
     def prompts(self) -> list[list[list[int]]]:
         """Of each trace, the prompt after each event."""
@@ -90,36 +116,54 @@ class Setting:
         ]
 
 
-def ours(setting: Setting, new: int, batch_size: int, grammar: AnswerGrammar | None = None) -> list[GeneratedAnswer]:
-    """Answers of whole traces."""
+def ours(
+    setting: Setting, new: int, batch_size: int, grammar: AnswerGrammar | None = None, first: int | None = None
+) -> list[GeneratedAnswer]:
+    """Answers of whole traces, or of the first ones."""
     end_id = NO_END if grammar is None else setting.tokenizer.eos_token_id
     options: dict[str, Any] = {"end_id": end_id, "max_new_tokens": new, "batch_size": batch_size, "grammar": grammar}
-    answers = generate_answers(setting.network, setting.traces, setting.opening, **options)
+    answers = generate_answers(setting.network, setting.traces[:first], setting.opening, **options)
     return sorted(answers, key=lambda answer: (answer.trace, answer.step))
 
 
-def plain(setting: Setting, new: int, whole_traces: bool) -> list[list[int]]:
-    """Answers of `generate`, called for each event or for all of a trace."""
+def plain(
+    setting: Setting,
+    new: int,
+    at_once: Literal["one", "trace", "all"] = "one",
+    first: int | None = None,
+    events: int | None = None,
+) -> list[list[int]]:
+    """Answers of `generate`, called for each event, for all of a trace, or once.
+
+    Args:
+        setting: What is asked.
+        new: Tokens of each answer.
+        at_once: What a call answers.
+        first: How many traces; all if None.
+        events: How many events of each; all if None.
+    """
     answers = []
-    for prompts in setting.prompts():
-        for batch in [prompts] if whole_traces else [[prompt] for prompt in prompts]:
-            length = max(map(len, batch))
-            given = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in batch])
-            mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in batch])
-            output = setting.network.generate(given, attention_mask=mask, max_new_tokens=new, do_sample=False)
-            answers += output[:, length:].tolist()
+    asked = [prompts[:events] for prompts in setting.prompts()[:first]]
+    each = [prompt for prompts in asked for prompt in prompts]
+    for batch in {"one": [[prompt] for prompt in each], "trace": asked, "all": [each]}[at_once]:
+        length = max(map(len, batch))
+        device = setting.network.device
+        given = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in batch], device=device)
+        mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in batch], device=device)
+        output = setting.network.generate(given, attention_mask=mask, max_new_tokens=new, do_sample=False)
+        answers += output[:, length:].tolist()
     return answers
 
 
 def measure(way: str, root: str, traces: int, events: int, new: int) -> dict[str, Any]:
     """Run one way and take its figures."""
     setting = Setting(root, traces, events)
-    grammar = TimedGrammar(setting.tokenizer, setting.tokenizer.eos_token_id) if "JSON" in way else None
+    grammar = setting.grammar() if "JSON" in way else None
     setting.network.generate(torch.tensor([[1, 2]]), max_new_tokens=2)  # imports what it needs when first called
     setting.tokens.count = 0
     begin = time.perf_counter()
     if way.startswith("generate"):
-        answers = plain(setting, new, whole_traces="trace" in way)
+        answers = plain(setting, new, "trace" if "trace" in way else "one")
     else:
         answers = [answer.token_ids for answer in ours(setting, new, int(way.split()[0]), grammar)]
     seconds = time.perf_counter() - begin

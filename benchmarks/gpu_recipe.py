@@ -1,82 +1,152 @@
-"""The paper's recipe on one GPU: an 8B Llama from random weights, every parameter trained, on the real rows.
+"""The paper's recipe on one GPU: an 8B Llama with random weights, trained on the real rows.
 
-    python benchmarks/gpu_recipe.py --root DIR                                as configs/reward/full_1x80gb.yaml
-    python benchmarks/gpu_recipe.py --root DIR --how qlora --steps 20         as configs/reward/qlora.yaml
-    python benchmarks/gpu_recipe.py --root DIR --how fsdp2 --steps 20         the full recipe by FSDP2, on one device
+    python benchmarks/gpu_recipe.py --root DIR                             as configs/reward/full_1x80gb.yaml
+    python benchmarks/gpu_recipe.py --root DIR --how qlora --steps 20      as configs/reward/qlora.yaml
+    python benchmarks/gpu_recipe.py --root DIR --how fsdp2 --steps 20      the full recipe by FSDP2, on one device
 
-In the full recipe weights, gradients and compute are bfloat16 and the optimizer is 8-bit Adam with stochastic rounding
-(torchao); in QLoRA the weights are in 4 bits and adapters are trained. The rows are prefix trees read with
-FlexAttention. Prints one JSON object: seconds a step and for the recipe of 5 epochs over all training rows, tokens a
-second, the share of the card's own bfloat16 matrix rate that the tokens' operations make (utilization), peak memory,
-and what `python -m proactive.plan` would have said of it. `--epochs 0.2` or `--steps 20` measure a part and say so;
-`--small` tries the script on a CPU.
+Model, data and precision are those of the config; only the backbone's weights are random ones of
+benchmarks/shapes/llama_3_1_8b.yaml. Prints one JSON object: seconds a step and for the recipe of 5 epochs over all
+training rows, tokens a second, the share of the card's own bfloat16 matrix rate that the tokens' operations make
+(utilization), peak memory, what `python -m proactive.plan` would have said of it, and where the time of one more step
+goes. `--epochs 0.2` or `--steps 20` measure a part and say so; `--small true` tries the script on a CPU.
 """
 
+import contextlib
 import json
+import math
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from jsonargparse import auto_cli
-from lightning import Trainer
+from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only
+from torch.profiler import ProfilerActivity, profile
 
 from callbacks.checkpoints import SeedEachStep
-from datamodules.batches import RewardBatch
+from callbacks.sharded import FullySharded
+from callbacks.throughput import peak_memory
 from datamodules.reward import RewardDataModule
-from datamodules.sources import load_corpus
 from models.adapters import AdapterOptions
 from models.memory import MemoryPlan, Setting
-from models.operations import Operations, batch_size, weight_count
+from models.operations import BatchSize, Operations, batch_size, weight_count
 from models.reward import RewardClassifier
 
-LLAMA_3_1_8B = {
+ROOT = Path(__file__).parents[1]
+SHAPE = ROOT / "benchmarks" / "shapes" / "llama_3_1_8b.yaml"
+How = Literal["full", "qlora", "fsdp2"]
+CONFIGS: dict[How, str] = {"full": "full_1x80gb", "qlora": "qlora", "fsdp2": "full_1x80gb"}
+SMALL = {
     "model_type": "llama",
-    "vocab_size": 128_256,
-    "hidden_size": 4096,
-    "intermediate_size": 14_336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "max_position_embeddings": 8192,
-    "rope_theta": 500_000.0,
 }
-SMALL = LLAMA_3_1_8B | {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 EPOCHS = 5  # of the paper's recipe
 WARM_UP_STEPS = 5  # compile, and find their memory
+TOP = 12  # operations of a profile that are shown
+QUICK = 2**20  # random numbers that large tensors repeat, see `quick_weights`
 
 
 class Meter(Callback):
-    """Time, tokens and operations of every step after the warm-up."""
+    """Times steps without waiting for the device between them; then one more is profiled.
 
-    def __init__(self) -> None:
-        self.steps = self.tokens = self.operations = 0
-        self.seconds = 0.0
-        self.accumulates = False  # whether a step had several micro-batches
-        self.largest: dict[str, Any] = {}  # the micro-batch with the most tokens
+    Batches are kept, for to count what is in them would wait for the device.
+    """
 
-    def on_train_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        _wait()
-        self._begin = time.perf_counter()
+    def __init__(self, steps: int, profiled: bool = True) -> None:
+        self.last = WARM_UP_STEPS + steps
+        self.steps = steps
+        self.profiled = profiled
+        self.batches: list[list[dict[str, Any]]] = []
+        self.losses: list[torch.Tensor] = []
+        self.profile: dict[str, Any] = {}
+        self.first_step = self.seconds = 0.0
+        self.compilations = 0  # within the steps that are timed
+        self.memory: dict[str, float] = {}
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: list[RewardBatch], batch_idx: int
-    ) -> None:
-        _wait()
-        if trainer.global_step <= WARM_UP_STEPS:
-            return
-        self.seconds += time.perf_counter() - self._begin
-        self.steps += 1
-        counts = Operations.of(pl_module.network)
-        self.accumulates |= len(batch) > 1
-        for micro_batch in batch:
-            size = batch_size(micro_batch)
-            self.tokens += size.tokens
-            self.operations += counts.count(size.real_tokens, size.pairs)
-            if not self.largest or size.tokens > self.largest["inputs"]["input_ids"].numel():
-                self.largest = micro_batch  # type: ignore[assignment]
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._since = _now()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.last and self.profiled:
+            cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+            self._profiler = profile(activities=[ProfilerActivity.CPU, *cuda])
+            self._profiler.start()
+            self._since = _now()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.batches.append(batch)
+        self.losses.append(trainer.callback_metrics["train/loss"].detach())
+        step = trainer.global_step
+        if step == 1:
+            self.first_step = _now() - self._since
+        elif step == WARM_UP_STEPS:
+            self._compiled = _compilations()
+            self._since = _now()
+        elif step == self.last:
+            self.seconds = _now() - self._since
+            self.compilations = _compilations() - self._compiled
+            self.memory = _memory(trainer.strategy.root_device)
+        elif step > self.last:
+            seconds = _now() - self._since
+            self._profiler.stop()
+            self.profile = {"milliseconds": seconds * 1e3, **_where_time_goes(self._profiler)}
+
+    def sizes(self) -> list[BatchSize]:
+        """What was in each step that was timed."""
+        return [sum(map(batch_size, batch), BatchSize()) for batch in self.batches[WARM_UP_STEPS : self.last]]
+
+    def largest(self) -> dict[str, Any]:
+        """The micro-batch with the most tokens, of all steps."""
+        return max((one for batch in self.batches for one in batch), key=lambda one: one["inputs"]["input_ids"].numel())
+
+
+def _compilations() -> int:
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    """GiB at the peak: in use, held by PyTorch, and held on the card in all."""
+    found = {"peak_memory_gib": peak_memory(device) / 2**30}
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        found["reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
+        found["context_gib"] = (total - free - torch.cuda.memory_reserved(device)) / 2**30
+    return found
+
+
+def _where_time_goes(profiler: Any) -> dict[str, Any]:
+    """Of a profiled step: the greatest operations of device and processor, launches, waits, copies back."""
+    events = profiler.key_averages()
+    kernels = [e for e in events if e.device_type.name == "CUDA"]
+    calls = [e for e in events if e.device_type.name == "CPU"]
+
+    def count(*parts: str) -> int:
+        return sum(e.count for e in calls if any(part in e.key for part in parts))
+
+    def top(found: list[Any], time_of: str) -> list[list[Any]]:
+        greatest = sorted(found, key=lambda e: -getattr(e, time_of))[:TOP]
+        return [[e.key[:90], round(getattr(e, time_of) / 1e3, 2), e.count] for e in greatest]
+
+    return {
+        "device_milliseconds": sum(e.self_device_time_total for e in kernels) / 1e3,
+        "kernels": sum(e.count for e in kernels),
+        "launches": count("LaunchKernel", "GraphLaunch"),
+        "waits": count("StreamSynchronize", "DeviceSynchronize", "EventSynchronize"),
+        "copies_to_host": sum(e.count for e in kernels if "DtoH" in e.key),
+        "top_on_device": top(kernels, "self_device_time_total"),
+        "top_on_processor": top(calls, "self_cpu_time_total"),
+    }
 
 
 def matrix_rate(device: torch.device, size: int) -> float:
@@ -84,67 +154,89 @@ def matrix_rate(device: torch.device, size: int) -> float:
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     best = float("inf")
     for _ in range(10):
-        _wait()
-        begin = time.perf_counter()
+        begin = _now()
         a @ b
-        _wait()
-        best = min(best, time.perf_counter() - begin)
+        best = min(best, _now() - begin)
     return 2 * size**3 / best
 
 
-def main(
+@contextlib.contextmanager
+def quick_weights() -> Iterator[None]:
+    """Let large random tensors on a CPU repeat a block of numbers: to draw 8 billion of them takes minutes."""
+    kept = {name: getattr(torch.Tensor, name) for name in ("normal_", "uniform_")}
+
+    def repeating(draw: Any) -> Any:
+        def drawn(self: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+            if self.device.type != "cpu" or self.numel() <= QUICK or not self.is_contiguous():
+                return draw(self, *arguments, **options)
+            block = draw(torch.empty(QUICK, device="cpu"), *arguments, **options).to(self.dtype)
+            for part in self.detach().view(-1).split(QUICK):
+                part.copy_(block[: len(part)])
+            return self
+
+        return drawn
+
+    for name, draw in kept.items():
+        setattr(torch.Tensor, name, repeating(draw))
+    try:
+        yield
+    finally:
+        for name, draw in kept.items():
+            setattr(torch.Tensor, name, draw)
+
+
+def settings(how: How, small: bool) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """The options of model and data, and the precision, as the config has them; small, what serves a CPU."""
+    config = yaml.safe_load((ROOT / "configs" / "reward" / f"{CONFIGS[how]}.yaml").read_text())
+    shape = yaml.safe_load(SHAPE.read_text())["model"]
+    model, data = config["model"] | shape, config["data"]
+    if model.get("adapter"):
+        model["adapter"] = AdapterOptions(**model["adapter"])
+    if small:
+        model |= {"scratch": SMALL, "dtype": "float32", "optimizer": "adamw", "compile": False}
+        return model, data | {"num_workers": 0}, "32-true"
+    return model, data, "bf16-mixed" if how == "fsdp2" else config["trainer"]["precision"]
+
+
+def measure(
     root: str,
-    epochs: float = EPOCHS,
-    scenes_per_step: int = 4,
-    token_budget: int = 4096,
-    gradient_checkpointing: bool = False,
-    validation_fraction: float = 0.005,
-    small: bool = False,
-    how: Literal["full", "qlora", "fsdp2"] = "full",
+    how: How = "full",
     steps: int | None = None,
-) -> None:
-    """Run the recipe, or a part of it.
+    epochs: float = EPOCHS,
+    small: bool = False,
+    devices: int = 1,
+    more: dict[str, Any] | None = None,
+    profiled: bool = True,
+) -> dict[str, Any]:
+    """Run the recipe, or a part of it; its figures.
 
     Args:
         root: A directory in the published layout.
-        epochs: How much of the recipe to run; the rest is reckoned from the steps measured.
-        scenes_per_step: From how many scenes a step of 32 rows takes them.
-        token_budget: Tokens computed at once, at most.
-        gradient_checkpointing: Keep no activations inside a layer.
-        validation_fraction: The share of training rows that is not trained on; as small as can be.
-        small: A backbone of 2 small layers, float32 Adam.
         how: All weights, adapters on 4-bit weights, or all weights by FSDP2.
         steps: How many steps to measure, in place of epochs.
+        epochs: How much of the recipe to run; the rest is reckoned from the steps measured.
+        small: A backbone of 2 small layers, float32 Adam.
+        devices: Above 1, this is one rank of as many, that torchrun has started.
+        more: Options of model and data in place of the config's, by name.
+        profiled: Whether to profile one more step.
     """
     torch.set_float32_matmul_precision("high")
-    data = RewardDataModule(
-        root=root,
-        split="published",
-        validation_fraction=validation_fraction,
-        layout="tree",
-        scenes_per_step=scenes_per_step,
-        token_budget=token_budget,
-    )
-    qlora = how == "qlora"
-    options: dict[str, Any] = {
-        "scratch": SMALL if small else LLAMA_3_1_8B,
-        "dtype": "float32" if small else "bfloat16",
-        "optimizer": "adamw" if small or qlora else "adamw_8bit_stochastic_rounding",
-        "learning_rate": 1e-4 if qlora else 1e-5,
-        "weight_decay": 0.0,
-        "gradient_checkpointing": gradient_checkpointing,
-        "adapter": AdapterOptions() if qlora else None,
-        "quantization": "nf4" if qlora else "none",
-    }
-    precision = "32-true" if small else "bf16-mixed" if qlora else "bf16-true"
-    model = RewardClassifier(**options)
-    rows = len(load_corpus(root).train)
-    steps_an_epoch = -(-rows // data.batch_size)
-    meter = Meter()
+    seed_everything(0, verbose=False)
+    model_options, data_options, precision = settings(how, small)
+    for name, value in (more or {}).items():
+        (model_options if name in model_options else data_options)[name] = value
+    data = RewardDataModule(**data_options | {"root": root, "cache": False})
+    model = RewardClassifier(**model_options)
+    data.setup("fit")
+    rows = len(data.split.train) + len(data.split.validation)
+    recipe_steps = EPOCHS * math.ceil(rows / data.batch_size)
+    counted = steps or max(math.ceil(epochs * data.steps_per_epoch) - WARM_UP_STEPS, 1)
+    meter = Meter(counted, profiled)
     trainer = Trainer(
-        max_steps=steps + WARM_UP_STEPS if steps else max(round(epochs * steps_an_epoch), WARM_UP_STEPS + 1),
-        devices=1,
-        strategy=ModelParallelStrategy() if how == "fsdp2" else "auto",
+        max_steps=meter.last + profiled,
+        devices=devices,
+        accelerator="auto" if torch.cuda.is_available() else "cpu",
+        strategy=FullySharded() if how == "fsdp2" else "auto",
         precision=precision,  # type: ignore[arg-type]
         callbacks=[SeedEachStep(), meter],
         logger=False,
@@ -153,49 +245,94 @@ def main(
         enable_model_summary=False,
         limit_val_batches=0,
         num_sanity_val_steps=0,
+        use_distributed_sampler=False,
     )
-    trainer.fit(model, data)
-    device = model.device
-    rate = matrix_rate(device, 256 if small else 8192)
-    seconds = meter.seconds / meter.steps
-    whole = steps is None and epochs >= EPOCHS
+    begin = time.perf_counter()
+    with quick_weights():
+        trainer.fit(model, data)
+    whole_fit = time.perf_counter() - begin
     assert model.network is not None
+    device = trainer.strategy.root_device
+    sizes = meter.sizes()
+    total, seconds = sum(sizes, BatchSize()), meter.seconds / meter.steps
+    counts = Operations.of(model.network)
+    operations = counts.count(total.real_tokens, total.pairs, total.targets)
     setting = Setting(
-        dtype=options["dtype"],
+        dtype=model_options["dtype"],
         precision=precision,
-        optimizer=options["optimizer"],
-        checkpointing=gradient_checkpointing,
-        adapter=options["adapter"],
-        quantization=options["quantization"],
-        accumulates=meter.accumulates,
+        optimizer=model_options["optimizer"],
+        checkpointing=model_options["gradient_checkpointing"],
+        adapter=model_options.get("adapter"),
+        quantization=model_options.get("quantization", "none"),
+        accumulates=any(len(batch) > 1 for batch in meter.batches),
+        devices=devices,
+        sharing="sharded" if how == "fsdp2" else "one device",
     )
-    planned = MemoryPlan(RewardClassifier(**options), model.network.config, meter.largest).memory(setting)
-    found = {
+    planned = MemoryPlan(RewardClassifier(**model_options), model.network.config, meter.largest()).memory(setting)
+    rate = matrix_rate(device, 256 if small else 8192)
+    return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "how": how,
         "parameters": weight_count(model),
-        "attention": model.network.config._attn_implementation if model.network else None,
-        "scenes_per_step": scenes_per_step,
-        "token_budget": token_budget,
-        "gradient_checkpointing": gradient_checkpointing,
+        "layout": data.layout,
+        "attention": model.network.config._attn_implementation,
+        "optimizer": model_options["optimizer"],
+        "precision": precision,
+        "gradient_checkpointing": model_options["gradient_checkpointing"],
+        "token_budget": data.token_budget,
         "steps_measured": meter.steps,
         "seconds_per_step": seconds,
-        "recipe_seconds": seconds * EPOCHS * steps_an_epoch,
-        "recipe_seconds_are": "measured, warm-up steps at the mean" if whole else "measured steps times count",
-        "tokens_per_step": meter.tokens / meter.steps,
-        "tokens_per_second": meter.tokens / meter.seconds,
+        "first_step_seconds": meter.first_step,
+        "fit_seconds": whole_fit,
+        "compilations_after_warm_up": meter.compilations,
+        "recipe_seconds": seconds * recipe_steps,
+        "recipe_steps": recipe_steps,
+        "rows_per_step": total.rows / meter.steps,
+        "tokens_per_step": total.tokens / meter.steps,
+        "tokens_per_second": total.tokens / meter.seconds,
+        "largest_micro_batch": meter.largest()["inputs"]["input_ids"].numel(),
         "bf16_matrix_rate_tflops": rate / 1e12,
-        "utilization": meter.operations / meter.seconds / rate,
-        "peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
+        "utilization": operations / meter.seconds / rate,
+        **meter.memory,
         "planned_memory_gib": planned.peak / 2**30,
-        "last_loss": float(trainer.callback_metrics["train/loss"]),
+        "planned": {name: size / 2**30 for name, size in vars(planned).items()},
+        "losses": [float(loss) for loss in meter.losses],
+        "profile": meter.profile,
     }
-    print(json.dumps(found, indent=2))
 
 
-def _wait() -> None:
+def main(
+    root: str,
+    how: How = "full",
+    steps: int | None = None,
+    epochs: float = EPOCHS,
+    small: bool = False,
+    devices: int = 1,
+    more: dict[str, Any] | None = None,
+    profiled: bool = True,
+) -> None:
+    """Measure, and print the figures; see `measure`.
+
+    Args:
+        root: A directory in the published layout.
+        how: All weights, adapters on 4-bit weights, or all weights by FSDP2.
+        steps: How many steps to measure, in place of epochs.
+        epochs: How much of the recipe to run; the rest is reckoned from the steps measured.
+        small: A backbone of 2 small layers, float32 Adam.
+        devices: Above 1, this is one rank of as many, that torchrun has started.
+        more: Options of model and data in place of the config's, by name.
+        profiled: Whether to profile one more step.
+    """
+    found = measure(root, how, steps, epochs, small, devices, more, profiled)
+    if rank_zero_only.rank == 0:
+        print(json.dumps(found))
+
+
+def _now() -> float:
+    """The time when the device has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 if __name__ == "__main__":
