@@ -181,6 +181,17 @@ class TreeLayout:
         return PrefixOrder([self.input_ids[row] for row in rows])
 
 
+def refuse_unequal_parts(batch_size: int, scenes_per_step: int | None) -> None:
+    """Raise a UserError if a step's rows cannot be taken in equal parts from its scenes."""
+    if scenes_per_step is None or (scenes_per_step > 0 and batch_size % scenes_per_step == 0):
+        return
+    fits = max((n for n in range(1, max(scenes_per_step, 1) + 1) if batch_size % n == 0), default=1)
+    raise UserError(
+        f"data.scenes_per_step: {batch_size} rows a step cannot be taken in equal parts from {scenes_per_step} scenes",
+        f"Make data.batch_size a multiple of it, or give --data.scenes_per_step {fits}.",
+    )
+
+
 class StepSampler(Sampler[Step]):
     """Every row once an epoch, in steps of `batch_size` rows over all ranks, in an order set by seed and epoch.
 
@@ -196,8 +207,7 @@ class StepSampler(Sampler[Step]):
         odds: An epoch draws as many rows with replacement, each in proportion to its odds.
         sizes: How many times each row counts in a step's mean, such as its number of tokens; once if None.
 
-    Raises:
-        UserError: `batch_size` is not a multiple of `scenes_per_step`.
+    `batch_size` has to be a multiple of `scenes_per_step`, see `refuse_unequal_parts`.
     """
 
     def __init__(
@@ -213,12 +223,7 @@ class StepSampler(Sampler[Step]):
         odds: Sequence[float] | None = None,
         sizes: Sequence[int] | None = None,
     ) -> None:
-        if scenes_per_step is not None and (scenes_per_step < 1 or batch_size % scenes_per_step):
-            raise UserError(
-                f"data.scenes_per_step: {batch_size} rows a step cannot be taken in equal parts from "
-                f"{scenes_per_step} scenes",
-                "Make data.batch_size a multiple of it.",
-            )
+        refuse_unequal_parts(batch_size, scenes_per_step)
         self.layout = layout
         self.scenes = scenes
         self.batch_size = batch_size

@@ -24,6 +24,7 @@ from datamodules.batches import (
     RowsLayout,
     StepSampler,
     TreeLayout,
+    refuse_unequal_parts,
 )
 from datamodules.cache import CachedRows, cached_rows
 from datamodules.errors import UserError, refuse_changes
@@ -423,6 +424,7 @@ class RowsDataModule(LightningDataModule):
         for name, least in (("batch_size", 1), ("micro_batch_size", 1), ("num_workers", 0)):
             if (value := getattr(self, name)) < least:
                 raise UserError(f"data.{name}: expected {least} or more, got {value}", "Give a greater one.")
+        refuse_unequal_parts(self.batch_size, self.scenes_per_step)
         if self.token_budget < self.max_length:
             raise UserError(
                 f"data.token_budget: {self.token_budget} is less than one row may have",

@@ -42,6 +42,8 @@ class ProactiveAgent(BackboneModule):
         super().__init__(**options)
         if null_weight < 0:
             raise UserError(f"model.null_weight: {null_weight} is negative", "Give 0 or more.")
+        if sampled_answers < 0:
+            raise UserError(f"model.sampled_answers: {sampled_answers} is negative", "Give 0 or more.")
         self.answers = AnswerLosses()
         self.samples: list[dict[str, Any]] = []  # of the last validation
 

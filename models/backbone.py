@@ -340,8 +340,14 @@ def language_logits(model: "PreTrainedModel", hidden_LD: Tensor) -> Tensor:
 def language_problem(model: "PreTrainedModel") -> str | None:
     """What keeps a network from being trained as a causal language model here, tried on a short row; None if nothing.
 
-    It must not see what it is to predict, and its own logits must be those of `language_logits`.
+    It must not see what it is to predict, and its own logits must be those of `language_logits`. Of a network without
+    weights, on the meta device, the configuration alone is looked at.
     """
+    if model.device.type == "meta":
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
+
+        encoder = model.config.model_type in ENCODERS and getattr(model.config, "is_decoder", None) is False
+        return "it sees the tokens that it is to predict" if encoder else None
     device = model.get_input_embeddings().weight.device
     row_1T = torch.arange(4, 12, device=device)[None]
     other_1T = torch.cat([row_1T[:, :-1], row_1T[:, :1]], dim=1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from datamodules.batches import Inputs, RewardBatch
 from datamodules.errors import UserError
 from datamodules.records import Category
-from models.backbone import Pooling, classify, reads_last_token
+from models.backbone import Pooling, classify, read_out, reads_last_token
 from models.metrics import RewardMetrics, reward_figures
 from models.training import BackboneModule
 
@@ -49,6 +49,8 @@ class RewardClassifier(BackboneModule):
             raise UserError(
                 f"model.category_weights: there is no category {', '.join(unknown)}", f"Use {', '.join(names)}."
             )
+        if negative := [name for name, weight in (category_weights or {}).items() if weight < 0]:
+            raise UserError(f"model.category_weights: that of {', '.join(negative)} is negative", "Give 0 or more.")
         self.metrics = RewardMetrics()
         weights = {str(name): weight for name, weight in (category_weights or {}).items()}
         weight_by_category = torch.tensor([weights.get(category.value, 1.0) for category in Category])
@@ -63,6 +65,10 @@ class RewardClassifier(BackboneModule):
         """A micro-batch's part of the step's loss; a category's weight multiplies its rows' losses."""
         loss_R = nn.functional.cross_entropy(self(batch["inputs"]), batch["label"], reduction="none")
         return (loss_R * self.category_weight[batch["category"]] * batch["weight"]).sum()
+
+    def refuse_network(self, network: "PreTrainedModel") -> None:
+        if self.hparams["pooling"] != "auto":
+            read_out(network)
 
     def tree_problem(self, network: "PreTrainedModel", longest: int) -> str | None:
         if self.hparams["pooling"] not in ("auto", "last") or not reads_last_token(network):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
@@ -33,10 +34,12 @@ from models.backbone import (
     base_from_config,
     build_network,
     load_network,
+    network_config,
     network_from_config,
     position_room,
     quiet,
     same_random_numbers,
+    weightless_network,
 )
 from models.calibration import calibrated, fit_temperature, fit_threshold
 from models.optimizers import OptimizerName, ScheduleName, build_optimizer, build_schedule, optimizer_maker
@@ -114,7 +117,9 @@ class BackboneModule(LightningModule):
         super().__init__()
         if not 0 <= warmup_ratio <= 1:
             raise UserError(f"model.warmup_ratio: {warmup_ratio} is no share", "Give a number from 0 to 1.")
-        for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay), ("dropout", dropout)):
+        if dropout is not None and not 0 <= dropout <= 1:
+            raise UserError(f"model.dropout: {dropout} is no share", "Give a number from 0 to 1.")
+        for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
             if value is not None and value < 0:
                 raise UserError(f"model.{name}: {value} is negative", "Give 0 or more.")
         if gradient_clip_norm is not None and gradient_clip_norm <= 0:
@@ -168,6 +173,8 @@ class BackboneModule(LightningModule):
         if self._said_at_start:
             log.info(self._said_at_start)
             self._said_at_start = None  # a test comes here again
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._total_steps()  # refuses a run without an end
         optimizer = self.hparams["optimizer"]
         optimizer_maker(optimizer)  # says what is missing before any weight is loaded
         refuse_unfit(self.adapter, self.hparams["quantization"], self.trainer.strategy)
@@ -178,6 +185,7 @@ class BackboneModule(LightningModule):
             )
         with torch.device("cpu"):
             if made := self.network is None:
+                self._rehearse()
                 self._build()
             assert self.network is not None
             if self._mesh is None:
@@ -187,6 +195,40 @@ class BackboneModule(LightningModule):
             self._settle_layout()
             if self._mesh is not None:
                 reshard(self.network)
+
+    def _rehearse(self) -> None:
+        """Try the options on a network without weights: to load them may take minutes, and what is wrong shows here."""
+        options, data = self.hparams, self.trainer.datamodule  # type: ignore[attr-defined]
+        backbone, trusted = options["backbone"], options["trust_remote_code"]
+        config = network_config(
+            self.head,
+            backbone,
+            data.tokenizer,
+            options["scratch"],
+            dropout=options["dropout"],
+            trust_remote_code=trusted,
+        )
+        if data.max_length > (room := position_room(config)):
+            raise UserError(
+                f"data.max_length: {data.max_length} tokens, but {backbone} has positions for {room}",
+                f"Use --data.max_length {room}, or a backbone that reads longer texts.",
+            )
+        network = weightless_network(
+            self.head,
+            backbone,
+            config,
+            dtype=options["dtype"],
+            attn_implementation=options["attn_implementation"],
+            trust_remote_code=trusted,
+        )
+        self.refuse_network(network)
+        if options["gradient_checkpointing"] and not network.supports_gradient_checkpointing:
+            raise UserError(
+                f"model.gradient_checkpointing: {type(network).__name__} has none",
+                "Leave it out, or use another backbone.",
+            )
+        if data.layout == "tree" and (problem := self.tree_problem(network, data.max_length)):
+            data.settle_layout(problem)
 
     def _build(self) -> None:
         """Make the network as the options describe it, with adapters if there are to be any."""
@@ -204,11 +246,6 @@ class BackboneModule(LightningModule):
                 trust_remote_code=options["trust_remote_code"],
             )
         self._adapt(self.trainer.strategy.root_device)
-        if data.max_length > (room := position_room(self.network.config)):
-            raise UserError(
-                f"data.max_length: {data.max_length} tokens, but {options['backbone']} has positions for {room}",
-                f"Use --data.max_length {room}, or a backbone that reads longer texts.",
-            )
         if options["gradient_checkpointing"]:
             self.network.gradient_checkpointing_enable({"use_reentrant": False})
         if options["compile"]:

@@ -26,6 +26,9 @@ from callbacks.checkpoints import (
     LastCheckpoint,
     SafeCheckpointIO,
     SeedEachStep,
+    checkpoint_problem,
+    load_run,
+    refuse_damaged,
 )
 from callbacks.export import ExportModel
 from callbacks.files import (
@@ -165,6 +168,11 @@ class FitCLI(LightningCLI):
         """Raise a UserError for options that no part of the run could use as they are."""
         if (steps := self.config.run.checkpoint_every_n_steps) < 1:
             raise UserError(f"run.checkpoint_every_n_steps: {steps} is not a number of steps", "Use 1 or more.")
+        if self.config.run.monitor == "validation/json_validity" and not self.config.model.sampled_answers:
+            raise UserError(
+                "run.monitor: no answers are sampled that validation/json_validity could be the valid share of",
+                "Give model.sampled_answers, or monitor another figure.",
+            )
         for name, default in NOT_OURS.items():
             if (value := self.config.trainer[name]) != default:
                 raise UserError(
@@ -266,6 +274,8 @@ def _clear_class_errors() -> Iterator[None]:
 def _fit_and_test(cli: FitCLI) -> None:
     folder, trainer = cli.folder, cli.trainer
     checkpoint = _resume_from(cli.config.ckpt_path, folder)
+    if checkpoint is not None:
+        _refuse_unreadable(Path(checkpoint), cli.task)
     if trainer.is_global_zero:
         write_atomically(folder / CONFIG_FILE, _dump_config(cli.parser, cli.config))
         _keep_earlier_curves(folder / LOGS / "metrics.csv")
@@ -324,6 +334,15 @@ def _resume_from(ckpt_path: str | None, folder: Path) -> str | None:
         print(f"{folder} was stopped before its first checkpoint; it begins anew")
         return None
     return str(path)
+
+
+def _refuse_unreadable(path: Path, task: str) -> None:
+    """Look at a checkpoint, but for its weights, before the backbone's are loaded."""
+    try:
+        load_run(path, task, checked=True, whole=False)
+    except UserError:
+        refuse_damaged(path, checkpoint_problem(path))  # which names the newest good one
+        raise
 
 
 def task_of(arguments: list[str]) -> str:

@@ -44,7 +44,8 @@ class PlanCLI(FitCLI):
         )
         parser.add_argument("--output", type=Path, default=None, help="Write the plan to this JSON file.")
 
-    def before_instantiate_classes(self) -> None: ...
+    def before_instantiate_classes(self) -> None:
+        self.refuse_impossible_options()
 
     def instantiate_classes(self) -> None:
         LightningCLI.instantiate_classes(self)

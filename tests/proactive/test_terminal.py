@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.training import BackboneModule
 from proactive import evaluate, fit, inspect
 from proactive.terminal import MISTAKE
 from tests.helpers import ROOT, SMALL_BACKBONE, SMALL_RUN, command, small_root
@@ -55,6 +56,36 @@ FIT_MISTAKES: dict[str, tuple[list[str], str]] = {
     "more folds than scenes": (["--data.folds=99"], "data.folds"),
     "fraction above one": (["--data.split=published", "--data.validation_fraction=7"], "validation_fraction"),
     "scenes do not divide a step": (["--data.scenes_per_step=3"], "data.scenes_per_step"),
+    "a step of fewer rows than scenes": (["--data.batch_size=2"], "data.scenes_per_step"),
+    "a step of no scenes": (["--data.scenes_per_step=0"], "data.scenes_per_step"),
+    "negative weight decay": (["--model.weight_decay=-1"], "weight_decay"),
+    "negative dropout": (["--model.dropout=-0.1"], "dropout"),
+    "dropout of more than all": (["--model.dropout=1.5"], "dropout"),
+    "no room for a gradient": (["--model.gradient_clip_norm=0"], "gradient_clip_norm"),
+    "negative weight of a category": (['--model.category_weights={"missed_need": -1}'], "missed_need"),
+    "no end": (["--trainer.max_epochs=-1"], "without an end"),
+    "more tokens than positions": ([scratch(max_position_embeddings=512)], "positions for 512"),
+    "trees for an encoder": (
+        [scratch(model_type="bert", max_position_embeddings=2048), "--data.layout=tree"],
+        "data.layout",
+    ),
+    "trees of another attention": (
+        ["--data.layout=tree", "--model.attn_implementation=flash_attention_2"],
+        "FlashAttention2",
+    ),
+    "trees longer than a window": ([scratch(model_type="mistral", sliding_window=64), "--data.layout=tree"], "64"),
+    "trees that are read elsewhere": (["--data.layout=tree", "--model.pooling=mean"], "data.layout"),
+    "an encoder as an agent": (["--task=agent", scratch(model_type="bert", max_position_embeddings=2048)], "agent"),
+    "no answers to monitor": (
+        ["--task=agent", "--model.sampled_answers=0", "--run.monitor=validation/json_validity"],
+        "run.monitor",
+    ),
+    "negative number of answers": (["--task=agent", "--model.sampled_answers=-1"], "sampled_answers"),
+    "an optimizer that cuts what sharding cuts": (
+        ["--model.optimizer=adamw_8bit", "--trainer.strategy=fully_sharded", "--trainer.devices=1"],
+        "model.optimizer",
+    ),
+    "a quantized backbone without an adapter": (["--model.quantization=nf4"], "model.quantization"),
     "less than a row at once": (["--data.token_budget=10"], "data.token_budget"),
     "micro-batch of none": (["--data.micro_batch_size=0"], "data.micro_batch_size"),
     "another accumulation": (["--trainer.accumulate_grad_batches=3"], "accumulate_grad_batches"),
@@ -122,18 +153,28 @@ def assert_two_lines(err: str, named: str) -> None:
 
 
 @pytest.mark.parametrize("mistake", FIT_MISTAKES)
-def test_a_mistake_in_fit_takes_two_lines_and_leaves_no_run(
-    mistake: str, call: Callable, mistaken_files: Path, tmp_path_factory: pytest.TempPathFactory
+def test_a_mistake_in_fit_takes_two_lines_loads_no_weights_and_leaves_no_run(
+    mistake: str,
+    call: Callable,
+    mistaken_files: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """And is found before any weight is made or loaded, which may take minutes."""
+
+    def no_weights(*arguments: object) -> None:
+        raise AssertionError("weights are made")
+
     root = tmp_path_factory.getbasetemp() / "root_for_mistakes"
     if not root.exists():
         small_root(root)
     arguments, named = FIT_MISTAKES[mistake]
+    monkeypatch.setattr(BackboneModule, "_build", no_weights)
     before = set(mistaken_files.rglob("*"))
     ended = call(fit.main, *SMALL_RUN, f"--data.root={root}", *arguments)
     assert ended.code == MISTAKE == 2
     assert_two_lines(ended.err, named)
-    left = {path for path in set(mistaken_files.rglob("*")) - before if path.name not in ("runs", "reward")}
+    left = {path for path in set(mistaken_files.rglob("*")) - before if path.name not in ("runs", "reward", "agent")}
     assert left == set()  # else the next --ckpt_path last would take it for the newest run
 
 
