@@ -6,6 +6,8 @@ Adapters are put into the network itself, so that everything else goes on seeing
 import hashlib
 import importlib
 import json
+import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +23,12 @@ from models.backbone import Head, reads_last_token
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+log = logging.getLogger("proactive")
 Quantization = Literal["none", "int8", "nf4"]
 NAME = "default"  # peft's own for the only adapter
 WEIGHTS_FILE = "adapter_model.safetensors"  # as peft names it
 PREFIX = "base_model.model."  # what peft puts before a weight's name in its files
+SMALL_SHARE = 0.01  # of the weights; what holds less is not named
 SAMPLE = 256  # values of each tensor that a base's digest reads
 SAVED_TASKS: dict[Head, str] = {"classifier": "SEQ_CLS", "language model": "CAUSAL_LM"}  # as peft names them
 
@@ -103,18 +107,12 @@ def add_adapter(
     """
     from peft import inject_adapter_in_model
 
-    layers = _linear_layers(network)
-    if not layers:
-        raise UserError(f"model.adapter: {type(network).__name__} has no linear layer", "Use another backbone.")
+    targets, stored = target_layers(network, head, adapter), linear_layers(network)
+    _say_left_out(network, targets, quantization, stored)
     if quantization != "none":
-        _quantize(network, layers, quantization, device)
+        _quantize(network, stored, quantization, device)
     try:
-        inject_adapter_in_model(_lora_config(adapter, head, sorted(layers)), network, NAME)
-    except ValueError as error:  # no layer has such a name
-        raise UserError(
-            f"model.adapter.targets: {' '.join(str(error).split())[:200]}",
-            f"Use all-linear, or some of {', '.join(sorted({name.rpartition('.')[2] for name in layers}))}.",
-        ) from error
+        inject_adapter_in_model(_lora_config(adapter, head, sorted(targets)), network, NAME)
     finally:
         network.__dict__.pop(LOADED[quantization], None)
     for name, parameter in network.named_parameters():
@@ -134,11 +132,101 @@ def _lora_config(adapter: AdapterOptions, head: Head, layers: list[str]) -> Any:
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
-        target_modules=layers if adapter.targets == "all-linear" else adapter.targets,
+        target_modules=layers,
     )
 
 
-def _linear_layers(network: "PreTrainedModel") -> dict[str, nn.Module]:
+def target_layers(network: "PreTrainedModel", head: Head, adapter: AdapterOptions) -> dict[str, nn.Module]:
+    """The layers that get adapters, by name; the network may be on the meta device.
+
+    Raises:
+        UserError: There are none, or a target is something else than a linear layer under the head, or an output layer
+            of its own weights.
+    """
+    layers = linear_layers(network)
+    if not layers:
+        raise UserError(f"model.adapter: {type(network).__name__} has no linear layer", "Use another backbone.")
+    if adapter.targets == "all-linear":
+        return layers
+    hint = f"Use all-linear, or some of {', '.join(sorted({name.rpartition('.')[2] for name in layers}))}."
+    output = network.get_output_embeddings()
+    new = {id(module) for part in _head_modules(network, head) for module in part.modules()}
+    found: dict[str, nn.Module] = {}
+    for target in adapter.targets:
+        named = {n: m for n, m in network.named_modules() if n == target or n.endswith(f".{target}")}
+        what = f"model.adapter.targets: {target}"
+        if not named:
+            raise UserError(f"{what}: {type(network).__name__} has no such layer", hint)
+        for name, module in named.items():
+            if id(module) in new:
+                raise UserError(f"{what} is in the new head, which is trained whole", hint)
+            if isinstance(module, nn.Embedding):
+                raise UserError(f"{what} are embeddings, and adapters go on linear layers", hint)
+            if module is output and _is_tied(network, output):
+                raise UserError(f"{what} shares its weights with the embeddings, which a merge would change too", hint)
+            if name not in layers and module is not output:
+                raise UserError(f"{what} is no linear layer but {type(module).__name__}", hint)
+        found |= named
+    return found
+
+
+def _is_tied(network: "PreTrainedModel", output: nn.Module) -> bool:
+    """Whether the output layer's weight is that of the embeddings."""
+    return output.weight is getattr(network.get_input_embeddings(), "weight", None)
+
+
+def never_quantized(network: "PreTrainedModel", head: Head) -> list[str]:
+    """The names of the layers that are kept as they are when a backbone is quantized: what stands over it."""
+    kept = [network.get_output_embeddings(), *_head_modules(network, head)]
+    return [name for name, module in network.named_modules() if any(module is one for one in kept)]
+
+
+def _say_left_out(
+    network: "PreTrainedModel",
+    targets: Mapping[str, nn.Module],
+    quantization: Quantization,
+    stored: Mapping[str, nn.Module],
+) -> None:
+    """Say which share of the weights gets adapters or is quantized, and what does not."""
+    share, others = _share(network, targets)
+    log.info(f"model.adapter: adapters on {len(targets)} layers, which hold {share:.1%} of the weights; {others}")
+    if quantization != "none":
+        share, others = _share(network, stored)
+        log.info(f"model.quantization: {share:.1%} of the weights are kept in {quantization}; {others}")
+    if fused := _fused_experts(network):
+        share = sum(fused.values()) / sum(parameter.numel() for parameter in network.parameters())
+        log.warning(
+            f"model.adapter: {', '.join(fused)} are no linear layers, for one tensor holds several experts: "
+            f"{share:.1%} of the weights get no adapter and are not quantized"
+        )
+
+
+def _fused_experts(network: "PreTrainedModel") -> Counter[str]:
+    """How many weights are in tensors that hold one matrix for each of several experts, by where they are."""
+    fused = Counter[str]()
+    for module in network.base_model.modules():
+        if not isinstance(module, nn.modules.conv._ConvNd):
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim > 2:
+                    fused[f"{type(module).__name__}.{name}"] += parameter.numel()
+    return fused
+
+
+def _share(network: "PreTrainedModel", layers: Mapping[str, nn.Module]) -> tuple[float, str]:
+    """Which share of a network's weights is in some layers, and where the others are."""
+    inside = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
+    total, covered, others = 0, 0, Counter[str]()
+    for name, parameter in network.named_parameters():
+        total += parameter.numel()
+        if id(parameter) in inside:
+            covered += parameter.numel()
+        else:
+            others[".".join(name.split(".")[-2:])] += parameter.numel()
+    shares = [f"{name} {count / total:.1%}" for name, count in others.most_common() if count >= SMALL_SHARE * total]
+    return covered / total, f"not {', '.join(shares) or 'norms and biases'}"
+
+
+def linear_layers(network: "PreTrainedModel") -> dict[str, nn.Module]:
     """The linear layers under the head, by name."""
     from transformers.pytorch_utils import Conv1D  # GPT-2's
 
@@ -250,7 +338,7 @@ def save_adapter(network: "PreTrainedModel", head: Head, base: str, folder: Path
     save_file(renamed, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     config = network.peft_config[NAME]
     config.base_model_name_or_path, config.inference_mode = base, True
-    heads = _head_modules(network, head)
+    heads = [module for module in _head_modules(network, head) if list(module.parameters())]
     config.modules_to_save = [name for name, module in network.named_children() if module in heads] or None
     config.save_pretrained(folder)
 
@@ -276,7 +364,7 @@ def load_adapter(network: "PreTrainedModel", folder: Path) -> None:
         ) from error
 
 
-def merged_state(network: "PreTrainedModel") -> dict[str, Tensor]:
+def merged_state(network: "PreTrainedModel", quantization: Quantization) -> dict[str, Tensor]:
     """The weights of a network with adapters, as those of a plain one: base, dequantized, plus adapter.
 
     Each is summed in float32 and rounded once to the dtype of the network.
@@ -284,7 +372,7 @@ def merged_state(network: "PreTrainedModel") -> dict[str, Tensor]:
     from peft.utils.integrations import dequantize_module_weight
 
     state = dict(network.state_dict())
-    for name, layer in _changed_layers(network):
+    for name, layer in _changed_layers(network, quantization):
         base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
         weight = dequantize_module_weight(base).float()
         if layer is not base:
@@ -296,11 +384,15 @@ def merged_state(network: "PreTrainedModel") -> dict[str, Tensor]:
     return {name: weight.to("cpu", network.dtype) for name, weight in state.items()}
 
 
-def _changed_layers(network: nn.Module) -> Iterator[tuple[str, Any]]:
+def _changed_layers(network: nn.Module, quantization: Quantization) -> Iterator[tuple[str, Any]]:
     """The layers that have an adapter, are quantized, or both."""
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from peft.tuners.lora import LoraLayer
 
+    kinds: tuple[type, ...] = (LoraLayer,)
+    if quantization != "none":
+        from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+        kinds = (LoraLayer, Linear4bit, Linear8bitLt)
     for name, module in network.named_modules():
-        if isinstance(module, LoraLayer | Linear4bit | Linear8bitLt) and not name.endswith(".base_layer"):
+        if isinstance(module, kinds) and not name.endswith(".base_layer"):
             yield name, module

@@ -27,6 +27,7 @@ Head = Literal["classifier", "language model"]
 Pooling = Literal["auto", "last", "cls", "mean"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet"}  # their first one is the padding id + 1
+STRETCHED = {"yarn", "linear", "dynamic"}  # rotary positions, see `position_room`
 LABELS = {0: "rejected", 1: "accepted"}
 # How the files of a network for text and pictures name the part that reads text, and what that is called alone.
 TEXT_PART = {
@@ -372,8 +373,16 @@ def reads_last_token(model: "PreTrainedModel") -> bool:
 
 
 def position_room(config: "PretrainedConfig") -> int:
-    """For how many tokens a backbone has positions, or was trained on rotary ones."""
+    """For how many tokens a backbone has positions, or was trained on rotary ones.
+
+    Rotary positions that YaRN, or a linear or dynamic factor, stretches reach `factor` times as far as those of the
+    pretraining, which `max_position_embeddings` says where `original_max_position_embeddings` does not.
+    """
     positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    rotary = getattr(config, "rope_parameters", None) or {}
+    if rotary.get("rope_type") in STRETCHED:
+        original = rotary.get("original_max_position_embeddings") or positions
+        positions = max(positions, int(original * (rotary.get("factor") or 1)))
     return positions - (config.pad_token_id + 1 if config.model_type in POSITIONS_AFTER_PADDING else 0)
 
 

@@ -26,6 +26,7 @@ from models.adapters import (
     merged_state,
     refuse_unfit,
     save_adapter,
+    target_layers,
     trained_names,
 )
 from models.backbone import (
@@ -233,6 +234,7 @@ class BackboneModule(LightningModule):
     def _build(self) -> None:
         """Make the network as the options describe it, with adapters if there are to be any."""
         options, data = self.hparams, self.trainer.datamodule  # type: ignore[attr-defined]
+        self._check_targets(data.tokenizer)
         build = build_network if self._mesh is None else self._build_sharded
         with self._where_weights_are_drawn():
             self.network = build(
@@ -382,6 +384,26 @@ class BackboneModule(LightningModule):
         )
         self._adapt()
 
+    def _check_targets(self, tokenizer: Any) -> None:
+        """Refuse targets that cannot have adapters before any weight is loaded."""
+        if self.adapter is None:
+            return
+        options = self.hparams
+        remote = options["trust_remote_code"]
+        scratch, dropout = options["scratch"], options["dropout"]
+        config = network_config(
+            self.head, options["backbone"], tokenizer, scratch, dropout=dropout, trust_remote_code=remote
+        )
+        shapes = weightless_network(
+            self.head,
+            options["backbone"],
+            config,
+            dtype=options["dtype"],
+            attn_implementation=options["attn_implementation"],
+            trust_remote_code=remote,
+        )
+        target_layers(shapes, self.head, self.adapter)
+
     def _adapt(self, device: torch.device | None = None) -> None:
         """Put adapters into the network, if there are to be any, and remember which base they are for."""
         if self.adapter is None:
@@ -421,13 +443,20 @@ class BackboneModule(LightningModule):
         if self.adapter is None:
             with quiet():
                 self.network.save_pretrained(folder, state_dict=weights)
-        elif self.adapter.merge:
+        elif not self.exports_adapter:
             self._merged().save_pretrained(folder)
             content["model"] = options | {"adapter": None, "quantization": "none"}
         else:
-            save_adapter(self.network, self.head, self.base["backbone"], folder)
+            backbone = self.base["backbone"]
+            place = str(Path(backbone).resolve()) if Path(backbone).is_dir() else backbone
+            save_adapter(self.network, self.head, place, folder)
             content |= {"base": self.base, "backbone_config": self.network.config.to_dict()}
         (folder / EXPORT_STATE).write_text(json.dumps(content, indent=1))
+
+    @property
+    def exports_adapter(self) -> bool:
+        """Whether an export holds an adapter alone; one without a base that others have is merged."""
+        return self.adapter is not None and not self.adapter.merge and self.hparams["backbone"] != SCRATCH
 
     @classmethod
     def from_export(cls, folder: Path) -> tuple[Self, dict[str, Any]]:
@@ -458,7 +487,7 @@ class BackboneModule(LightningModule):
     def _merged(self) -> "PreTrainedModel":
         """Base and adapter as one plain network."""
         assert self.network is not None
-        state, options = merged_state(self.network), self.hparams
+        state, options = merged_state(self.network, self.hparams["quantization"]), self.hparams
         with torch.device("meta"):
             config = json.loads(self.network.config.to_json_string(use_diff=False))
             merged = network_from_config(self.head, config, options["dtype"], options["attn_implementation"])

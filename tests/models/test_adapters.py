@@ -14,19 +14,28 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from callbacks.checkpoints import LastCheckpoint, SeedEachStep, load_trained
 from datamodules.agent import AgentDataModule
 from datamodules.errors import UserError
 from datamodules.reward import RewardDataModule
-from models.adapters import AdapterOptions, Quantization, trained_names
+from models.adapters import (
+    AdapterOptions,
+    Quantization,
+    add_adapter,
+    linear_layers,
+    merged_state,
+    target_layers,
+    trained_names,
+)
 from models.agent import ProactiveAgent
-from models.backbone import language_problem, network_from_config
+from models.backbone import Head, language_problem, network_from_config, weightless_network
 from models.operations import weight_count
 from models.reward import RewardClassifier
 from models.training import BackboneModule
 from models.tree import pair_cost, tree_problem
-from tests.models.small import LLAMA, fit, probabilities, small_data, small_trainer
+from tests.models.small import FAMILIES, LLAMA, fit, probabilities, small_data, small_trainer
 
 KINDS: tuple[Quantization, ...] = ("none", "int8", "nf4")
 LAYER = {"none": torch.nn.Linear, "int8": Linear8bitLt, "nf4": Linear4bit}
@@ -270,14 +279,113 @@ def test_a_sharded_backbone_is_refused(base: Path) -> None:
         refuse_unfit(AdapterOptions(), "nf4", ModelParallelStrategy())
 
 
-def test_impossible_options_are_refused(root: Path, base: Path) -> None:
+def test_impossible_options_are_refused() -> None:
     with pytest.raises(UserError, match="rank"):
         AdapterOptions(rank=0)
     with pytest.raises(UserError, match="dropout"):
         AdapterOptions(dropout=1.0)
-    model = classifier(base, adapter={"targets": ["nothing_proj"]})
-    with pytest.raises(UserError, match=r"targets[\s\S]*q_proj"):
+
+
+def weightless(kind: str, head: Head, **options: Any) -> Any:
+    config = AutoConfig.for_model(kind, **{**FAMILIES[kind], "vocab_size": 300, "pad_token_id": 0, **options})
+    if head == "classifier":
+        config.num_labels = 2
+    return weightless_network(head, kind, config, dtype="float32", attn_implementation=None, trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "target", "message"),
+    [
+        ("llama", "classifier", "nothing_proj", "LlamaForSequenceClassification has no such layer"),
+        ("llama", "classifier", "proj", "has no such layer"),  # the end of a name, not a name
+        ("llama", "classifier", "score", "score is in the new head, which is trained whole"),
+        ("roberta", "classifier", "out_proj", "out_proj is in the new head"),
+        ("roberta", "classifier", "dense", "dense is in the new head"),  # as well as under it
+        ("deberta-v2", "classifier", "pooler", "pooler is in the new head"),
+        ("llama", "classifier", "embed_tokens", "embed_tokens are embeddings"),
+        ("llama", "language model", "embed_tokens", "embed_tokens are embeddings"),
+        ("gpt2", "language model", "wpe", "wpe are embeddings"),
+        ("bert", "classifier", "word_embeddings", "word_embeddings are embeddings"),
+        ("llama", "language model", "input_layernorm", "is no linear layer but LlamaRMSNorm"),
+        ("llama", "language model", "self_attn", "is no linear layer but LlamaAttention"),
+        ("gpt2", "language model", "lm_head", "lm_head shares its weights with the embeddings"),
+        ("gemma3_text", "language model", "lm_head", "lm_head shares its weights with the embeddings"),
+    ],
+)
+def test_targets_that_cannot_be_right_are_refused(kind: str, head: Head, target: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        target_layers(weightless(kind, head), head, AdapterOptions(targets=[target]))
+    assert caught.value.what.startswith(f"model.adapter.targets: {target}")
+    assert "Use all-linear, or some of" in caught.value.hint
+
+
+def test_targets_are_looked_at_before_weights_load(root: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = classifier(base, adapter={"targets": ["q_proj", "score"]})
+    monkeypatch.setattr("models.training.build_network", lambda *_, **__: pytest.fail("weights are loaded"))
+    with pytest.raises(UserError, match="score is in the new head"):
         fit(model, reward_data(root, base))
+
+
+def test_an_output_layer_of_its_own_may_have_an_adapter() -> None:
+    """Merged, the network gives the same logits, and embeddings stay what they were."""
+    config = AutoConfig.for_model(**{**LLAMA, "vocab_size": 300, "pad_token_id": 0, "tie_word_embeddings": False})
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_config(config)
+    embeddings = network.get_input_embeddings().weight.clone()
+    add_adapter(network, "language model", AdapterOptions(rank=2, targets=["q_proj", "lm_head"]))
+    for name, weight in network.named_parameters():
+        if ".lora_" in name:
+            weight.data.normal_(std=0.1)
+    network.eval()
+    plain = AutoModelForCausalLM.from_config(config).eval()
+    plain.load_state_dict(merged_state(network, "none"))
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, network(ids).logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(plain.get_input_embeddings().weight, embeddings)
+
+
+def test_a_merge_of_plain_adapters_needs_no_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**LLAMA, "vocab_size": 300}))
+    add_adapter(network, "language model", AdapterOptions(rank=2))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "bitsandbytes"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    state = merged_state(network, "none")
+    assert not any("lora" in name for name in state)
+    with pytest.raises(ImportError):
+        merged_state(network, "nf4")
+
+
+MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 8, "vocab_size": 300}
+
+
+def test_what_is_left_out_is_said_with_its_share(caplog: pytest.LogCaptureFixture) -> None:
+    network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MIXTRAL))
+    total = sum(weight.numel() for weight in network.parameters())
+    experts = sum(weight.numel() for name, weight in network.named_parameters() if ".experts." in name)
+    embeddings = network.get_input_embeddings().weight.numel()
+    linear = sum(layer.weight.numel() for layer in linear_layers(network).values())
+    targets = 2 * 2 * 64 * 64  # q_proj and o_proj of two layers
+    with caplog.at_level("INFO", "proactive"):
+        add_adapter(network, "language model", AdapterOptions(rank=2, targets=["q_proj", "o_proj"]), "nf4")
+    packed = sum(2 * layer.weight.numel() for layer in network.modules() if isinstance(layer, Linear4bit))
+    assert packed == linear
+    said, quantized, warning = (record.getMessage() for record in caplog.records)
+    assert said.startswith(
+        f"model.adapter: adapters on 4 layers, which hold {targets / total:.1%} of the weights; not "
+    )
+    assert quantized.startswith(f"model.quantization: {linear / total:.1%} of the weights are kept in nf4; not ")
+    assert f"embed_tokens.weight {embeddings / total:.1%}" in quantized
+    assert "MixtralExperts.gate_up_proj, MixtralExperts.down_proj are no linear layers" in warning
+    assert f"{experts / total:.1%} of the weights get no adapter and are not quantized" in warning
+    assert [record.levelname for record in caplog.records] == ["INFO", "INFO", "WARNING"]
+
+
+def test_where_nothing_large_is_left_out_nothing_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**LLAMA, "vocab_size": 300}))
+    with caplog.at_level("INFO", "proactive"):
+        add_adapter(network, "language model", AdapterOptions(rank=2))
+    assert [record.levelname for record in caplog.records] == ["INFO"]
 
 
 def test_a_base_from_scratch_is_made_anew(root: Path, tmp_path: Path) -> None:

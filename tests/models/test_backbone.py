@@ -30,6 +30,7 @@ from models.backbone import (
     load_network,
     network_config,
     network_from_config,
+    position_room,
     quiet,
     read_out,
     weightless_network,
@@ -463,3 +464,23 @@ def test_decoders_and_encoders_are_told_apart_by_what_they_read(tokenizer: PreTr
                 for pooling in ("auto", "last")
             )
             assert torch.equal(auto, last) == (family in DECODERS), family
+
+
+@pytest.mark.parametrize(
+    ("positions", "rotary", "room"),
+    [
+        (512, {"rope_type": "default"}, 512),
+        (512, {"rope_type": "yarn", "factor": 4.0}, 2048),  # as Qwen 2.5 has it
+        (512, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+        (2048, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),  # as DeepSeek
+        (512, {"rope_type": "linear", "factor": 2.0}, 1024),
+        (512, {"rope_type": "dynamic", "factor": 2.0}, 1024),
+        (4096, {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 512}, 4096),
+    ],
+)  # fmt: skip
+def test_stretched_rotary_positions_reach_as_far_as_they_are_stretched(
+    positions: int, rotary: dict[str, Any], room: int
+) -> None:
+    options = {**SMALL_LLAMA, "max_position_embeddings": positions, "rope_parameters": {"rope_theta": 1e4, **rotary}}
+    assert position_room(transformers.AutoConfig.for_model(**options)) == room
