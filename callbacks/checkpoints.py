@@ -129,7 +129,7 @@ def load_trained(kind: type[Model], target: Path, option: str) -> tuple[Model, d
     Raises:
         UserError: There is no such model there.
     """
-    if (target / EXPORT_STATE).is_file():
+    if (shards.settled(target) / EXPORT_STATE).is_file():
         return (*kind.from_export(target), target)
     target = _checkpoint_of(target, option)
     checkpoint = load_run(target, kind.task)
@@ -142,7 +142,7 @@ def checkpoint_task(target: Path, option: str) -> str:
     Raises:
         UserError: As `load_trained`.
     """
-    if (target / EXPORT_STATE).is_file():
+    if (shards.settled(target) / EXPORT_STATE).is_file():
         task = export_state(target).get("task")
     else:
         task = load_checkpoint(_checkpoint_of(target, option), whole=False).get("task")

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from callbacks.evaluation_record import OUTCOMES, JudgedEvent
-from callbacks.export import TEMPLATES
+from callbacks.files import TEMPLATES
 from callbacks.plots import image, new_axes
 
 OUTCOME_WORDS = {

@@ -1,7 +1,8 @@
 """The weights as other tools load them: safetensors, tokenizer and a model card in one folder."""
 
+import json
+import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,29 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from callbacks.card import model_card
 from callbacks.files import EXPORT
 from callbacks.record import tested_record
+from callbacks.shards import put_in_place, remove, settled
+from datamodules.errors import UserError
 from datamodules.rows import RowsDataModule
 from models.sharding import gather
-from models.training import BackboneModule
+from models.training import EXPORT_STATE, BackboneModule, export_state
 
-TEMPLATES = Path(__file__).with_name("templates")
+FILES = "files"  # in proactive.json: what the export wrote
+KEPT = ".kept"  # ends the name of a file of the user's own that has the name of one of the export's
+# What an export wrote before proactive.json said so.
+WRITTEN_BEFORE = {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    EXPORT_STATE,
+}
 
 
 class ExportModel(Callback):
@@ -23,6 +40,9 @@ class ExportModel(Callback):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        refuse_other_folder(self.folder / EXPORT)  # rather than when all is trained
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, BackboneModule)
@@ -41,35 +61,76 @@ def export_model(
     folder: Path,
     weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write weights, configuration, tokenizer and model card to `folder`, in place of what was there.
+    """Write weights, configuration, tokenizer and model card to `folder`, in place of an earlier export there.
+
+    The folder holds the earlier export or the new one at any moment. What else lies in it stays there.
 
     Args:
         model: What to export.
         data: What it was trained on.
-        record: What its test found out; without one there is no model card.
+        record: What its test found out; without one the model card has no figures.
         folder: Where to.
         weights: See `BackboneModule.export`.
+
+    Raises:
+        UserError: Something else than an export is there.
     """
+    folder = folder.resolve()
+    refuse_other_folder(folder)
     unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    remove(unfinished)
     unfinished.mkdir(parents=True)
     model.export(unfinished, data.state_dict(), weights)
     data.tokenizer.save_pretrained(unfinished)
-    if record is not None:
-        (unfinished / "README.md").write_text(model_card(record, model.hparams), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
+    (unfinished / "README.md").write_text(model_card(model, data, record), encoding="utf-8")
+    content = export_state(unfinished)
+    content["around"] = {"before": data.segmenter.prefix, "after": data.end}  # what begins and ends every row
+    content[FILES] = sorted(path.name for path in unfinished.iterdir())
+    (unfinished / EXPORT_STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    for path in _foreign(folder):
+        taken = (unfinished / path.name).exists()
+        _link(path, unfinished / (f"{path.name}{KEPT}" if taken else path.name))
+    put_in_place(unfinished, folder)
 
 
-def model_card(record: dict[str, Any], options: Mapping[str, Any]) -> str:
-    """A model card in the form that model hubs read, made of a run's record and the model's options."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+def refuse_other_folder(folder: Path) -> None:
+    """Refuse to write an export where something else is.
 
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        autoescape=False,  # noqa: S701 - Markdown, made of figures and of the run's own options
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(f"{record['task']}_card.md").render(record=record, options=options)
+    Raises:
+        UserError: There is a file, or a folder that is neither empty nor an export.
+    """
+    settled(folder)
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if folder.exists() and not is_export(folder):
+        raise UserError(
+            f"{folder} exists and is no export of this project", "Move it away, or give a folder that does not exist."
+        )
+
+
+def is_export(folder: Path) -> bool:
+    """Whether this project wrote a folder."""
+    return (folder / EXPORT_STATE).is_file() and "task" in export_state(folder)
+
+
+def _foreign(folder: Path) -> list[Path]:
+    """What the user has put into an export."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return []
+    written = set(export_state(folder).get(FILES, WRITTEN_BEFORE))
+    return [path for path in folder.iterdir() if path.name not in written]
+
+
+def _link(path: Path, other: Path) -> None:
+    """Give a file, or all files of a folder, a second name, by a copy where the disk has no links."""
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except OSError:
+            shutil.copy2(source, target, follow_symlinks=False)
+
+    if path.is_dir() and not path.is_symlink():
+        shutil.copytree(path, other, symlinks=True, copy_function=link)
+    else:
+        link(str(path), str(other))

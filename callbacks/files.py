@@ -9,6 +9,7 @@ from pathlib import Path
 
 from datamodules.errors import UserError
 
+TEMPLATES = Path(__file__).with_name("templates")
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
 EXPORT = "export"

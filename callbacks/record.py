@@ -10,6 +10,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from callbacks.files import METRICS_FILE, write_atomically
+from callbacks.shards import content_digest
 from datamodules.rows import RowsDataModule
 from models.metrics import PUBLISHED_REWARD_ROWS
 from models.training import BackboneModule
@@ -68,10 +69,12 @@ class MetricsFile(Callback):
 
 
 def tested_record(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-    """The record of the test that `trainer` has just run."""
+    """The record of the test that `trainer` has just run, with a digest of the checkpoint that it tested, if any."""
     assert isinstance(pl_module, BackboneModule)
     data = trainer.datamodule  # type: ignore[attr-defined]
-    return run_record(pl_module, data, str(trainer.ckpt_path or "in memory"))
+    path = trainer.ckpt_path
+    digest = content_digest(Path(path)) if path else None
+    return run_record(pl_module, data, str(path or "in memory")) | {"weights_digest": digest}
 
 
 def versions() -> dict[str, str]:

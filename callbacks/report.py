@@ -9,8 +9,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from callbacks.export import TEMPLATES
-from callbacks.files import LOGS, REPORT_FILE, write_atomically
+from callbacks.files import LOGS, REPORT_FILE, TEMPLATES, write_atomically
 from callbacks.plots import image, loss_plot, new_axes, precision_recall_plot, reliability_plot
 from callbacks.record import tested_record
 from callbacks.samples import read_samples

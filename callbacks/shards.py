@@ -10,9 +10,12 @@ files carry their own; values.pt is loaded with weights_only.
 """
 
 import contextlib
+import ctypes
+import hashlib
 import os
 import shutil
 import warnings
+import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,6 +29,7 @@ WEIGHTS = "weights"
 OPTIMIZER = "optimizer"
 FILE_SIZE = 2**31  # of a rank's shards: the writer holds a file's bytes twice
 CHUNK = 2**24
+AT_WORKING_DIRECTORY, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2
 
 
 def is_sharded(path: Path) -> bool:
@@ -50,10 +54,17 @@ def link(path: Path, other: Path) -> None:
 
 
 def put_in_place(new: Path, target: Path) -> None:
-    """Rename a new checkpoint to where the previous one is; a folder cannot be replaced in one step as files are."""
+    """Rename a new file or folder to where the previous one is, which is then removed.
+
+    There is the old one or the new one at any moment. Where the system cannot exchange two folders in one step, a kill
+    in the middle can leave the old one under another name: see `settled`.
+    """
     replaced = _replaced(target)
     if target.exists() and (target.is_dir() or new.is_dir()):
         remove(replaced)
+        if _exchange(new, target):
+            remove(new)
+            return
         target.rename(replaced)
     new.replace(target)
     remove(replaced)
@@ -65,6 +76,13 @@ def settled(path: Path) -> Path:
         with contextlib.suppress(FileNotFoundError):  # there is none, or another rank has just done it
             _replaced(path).rename(path)
     return path
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two files or folders in one step; False where the system or the disk cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    places = (AT_WORKING_DIRECTORY, os.fsencode(one), AT_WORKING_DIRECTORY, os.fsencode(other))
+    return rename is not None and rename(*places, EXCHANGE) == 0
 
 
 def _replaced(path: Path) -> Path:
@@ -132,6 +150,13 @@ def read_whole(folder: Path) -> dict[str, Tensor]:
 def checksums(folder: Path, files: Iterable[Path]) -> dict[str, int]:
     """CRC-32 of files, by their names in the folder."""
     return {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
+
+
+def content_digest(path: Path) -> str:
+    """A digest of a checkpoint's content, of either kind; it reads the archive's own checksums alone."""
+    with zipfile.ZipFile(path / VALUES if path.is_dir() else path) as archive:  # values.pt has those of the shards
+        entries = [f"{entry.CRC} {entry.file_size} {entry.filename.partition('/')[2]}" for entry in archive.infolist()]
+    return hashlib.sha256("\n".join(entries).encode()).hexdigest()
 
 
 def sync(folder: Path) -> None:

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from callbacks.checkpoints import checkpoint_task, load_trained
-from callbacks.export import export_model
+from callbacks.export import export_model, is_export, refuse_other_folder
 from callbacks.files import METRICS_FILE
-from datamodules.errors import UserError
-from models.training import EXPORT_STATE
+from callbacks.shards import content_digest
 from proactive.fit import TASKS
 from proactive.terminal import Parser, run
 
@@ -18,13 +17,12 @@ def export(checkpoint: Path, output: Path) -> Path:
 
     Args:
         checkpoint: A run folder (its best weights), or a checkpoint, of one device or of any number of ranks.
-        output: The folder to write.
+        output: The folder to write. What a user has put into an earlier export stays there.
 
     Returns:
         The file or folder that the weights came from.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not (output / EXPORT_STATE).is_file():
-        raise UserError(f"--output: {output} exists and is no export", "Give a folder that does not exist yet.")
+    refuse_other_folder(output)
     model_class, data_class = TASKS[checkpoint_task(checkpoint, "--checkpoint")]
     model, state, source = load_trained(model_class, checkpoint, "--checkpoint")
     export_model(model, data_class.from_state(state), _record(source), output)
@@ -32,12 +30,12 @@ def export(checkpoint: Path, output: Path) -> Path:
 
 
 def _record(source: Path) -> dict[str, Any] | None:
-    """What the test of these weights found out, if their run has tested them."""
+    """What the test of these weights found out, if their run has tested them and not others under their name."""
     path = source.parent.parent / METRICS_FILE
-    if not path.is_file():
+    if is_export(source) or not path.is_file():
         return None
     record = json.loads(path.read_text(encoding="utf-8"))
-    return record if Path(record["weights"]).name == source.name else None
+    return record if record.get("weights_digest") == content_digest(source) else None
 
 
 def main(arguments: list[str]) -> None:

@@ -218,7 +218,7 @@ def _set_up_messages(debug: bool, quiet: bool) -> None:
     """Our own messages on standard output, those of libraries only where they warn of something new."""
     rank = _rank()
     ours = logging.getLogger("proactive")
-    ours.handlers = [_Messages(sys.stdout)]
+    ours.handlers = [_Messages(sys.stderr if quiet else sys.stdout)]
     ours.setLevel(logging.WARNING if quiet or rank else logging.INFO)
     ours.propagate = False
     if quiet or rank or not sys.stderr.isatty():

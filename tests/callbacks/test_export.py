@@ -4,17 +4,19 @@ import json
 import os
 import subprocess
 import sys
-from copy import deepcopy
+import threading
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import pytest
 import torch
-import yaml
+from transformers import AutoTokenizer
 
-from callbacks.export import export_model, model_card
+from callbacks.export import ExportModel, export_model
+from callbacks.files import EXPORT
 from callbacks.record import run_record
+from datamodules.errors import UserError
 from datamodules.prompts import Data, render
 from models.reward import RewardClassifier
 from tests.callbacks.conftest import Run
@@ -64,7 +66,8 @@ def prompt(run: Run, row: int) -> str:
 def test_transformers_alone_gives_the_same_probabilities(run: Run, tmp_path: Path) -> None:
     """From text to P(accepted), of single rows and of padded batches, in a process without this project."""
     texts = {row: prompt(run, row) for row in range(len(run.data.split.test))}
-    rows = [row for row, text in texts.items() if len(run.data.tokenizer(text).input_ids) <= run.data.max_length][:6]
+    read = [len(ids) for ids in run.data._encoded["test"].input_ids]
+    rows = [row for row, text in texts.items() if len(run.data.tokenizer(text).input_ids) == read[row]][:6]
     assert len(rows) == 6, "rows that lost no event"
     found = in_another_process(run.folder / "export", [texts[row] for row in rows], tmp_path)
     assert found["ours"] == []
@@ -93,13 +96,99 @@ def test_this_project_reads_its_export_back(run: Run) -> None:
     assert state["training_rows"] == run.data.state_dict()["training_rows"]
 
 
+def test_the_export_of_a_checkpoint_has_the_tokenizer_that_the_runs_own_has(run: Run, tmp_path: Path) -> None:
+    """With its chat template, in which agents are spoken to."""
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    state = run.data.state_dict()
+    state = json.loads(json.dumps(state | {"tokenizer": state["tokenizer"] | {"chat_template": template}}))
+    export_model(run.classifier, type(run.data).from_state(state), None, tmp_path / "export")
+    assert AutoTokenizer.from_pretrained(tmp_path / "export").chat_template == template
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_new_export_takes_the_place_of_the_old_one(run: Run, tmp_path: Path) -> None:
-    record = run_record(run.classifier, run.data, "weights")
     folder = tmp_path / "export"
-    folder.mkdir()
-    (folder / "stale.bin").touch()
-    export_model(run.classifier, run.data, record, folder)
-    assert {path.name for path in folder.iterdir()} == {path.name for path in (run.folder / "export").iterdir()}
+    export_model(run.classifier, run.data, None, folder)
+    (folder / "stale.safetensors").touch()
+    state = json.loads((folder / "proactive.json").read_text())
+    (folder / "proactive.json").write_text(json.dumps(state | {"files": [*state["files"], "stale.safetensors"]}))
+    export_model(run.classifier, run.data, None, folder)
+    assert sorted(path.name for path in folder.iterdir()) == state["files"]
+
+
+def test_what_the_user_put_into_an_export_stays(run: Run, tmp_path: Path) -> None:
+    """Files and folders, links, and a file that has the name of one that only the new export has."""
+    folder = tmp_path / "export"
+    export_model(run.classifier, run.data, None, folder)
+    state = json.loads((folder / "proactive.json").read_text())
+    state["files"].remove("tokenizer_config.json")
+    (folder / "proactive.json").write_text(json.dumps(state))
+    (folder / "tokenizer_config.json").write_text("mine")
+    (folder / ".git" / "refs").mkdir(parents=True)
+    (folder / ".git" / "refs" / "main").write_text("0123")
+    (folder / "notes.txt").write_text("thoughts")
+    (folder / "link").symlink_to("nowhere")
+    for _ in range(2):
+        export_model(run.classifier, run.data, None, folder)
+        kept = contents(folder)
+        assert kept["notes.txt"] == b"thoughts"
+        assert kept[".git/refs/main"] == b"0123"
+        assert kept["tokenizer_config.json.kept"] == b"mine"
+        assert json.loads(kept["tokenizer_config.json"])
+        assert os.readlink(folder / "link") == "nowhere"
+
+
+@pytest.mark.parametrize("made", ["folder", "file", "other json"])
+def test_what_is_no_export_is_refused_and_left_alone(run: Run, tmp_path: Path, made: str) -> None:
+    place = tmp_path / "mine"
+    if made == "file":
+        place.write_text("mine")
+    else:
+        place.mkdir()
+        (place / ("proactive.json" if made == "other json" else "thesis.tex")).write_text("{}")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="is no export of this project"):
+        export_model(run.classifier, run.data, None, place)
+    assert contents(tmp_path) == before
+    if made == "folder":
+        place.rename(tmp_path / EXPORT)
+        with pytest.raises(UserError, match="is no export of this project"):
+            ExportModel(tmp_path).setup(run.classifier.trainer, run.classifier, "fit")
+
+
+def test_an_export_through_a_link_stays_where_the_link_leads(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    for _ in range(2):
+        export_model(run.classifier, run.data, None, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "model.safetensors").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
+def test_there_is_an_export_at_any_moment(run: Run, tmp_path: Path) -> None:
+    """Somebody who looks all the time while it is replaced always finds a whole one."""
+    folder, stop = tmp_path / "export", threading.Event()
+    export_model(run.classifier, run.data, None, folder)
+    looked, missed = 0, 0
+
+    def look() -> None:
+        nonlocal looked, missed
+        while not stop.is_set():
+            looked += 1
+            missed += not (folder / "model.safetensors").exists()
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    for _ in range(20):
+        export_model(run.classifier, run.data, None, folder)
+    stop.set()
+    watcher.join()
+    assert looked > 100
+    assert missed == 0
 
 
 def test_an_export_that_fails_keeps_the_former_one(run: Run, tmp_path: Path) -> None:
@@ -108,7 +197,7 @@ def test_an_export_that_fails_keeps_the_former_one(run: Run, tmp_path: Path) -> 
     export_model(run.classifier, run.data, record, folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(jinja2.UndefinedError):
-        export_model(run.classifier, run.data, {"task": "reward"}, folder)
+        export_model(run.classifier, run.data, {"task": "reward", "split": ""}, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     export_model(run.classifier, run.data, record, folder)
     assert [path.name for path in tmp_path.iterdir()] == ["export"], "the next one clears up"
@@ -120,7 +209,7 @@ def test_the_card_states_figures_split_and_contamination(run: Run) -> None:
     for name in ("accuracy", "precision", "recall", "f1", "auroc", "calibration_error", "agreement_false_alarm"):
         cells = " | ".join(f"{record['test'][reading][name]:.4f}" for reading in ("raw", "calibrated"))
         assert f"| {name} | {cells} |" in card
-    assert run.data.description in card
+    assert run.data.description.removeprefix(str(Path(run.data.root).parent) + "/") in card
     assert f"{len(run.data.split.train)} training" in card
     assert f"{len(run.data.split.test)} test rows" in card
     contamination = run.data.contamination
@@ -128,27 +217,6 @@ def test_the_card_states_figures_split_and_contamination(run: Run) -> None:
     calibrated = record["test"]["calibrated"]
     assert f"accuracy {calibrated['accuracy_low']:.4f} to {calibrated['accuracy_high']:.4f}" in card
     assert f"{run.classifier.temperature:.6g}" in card
-
-
-@pytest.mark.parametrize("text", ["x\n---\nlicense: none\n---\n", "---", "`{{ 7 * 7 }}` {% raw %}", "é\u2028:\t- '\""])
-def test_options_cannot_change_what_the_card_declares(run: Run, text: str) -> None:
-    """A path or a hub id is text: never front matter, never part of a template."""
-    record = deepcopy(run_record(run.classifier, run.data, text)) | {"backbone": text, "split": text}
-    card = model_card(record, {"pooling": "auto"})
-    start, front, _ = card.split("---\n", 2)
-    assert start == ""
-    assert yaml.safe_load(front) == {
-        "library_name": "transformers",
-        "pipeline_tag": "text-classification",
-        "tags": ["reward-model", "proactive-assistant", "proactivebench"],
-    }
-    assert text in card
-
-
-@pytest.mark.parametrize(("pooling", "warned"), [("auto", False), ("mean", True), ("cls", True), ("last", True)])
-def test_the_card_warns_where_transformers_pools_otherwise(run: Run, pooling: str, warned: bool) -> None:
-    card = model_card(run_record(run.classifier, run.data, "weights"), {"pooling": pooling})
-    assert (f"trained with pooling `{pooling}`" in card) == warned
 
 
 def test_an_encoder_is_exported_as_well(root: Path, tmp_path: Path) -> None:

@@ -1,0 +1,64 @@
+"""The export command: what it writes is what the run itself wrote, with figures of these weights or none."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from callbacks.checkpoints import SafeCheckpointIO, load_checkpoint
+from models.training import EXPORT_STATE
+from proactive import export
+from tests.proactive.conftest import FinishedRun
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("what", [".", "checkpoints/best.ckpt"])
+def test_it_writes_what_the_run_wrote(finished_run: FinishedRun, call: Callable, tmp_path: Path, what: str) -> None:
+    ended = call(export.main, "--checkpoint", finished_run.folder / what, "--output", "out", "--quiet")
+    assert (ended.code, ended.out, ended.err) == (0, "out\n", "")
+    found, expected = contents(tmp_path / "out"), contents(finished_run.folder / "export")
+    assert found.keys() == expected.keys()
+    said = [json.loads(files.pop("tokenizer_config.json")) for files in (found, expected)]
+    for options in said:
+        assert options.pop("padding_side", "right") == "right"  # as it is where nothing is said
+        assert options.pop("chat_template", None) is None
+    assert said[0] == said[1]
+    state, own_state = (json.loads(files.pop(EXPORT_STATE)) for files in (found, expected))
+    assert state == own_state
+    for name in expected:
+        assert found[name] == expected[name], name
+
+
+def test_other_weights_under_the_same_name_do_not_get_the_figures(
+    finished_run: FinishedRun, call: Callable, tmp_path: Path
+) -> None:
+    """As when a resumed run has found better ones, and was stopped before its test."""
+    run = tmp_path / "run"
+    shutil.copytree(finished_run.folder, run)
+    best = run / "checkpoints" / "best.ckpt"
+    assert call(export.main, "--checkpoint", run, "--output", "before").code == 0
+    checkpoint = load_checkpoint(best)
+    checkpoint["calibration"] = checkpoint["calibration"] | {"temperature": 3.25}
+    weights = checkpoint["state_dict"]
+    name = next(name for name, weight in weights.items() if weight.ndim > 1)
+    weights[name] = torch.zeros_like(weights[name])
+    SafeCheckpointIO().save_checkpoint(checkpoint, best)
+    assert call(export.main, "--checkpoint", run, "--output", "after").code == 0
+    cards = [(tmp_path / name / "README.md").read_text(encoding="utf-8") for name in ("before", "after")]
+    assert ["## Figures" in card for card in cards] == [True, False]
+    assert json.loads((tmp_path / "after" / EXPORT_STATE).read_text())["calibration"]["temperature"] == 3.25
+
+
+def test_a_folder_that_is_no_export_is_refused_before_anything_is_loaded(call: Callable, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("all of it")
+    ended = call(export.main, "--checkpoint", "nowhere", "--output", "thesis")
+    assert ended.code == 2
+    assert ended.err.splitlines()[0] == "error: thesis exists and is no export of this project"
+    assert (tmp_path / "thesis" / "thesis.tex").read_text() == "all of it"
