@@ -15,6 +15,7 @@ Value = TypeVar("Value")
 
 MOST_FAILURES = 1000  # braces that begin no JSON object; a reply of more of them holds no answer
 UNREADABLE = object()  # the decision of an answer that does not say what it decides
+CUT_OFF = object()  # in place of an object that the reply ends in
 TWICE = object()  # in place of the value of a field that stands twice in an object, with two values
 
 # The marks of thoughts: <think> of most models, with <thinking>, <reasoning>, <seed:think> or <|begin_of_thought|> as
@@ -45,6 +46,7 @@ _THOUGHT_ENDS = re.compile(_CLOSE, re.IGNORECASE)
 _MARKS = re.compile(rf"(?P<object>\{{)|(?P<close>{_CLOSE})|(?P<open>{_OPEN})", re.IGNORECASE)
 # What may stand around an answer on lines of its own: fences, emphasis, tags, special tokens.
 _MARKUP = re.compile(r"(?:\s|`++\w*+|</?\w++>|<\|\w++\|>|[*_.])*+")
+_TAIL = re.compile(r"[\w.+-]*\s*")  # of a text that was cut off within a number, true, false or null, or before a sign
 _DESCRIPTION = re.compile(r"""^[\s{*-]*["'`]?(\w[\w ]*?)["'`]?\s*:\s*["'`]?(.+?)["'`]?,?[\s}]*$""", re.MULTILINE)
 
 
@@ -57,7 +59,7 @@ class Found(Generic[Value]):
 
 
 def conclusion(text: str, read: Callable[[dict[str, Any]], Found[Value] | None]) -> Found[Value] | None:
-    """The answer that a reply comes to; None if it comes to none. Raises nothing, whatever the text.
+    """The answer that a reply comes to; None if it holds none. Raises nothing, whatever the text.
 
     Answers that agree are one. Of several that differ, those count that stand on lines of their own; if these differ
     as well, the last one, provided that it ends the reply.
@@ -67,11 +69,14 @@ def conclusion(text: str, read: Callable[[dict[str, Any]], Found[Value] | None])
         read: The answer that a JSON object is; None for an object that is none.
     """
     spoken = behind_thoughts(text)
-    objects = _objects(spoken) if spoken is not None else []
+    if spoken is None:
+        return None
+    objects = _objects(spoken)
+    if objects is None:
+        return Found(UNREADABLE)
     answers = [(found, start, end) for content, start, end in objects for found in _answers(content, read)]
     if not answers:
         return None
-    assert spoken is not None
     alone = [answer for answer in answers if _is_alone(spoken, *answer[1:])]
     for some in (answers, alone):
         if some and all(found.decision == some[0][0].decision for found, _, _ in some):
@@ -99,8 +104,8 @@ def behind_thoughts(text: str) -> str | None:
         place = mark.end()
         if mark.lastgroup == "object":
             decoded = _decode(text, mark.start()) if failures < MOST_FAILURES else None
-            failures += decoded is None
-            place = decoded[1] if decoded else place
+            failures += not isinstance(decoded, tuple)
+            place = decoded[1] if isinstance(decoded, tuple) else place
         elif mark.lastgroup == "close":
             spoken, begin = "", place
         elif (closed := _THOUGHT_ENDS.search(text, place)) is None:
@@ -115,7 +120,7 @@ def behind_thoughts(text: str) -> str | None:
 def examples(prompt: str) -> Mapping[str, frozenset[str]]:
     """By field, in lower case: what a prompt says or shows that stands in it, as `_plain` gives it."""
     found: dict[str, set[str]] = {}
-    shown = [item for content, _, _ in _objects(prompt) for item in content.items()]
+    shown = [item for content, _, _ in _objects(prompt) or () for item in content.items()]
     for name, value in [*shown, *_DESCRIPTION.findall(prompt)]:
         if isinstance(value, str):
             found.setdefault(_plain(name), set()).update({_plain(value), _plain(re.split("[,;(]", value)[0])})
@@ -133,25 +138,30 @@ def _plain(text: str) -> str:
     return " ".join(text.casefold().split()).strip(" .!\"'`") or text
 
 
-def _objects(text: str) -> list[tuple[dict[str, Any], int, int]]:
-    """The JSON objects in a text, from left to right, with where they begin and end; none within another one."""
+def _objects(text: str) -> list[tuple[dict[str, Any], int, int]] | None:
+    """The JSON objects in a text, from left to right, with where they begin and end; none within another one.
+
+    None if the text ends within an object, or holds too many braces that begin none.
+    """
     objects: list[tuple[dict[str, Any], int, int]] = []
     failures, start = 0, text.find("{")
     while start >= 0:
         decoded = _decode(text, start)
-        if decoded:
+        if isinstance(decoded, tuple):
             objects.append((decoded[0], start, decoded[1]))
-        else:
-            failures += 1
-            if failures > MOST_FAILURES:
-                return []
-        start = text.find("{", decoded[1] if decoded else start + 1)
+        failures += decoded is None
+        if decoded is CUT_OFF or failures > MOST_FAILURES:
+            return None
+        start = text.find("{", decoded[1] if isinstance(decoded, tuple) else start + 1)
     return objects
 
 
-def _decode(text: str, start: int) -> tuple[dict[str, Any], int] | None:
+def _decode(text: str, start: int) -> Any:
+    """The JSON object that begins at a place and where it ends; None if none does, `CUT_OFF` if the text ends in it."""
     try:
         return _DECODER.raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        return CUT_OFF if error.msg.startswith("Unterminated") or _TAIL.fullmatch(text, error.pos) else None
     except (ValueError, RecursionError):
         return None
 

@@ -152,6 +152,15 @@ def test_answers_that_differ_are_none(text: str) -> None:
     assert read_answer(text) is None
 
 
+@pytest.mark.parametrize(
+    "cut",
+    ['"pro', '"proposal": ', '"proposal": "Wri', '"proposal": nul', '"proposal": "W"', '"proposal": "W",\n', "", "\n"],
+)
+def test_an_object_that_was_cut_off_hides_what_it_holds(cut: str) -> None:
+    assert read_answer(f'{{"example": {DRAFT}, {cut}') is None
+    assert read_answer(f"{SILENT}\n{{{cut}") is None, "another answer was under way"
+
+
 def test_the_same_field_twice_with_the_same_value_is_one() -> None:
     assert read_answer('{"proposal": "Go.", "Proactive Task": "Go."}') == Answer(proposal="Go.")
 

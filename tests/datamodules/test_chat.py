@@ -80,6 +80,8 @@ def test_an_agents_prompt_that_asks_for_a_proposal_or_is_not_there_is_refused(tm
         ("It could be accepted or rejected.", None),
         ('{"judgment": "perhaps"}', None),
         ('{"judgment": "accepted", ', None),  # cut off
+        ('{\n "thought": "fine",\n "judgment": "accepted"', None),
+        ('{"details": {"accepted": true}, "judgment": rej', None),
         ("Final verdict: **rejected**", False),
         ("<answer>accepted</answer>", True),
         ('{"judgment": "accepted", "accepted": false}', None),
