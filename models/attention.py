@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 BLOCKWISE = "sdpa_blockwise"  # its name among the attentions of transformers
+GROUPED = "sdpa_grouped"  # the same, see `grouped_attention`
+FEW_QUERIES = 256  # of a head group, for which keys and values would be copied for each of its heads
 QUERIES = 128  # of a block: fewer see fewer hidden keys, but take more calls
 
 
@@ -58,12 +60,13 @@ def _blocks(subtree_end_T: Tensor, queries: Tensor) -> QueryBlocks:
 
 
 def register() -> None:
-    """Make this attention one of those that transformers knows."""
+    """Make these attentions some of those that transformers knows."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(BLOCKWISE, blockwise_attention)
-    AttentionMaskInterface.register(BLOCKWISE, sdpa_mask)
+    for name, attention in ((BLOCKWISE, blockwise_attention), (GROUPED, grouped_attention)):
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, sdpa_mask)
 
 
 def blockwise_attention(
@@ -107,3 +110,39 @@ def blockwise_attention(
         zeros = output.new_zeros(1, key.shape[2], *output.shape[2:])
         output = zeros.index_copy(1, blocks.queries, output)
     return output, None
+
+
+def grouped_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """What sdpa of transformers gives, without copying keys and values for each head that shares them.
+
+    Under a mask, transformers repeats the keys and values of a group for each of its heads. Where few tokens read a
+    long cache, that takes longer than all else. Here the heads of a group are more queries to the same keys.
+
+    Args:
+        module: A layer's attention.
+        query: (B, H, T, D).
+        key: (B, H / heads of a group, K, D).
+        value: As `key`.
+        attention_mask: (B, 1, T, K) or none.
+        options: What else a backbone gives its attention, such as scaling.
+
+    Returns:
+        (B, T, H, D).
+    """
+    from transformers import AttentionInterface
+
+    rows, heads, tokens, size = query.shape
+    group = heads // key.shape[1]
+    extra = options.get("position_bias") is not None or options.get("softcap") is not None or options.get("dropout")
+    if attention_mask is None or group == 1 or group * tokens > FEW_QUERIES or attention_mask.shape[1] > 1 or extra:
+        return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **options)
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query.reshape(rows, heads // group, group * tokens, size),
+        key,
+        value,
+        attn_mask=attention_mask.repeat(1, 1, group, 1),
+        scale=options.get("scaling"),
+    )
+    return output.reshape(rows, heads, tokens, value.shape[-1]).transpose(1, 2).contiguous(), None

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from datamodules.errors import UserError
 from datamodules.prompts import truncate
-from models.attention import BLOCKWISE
+from models.attention import BLOCKWISE, GROUPED, register
 from models.backbone import position_room
 from models.grammar import AnswerGrammar
 from models.tree import NO_DIFFERENCE, attention_window, relative_difference, tolerance
@@ -31,7 +31,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Trace = Sequence[Sequence[int]]  # token ids of the instructions and of each event
-MASKED_ATTENTIONS = ("sdpa", BLOCKWISE, "eager")  # those of transformers that take any mask for a few tokens after many
+MASKED_ATTENTIONS = (
+    "sdpa",
+    BLOCKWISE,
+    GROUPED,
+    "eager",
+)  # those of transformers that take any mask for a few tokens after many
 GROWTH = 1.25  # by how much the memory of a cache is enlarged when it is full
 WASTE = 0.5  # a cache of which less than this is still seen is made smaller
 log = logging.getLogger("proactive")
@@ -117,9 +122,10 @@ def _generate_answers(
     branched: bool | None,
 ) -> Iterator[GeneratedAnswer]:
     longest = max((len(trunk.token_ids) for trunk in trunks), default=0) + len(opening) + writer.max_new_tokens
-    training = network.training
+    training, attention = network.training, network.config._attn_implementation
     network.eval()
     try:
+        _attend_to_branches(network)
         if branched is None and trunks:
             problem = branch_problem(network, longest)
             branched = problem is None
@@ -131,7 +137,24 @@ def _generate_answers(
         else:
             yield from _one_by_one(network, trunks, opening, candidates, writer)
     finally:
+        network.set_attn_implementation(attention)
         network.train(training)
+
+
+def _attend_to_branches(network: "PreTrainedModel") -> None:
+    """Give a network an attention that takes any mask, and on a GPU one that does not copy keys for each head.
+
+    FlexAttention, which trees are read with, would be compiled for each length.
+    """
+    if network.config._attn_implementation == "flex_attention":
+        try:
+            network.set_attn_implementation("sdpa")
+        except ValueError:  # it has more in its attention than sdpa can
+            network.set_attn_implementation("eager")
+    on_gpu = network.get_input_embeddings().weight.device.type == "cuda"
+    if on_gpu and network.config._attn_implementation == "sdpa":
+        register()
+        network.set_attn_implementation(GROUPED)
 
 
 @dataclass(frozen=True)
@@ -217,8 +240,9 @@ class _Writer:
 
     def _choose(self, answers: Sequence[_Answer], logits_NV: Tensor) -> Tensor:
         if self.grammar:
-            allowed_NV = self.grammar.allowed([a.matcher for a in answers if a.matcher], logits_NV.shape[1])
-            logits_NV = logits_NV.masked_fill_(~allowed_NV.to(logits_NV.device), -torch.inf)
+            matchers = [a.matcher for a in answers if a.matcher]
+            allowed_NV = self.grammar.allowed(matchers, logits_NV.shape[1], logits_NV.device)
+            logits_NV = logits_NV.masked_fill_(~allowed_NV, -torch.inf)
         if not self.temperature:
             return logits_NV.argmax(-1)
         share_NV = (logits_NV.double() / self.temperature).softmax(-1).cumsum(-1)
@@ -237,7 +261,7 @@ def _side_by_side(
     network: "PreTrainedModel", trunks: Sequence[_Trunk], opening: Sequence[int], candidates: int, writer: _Writer
 ) -> Iterator[GeneratedAnswer]:
     """The answers of some trunks, as branches of their caches."""
-    reader = BranchReader(network)
+    reader = _reader(network)
     logits_BSV = reader.begin([t.token_ids for t in trunks], [list(t.end.values()) for t in trunks], opening)
     # Of each trunk: the answers under way, each with the place of its logits and of what it sees.
     live = [
@@ -256,6 +280,14 @@ def _side_by_side(
         rows = reader.branch([[place for place, _ in answers] for answers in live])
         live = [[(place, answer) for place, (_, answer) in enumerate(live[row])] for row in rows]
         logits_BWV = reader.read([[answer.token_ids[-1] for _, answer in answers] for answers in live])
+
+
+def _reader(network: "PreTrainedModel") -> "BranchReader":
+    """What reads branches: on a GPU, in steps that can be recorded and replayed."""
+    from models.fixed_branches import FixedBranchReader
+
+    fixed = network.get_input_embeddings().weight.device.type == "cuda"
+    return FixedBranchReader(network) if fixed else BranchReader(network)
 
 
 def _one_by_one(
@@ -305,11 +337,16 @@ class GrowingLayer(DynamicLayer):
         """Reserve nothing yet."""
         super().lazy_initialization(key_states, value_states)
         self._room = [key_states[..., :0, :], value_states[..., :0, :]]
+        self._places: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add tokens; keys and values of all there are."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self._places is not None:
+            for room, states in zip(self._room, (key_states, value_states), strict=True):
+                room.index_copy_(2, self._places, states)
+            return self.keys, self.values
         used = self.get_seq_length()
         needed = used + key_states.shape[-2]
         for place, states in enumerate((key_states, value_states)):
@@ -326,6 +363,19 @@ class GrowingLayer(DynamicLayer):
         at = row_B[:, None], slice(None), token_BK
         self._room = [states[at].transpose(1, 2) for states in (self.keys, self.values)]
         self.keys, self.values = self._room
+        self._places = None
+
+    def reserve(self, tokens: int, places: Tensor) -> None:
+        """Have room for so many tokens, and put new ones where `places` says, in place of behind the others.
+
+        All of the room counts as keys and values; what is in none of its places yet is 0, and must not be seen.
+        """
+        used = self.get_seq_length()
+        for place, states in enumerate((self.keys, self.values)):
+            self._room[place] = states.new_zeros(*states.shape[:-2], tokens, states.shape[-1])
+            self._room[place][..., :used, :] = states
+        self.keys, self.values = self._room
+        self._places = places
 
 
 class BranchReader:
@@ -376,6 +426,9 @@ class BranchReader:
         Returns:
             The places of the trunks that are left.
         """
+        return self._branch(places, WASTE)
+
+    def _branch(self, places: Sequence[Sequence[int]], waste: float) -> list[int]:
         row_B1 = torch.arange(len(places), device=self.device)[:, None]
         place_BW = self._padded(places, max(map(len, places)))
         self.visible_BWK, self.position_BW = self.visible_BWK[row_B1, place_BW], self.position_BW[row_B1, place_BW]
@@ -383,7 +436,7 @@ class BranchReader:
         row_B = torch.tensor(rows, device=self.device)
         seen_BK = self.visible_BWK[row_B].any(1)
         left = int(seen_BK.sum(1).max())
-        if len(rows) * left > WASTE * len(places) * seen_BK.shape[1]:
+        if len(rows) * left > waste * len(places) * seen_BK.shape[1]:
             return list(range(len(places)))
         token_BK = seen_BK.int().argsort(dim=1, descending=True, stable=True)[:, :left]
         for layer in self.cache.layers:

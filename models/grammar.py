@@ -61,23 +61,27 @@ class AnswerGrammar:
         """The matcher of a new answer."""
         return self._blank.deep_copy()
 
-    def allowed(self, matchers: Sequence["LLMatcher"], width: int) -> Tensor:
+    def allowed(self, matchers: Sequence["LLMatcher"], width: int, device: torch.device | None = None) -> Tensor:
         """Which tokens may come next in each answer.
 
         Args:
             matchers: One for each answer.
             width: How many tokens the network tells apart, which may be more than the tokenizer has.
+            device: Where the answer is wanted; the CPU if None. A GPU gets a bit a token, and makes bools of them.
 
         Returns:
-            (N, V) bool on the CPU.
+            (N, V) bool.
         """
         from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 
         known = self._tokenizer.vocab_size
         bits = allocate_token_bitmask(len(matchers), known)
         fill_next_token_bitmask_par(self._executor, list(zip(matchers, range(len(matchers)), strict=True)), bits)
-        allowed = np.unpackbits(bits.view(np.uint8), axis=1, count=known, bitorder="little")
-        allowed_NV = torch.from_numpy(allowed.view(bool))
+        if device is None or device.type == "cpu":
+            allowed = np.unpackbits(bits.view(np.uint8), axis=1, count=known, bitorder="little")
+            allowed_NV = torch.from_numpy(allowed.view(bool))
+        else:
+            allowed_NV = _unpacked(torch.from_numpy(bits.view(np.uint8)).to(device), known)
         return allowed_NV if width == known else torch.nn.functional.pad(allowed_NV, (0, width - known))
 
     def advance(self, matcher: "LLMatcher", token: int) -> bool:
@@ -101,3 +105,9 @@ class AnswerGrammar:
     def _is_answer(self, token_ids: Sequence[int]) -> bool:
         matcher = self.start()
         return matcher.try_consume_tokens(list(token_ids)) == len(token_ids) and matcher.is_accepting()
+
+
+def _unpacked(bytes_NB: Tensor, count: int) -> Tensor:
+    """What numpy's `unpackbits` makes of bytes, the least bit first; (N, count) bool."""
+    bits_NB8 = bytes_NB[:, :, None].bitwise_right_shift(torch.arange(8, dtype=torch.uint8, device=bytes_NB.device))
+    return bits_NB8.bitwise_and(1).bool().flatten(1)[:, :count]

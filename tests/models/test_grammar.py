@@ -14,7 +14,7 @@ from datamodules.answers import ANSWER_SCHEMA, FIELDS, Answer, read_answer, writ
 from datamodules.errors import UserError
 from datamodules.tokenizer import train_tokenizer
 from models.generation import generate_answers
-from models.grammar import AnswerGrammar
+from models.grammar import AnswerGrammar, _unpacked
 from tests.models.test_tree import SMALL
 
 ANSWERS = [
@@ -150,3 +150,9 @@ def test_a_tokenizer_that_knows_no_bytes_is_refused() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
     with pytest.raises(UserError, match="cannot be held to JSON with this tokenizer"):
         AnswerGrammar(tokenizer, 1)
+
+
+def test_bits_are_unpacked_on_a_device_as_numpy_does() -> None:
+    packed = np.random.default_rng(0).integers(0, 256, (5, 7), np.uint8)
+    expected = np.unpackbits(packed, axis=1, count=51, bitorder="little").astype(bool)
+    assert np.array_equal(_unpacked(torch.from_numpy(packed), 51).numpy(), expected)
