@@ -34,6 +34,7 @@ from rich.table import Table
 
 from callbacks.files import write_atomically
 from datamodules.reward import RewardDataModule
+from models.adamw_8bit import AdamW8bit
 from models.reward import RewardClassifier
 
 PACKAGES = ("torch", "transformers", "lightning", "triton", "bitsandbytes", "torchao", "flashoptim", "peft")
@@ -155,6 +156,7 @@ def _flashoptim(parameters: Any, lr: float) -> Any:
 
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "adamw_8bit": AdamW8bit,
     "adamw, fused": _adamw,
     "torchao, 8 bits": _torchao,
     "bitsandbytes, 8 bits": _bitsandbytes,

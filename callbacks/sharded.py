@@ -16,7 +16,7 @@ from torch import Tensor
 from callbacks import shards
 from callbacks.checkpoints import SafeCheckpointIO, checkpoint_problem, load_run, refuse_damaged
 from datamodules.errors import UserError
-from models.sharding import fill
+from models.sharding import fill, zeros_as
 from models.training import BackboneModule
 
 
@@ -144,8 +144,8 @@ class FullySharded(ModelParallelStrategy):
             state = _cut(state, [p for group in optimizer.param_groups for p in group["params"]])
         else:
             spread = {
-                name: torch.empty_like(own[name.rpartition("|")[0]], dtype=dtype, requires_grad=False)
-                for name, (_, dtype) in shards.stored(folder).items()
+                name: zeros_as(own[name.rpartition("|")[0]], size, dtype)
+                for name, (size, dtype) in shards.stored(folder).items()
                 if name.startswith(f"{number}|")
             }
             shards.read_shards(folder, spread)
@@ -208,9 +208,8 @@ def _cut(state: dict[str, Any], weights: list[Tensor]) -> dict[str, Any]:
     for number, kept in state["state"].items():
         by_number[number] = {}
         for key, value in kept.items():
-            part = value
-            if value.ndim and value.shape == weights[number].shape:
-                part = torch.empty_like(weights[number], dtype=value.dtype, requires_grad=False)
-                fill(part, value)
-            by_number[number][key] = part
+            by_number[number][key] = value
+            if value.ndim:
+                by_number[number][key] = zeros_as(weights[number], value.shape, value.dtype)
+                fill(by_number[number][key], value)
     return {**state, "state": by_number}

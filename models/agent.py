@@ -59,7 +59,7 @@ class ProactiveAgent(BackboneModule):
         assert self.network is not None, "configure_model makes the network"
         answers = batch["answers"]
         loss_L = token_losses(self.network, batch["inputs"], answers["predicted_at"], answers["target"])
-        none_R = torch.zeros(len(batch["row"]), device=loss_L.device)
+        none_R = torch.zeros(len(batch["row"]), dtype=loss_L.dtype, device=loss_L.device)
         return none_R.index_add(0, answers["pair_row"], loss_L[answers["pair_token"]])
 
     def loss(self, batch: AgentBatch) -> Tensor:

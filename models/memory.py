@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from models.adamw_8bit import layout
 from models.adapters import AdapterOptions, Quantization
 from models.backbone import DtypeName, network_from_config
 from models.optimizers import OptimizerName
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 Sharing = Literal["one device", "replicated", "sharded"]
 LAYERS_TRIED = (2, 4)  # from which those of any number of layers follow: each adds the same
-STATE_BLOCK, LEAST_8_BIT = 256, 4096  # values that share a scale in 8-bit optimizers; smaller tensors stay as they are
+STATE_BLOCK, LEAST_8_BIT = 256, 4096  # bitsandbytes': values that share a scale; smaller tensors stay as they are
 CONTEXT = 2**30  # of a GPU's memory, for CUDA itself and its libraries; an assumption
 FAKE_TREE = ("input_ids", "position_ids", "subtree_end")  # what of a tree is as long as its tokens
 
@@ -168,7 +169,10 @@ def compute_dtype(precision: str) -> DtypeName | None:
 
 
 def optimizer_bytes(parameter: Tensor, name: OptimizerName) -> int:
-    """The bytes of a parameter's two moments."""
+    """The bytes that an optimizer keeps of a parameter."""
+    if name == "adamw_8bit":
+        sizes = layout(parameter).values()
+        return sum(shape.numel() * dtype.itemsize for shape, dtype in sizes)
     if name == "adamw" or parameter.numel() < LEAST_8_BIT:
         return 2 * _bytes(parameter)
     return 2 * parameter.numel() + 2 * 4 * math.ceil(parameter.numel() / STATE_BLOCK)
@@ -317,9 +321,9 @@ def changes(longest: int, setting: Setting) -> list[Change]:
             )
         )
     if setting.optimizer == "adamw" and setting.adapter is None:
-        in_16_bits = (compute_dtype(setting.precision) or setting.dtype) == "bfloat16"
-        name: OptimizerName = "adamw_8bit_stochastic_rounding" if in_16_bits else "adamw_8bit"
-        found.append(Change("an 8-bit optimizer", f"--model.optimizer {name}", lambda s: replace(s, optimizer=name)))
+        found.append(
+            Change("an 8-bit optimizer", "--model.optimizer adamw_8bit", lambda s: replace(s, optimizer="adamw_8bit"))
+        )
     if setting.adapter is None:
         for devices in (2, 4, 8, 16, 32, 64):
             if devices > setting.devices:

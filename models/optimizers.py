@@ -1,15 +1,16 @@
 """Optimizers and learning rate schedules by name."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from datamodules.errors import UserError
+from models.adamw_8bit import AdamW8bit
 
-OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adamw_8bit_stochastic_rounding"]
+OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
+SHARDED = ("adamw", "adamw_8bit")  # whose state can be spread over ranks
 FUSED = ("cpu", "cuda", "mps", "xpu")  # where PyTorch updates all parameters in one kernel
 ScheduleName = Literal["linear", "cosine"]
 
@@ -17,31 +18,24 @@ ScheduleName = Literal["linear", "cosine"]
 def optimizer_maker(name: OptimizerName) -> Callable[..., torch.optim.Optimizer]:
     """What makes the optimizer of a name, given parameter groups and `lr`.
 
-    - adamw: PyTorch's.
-    - adamw_8bit, paged_adamw_8bit: bitsandbytes', for float32 weights.
-    - adamw_8bit_stochastic_rounding: torchao's, for weights stored in bfloat16. Those have 8 significant bits, so
-      at a learning rate of 1e-5 a rounded update is nearly always none; rounded at random, it is right on average.
+    - adamw: PyTorch's. Weights stored in bfloat16 lose updates smaller than their 8 significant bits.
+    - adamw_8bit: `models.adamw_8bit.AdamW8bit`, which loses none.
+    - paged_adamw_8bit: bitsandbytes', for float32 weights; the GPU's memory pages its state to the host's.
 
     Raises:
-        UserError: Its library is not installed, or does not load.
+        UserError: bitsandbytes does not load.
     """
     if name == "adamw":
         return torch.optim.AdamW
-    if name == "adamw_8bit_stochastic_rounding":
-        try:
-            from torchao.optim import AdamW8bit
-        except ImportError as error:
-            raise UserError(
-                f"model.optimizer: {name} needs torchao: {error}", 'Install it: pip install -e ".[torchao]"'
-            ) from error
-        return partial(AdamW8bit, bf16_stochastic_round=True)
+    if name == "adamw_8bit":
+        return AdamW8bit
     try:
         import bitsandbytes
     except Exception as error:  # its import fails in many ways where its native library does not load
         raise UserError(
-            f"model.optimizer: bitsandbytes does not load: {error}", "Use model.optimizer adamw."
+            f"model.optimizer: bitsandbytes does not load: {error}", "Use model.optimizer adamw_8bit."
         ) from error
-    return {"adamw_8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit}[name]
+    return bitsandbytes.optim.PagedAdamW8bit
 
 
 def build_optimizer(
@@ -71,6 +65,21 @@ def build_optimizer(
     if name == "adamw":
         options["fused"] = not loss_is_scaled and all(parameter.device.type in FUSED for parameter in trained)
     return optimizer_maker(name)([group for group in groups if group["params"]], **options)
+
+
+def clip(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], greatest: float, norm: Tensor) -> None:
+    """Scale gradients down to a greatest norm, by what the optimizer reads them with if it can.
+
+    Args:
+        optimizer: What takes the step.
+        parameters: With gradients.
+        greatest: The norm that they may have.
+        norm: (), the norm that they have.
+    """
+    if isinstance(optimizer, AdamW8bit):
+        optimizer.gradient_scale = (greatest / (norm.float() + 1e-6)).clamp(max=1.0)  # as clip_grads_with_norm_ has it
+    else:
+        nn.utils.clip_grads_with_norm_(parameters, greatest, norm)
 
 
 def build_schedule(

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 log = logging.getLogger("proactive")
-PRECISIONS = ("32-true", "bf16-mixed")
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 
 def build_sharded_network(
@@ -61,7 +61,8 @@ def build_sharded_network(
         head, backbone, tokenizer, scratch, dtype, attn_implementation, dropout, trust_remote_code: As there.
         mesh: One dimension to shard over, or two, to shard over the second and replicate over the first.
         device: This rank's.
-        precision: The trainer's. With bf16-mixed, ranks compute in bfloat16 and add gradients up in float32.
+        precision: The trainer's. With bf16-mixed, ranks compute in bfloat16 and add gradients up in float32; with
+            bf16-true, weights are stored in bfloat16 as well.
 
     Raises:
         UserError: As there, or the backbone's files lack a tensor, or have one of another shape.
@@ -69,7 +70,7 @@ def build_sharded_network(
     if precision not in PRECISIONS:
         raise UserError(
             f"trainer.precision: {precision} does not serve where weights are sharded",
-            f"Use {' or '.join(PRECISIONS)}; the masters are float32 in both.",
+            f"Use {' or '.join(PRECISIONS)}.",
         )
     config = network_config(head, backbone, tokenizer, scratch, dropout=dropout, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {
@@ -171,14 +172,39 @@ def shard_of(whole: Any, like: Tensor) -> Tensor:
     return whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
 
 
-def fill(target: Tensor, whole: Any) -> None:
-    """Put this rank's part of a whole tensor into its shard."""
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor; all of one that is not spread over ranks."""
     from torch.distributed.tensor import DTensor
 
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def first_place(tensor: Tensor) -> int:
+    """Where in the whole, row after row, the part of this rank begins; for parts that are rows."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if not isinstance(tensor, DTensor):
+        return 0
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return sum(start * stride for start, stride in zip(offset, tensor.stride(), strict=True))
+
+
+def zeros_as(like: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Zeros of a shape, spread over ranks as another tensor is, with as many rows."""
+    from torch.distributed import tensor as distributed
+
+    if not isinstance(like, distributed.DTensor):
+        return torch.zeros(shape, dtype=dtype, device=like.device)
+    return distributed.zeros(shape, dtype=dtype, device_mesh=like.device_mesh, placements=like.placements)
+
+
+def fill(target: Tensor, whole: Any) -> None:
+    """Put this rank's part of a whole tensor into its shard."""
     with torch.no_grad():
-        local = target.to_local() if isinstance(target, DTensor) else target
-        if local.numel():
-            local.copy_(shard_of(whole, target))
+        part = local(target)
+        if part.numel():
+            part.copy_(shard_of(whole, target))
 
 
 @dataclass(frozen=True)
@@ -361,6 +387,6 @@ def _without_single_replica(mesh: "DeviceMesh") -> "DeviceMesh":
 def _policy(precision: str) -> "MixedPrecisionPolicy":
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    if precision == "bf16-mixed":
+    if precision.startswith("bf16"):
         return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return MixedPrecisionPolicy()

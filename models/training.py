@@ -43,7 +43,15 @@ from models.backbone import (
     weightless_network,
 )
 from models.calibration import calibrated, fit_temperature, fit_threshold
-from models.optimizers import OptimizerName, ScheduleName, build_optimizer, build_schedule, optimizer_maker
+from models.optimizers import (
+    SHARDED,
+    OptimizerName,
+    ScheduleName,
+    build_optimizer,
+    build_schedule,
+    clip,
+    optimizer_maker,
+)
 from models.sharding import blocks, build_sharded_network, reshard, whole
 from models.tree import choose_attention, pair_cost, tree_problem
 
@@ -77,8 +85,8 @@ class BackboneModule(LightningModule):
         gradient_checkpointing: Trade compute for memory: keep no activations inside a layer.
         compile: Compile each block with torch.compile: a minute at the start, and faster steps after it.
         trust_remote_code: Let a backbone from the hub run code of its own. Off for a reason.
-        optimizer: adamw; adamw_8bit and paged_adamw_8bit from bitsandbytes; adamw_8bit_stochastic_rounding from
-            torchao, for dtype bfloat16, in which small updates would be lost to rounding.
+        optimizer: adamw is PyTorch's. adamw_8bit keeps 2 bytes a weight in place of 8; for dtype bfloat16 it keeps one
+            more, without which small updates would be lost to rounding. paged_adamw_8bit is bitsandbytes'.
         learning_rate: Peak learning rate. If null, 1e-4 with an adapter, 1e-3 from scratch, and 2e-5 for a pretrained
             backbone, which a higher one would make forget what it knows.
         weight_decay: Decoupled weight decay on matrices.
@@ -163,6 +171,23 @@ class BackboneModule(LightningModule):
 
     # Training
 
+    def to(self, *arguments: Any, **options: Any) -> Self:
+        """As PyTorch's, but buffers that are in no file keep their dtype: rotary frequencies are float32 in all models.
+
+        A trainer with precision bf16-true turns the whole module into bfloat16, in which places far into a text would
+        be told apart no more.
+        """
+        kept = [
+            (module, name, buffer)
+            for module in self.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if name in module._non_persistent_buffers_set
+        ]
+        super().to(*arguments, **options)
+        for module, name, buffer in kept:
+            module._buffers[name] = buffer.to(module._buffers[name].device)  # type: ignore[union-attr]
+        return self
+
     def configure_model(self) -> None:
         """Make the network, once, on the trainer's device, and settle with the data module in which layout it reads.
 
@@ -179,10 +204,10 @@ class BackboneModule(LightningModule):
         optimizer = self.hparams["optimizer"]
         optimizer_maker(optimizer)  # says what is missing before any weight is loaded
         refuse_unfit(self.adapter, self.hparams["quantization"], self.trainer.strategy)
-        if self._mesh is not None and optimizer != "adamw":
+        if self._mesh is not None and optimizer not in SHARDED:
             raise UserError(
                 f"model.optimizer: {optimizer} keeps blocks of weights whole, which sharding cuts apart",
-                "Use model.optimizer adamw; its state is sharded as well.",
+                f"Use model.optimizer {' or '.join(SHARDED)}; their state is sharded as well.",
             )
         with torch.device("cpu"):
             if made := self.network is None:
@@ -268,7 +293,7 @@ class BackboneModule(LightningModule):
     def training_step(self, batch: list[Any], batch_idx: int) -> None:
         """One optimizer step over this rank's micro-batches."""
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
-        loss = torch.zeros((), device=self.device)
+        loss = torch.zeros((), dtype=torch.float32, device=self.device)
         for number, micro_batch in enumerate(batch, start=1):
             with self._gradients_stay_here(number < len(batch)):
                 part = self.loss(micro_batch)
@@ -289,8 +314,8 @@ class BackboneModule(LightningModule):
         norm = whole(nn.utils.get_total_norm(gradients))
         if not torch.isfinite(norm) and self._scaler is None:  # a scaler leaves such a step out
             raise self.not_finite("the gradient norm", norm)
-        if self.hparams["gradient_clip_norm"] is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters(), self.hparams["gradient_clip_norm"], norm)
+        if (greatest := self.hparams["gradient_clip_norm"]) is not None:
+            clip(optimizer, self.parameters(), greatest, norm)
         self.log("train/gradient_norm", norm)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

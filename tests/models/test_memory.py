@@ -175,5 +175,8 @@ def test_the_cheapest_change_that_fits_is_found() -> None:
 
 def test_eight_bit_optimizers_keep_small_tensors_as_they_are() -> None:
     vector, matrix = torch.empty(1024), torch.empty(256, 256)
-    assert optimizer_bytes(vector, "adamw_8bit") == optimizer_bytes(vector, "adamw") == 8 * 1024
-    assert optimizer_bytes(matrix, "adamw_8bit") == 2 * 2**16 + 2 * 4 * 2**8
+    assert optimizer_bytes(vector, "paged_adamw_8bit") == optimizer_bytes(vector, "adamw") == 8 * 1024
+    assert optimizer_bytes(matrix, "paged_adamw_8bit") == 2 * 2**16 + 2 * 4 * 2**8
+    assert optimizer_bytes(vector, "adamw_8bit") == 8 * 1024
+    assert optimizer_bytes(matrix, "adamw_8bit") == 2 * 2**16 + 2 * 4 * 2**10
+    assert optimizer_bytes(matrix.bfloat16(), "adamw_8bit") == 3 * 2**16 + 2 * 4 * 2**10

@@ -1,7 +1,6 @@
 """Optimizers really step on this machine, spare vectors from decay, and follow their schedules."""
 
 import math
-import shutil
 import sys
 from typing import get_args
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from datamodules.errors import UserError
+from models.adamw_8bit import AdamW8bit
 from models.optimizers import OptimizerName, ScheduleName, build_optimizer, build_schedule
 
 NAMES = get_args(OptimizerName)
@@ -40,17 +40,13 @@ def test_names_stand_for_what_they_say() -> None:
     fused = build_optimizer(layer.parameters(), "adamw", 1e-2, 0.0)
     assert type(fused) is torch.optim.AdamW
     assert fused.defaults["fused"]
-    for name, kind, paged in (
-        ("adamw_8bit", bitsandbytes.optim.AdamW8bit, False),
-        ("paged_adamw_8bit", bitsandbytes.optim.PagedAdamW8bit, True),
-    ):
-        optimizer = build_optimizer(layer.parameters(), name, 1e-2, 0.0)  # type: ignore[arg-type]
-        assert type(optimizer) is kind
-        assert optimizer.is_paged == paged
-        layer(torch.ones(1, 64)).sum().backward()
-        optimizer.step()
-        state = optimizer.state[layer.weight]
-        assert state["state1"].dtype == torch.uint8
+    assert type(build_optimizer(layer.parameters(), "adamw_8bit", 1e-2, 0.0)) is AdamW8bit
+    paged = build_optimizer(layer.parameters(), "paged_adamw_8bit", 1e-2, 0.0)
+    assert type(paged) is bitsandbytes.optim.PagedAdamW8bit
+    assert paged.is_paged
+    layer(torch.ones(1, 64)).sum().backward()
+    paged.step()
+    assert paged.state[layer.weight]["state1"].dtype == torch.uint8
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -92,7 +88,7 @@ def test_only_what_is_trained_is_optimized(name: OptimizerName) -> None:
 def test_bitsandbytes_that_does_not_load_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # a machine without its native library
     with pytest.raises(UserError, match="bitsandbytes does not load") as error:
-        build_optimizer(nn.Linear(2, 2).parameters(), "adamw_8bit", 0.1, 0.0)
+        build_optimizer(nn.Linear(2, 2).parameters(), "paged_adamw_8bit", 0.1, 0.0)
     assert "adamw" in error.value.hint
 
 
@@ -116,21 +112,3 @@ def test_the_rate_rises_to_its_peak_and_falls_to_zero(name: ScheduleName, warmup
         assert rate == pytest.approx(expected, abs=1e-12), step
     assert max(rates) == 0.25
     assert rates[-1] == pytest.approx(0, abs=1e-12)
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torchao compiles its step, and there is no C++ compiler")
-def test_small_updates_of_bfloat16_weights_are_not_lost_on_average() -> None:
-    """An update of a ten-thousandth: rounded, it is none, for bfloat16 has steps of 1/256 below 1."""
-    steps, update = 20, 1e-4
-    means = {}
-    for name in ("adamw", "adamw_8bit_stochastic_rounding"):
-        torch.manual_seed(0)
-        weight = torch.nn.Parameter(torch.ones(256, 256, dtype=torch.bfloat16))
-        optimizer = build_optimizer([weight], name, update, weight_decay=0.0)
-        for _ in range(steps):
-            weight.grad = torch.ones_like(weight)
-            optimizer.step()
-        means[name] = float(weight.detach().double().mean())
-    assert means["adamw"] == 1.0
-    # 65,536 weights, each off by less than 1/256: the mean's standard error is below 2e-5.
-    assert means["adamw_8bit_stochastic_rounding"] == pytest.approx(1 - steps * update, abs=1e-4)
