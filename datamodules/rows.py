@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+import numpy as np
 from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
@@ -60,6 +61,11 @@ class Encoded:
     columns: dict[str, Tensor] = field(default_factory=dict)  # what a batch has of each row besides, (N, ...)
     answers: Sequence[Integers] | None = None  # of each row, which of its tokens are learned
     odds: Sequence[float] | None = None  # see StepSampler
+
+    @cached_property
+    def lengths(self) -> Integers:
+        """Tokens of each row, (N,)."""
+        return np.fromiter(map(len, self.input_ids), dtype=np.int64)
 
 
 class RowsDataModule(LightningDataModule):
@@ -282,6 +288,25 @@ class RowsDataModule(LightningDataModule):
         self.layout = "rows" if problem is not None or self.layout == "rows" else "tree"
         self._pair_cost = pair_cost
         self._layouts.clear()
+
+    def settle_padding(self, problem: str | None) -> None:
+        """Compute row by row, each alone, if a problem keeps the backbone from reading padded rows as it reads one."""
+        if problem is not None:
+            log.info(f"data.micro_batch_size: 1, for rows do not serve together: {problem}")
+            self.micro_batch_size = 1
+            self._layouts.clear()
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row of the splits that are set up."""
+        return max((int(encoded.lengths.max(initial=0)) for encoded in self._encoded.values()), default=0)
+
+    @property
+    def largest_tree(self) -> int:
+        """Tokens that a tree may have: the budget, or all of a split if they are fewer."""
+        return min(
+            self.token_budget, max((int(encoded.lengths.sum()) for encoded in self._encoded.values()), default=0)
+        )
 
     @property
     def steps_per_epoch(self) -> int:

@@ -15,7 +15,7 @@ from datamodules.errors import UserError
 from datamodules.records import history_digest
 from models.answer_metrics import AnswerLosses, answer_losses, decision_figures, decisions
 from models.backbone import language_problem, position_room, token_losses
-from models.generation import generate_answers
+from models.generation import can_branch, generate_answers
 from models.training import BackboneModule
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class ProactiveAgent(BackboneModule):
             raise UserError(f"model.sampled_answers: {sampled_answers} is negative", "Give 0 or more.")
         self.answers = AnswerLosses()
         self.samples: list[dict[str, Any]] = []  # of the last validation
+        self._can_branch: bool | None = None  # found out at the first one
 
     def refuse_network(self, network: "PreTrainedModel") -> None:
         if problem := language_problem(network):
@@ -111,13 +112,17 @@ class ProactiveAgent(BackboneModule):
         probes = [example for example in data.rows("validation") if example.kind == AnswerKind.PROBE]
         number = min(self.hparams["sampled_answers"], len(probes))
         chosen = [probes[place * len(probes) // number] for place in range(number)]
+        max_length = min(data.prompt_length + SAMPLED_TOKENS, position_room(self.network.config))
+        if self._can_branch is None and chosen:
+            self._can_branch = can_branch(self.network, max_length)
         generated = generate_answers(
             self.network,
             [data.segments(example.history) for example in chosen],
             data.opening(),
             end_id=data.tokenizer.eos_token_id,
             max_new_tokens=SAMPLED_TOKENS,
-            max_length=min(data.prompt_length + SAMPLED_TOKENS, position_room(self.network.config)),
+            max_length=max_length,
+            branched=self._can_branch,
             wanted={(place, len(example.history)) for place, example in enumerate(chosen)},
         )
         texts = {answer.trace: data.tokenizer.decode(answer.token_ids) for answer in generated}

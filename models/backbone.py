@@ -18,7 +18,8 @@ from datamodules.batches import Inputs
 from datamodules.errors import UserError
 from datamodules.tokenizer import SCRATCH
 from models.forward import as_forward
-from models.tree import NO_DIFFERENCE, read_tree, tolerance, tree_states
+from models.tree import read_tree, tree_states
+from models.trials import NO_DIFFERENCE, tolerance
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -286,14 +287,25 @@ def classify(model: "PreTrainedModel", inputs: Inputs, pooling: Pooling) -> Tens
     elif pooling == "cls":
         pooled_RD = hidden_RTD[:, 0]
     else:
-        rows_R = torch.arange(len(hidden_RTD), device=hidden_RTD.device)
-        pooled_RD = hidden_RTD[rows_R, attention_mask.sum(1) - 1]
+        pooled_RD = _at_last_token(hidden_RTD, attention_mask)
     return _logits(model, pooled_RD)
+
+
+@as_forward
+def last_states(model: "PreTrainedModel", inputs: Inputs) -> Tensor:
+    """The final states (R, D) of padded rows at their last tokens."""
+    output = model.base_model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+    return _at_last_token(output.last_hidden_state, inputs["attention_mask"])
+
+
+def _at_last_token(hidden_RTD: Tensor, attention_mask: Tensor) -> Tensor:
+    rows_R = torch.arange(len(hidden_RTD), device=hidden_RTD.device)
+    return hidden_RTD[rows_R, attention_mask.sum(1) - 1]
 
 
 def _logits(model: "PreTrainedModel", pooled_RD: Tensor) -> Tensor:
     layer = read_out(model)  # that of a backbone with adapters is float32 whatever the backbone is
-    return layer(pooled_RD.to(layer.weight.dtype))
+    return layer(pooled_RD if pooled_RD.dtype == torch.float32 else pooled_RD.to(layer.weight.dtype))
 
 
 @as_forward

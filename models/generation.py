@@ -24,7 +24,8 @@ from datamodules.prompts import truncate
 from models.attention import BLOCKWISE, GROUPED, register
 from models.backbone import position_room
 from models.grammar import AnswerGrammar
-from models.tree import NO_DIFFERENCE, attention_window, relative_difference, tolerance
+from models.tree import attention_window
+from models.trials import FEW, LEAST, NO_DIFFERENCE, finely_tried, random_tokens, relative_difference, tolerance, tried
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -38,6 +39,8 @@ MASKED_ATTENTIONS = (
     "eager",
 )  # those of transformers that take any mask for a few tokens after many
 GROWTH = 1.25  # by how much the memory of a cache is enlarged when it is full
+BRANCHES = 16  # of a trial
+READ = 2  # tokens of an answer that a trial reads
 WASTE = 0.5  # a cache of which less than this is still seen is made smaller
 log = logging.getLogger("proactive")
 
@@ -127,10 +130,7 @@ def _generate_answers(
     try:
         _attend_to_branches(network)
         if branched is None and trunks:
-            problem = branch_problem(network, longest)
-            branched = problem is None
-            if problem:
-                log.info("Each answer is generated from its whole prompt, which is slow: %s.", problem)
+            branched = can_branch(network, longest)
         if branched:
             for start in range(0, len(trunks), batch_size):
                 yield from _side_by_side(network, trunks[start : start + batch_size], opening, candidates, writer)
@@ -494,13 +494,21 @@ def _openings_after_trunk(end_BS: Tensor, length: int, depth: int) -> Tensor:
     return torch.cat([above_BTK, below_BQK], 1)
 
 
+def can_branch(network: "PreTrainedModel", longest: int) -> bool:
+    """Whether answers may branch off one cache; says why not, if not. See `branch_problem`."""
+    problem = branch_problem(network, longest)
+    if problem:
+        log.info("Each answer is generated from its whole prompt, which is slow: %s.", problem)
+    return problem is None
+
+
 def branch_problem(network: "PreTrainedModel", longest: int) -> str | None:
     """What keeps answers from branching off one cache; None if nothing does.
 
-    Windows of attention are read off the configuration, all else is tried, as `models.tree.tree_problem` does.
+    It is tried, first on a few tokens, then on as many as the prompts have, as `models.tree.tree_problem` does.
 
     Args:
-        network: A causal language model of transformers, in evaluation mode.
+        network: A causal language model of transformers.
         longest: Tokens of the longest prompt and its answer.
     """
     attention = network.config._attn_implementation
@@ -509,19 +517,19 @@ def branch_problem(network: "PreTrainedModel", longest: int) -> str | None:
     window = attention_window(network.config)
     if window is not None and window < longest:
         return f"its layers see {window} tokens back, and prompts with their answers have up to {longest}"
-    try:
-        return _misread(network)
-    except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError, KeyError, IndexError) as error:
-        return f"it refuses branches ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+    longest = max(longest, LEAST)
+
+    def at_length() -> str | None:
+        problem = _misread_long_trunk(network, longest) or _misread_many_branches(network, longest)
+        return problem and f"{problem}, with prompts and answers of up to {longest} tokens"
+
+    return tried(network, "branches", lambda: _misread(network) or finely_tried(network, at_length))
 
 
-@torch.no_grad()
 def _misread(network: "PreTrainedModel") -> str | None:
     """How the logits of branches differ from those of their prompts, or None."""
-    random = torch.Generator().manual_seed(0)
-    first, left, other, right = torch.randint(
-        network.config.vocab_size, (4, 4), generator=random, device="cpu"
-    ).tolist()
+    tokens = random_tokens(network, 16)
+    first, left, other, right = (tokens[start : start + 4] for start in range(0, 16, 4))
     trunk, opening = [*first, *left], first[:2]
 
     def read(event: list[int], beside: list[int]) -> Tensor:
@@ -532,14 +540,51 @@ def _misread(network: "PreTrainedModel") -> str | None:
         for mine, its in zip(right[:2], beside[:2], strict=True):
             reader.branch([[0, 1], [0]])
             logits.append(reader.read([[mine, its], [its]])[0, 0])
-        return torch.stack(logits).float()
+        return torch.stack(logits)
 
     found, beside_other = read(right, left), read(other, right)
-    prompt = torch.tensor([[*trunk, *opening, *right[:2]]], device=found.device)
-    expected = network(input_ids=prompt, attention_mask=torch.ones_like(prompt)).logits[0, -2:].float()
     if relative_difference(found, beside_other) > NO_DIFFERENCE:
         return "an answer depends on later events or on other answers"
-    difference = relative_difference(found, expected)
-    if not difference <= tolerance(network, network.dtype):
-        return f"an answer's logits are others than those after its prompt (relative difference {difference:.1e})"
-    return None
+    return _difference(network, found, _last_logits(network, [*trunk, *opening, *right[:2]], 2))
+
+
+def _misread_long_trunk(network: "PreTrainedModel", longest: int) -> str | None:
+    """The same where branches leave a trunk at its beginning, half-way and at its end, to be as long as the longest."""
+    end = longest - FEW - READ
+    return _misread_branches(network, random_tokens(network, end), [min(FEW, end), (end + 1) // 2, end], FEW)
+
+
+def _misread_many_branches(network: "PreTrainedModel", longest: int) -> str | None:
+    """The same where many branches leave a short trunk, to have together twice as many tokens as the longest prompt."""
+    depth = max(2 * longest // BRANCHES, 1)
+    ends = [1 + branch % FEW for branch in range(BRANCHES)]
+    return _misread_branches(network, random_tokens(network, FEW), ends, depth)
+
+
+def _misread_branches(network: "PreTrainedModel", trunk: list[int], ends: list[int], depth: int) -> str | None:
+    """How branches with openings of so many tokens differ from their prompts: the first, a middle and the last one."""
+    tokens, reader = random_tokens(network, depth + READ, seed=1), BranchReader(network)
+    opening, answer = tokens[:depth], tokens[depth:]
+    found = [reader.begin([trunk], [ends], opening)]
+    for token in answer:
+        reader.branch([range(len(ends))])
+        found.append(reader.read([[token] * len(ends)]))
+    found_SOV = torch.cat(found).transpose(0, 1)
+    chosen = [0, len(ends) // 2, len(ends) - 1]
+    expected = [_last_logits(network, [*trunk[: ends[branch]], *tokens], READ + 1) for branch in chosen]
+    return _difference(network, found_SOV[chosen].flatten(0, 1), torch.cat(expected))
+
+
+@torch.no_grad()
+def _last_logits(network: "PreTrainedModel", prompt: list[int], kept: int) -> Tensor:
+    """The last logits (kept, V) of a prompt by itself."""
+    prompt_1T = torch.tensor([prompt], device=network.get_input_embeddings().weight.device)
+    options = {"logits_to_keep": kept} if "logits_to_keep" in inspect.signature(network.forward).parameters else {}
+    return network(input_ids=prompt_1T, attention_mask=torch.ones_like(prompt_1T), **options).logits[0, -kept:]
+
+
+def _difference(network: "PreTrainedModel", found_NV: Tensor, expected_NV: Tensor) -> str | None:
+    difference = relative_difference(found_NV, expected_NV)
+    if difference <= tolerance(network, found_NV.dtype):
+        return None
+    return f"an answer's logits are others than those after its prompt (relative difference {difference:.1e})"

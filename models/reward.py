@@ -70,10 +70,13 @@ class RewardClassifier(BackboneModule):
         if self.hparams["pooling"] != "auto":
             read_out(network)
 
-    def tree_problem(self, network: "PreTrainedModel", longest: int) -> str | None:
+    def read_rows(self, network: "PreTrainedModel", inputs: Inputs) -> Tensor:
+        return classify(network, inputs, self.hparams["pooling"])
+
+    def tree_problem(self, network: "PreTrainedModel") -> str | None:
         if self.hparams["pooling"] not in ("auto", "last") or not reads_last_token(network):
             return "the backbone, or model.pooling, reads more than a row's last token"
-        return super().tree_problem(network, longest)
+        return None
 
     def on_validation_epoch_start(self) -> None:
         self.metrics.reset()

@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -14,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from datamodules.batches import Inputs
 from datamodules.errors import UserError
 from datamodules.rows import log
 from datamodules.tokenizer import SCRATCH
@@ -34,6 +36,7 @@ from models.backbone import (
     Head,
     base_from_config,
     build_network,
+    last_states,
     load_network,
     network_config,
     network_from_config,
@@ -54,6 +57,7 @@ from models.optimizers import (
 )
 from models.sharding import blocks, build_sharded_network, reshard, whole
 from models.tree import choose_attention, pair_cost, tree_problem
+from models.trials import padding_problem
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -158,9 +162,13 @@ class BackboneModule(LightningModule):
         """A micro-batch's part of the step's loss."""
         raise NotImplementedError
 
-    def tree_problem(self, network: "PreTrainedModel", longest: int) -> str | None:
-        """What keeps the model from reading trees of rows of up to `longest` tokens; None if nothing does."""
-        return tree_problem(network, longest)
+    def read_rows(self, network: "PreTrainedModel", inputs: Inputs) -> Tensor:
+        """What the model reads of each padded row, (R, D)."""
+        return last_states(network, inputs)
+
+    def tree_problem(self, network: "PreTrainedModel") -> str | None:
+        """What of the model itself, whatever its backbone can, keeps it from reading trees; None if nothing does."""
+        return None
 
     def refuse_network(self, network: "PreTrainedModel") -> None:
         """Say what keeps a new network from being trained for the task; nothing here.
@@ -253,7 +261,8 @@ class BackboneModule(LightningModule):
                 f"model.gradient_checkpointing: {type(network).__name__} has none",
                 "Leave it out, or use another backbone.",
             )
-        if data.layout == "tree" and (problem := self.tree_problem(network, data.max_length)):
+        problem = self.tree_problem(network) or tree_problem(network, data.longest)
+        if data.layout == "tree" and problem:
             data.settle_layout(problem)
 
     def _build(self) -> None:
@@ -283,12 +292,16 @@ class BackboneModule(LightningModule):
     def _settle_layout(self) -> None:
         assert self.network is not None
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if data.layout == "rows":
-            data.settle_layout(None)
-            return
-        if self.hparams["attn_implementation"] is None:
-            choose_attention(self.network, self.trainer.strategy.root_device.type, data.max_length)
-        data.settle_layout(self.tree_problem(self.network, data.max_length), pair_cost(self.network))
+        network, longest, largest = self.network, data.longest, data.largest_tree
+        problem = None if data.layout == "rows" else self.tree_problem(network)
+        if data.layout != "rows" and problem is None:
+            if self.hparams["attn_implementation"] is None:
+                problem = choose_attention(network, self.trainer.strategy.root_device.type, longest, largest)
+            else:
+                problem = tree_problem(network, longest, largest)
+        data.settle_layout(problem, pair_cost(network))
+        if data.layout == "rows" and data.micro_batch_size > 1:
+            data.settle_padding(padding_problem(network, partial(self.read_rows, network), longest))
 
     def training_step(self, batch: list[Any], batch_idx: int) -> None:
         """One optimizer step over this rank's micro-batches."""

@@ -5,7 +5,7 @@ Shape legend: R rows, T tokens of a tree, D hidden size.
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -15,15 +15,13 @@ from datamodules.tree import ancestors
 from models.attention import BLOCKWISE, register, tree_blocks
 from models.forward import as_forward
 from models.operations import embedding_count, weight_count
+from models.trials import FEW, LEAST, NO_DIFFERENCE, finely_tried, random_tokens, relative_difference, tolerance, tried
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
     from transformers import PreTrainedModel
 
 BLOCK = 128  # FlexAttention's block of tokens
-# How far the states of tree and rows may differ, relatively: rounding, by the dtype that they are computed in.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-NO_DIFFERENCE = 1e-6  # where the same computation is repeated, and only what must not be seen is another
 MASKED_ATTENTIONS = ("sdpa", "eager", "flex_attention", BLOCKWISE)  # those that take any mask
 
 
@@ -102,35 +100,42 @@ def tree_mask(subtree_end_T: Tensor, attention: str, dtype: torch.dtype) -> "Ten
     return visible_11TT
 
 
-def choose_attention(model: "PreTrainedModel", device: str, longest: int) -> None:
+def choose_attention(model: "PreTrainedModel", device: str, longest: int, largest: int | None = None) -> str | None:
     """Give a backbone the attention that computes least of what a tree's mask hides, if it takes it.
 
     Args:
-        model: A classifier of transformers with the attention of its own choice.
+        model: A classifier of transformers with the attention of its own choice, which it otherwise keeps.
         device: The type of its device. On others than cuda and cpu it keeps its own.
         longest: Tokens of the longest row.
+        largest: Tokens of the largest tree.
+
+    Returns:
+        What `tree_problem` says with the attention that it then has.
     """
     own = model.config._attn_implementation
-    if device == "cuda":
-        with contextlib.suppress(ValueError):  # a backbone without it keeps its own
-            model.set_attn_implementation("flex_attention")
-    elif device == "cpu" and own == "sdpa":  # not where that lacks something, such as a soft cap
+    better = {"cuda": "flex_attention", "cpu": BLOCKWISE if own == "sdpa" else own}.get(device, own)
+    if better == BLOCKWISE:  # not where sdpa lacks something, such as a soft cap
         register()
-        model.set_attn_implementation(BLOCKWISE)
-        if tree_problem(model, longest) is not None:
+    if better != own:
+        with contextlib.suppress(ValueError):  # a backbone without it keeps its own
+            model.set_attn_implementation(better)
+            if tree_problem(model, longest, largest) is None:
+                return None
             model.set_attn_implementation(own)
+    return tree_problem(model, longest, largest)
 
 
-def tree_problem(model: "PreTrainedModel", longest: int) -> str | None:
+def tree_problem(model: "PreTrainedModel", longest: int, largest: int | None = None) -> str | None:
     """What keeps a backbone from reading trees as it reads rows; None if nothing does.
 
-    Windows of attention are read off the configuration, for rows longer than them would have to be tried. All
-    else is tried on short random rows that share their beginning. A backbone with random weights hardly minds what
-    it sees, so what must not be seen is changed, and must change nothing at all.
+    It is tried, first on short random rows that share their beginning, then on rows and a tree as long as the data
+    makes them: a window of attention, whatever a configuration calls it, a choice of keys, or rotary factors that
+    follow from the longest row show in long texts alone.
 
     Args:
         model: A sequence classifier of transformers. One without weights, on the meta device, is not tried.
         longest: Tokens of the longest row.
+        largest: Tokens of the largest tree; if None, twice as many.
     """
     attention = model.config._attn_implementation
     if attention not in MASKED_ATTENTIONS:
@@ -140,28 +145,16 @@ def tree_problem(model: "PreTrainedModel", longest: int) -> str | None:
         return f"its layers see {window} tokens back, and rows have up to {longest}"
     if model.device.type == "meta":
         return None
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            return _misread(model)
-    except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError, LookupError) as error:
-        return f"it refuses them ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
-    finally:
-        model.train(training)
-
-
-def tolerance(model: "PreTrainedModel", dtype: torch.dtype) -> float:
-    """How far a model's states, computed in a dtype, may differ between two ways to compute the same."""
-    rounds_inputs = any(type(module).__name__ == "Linear8bitLt" for module in model.modules())  # to 8 bits
-    return max(TOLERANCE[dtype], TOLERANCE[torch.bfloat16] if rounds_inputs else 0.0)
+    tokens = max(longest, largest or 2 * longest)
+    return tried(
+        model, "them", lambda: _misread(model) or finely_tried(model, lambda: _misread_long(model, longest, tokens))
+    )
 
 
 def _misread(model: "PreTrainedModel") -> str | None:
-    """How trees of two rows differ from the rows, or None."""
-    trunk, left, other, right = torch.randint(
-        4, model.config.vocab_size, (4, 6), generator=torch.Generator().manual_seed(0), device="cpu"
-    ).tolist()
+    """How trees of two short rows differ from the rows, or None."""
+    tokens = random_tokens(model, 24)
+    trunk, left, other, right = (tokens[start : start + 6] for start in range(0, 24, 6))
     left, other, right = [*trunk, 1, *left], [*trunk, 2, *other], [*trunk, 3, *right[:4]]  # in this order in a tree
     left_TD, other_TD, right_TD = (_read_row(model, row) for row in (left, other, right))
     if relative_difference(left_TD[: len(trunk)], other_TD[: len(trunk)]) > NO_DIFFERENCE:
@@ -169,17 +162,39 @@ def _misread(model: "PreTrainedModel") -> str | None:
     merged_RD, beside_other_RD = (_read_rows_as_tree(model, [first, right]) for first in (left, other))
     if relative_difference(merged_RD[1], beside_other_RD[1]) > NO_DIFFERENCE:
         return "a row's state depends on the other rows of its tree"
-    difference = relative_difference(merged_RD, torch.stack([left_TD[-1], right_TD[-1]]))
-    if not difference <= tolerance(model, merged_RD.dtype):
-        return f"a tree of two rows gives other states than the rows one by one (relative difference {difference:.1e})"
-    return None
+    return _difference(model, merged_RD, torch.stack([left_TD[-1], right_TD[-1]]))
+
+
+def _misread_long(model: "PreTrainedModel", longest: int, tokens: int) -> str | None:
+    """How a tree of so many tokens differs from its rows, of which the first is the longest; None if it does not.
+
+    Far behind it in the tree stand a row that left it half-way and one that left it at the beginning, both short
+    branches. In between, other branches fill the tree up.
+    """
+    longest = max(longest, LEAST)
+    half, last = longest // 2, model.config.get_text_config().vocab_size - 1  # other rows go on with smaller tokens
+    first, more = random_tokens(model, longest), random_tokens(model, tokens, seed=1)
+    rows = [first, [*first[:half], last, *more[:FEW]], [*first[:FEW], last, *more[:FEW]]]
+    branch = longest - half
+    filling = [more[start : start + branch] for start in range(0, tokens - longest - 2 * FEW, branch)]
+    found_RD = _read_rows_as_tree(model, [*rows, *([*first[:half], *part] for part in filling)])[: len(rows)]
+    problem = _difference(model, found_RD, torch.stack([_read_row(model, row)[-1] for row in rows]))
+    return problem and f"{problem}, in a tree of {tokens} tokens with rows of up to {longest}"
+
+
+def _difference(model: "PreTrainedModel", found_RD: Tensor, expected_RD: Tensor) -> str | None:
+    difference = relative_difference(found_RD, expected_RD)
+    if difference <= tolerance(model, found_RD.dtype):
+        return None
+    return f"a tree gives other states than its rows one by one (relative difference {difference:.1e})"
 
 
 def _read_rows_as_tree(model: "PreTrainedModel", rows: list[list[int]]) -> Tensor:
-    inputs: Any = TreeLayout(rows, token_budget=64).lay_out(range(len(rows))).inputs
-    device = model.get_input_embeddings().weight.device
+    """The final states (R, D) at the ends of rows, in their order."""
+    laid_out = TreeLayout(rows, token_budget=sum(map(len, rows))).lay_out(range(len(rows)))
+    device, inputs = model.get_input_embeddings().weight.device, cast("dict[str, Tensor]", laid_out.inputs)
     placed: Any = {name: value.to(device) for name, value in inputs.items()}
-    return read_tree(model, placed)
+    return read_tree(model, placed)[torch.tensor(laid_out.rows, device=device).argsort()]
 
 
 @as_forward
@@ -187,12 +202,6 @@ def _read_row(model: "PreTrainedModel", row: list[int]) -> Tensor:
     input_ids_1T = torch.tensor([row], device=model.get_input_embeddings().weight.device)
     output = model.base_model(input_ids=input_ids_1T, attention_mask=torch.ones_like(input_ids_1T))
     return output.last_hidden_state[0]
-
-
-def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """The greatest relative difference of some states or logits (N, D)."""
-    found, expected = found.float(), expected.float()
-    return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
 
 
 def pair_cost(model: "PreTrainedModel") -> float:
