@@ -39,7 +39,7 @@ from models.reward import RewardClassifier
 
 PACKAGES = ("torch", "transformers", "lightning", "triton", "bitsandbytes", "torchao", "flashoptim", "peft")
 GIB = 2**30
-TAIL = 2000  # characters of a failed part's output that are kept
+TAIL = 4000  # characters of a failed part's output that are kept
 STEPS = 20  # of a recipe that are timed
 SMALL_PATIENCE = 10  # by how much limits are longer on a CPU
 Figures = dict[str, Any]

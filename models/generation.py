@@ -346,7 +346,7 @@ class GrowingLayer(DynamicLayer):
         if self._places is not None:
             for room, states in zip(self._room, (key_states, value_states), strict=True):
                 room.index_copy_(2, self._places, states)
-            return self.keys, self.values
+            return self._room[0], self._room[1]
         used = self.get_seq_length()
         needed = used + key_states.shape[-2]
         for place, states in enumerate((key_states, value_states)):
