@@ -11,6 +11,8 @@ from models.adamw_8bit import AdamW8bit
 
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 SHARDED = ("adamw", "adamw_8bit")  # whose state can be spread over ranks
+LOSES_NOTHING = ("adamw_8bit",)  # of updates that are smaller than a weight's significant bits
+SAMPLE = 2**14  # weights of each tensor that are looked at for such updates
 FUSED = ("cpu", "cuda", "mps", "xpu")  # where PyTorch updates all parameters in one kernel
 ScheduleName = Literal["linear", "cosine"]
 
@@ -65,6 +67,30 @@ def build_optimizer(
     if name == "adamw":
         options["fused"] = not loss_is_scaled and all(parameter.device.type in FUSED for parameter in trained)
     return optimizer_maker(name)([group for group in groups if group["params"]], **options)
+
+
+def lost_updates(parameters: Iterable[nn.Parameter], name: OptimizerName, learning_rate: float) -> float:
+    """The share of the trained weights, 0 to 1, that an update of the size of the learning rate leaves as they are.
+
+    Adam moves a weight by about the learning rate. Weights of 16 bits are rounded to the nearest afterwards, which
+    undoes what is less than half the distance to the next one: `eps` times the greatest power of 2 below the weight.
+    """
+    if name in LOSES_NOTHING:
+        return 0.0
+    from torch.distributed.tensor import DTensor
+
+    lost = total = 0.0
+    for parameter in parameters:
+        if parameter.requires_grad and parameter.numel():
+            total += parameter.numel()
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                weights: Any = parameter.detach()
+                flat = (weights.to_local() if isinstance(weights, DTensor) else weights).flatten()
+                sample = flat[:: max(len(flat) // SAMPLE, 1)].float()
+                power = torch.frexp(sample).exponent - 1
+                distance = torch.finfo(parameter.dtype).eps * torch.exp2(power.float())
+                lost += parameter.numel() * float((learning_rate < distance / 2).float().mean()) if len(flat) else 0.0
+    return lost / total if total else 0.0
 
 
 def clip(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], greatest: float, norm: Tensor) -> None:

@@ -53,6 +53,7 @@ from models.optimizers import (
     build_optimizer,
     build_schedule,
     clip,
+    lost_updates,
     optimizer_maker,
 )
 from models.sharding import blocks, build_sharded_network, reshard, whole
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EXPORT_STATE = "proactive.json"
+NOTEWORTHY = 0.05  # a share of updates lost to rounding that a run says at its start
 
 
 def default_learning_rate(backbone: str, adapter: Any | None) -> tuple[float, str]:
@@ -333,6 +335,13 @@ class BackboneModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         options = self.hparams
+        lost = lost_updates(self.parameters(), options["optimizer"], options["learning_rate"])
+        if lost > NOTEWORTHY:
+            log.warning(
+                f"model.learning_rate: steps of {options['learning_rate']:g} leave {lost:.0%} of the weights as they "
+                "are, for 16 bits round them away; use --model.optimizer adamw_8bit, which loses none, or "
+                "--model.dtype float32 with --trainer.precision bf16-mixed"
+            )
         optimizer = build_optimizer(
             self.parameters(),
             options["optimizer"],

@@ -10,7 +10,7 @@ from torch import nn
 
 from datamodules.errors import UserError
 from models.adamw_8bit import AdamW8bit
-from models.optimizers import OptimizerName, ScheduleName, build_optimizer, build_schedule
+from models.optimizers import OptimizerName, ScheduleName, build_optimizer, build_schedule, lost_updates
 
 NAMES = get_args(OptimizerName)
 SCHEDULES = get_args(ScheduleName)
@@ -112,3 +112,21 @@ def test_the_rate_rises_to_its_peak_and_falls_to_zero(name: ScheduleName, warmup
         assert rate == pytest.approx(expected, abs=1e-12), step
     assert max(rates) == 0.25
     assert rates[-1] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("learning_rate", [1e-5, 1e-4, 1e-2])
+def test_updates_lost_to_rounding_are_those_that_a_step_does_not_make(dtype: torch.dtype, learning_rate: float) -> None:
+    """Counted before the first step, and found after it: Adam's first one moves every weight by the learning rate."""
+    torch.manual_seed(0)
+    weight = nn.Parameter((torch.randn(4000, 3) * 0.02).to(dtype))
+    frozen = nn.Parameter(torch.ones(10**5, dtype=dtype), requires_grad=False)
+    expected = lost_updates([weight, frozen], "adamw", learning_rate)
+    before = weight.detach().clone()
+    optimizer = torch.optim.AdamW([weight], lr=learning_rate, weight_decay=0.0)
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    stayed = float((weight.detach() == before).float().mean())
+    assert expected == pytest.approx(stayed, abs=0.02)
+    assert (expected > 0.5) == (dtype == torch.bfloat16 and learning_rate == 1e-5)
+    assert lost_updates([weight], "adamw_8bit", learning_rate) == 0.0
