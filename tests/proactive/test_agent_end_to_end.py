@@ -81,7 +81,7 @@ def test_an_agent_answers_the_traces_that_it_was_not_trained_on(
 ) -> None:
     arguments = [
         f"--agent.checkpoint={agents / 'by_scene' / '0'}",
-        "--agent.answers.max_new_tokens=8",
+        "--agent.answers.max_new_tokens=1",
         f"--judge.checkpoint={finished_run.folder}",
     ]
     ended = call(evaluate.main, "agent", *arguments, "--output=out")
