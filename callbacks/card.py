@@ -12,6 +12,7 @@ from datamodules.prompts import on_one_line
 from datamodules.rows import RowsDataModule
 from datamodules.tokenizer import SCRATCH
 from models.adapters import never_quantized
+from models.calibration import DECISION
 from models.training import BackboneModule
 
 HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -56,8 +57,8 @@ def model_card(model: BackboneModule, data: RowsDataModule, record: dict[str, An
         adapter_alone=model.exports_adapter,
         not_quantized=never_quantized(model.network, model.head),
         pad_token_id=data.tokenizer.pad_token_id,
-        temperature=model.temperature,
-        threshold=model.threshold,
+        calibration=model.calibration,
+        decision=DECISION,
         silence=repr(SILENCE),
         offer=repr(AN_OFFER),
     )

@@ -5,15 +5,15 @@ Answers and verdicts are logged as they come, so a killed evaluation goes on in 
 
 import collections
 import contextlib
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from callbacks.evaluation_record import (
     JudgedEvent,
+    acceptance,
     evaluation_record,
     figures,
     figures_csv,
@@ -24,8 +24,8 @@ from callbacks.evaluation_record import (
 )
 from callbacks.evaluation_report import evaluation_report
 from callbacks.files import METRICS_FILE, REPORT_FILE, write_atomically
-from datamodules.records import TraceSplit
-from datamodules.traces import Answers, Offer, Trace
+from datamodules.records import AnnotatedRow, TraceSplit
+from datamodules.traces import Answers, Offer, Trace, traces_digest
 from models.agents import Agent, AlwaysPropose, EndpointAgent, LocalAgent, NeverPropose
 from models.endpoint import AnswerLog, Counter
 from models.gate import gate_threshold
@@ -48,12 +48,22 @@ class Evaluation:
     gate: RewardJudge | None
     cost_ratio: float
     stamps: dict[str, Any]
+    people: list[AnnotatedRow] | None  # annotated rows of the traces' scenes; of all scenes where they have none
 
     @property
     def suffix(self) -> str:
         """What marks the files whose layout has no room for a stamp."""
-        contaminated = any(self.stamps[f"{who}_trained_on"] for who in ("agent", "judge", "gate"))
-        return "-contaminated" * contaminated + "-gate-is-judge" * self.stamps["gate_is_judge"]
+        marks = {
+            "trained_on": "-contaminated",
+            "validated_on": "-validated-on",
+            "validation_unknown": "-validation-unknown",
+        }
+        found = [
+            mark
+            for stamp, mark in marks.items()
+            if any(self.stamps[f"{who}_{stamp}"] for who in ("agent", "judge", "gate"))
+        ]
+        return "".join([*found, *["-gate-is-judge"] * self.stamps["gate_is_judge"]])
 
 
 def carry_out(evaluation: Evaluation, folder: Path, count: Counter) -> dict[str, Any]:
@@ -71,7 +81,7 @@ def carry_out(evaluation: Evaluation, folder: Path, count: Counter) -> dict[str,
     with contextlib.ExitStack() as stack:
         logs = []
         for name, part in ((ANSWERS_FILE, agent), (VERDICTS_FILE, judge)):
-            logs.append(AnswerLog(folder / name, {**part.settings, "traces": _digest(traces)}))
+            logs.append(AnswerLog(folder / name, {**part.settings, "traces": traces_digest(traces)}))
             stack.callback(logs[-1].close)
         answers = agent.answer(traces, logs[0], count)
         baselines: dict[str, Answers] = {}
@@ -91,6 +101,7 @@ def carry_out(evaluation: Evaluation, folder: Path, count: Counter) -> dict[str,
     record = {
         **evaluation_record(events, evaluation.splits),
         **evaluation.stamps,
+        "acceptance": acceptance(verdicts, evaluation.people),
         "agent": _shown(agent),
         "judge": _shown(judge),
         "unfinished": {
@@ -134,14 +145,12 @@ def _shown(part: Agent | Judge) -> dict[str, Any]:
         shown["weights"] = {name: one.source for name, one in part.assigned.items()}
     if isinstance(part, RewardJudge):
         shown["weights"] = {name: one.source for name, one in part.assigned.items()}
-        shown["thresholds"] = {one.source: one.model.threshold for one in part.assigned.values()}
+        shown["calibration"] = {
+            one.source: None if one.model.calibration is None else asdict(one.model.calibration)
+            for one in part.assigned.values()
+        }
         shown["truncated_rows"] = part.truncated
     return shown
-
-
-def _digest(traces: Sequence[Trace]) -> str:
-    content = [[trace.name, [event.model_dump() for event in trace.events]] for trace in traces]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _write(folder: Path, suffix: str, record: Mapping[str, Any], events: Sequence[JudgedEvent]) -> None:

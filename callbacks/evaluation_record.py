@@ -9,14 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from callbacks.record import versions
-from datamodules.records import TraceSplit
-from datamodules.traces import Answers, Candidate, Offer, Trace, judged_steps
+from callbacks.record import intervals_note, versions
+from datamodules.records import AnnotatedRow, TraceSplit
+from datamodules.sources import PUBLISHED_TRACES_DIGESTS
+from datamodules.traces import Answers, Candidate, Offer, Trace, judged_steps, traces_digest
+from models.calibration import DECISION
 from models.gate import Gated
 from models.judges import Verdict, Verdicts
-from models.metrics import NO_VERDICT, PUBLISHED_AGENT_ROWS, AgentMetrics, deciding_candidate
+from models.metrics import (
+    BOOTSTRAP_RESAMPLES,
+    NO_VERDICT,
+    PUBLISHED_AGENT_ROWS,
+    AgentMetrics,
+    deciding_candidate,
+)
 
-BOOTSTRAP_RESAMPLES = 1000
 PUBLISHED_COLUMNS = {
     "Recall": "recall",
     "Precision": "precision",
@@ -138,6 +145,7 @@ def evaluation_record(events: Sequence[JudgedEvent], splits: Mapping[str, TraceS
     by_trace: dict[str, list[JudgedEvent]] = {}
     for event in events:
         by_trace.setdefault(event.trace.name, []).append(event)
+    traces = list({event.trace.name: event.trace for event in events}.values())
     whole = {name: split for name, split in splits.items() if split.files and set(split.files) <= set(by_trace)}
     return {
         "task": "agent",
@@ -149,21 +157,75 @@ def evaluation_record(events: Sequence[JudgedEvent], splits: Mapping[str, TraceS
         },
         "splits_left_out": sorted(set(splits) - set(whole)),
         "per_trace": {name: figures(mine, bootstrap=0) for name, mine in by_trace.items()},
-        "published": PUBLISHED_AGENT_ROWS,
+        "published": PUBLISHED_AGENT_ROWS if traces_digest(traces) in PUBLISHED_TRACES_DIGESTS else {},
         "versions": versions(),
     }
+
+
+def acceptance(verdicts: Verdicts, people: Sequence[AnnotatedRow] | None) -> dict[str, Any]:
+    """How often judge and people accept offers, and silence.
+
+    Args:
+        verdicts: All that was judged; what has no verdict is not counted.
+        people: Annotated rows to compare with; None if there are none.
+    """
+    said = [(offer.proposal is None, verdict.accepted) for offer, verdict in verdicts.items()]
+    judge = _acceptance([(silent, accepted) for silent, accepted in said if accepted is not None])
+    rows = people and _acceptance([(row.proposal is None, row.accepted) for row in people])
+    return {"judge": judge, "people": rows or None}
+
+
+def _acceptance(judged: Sequence[tuple[bool, bool]]) -> dict[str, dict[str, int]]:
+    """How many offers and silences were judged and accepted, of pairs of whether each is silence and is accepted."""
+    kinds = {"offers": False, "silences": True}
+    verdicts = {name: [accepted for silent, accepted in judged if silent is kind] for name, kind in kinds.items()}
+    return {name: {"judged": len(of_kind), "accepted": sum(of_kind)} for name, of_kind in verdicts.items()}
+
+
+def _rates(counts: Mapping[str, Mapping[str, int]]) -> str:
+    return " and ".join(
+        f"{of_kind['accepted'] / max(of_kind['judged'], 1):.0%} of {of_kind['judged']} {kind}"
+        for kind, of_kind in counts.items()
+    )
 
 
 def notes(record: Mapping[str, Any]) -> list[str]:
     """What has to be known in order to read an agent's figures, a sentence each; the grave ones first."""
     found, recorded = record["figures"], record["judge"]["judge"] == "recorded"
+    sentences = {
+        "trained_on": "CONTAMINATED: the {who} was trained on {of_traces}",
+        "validated_on": "VALIDATED ON: {of_traces} chose the best weights of the {who} and calibrated them",
+        "validation_unknown": "VALIDATION UNKNOWN: an older checkpoint of the {who} does not say whether {of_traces} "
+        "chose its best weights",
+    }
     said = [
-        f"CONTAMINATED: the {who} was trained on {len(record[key])} of the {len(record['per_trace'])} traces"
-        for who, key in ((who, f"{who}_trained_on") for who in ("agent", "judge", "gate"))
+        sentence.format(who=who, of_traces=f"{len(record[key])} of the {len(record['per_trace'])} traces")
+        for stamp, sentence in sentences.items()
+        for who, key in ((who, f"{who}_{stamp}") for who in ("agent", "judge", "gate"))
         if record[key]
     ]
     if record["gate_is_judge"]:
         said.append("THE GATE IS THE JUDGE: it holds back what it would reject itself")
+    for who in ("judge", "gate"):
+        for source, fitted in ((record[who] or {}).get("calibration") or {}).items():
+            if fitted is None:
+                said.append(f"NOT CALIBRATED: the {who} {source}; no validation ran after a training step")
+    if record["judge"]["judge"] == "reward classifier":
+        said.append(f"the judge accepts above {DECISION:g}, calibrated")
+    judged, people = record["acceptance"]["judge"], record["acceptance"]["people"]
+    for kind, counts in judged.items():
+        if counts["judged"] and counts["accepted"] in (0, counts["judged"]):
+            how = "ACCEPTED" if counts["accepted"] else "REJECTED"
+            effect = {
+                ("silences", "ACCEPTED"): "no need can count as missed",
+                ("silences", "REJECTED"): "each counts as a missed need",
+                ("offers", "ACCEPTED"): "none can count as a false alarm",
+                ("offers", "REJECTED"): "each counts as a false alarm",
+            }[kind, how]
+            said.append(f"ALL {kind.upper()} ARE {how}: {counts['judged']} were judged, and {effect}")
+    said.append(f"acceptance: the judge {_rates(judged)}; people {_rates(people) if people else 'are not known'}")
+    if found["traces"] > 1:
+        said.append(intervals_note(int(found["traces"]), "traces"))
     if record["traces_left_out"]:
         names = ", ".join(record["traces_left_out"])
         said.append(f"left out, for the agent was trained on them: {names}")

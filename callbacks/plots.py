@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from models.calibration import DECISION
+
 CALIBRATION_BINS = 10
 
 
@@ -26,9 +28,9 @@ def precision_recall_plot(rows: dict[str, Tensor], record: dict[str, Any]) -> st
     precision, recall, _ = binary_precision_recall_curve(rows["probability"], rows["target"])
     axes = new_axes("recall", "precision")
     axes.plot(recall, precision, drawstyle="steps-post", label="all thresholds")
-    for name, marker in (("raw", "o"), ("calibrated", "s")):
-        figures = record["test"][name]
-        axes.plot(figures["recall"], figures["precision"], marker, label=f"{name}: F1 {figures['f1']:.3f}")
+    for name, label, marker in (("raw", f"above {DECISION:g}", "o"), ("f1_optimal", "greatest F1 in validation", "s")):
+        if figures := record["test"].get(name):
+            axes.plot(figures["recall"], figures["precision"], marker, label=f"{label}: F1 {figures['f1']:.3f}")
     accepted = float(rows["target"].double().mean())
     axes.axhline(accepted, color="grey", linestyle=":", label="all")
     axes.set(xlim=(0, 1.02), ylim=(0, 1.02))

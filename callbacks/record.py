@@ -3,16 +3,23 @@
 import importlib.metadata
 import json
 import platform
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from callbacks.files import METRICS_FILE, write_atomically
 from callbacks.shards import content_digest
+from datamodules.records import Category
+from datamodules.reward import RewardDataModule
 from datamodules.rows import RowsDataModule
-from models.metrics import PUBLISHED_REWARD_ROWS
+from models.answer_metrics import decision_figures
+from models.calibration import DECISION, fit_threshold
+from models.metrics import FEW_GROUPS, PUBLISHED_REWARD_ROWS, reward_figures
 from models.training import BackboneModule
 
 RECORDED_PACKAGES = (
@@ -35,25 +42,136 @@ def run_record(model: BackboneModule, data: RowsDataModule, source: str) -> dict
         source: Which weights were tested.
     """
     found = data.contamination
-    return {
+    rows = data.row_counts
+    partial = model.test_count < rows["test"]
+    published = isinstance(data, RewardDataModule) and data.tests_published_rows and not partial
+    record = {
         "task": model.task,
         "weights": source,
         "backbone": model.hparams["backbone"],
         "split": data.description,
-        "rows": data.row_counts,
+        "rows": rows,
+        "tested_rows": model.test_count,
         "truncated_rows": dict(data.truncated),
         "contamination": {
             "test_rows": found.test_rows,
             "contaminated_rows": found.contaminated_rows,
             "fraction": found.fraction,
+            "validated_rows": found.validated_rows,
             "allowed": data.contamination_allowed,
         },
-        "temperature": model.temperature,
-        "threshold": model.threshold,
+        "calibration": None if model.calibration is None else asdict(model.calibration),
+        "readings": _readings(model),
         "test": model.test_figures,
-        "published": PUBLISHED_REWARD_ROWS if model.task == "reward" else {},
+        "baselines": _baselines(model, data),
+        "published": PUBLISHED_REWARD_ROWS if published else {},
         "versions": versions(),
     }
+    return record | {"notes": notes(record)}
+
+
+def notes(record: Mapping[str, Any]) -> list[str]:
+    """What has to be known in order to read a test's figures, a sentence each; grave ones begin in capitals."""
+    said = []
+    if record["contamination"]["allowed"]:
+        said.append("CONTAMINATED: trained on scenes that it is tested on")
+    found = record["contamination"]
+    of_rows = f"of {found['test_rows']} test rows have a history that"
+    stamp = "CONTAMINATED: " if found["contaminated_rows"] else ""
+    said.append(f"{stamp}{found['contaminated_rows']} {of_rows} was trained on")
+    if found["validated_rows"] is None:
+        said.append(
+            "VALIDATION UNKNOWN: the checkpoint does not say which rows chose its best weights and calibrated it"
+        )
+    elif found["validated_rows"]:
+        said.append(f"VALIDATED ON: {found['validated_rows']} {of_rows} chose the best weights and calibrated them")
+    if record["tested_rows"] < record["rows"]["test"]:
+        said.append(
+            f"PARTIAL: figures of {record['tested_rows']} of the {record['rows']['test']} test rows "
+            "(trainer.limit_test_batches)"
+        )
+    said += _one_sided(record)
+    scenes, low = record["test"]["raw"]["scenes"], "accuracy_low" in record["test"]["raw"]
+    said.append(intervals_note(int(scenes), "scenes") if low else "no intervals: all rows are of one scene")
+    if not record["baselines"]:
+        said.append("no baselines: the rows that the model was trained on are not at hand")
+    said.append(f"raw and calibrated decide above {DECISION:g}")
+    fitted = record["calibration"]
+    if fitted is None:
+        said.append(
+            "NOT CALIBRATED: no validation ran after a training step, so probabilities are as the network gives them"
+        )
+    elif fitted["rows"] is None:
+        said.append("calibrated on validation rows, how many the checkpoint does not say")
+    else:
+        how = "PARTLY CALIBRATED: " if fitted["rows"] < fitted["of_rows"] else "calibrated "
+        said.append(f"{how}on {fitted['rows']} of {fitted['of_rows']} validation rows")
+    return said
+
+
+def intervals_note(groups: int, what: str) -> str:
+    """What intervals rest on, in words."""
+    few = f", too few to rely on (less than {FEW_GROUPS})" if groups < FEW_GROUPS else ""
+    return f"in brackets: 95% bootstrap intervals over {groups} {what}{few}"
+
+
+def _one_sided(record: Mapping[str, Any]) -> list[str]:
+    """Which kinds of rows are all decided alike though people decided them differently."""
+    if record["task"] != "reward":
+        return []
+    figures = record["test"].get("calibrated", record["test"]["raw"])
+    said = []
+    for what, rejected, accepted in (
+        ("silence", Category.MISSED_NEED, Category.NON_RESPONSE),
+        ("proposal", Category.FALSE_ALARM, Category.CORRECT_DETECTION),
+    ):
+        if not figures[f"rows_{rejected}"] or not figures[f"rows_{accepted}"]:
+            continue
+        share = figures[f"rows_{rejected}"] / (figures[f"rows_{rejected}"] + figures[f"rows_{accepted}"])
+        agreement = figures[f"agreement_{rejected}"], figures[f"agreement_{accepted}"]
+        if agreement == (0, 1):
+            said.append(f"EVERY {what.upper()} IS ACCEPTED: people reject {share:.0%} of them")
+        if agreement == (1, 0):
+            said.append(f"EVERY {what.upper()} IS REJECTED: people accept {1 - share:.0%} of them")
+    return said
+
+
+def _baselines(model: BackboneModule, data: RowsDataModule) -> dict[str, dict[str, float]]:
+    """What judges that do not read come to on the same rows, by what they do; none where there is nothing to fit on."""
+    scores, rows = data.word_scores, model.test_rows
+    if scores is None:
+        return {}
+    place_N = rows["row"] - (data.row_counts["test"] - data.decision_count("test"))
+    words_N = scores.test[place_N]
+    threshold = fit_threshold(scores.validation, scores.validation_target) if len(scores.validation) else DECISION
+    always, never = (
+        ("accept everything", "reject everything") if model.task == "reward" else ("propose always", "never")
+    )
+    judges = {
+        f"majority of training rows: {always if scores.majority else never}": (
+            torch.full_like(words_N, scores.majority),
+            DECISION,
+        ),
+        always: (torch.ones_like(words_N), DECISION),
+        "bag of words": (words_N, DECISION),
+        f"bag of words, greatest F1, above {threshold:.4f}": (words_N, threshold),
+    }
+    found = {}
+    for name, (score_N, above) in judges.items():
+        if model.task == "reward":
+            figures = reward_figures(score_N, rows["target"], rows["category"], above, rows["scene"])
+        else:
+            figures = decision_figures(score_N, rows["target"], above, rows["scene"])
+        found[name] = {figure: float(value) for figure, value in figures.items()}
+    return found
+
+
+def _readings(model: BackboneModule) -> dict[str, str]:
+    """The readings of the model's test, by name, in words; without a threshold they decide at `DECISION`."""
+    labels = {"raw": "raw", "calibrated": "calibrated"}
+    if model.calibration is not None:
+        labels["f1_optimal"] = f"greatest F1, above {model.calibration.f1_threshold:.4f}"
+    return {name: labels[name] for name in model.test_figures}
 
 
 class MetricsFile(Callback):

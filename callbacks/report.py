@@ -15,6 +15,7 @@ from callbacks.record import tested_record
 from callbacks.samples import read_samples
 from datamodules.records import AnnotatedRow, Category
 from models.agent import ProactiveAgent
+from models.calibration import DECISION
 from models.reward import RewardClassifier
 
 WORST_MISTAKES = 12
@@ -76,9 +77,9 @@ def report(
             "Loss": loss_plot(curves),
             "Precision and recall": precision_recall_plot(rows, record),
             "Reliability": reliability_plot(rows),
-            "Decisions by category": _category_plot(rows, record["threshold"]),
+            "Decisions by category": _category_plot(rows),
         },
-        mistakes=_mistakes(rows, test, record["threshold"]),
+        mistakes=_mistakes(rows, test),
         categories=[category.value for category in Category],
     )
 
@@ -116,9 +117,9 @@ def _page(template: str, **content: Any) -> str:
     return environment.get_template(template).render(**content)
 
 
-def _mistakes(rows: dict[str, Tensor], test: Sequence[AnnotatedRow], threshold: float) -> list[dict[str, Any]]:
+def _mistakes(rows: dict[str, Tensor], test: Sequence[AnnotatedRow]) -> list[dict[str, Any]]:
     """The wrong decisions that the classifier was surest of."""
-    decided = rows["calibrated"] > threshold
+    decided = rows["calibrated"] > DECISION
     wrong = (decided != rows["target"].bool()).nonzero().flatten()
     surest = wrong[(rows["calibrated"][wrong] - rows["target"][wrong]).abs().argsort(descending=True)]
     return [
@@ -133,8 +134,8 @@ def _mistakes(rows: dict[str, Tensor], test: Sequence[AnnotatedRow], threshold: 
     ]
 
 
-def _category_plot(rows: dict[str, Tensor], threshold: float) -> str:
-    decided = rows["calibrated"] > threshold
+def _category_plot(rows: dict[str, Tensor]) -> str:
+    decided = rows["calibrated"] > DECISION
     axes = new_axes("test rows", "")
     names = [category.value.replace("_", " ") for category in Category]
     masks = [rows["category"] == category.number for category in Category]

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import ConcatDataset
 
 from datamodules.answers import Answer, write_answer
+from datamodules.bag_of_words import marked_words
 from datamodules.cache import CachedRows, cached_rows
 from datamodules.conversations import ConversationTokenizer, mentions, read_conversations, telltale_pattern
 from datamodules.errors import UserError
@@ -172,6 +173,13 @@ class AgentDataModule(RowsDataModule):
         """The answers, and but for training a probe of each history; conversations come besides."""
         rows: list[AnnotatedRow] = getattr(self.split, stage)
         return (_learned(rows) if self.annotated else []) + (_probes(rows) if stage != "train" else [])
+
+    def decisions(self, rows: Sequence[AnnotatedRow]) -> list[tuple[str, bool]]:
+        """Whether help is needed after a history."""
+        return [(marked_words(probe.history), bool(probe.help_needed)) for probe in _probes(rows)]
+
+    def decision_count(self, stage: Stage) -> int:
+        return sum(example.kind == AnswerKind.PROBE for example in self.rows(stage))
 
     def encode(self, stage: Stage) -> Encoded:
         examples = self.rows(stage)

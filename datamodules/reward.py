@@ -1,15 +1,17 @@
 """RewardDataModule: annotated rows as micro-batches for a reward classifier."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from datamodules.bag_of_words import marked_words
 from datamodules.prompts import PromptTemplate, Segment, render_proposal, training_text
 from datamodules.records import AnnotatedRow
 from datamodules.rows import Encoded, RowsDataModule, Stage, log
-from datamodules.sources import Corpus
+from datamodules.sources import PUBLISHED_TEST_DIGEST, Corpus, test_digest
 from datamodules.splits import Split, split_by_scene, split_published
 from datamodules.tree import Integers
 
@@ -34,6 +36,15 @@ class RewardDataModule(RowsDataModule):
         if self.split_name == "published":
             return split_published(corpus, self.validation_fraction, self.seed)
         return split_by_scene(corpus, self.folds, self.fold, self.seed)
+
+    def decisions(self, rows: Sequence[AnnotatedRow]) -> list[tuple[str, bool]]:
+        """Whether a proposal is accepted."""
+        return [(marked_words(row.history, row.proposal), row.accepted) for row in rows]
+
+    @property
+    def tests_published_rows(self) -> bool:
+        """Whether the test rows are those that the published figures are of."""
+        return self.split_name == "published" and test_digest(self.split.test) == PUBLISHED_TEST_DIGEST
 
     def training_text(self) -> list[str]:
         return training_text(self.template, self.split.train)

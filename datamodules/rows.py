@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
+import torch
 from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from datamodules.bag_of_words import bag_of_words
 from datamodules.batches import (
     EncodedRows,
     EvaluationSampler,
@@ -30,6 +32,7 @@ from datamodules.batches import (
 from datamodules.cache import CachedRows, cached_rows
 from datamodules.errors import UserError, refuse_changes
 from datamodules.prompts import Segment, SegmentTokenizer, Template, render_history, truncate
+from datamodules.records import AnnotatedRow
 from datamodules.sources import Corpus, load_corpus
 from datamodules.splits import Contamination, Split, SplitName, contamination, history_digests
 from datamodules.tokenizer import (
@@ -66,6 +69,23 @@ class Encoded:
     def lengths(self) -> Integers:
         """Tokens of each row, (N,)."""
         return np.fromiter(map(len, self.input_ids), dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class WordScores:
+    """A bag of words, fitted on the rows that a model was trained on.
+
+    Attributes:
+        majority: The class that most of those rows have.
+        validation: (N,) float64, P(positive class) of the validation rows.
+        validation_target: (N,) int64, 1 for the positive class.
+        test: (N,) float64, P(positive class) of what is decided on the test rows, in their order.
+    """
+
+    majority: bool
+    validation: Tensor
+    validation_target: Tensor
+    test: Tensor
 
 
 class RowsDataModule(LightningDataModule):
@@ -156,6 +176,8 @@ class RowsDataModule(LightningDataModule):
         self.truncated: dict[Stage, int] = {}
         self._tokenizer: PreTrainedTokenizerFast | None = None
         self._trained_on: dict[str, list[Any]] | None = None  # a checkpoint's, where this data only evaluates it
+        self._validated_on: dict[str, list[Any]] | None = None  # the same; empty where it does not say
+        self._trained_with: dict[str, Any] | None = None  # the same: the options of its run
         self._training_digest: str | None = None  # the same
         self._branch_length: int | None = None  # the same
         self._folder: tempfile.TemporaryDirectory[str] | None = None  # in place of the cache
@@ -172,6 +194,19 @@ class RowsDataModule(LightningDataModule):
     def rows(self, stage: Stage) -> Sequence[Any]:
         """The rows of a split, before they are tokenized."""
         return getattr(self.split, stage)
+
+    def decisions(self, rows: Sequence[AnnotatedRow]) -> list[tuple[str, bool]]:
+        """What is decided about annotated rows: the words to decide by, and what is right."""
+        raise NotImplementedError
+
+    def decision_count(self, stage: Stage) -> int:
+        """How many rows of a split a decision is measured on."""
+        return len(self.rows(stage))
+
+    def scene_numbers(self, stage: Stage) -> Tensor:
+        """(N,) int64, the scene of each tokenized row of a split, counted in the order of their first rows."""
+        numbers: dict[str, int] = {}
+        return torch.tensor([numbers.setdefault(scene, len(numbers)) for scene in self._encoded[stage].scenes])
 
     def divide(self, corpus: Corpus) -> Split:
         """Which of a root's rows train, validate and test."""
@@ -240,14 +275,53 @@ class RowsDataModule(LightningDataModule):
         }
 
     @property
+    def validated_on(self) -> dict[str, list[Any]]:
+        """The same of what chose the best weights and calibrated them; empty where an old checkpoint does not say."""
+        if self._validated_on is not None:
+            return self._validated_on
+        return {
+            "validation_histories": history_digests(self.split.validation),
+            "validation_scenes": sorted({row.scene for row in self.split.validation}),
+        }
+
+    @cached_property
+    def own_split(self) -> Split | None:
+        """The rows that the model was trained, validated and tested with; None where they are not at hand any more."""
+        if self._trained_with is None or self._trained_on is None:
+            return self.split
+        own = type(self)(**self._trained_with)
+        try:
+            split = own.divide(load_corpus(own.root, own.seed))
+        except UserError:
+            return None
+        return split if history_digests(split.train) == self._trained_on["training_histories"] else None
+
+    @cached_property
+    def word_scores(self) -> "WordScores | None":
+        """What a bag of words makes of this split; None without the rows that the model was trained on."""
+        own = self.own_split
+        if own is None or not (examples := self.decisions(own.train)):
+            return None
+        texts, labels = zip(*examples, strict=True)
+        score = bag_of_words(texts, labels)
+        validation, test = self.decisions(own.validation), self.decisions(self.split.test)
+        return WordScores(
+            majority=sum(labels) * 2 > len(labels),
+            validation=score([text for text, _ in validation]),
+            validation_target=torch.tensor([int(label) for _, label in validation], dtype=torch.int64),
+            test=score([text for text, _ in test]),
+        )
+
+    @property
     def row_counts(self) -> dict[Stage, int]:
         """How many rows each split has."""
         return {name: len(self.rows(name)) for name in ("train", "validation", "test")}
 
     @property
     def contamination(self) -> Contamination:
-        """How many of the test rows have a history that was trained on."""
-        return contamination(self.trained_on["training_histories"], self.split.test)
+        """How many of the test rows have a history that was trained or validated on."""
+        validated = self.validated_on.get("validation_histories")
+        return contamination(self.trained_on["training_histories"], self.split.test, validated)
 
     @property
     def description(self) -> str:
@@ -335,6 +409,7 @@ class RowsDataModule(LightningDataModule):
             "tokenizer": tokenizer_state(self.tokenizer),
             "branch_length": self.branch_length,
             **self.trained_on,
+            **self.validated_on,
             "training_rows": self.training_digest,
             "order_seed": _order_seed(),
         }
@@ -385,6 +460,9 @@ class RowsDataModule(LightningDataModule):
             data.template = cls.template_class.parse(state["prompt"], "the checkpoint")
         data._tokenizer = tokenizer_from_state(state["tokenizer"])
         data._trained_on = {name: list(state.get(name, [])) for name in ("training_histories", "training_scenes")}
+        kept = ("validation_histories", "validation_scenes")
+        data._validated_on = {name: list(state[name]) for name in kept if name in state}
+        data._trained_with = {**state["hyperparameters"], "prompt": None}
         data._training_digest = state["training_rows"]
         data._branch_length = state.get("branch_length", 0)  # older checkpoints kept no room
         return data

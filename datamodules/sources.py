@@ -1,8 +1,9 @@
 """Where the rows come from: the embedded simulator, a local directory, or the published files by download."""
 
 import hashlib
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,10 @@ PUBLISHED_SHA256 = {
     "test_data/writing_15.json": "5d5cfa5e45894469458614bb8b260458b84c07a67033082a667f7026e06b14ec",
     "test_data/writing_16.json": "0f97f544da9353e55fe17e7ea5e1cb6d27dd50f2ff1fd74a729a2782d879c213",
 }
+# Of the rows of test_data.jsonl, by `test_digest`, and of the 12 test traces, by `traces_digest`: as the test set has
+# them, and as they are recorded with the agents' answers.
+PUBLISHED_TEST_DIGEST = "cdeaba8419002d90"
+PUBLISHED_TRACES_DIGESTS = ("4345087ce462c492", "62505f22097c41fe")
 TRAIN_FILE = "reward_data/train_data.jsonl"
 TEST_FILE = "reward_data/test_data.jsonl"
 TRACES = "test_data"
@@ -82,6 +87,12 @@ def load_corpus(root: str, seed: int = 0) -> Corpus:
             f"data.root: {root} has no {TRAIN_FILE}", "Put the annotated rows there, one JSON object a line."
         )
     return read_directory(paths, root)
+
+
+def test_digest(rows: Sequence[AnnotatedRow]) -> str:
+    """A digest of some annotated rows, 16 hexadecimal digits."""
+    content = [[row.history_digest, row.proposal, row.accepted] for row in rows]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def read_directory(paths: Mapping[str, Path], root: str) -> Corpus:

@@ -25,10 +25,14 @@ class Split:
 
 @dataclass(frozen=True)
 class Contamination:
-    """How many test rows have a history that also occurs in the training rows."""
+    """How many test rows have a history that also occurs in the training rows, and how many in the validation rows.
+
+    `validated_rows` is None where an old checkpoint does not say what it was validated on.
+    """
 
     test_rows: int
     contaminated_rows: int
+    validated_rows: int | None = 0
 
     @property
     def fraction(self) -> float:
@@ -37,8 +41,15 @@ class Contamination:
     def __str__(self) -> str:
         return (
             f"{self.contaminated_rows} of {self.test_rows} test rows ({self.fraction:.0%}) "
-            "have a history that also occurs in the training rows"
+            f"have a history that also occurs in the training rows; {self.validation}"
         )
+
+    @property
+    def validation(self) -> str:
+        """What is known of the validation rows, in words."""
+        if self.validated_rows is None:
+            return "how many have one of the validation rows is unknown: the checkpoint does not say"
+        return f"{self.validated_rows} have one of the validation rows"
 
 
 def split_published(corpus: Corpus, validation_fraction: float, seed: int = 0) -> Split:
@@ -136,7 +147,14 @@ def history_digests(rows: Iterable[AnnotatedRow]) -> list[int]:
     return sorted({row.history_digest for row in rows})
 
 
-def contamination(training_digests: Iterable[int], test: Sequence[AnnotatedRow]) -> Contamination:
-    """Count the test rows whose history is among the histories trained on."""
-    known = set(training_digests)
-    return Contamination(len(test), sum(row.history_digest in known for row in test))
+def contamination(
+    training_digests: Iterable[int], test: Sequence[AnnotatedRow], validation_digests: Iterable[int] | None = ()
+) -> Contamination:
+    """Count the test rows whose history was trained on, and validated on; None for the latter if that is unknown."""
+
+    def count(digests: Iterable[int]) -> int:
+        known = set(digests)
+        return sum(row.history_digest in known for row in test)
+
+    validated = None if validation_digests is None else count(validation_digests)
+    return Contamination(len(test), count(training_digests), validated)

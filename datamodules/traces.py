@@ -1,5 +1,6 @@
 """The agent's traces: events with what was proposed after each, read as recorded and laid out as judged."""
 
+import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,6 +90,12 @@ def root_traces(corpus: Corpus) -> list[Trace]:
         Trace(name, tuple(step.observation for step in steps), tuple(step.task_status for step in steps))
         for name, steps in corpus.traces.items()
     ]
+
+
+def traces_digest(traces: Sequence[Trace]) -> str:
+    """A digest of the names and events of some traces, 16 hexadecimal digits."""
+    content = [[trace.name, [event.model_dump() for event in trace.events]] for trace in traces]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def read_recorded(folder: Path) -> Recorded:

@@ -13,7 +13,7 @@ from datamodules.answers import read_answer
 from datamodules.batches import AgentBatch
 from datamodules.errors import UserError
 from datamodules.records import history_digest
-from models.answer_metrics import AnswerLosses, answer_losses, decision_figures, decisions
+from models.answer_metrics import AnswerLosses, answer_losses, decision_figures, decisions, probed_rows
 from models.backbone import language_problem, position_room, token_losses
 from models.generation import can_branch, generate_answers
 from models.training import BackboneModule
@@ -74,7 +74,7 @@ class ProactiveAgent(BackboneModule):
         self._collect(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the figures, and fit temperature and threshold, so that every checkpoint carries its own."""
+        """Log the figures, and calibrate."""
         rows = self.answers.rows()
         if not torch.isfinite(rows["loss"]).all():
             raise self.not_finite("an answer's loss in validation", rows["loss"].sum())
@@ -96,14 +96,16 @@ class ProactiveAgent(BackboneModule):
         self._collect(batch)
 
     def on_test_epoch_end(self) -> None:
-        """Put the probes of all ranks in `test_rows` and the figures, raw and calibrated, in `test_figures`."""
+        """Put the probes of all ranks in `test_rows` and the figures in `test_figures`."""
         rows = self.answers.rows()
         offers_N, needed_N = decisions(rows)
+        scene_N = self.scenes_of("test", probed_rows(rows))
 
         def figures(probability_N: Tensor, threshold: float) -> dict[str, Tensor]:
-            return answer_losses(rows) | decision_figures(probability_N, needed_N, threshold)
+            return answer_losses(rows) | decision_figures(probability_N, needed_N, threshold, scene_N)
 
-        self.note_test({"probability": offers_N, "target": needed_N}, figures)
+        columns = {"probability": offers_N, "target": needed_N, "row": probed_rows(rows), "scene": scene_N}
+        self.note_test(columns, figures, len(rows["row"]))
 
     def _write_samples(self) -> list[dict[str, Any]]:
         """Greedy answers, without a grammar's help, after validation histories from all over the split."""

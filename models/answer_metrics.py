@@ -14,7 +14,7 @@ from torchmetrics.functional.classification import (
 )
 
 from datamodules.agent import AnswerKind
-from models.metrics import KeptRows
+from models.metrics import KeptRows, decision_intervals
 
 
 class AnswerLosses(KeptRows):
@@ -49,16 +49,25 @@ def decisions(rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return -torch.expm1(-rows["loss"][probe]), rows["help_needed"][probe]
 
 
-def decision_figures(offers_N: Tensor, needed_N: Tensor, threshold: float = 0.5) -> dict[str, Tensor]:
+def probed_rows(rows: dict[str, Tensor]) -> Tensor:
+    """The row of each probed history, (N,) int64, in the order of `decisions`."""
+    return rows["row"][rows["kind"] == AnswerKind.PROBE]
+
+
+def decision_figures(
+    offers_N: Tensor, needed_N: Tensor, threshold: float = 0.5, scene_N: Tensor | None = None
+) -> dict[str, Tensor]:
     """How well the decision to propose fits whether help was needed; help needed is the positive class.
 
     Args:
         offers_N: (N,) floating, the probability of a proposal.
         needed_N: (N,) int64, 1 where help was needed.
         threshold: A probability above it counts as a proposal.
+        scene_N: (N,) int64, the scene of each history: for intervals of accuracy and F1.
     """
     proposed_N = (offers_N > threshold).long()
     both = bool(needed_N.any()) and not bool(needed_N.all())
+    intervals = {} if scene_N is None else decision_intervals(proposed_N, needed_N, scene_N)
     return {
         "accuracy": binary_accuracy(proposed_N, needed_N),
         "precision": binary_precision(proposed_N, needed_N),
@@ -66,5 +75,7 @@ def decision_figures(offers_N: Tensor, needed_N: Tensor, threshold: float = 0.5)
         "f1": binary_f1_score(proposed_N, needed_N),
         "auroc": binary_auroc(offers_N, needed_N) if both else torch.tensor(0.0),
         "proposed": proposed_N.double().mean(),
+        "help_needed": needed_N.double().mean(),
         "histories": torch.tensor(float(len(needed_N))),
+        **intervals,
     }

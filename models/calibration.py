@@ -1,10 +1,57 @@
-"""A temperature and a decision threshold, fitted on validation rows."""
+"""What validation rows say about a model's probabilities: a temperature, and the threshold with the greatest F1."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_precision_recall_curve
 
 TEMPERATURE_RANGE = (0.05, 20.0)
+DECISION = 0.5  # a probability above it decides for the positive class: accepted, or help needed
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was fitted on validation rows.
+
+    Attributes:
+        temperature: What log-odds are divided by.
+        f1_threshold: The calibrated probability above which F1 was greatest. Figures at it are shown beside those at
+            `DECISION`; nothing is decided by it, for it accepts far more than people do where few proposals are good.
+        rows: How many validation rows it was fitted on; None where an old checkpoint does not say.
+        of_rows: How many validation rows there were: more, where trainer.limit_val_batches left some out.
+    """
+
+    temperature: float
+    f1_threshold: float
+    rows: int | None
+    of_rows: int | None
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any] | None) -> Self | None:
+        """As a checkpoint or an export keeps it; older ones say `threshold`, and not how many rows."""
+        if saved is None:
+            return None
+        threshold = saved["f1_threshold"] if "f1_threshold" in saved else saved["threshold"]
+        return cls(saved["temperature"], threshold, saved.get("rows"), saved.get("of_rows"))
+
+    @classmethod
+    def fitted(cls, probability: Tensor, target: Tensor, of_rows: int) -> Self:
+        """Fit to validation rows.
+
+        Args:
+            probability: (N,) floating, uncalibrated, of the positive class.
+            target: (N,) int64, 1 for the positive class.
+            of_rows: How many validation rows there are.
+
+        Raises:
+            ValueError: A probability is not a number.
+        """
+        temperature = fit_temperature(probability, target)
+        threshold = fit_threshold(calibrated(probability, temperature), target)
+        return cls(temperature, threshold, len(target), of_rows)
 
 
 def calibrated(probability: Tensor, temperature: float | Tensor) -> Tensor:

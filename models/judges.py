@@ -13,6 +13,7 @@ from datamodules.records import AnnotatedRow
 from datamodules.reward import RewardDataModule
 from datamodules.splits import Split
 from datamodules.traces import Offer, Trace
+from models.calibration import DECISION
 from models.endpoint import AnswerLog, Counter, Endpoint, Session
 from models.reward import RewardClassifier
 from models.weights import Weights
@@ -106,7 +107,7 @@ class EndpointJudge:
 
 
 class RewardJudge:
-    """Trained reward classifiers: P(accepted), calibrated, above each one's own threshold.
+    """Trained reward classifiers: they accept where P(accepted), calibrated, is above `DECISION`.
 
     Each trace has one of them, see `assign`. Its offers are rows such as those of training, computed as prefix trees.
 
@@ -126,7 +127,8 @@ class RewardJudge:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"judge": "reward classifier", "weights": {name: one.digest for name, one in self.assigned.items()}}
+        weights = {name: one.digest for name, one in self.assigned.items()}
+        return {"judge": "reward classifier", "weights": weights, "accepts_above": DECISION}
 
     def judge(self, offers: Sequence[Offer], log: AnswerLog, count: Counter) -> Verdicts:
         verdicts: dict[Offer, Verdict] = {}
@@ -138,8 +140,7 @@ class RewardJudge:
                     probabilities, truncated = score(weights, [self._row(offer) for offer in mine])
                     self.truncated += truncated
                     for offer, probability in zip(mine, probabilities, strict=True):
-                        accepted = probability > weights.model.threshold
-                        verdicts[offer] = Verdict(accepted, probability)
+                        verdicts[offer] = Verdict(probability > DECISION, probability)
                         advance()
         return verdicts
 

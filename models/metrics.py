@@ -1,6 +1,7 @@
 """Figures of a judge of proposals and of an agent, on torchmetrics, and the rows that others published.
 
-Shape legend: N rows (of an agent: events), R bootstrap resamples, K candidates, T traces.
+Shape legend: N rows (of an agent: events), R bootstrap resamples, K candidates, T traces, G groups of rows: scenes
+or traces.
 """
 
 from typing import Any, ClassVar
@@ -30,6 +31,10 @@ PUBLISHED_REWARD_ROWS: dict[str, dict[str, float]] = {
     "Llama-3.1-70B": {"f1": 0.6748, "accuracy": 0.5583},
     "published 8B reward model": {"f1": 0.9180, "accuracy": 0.9167, "precision": 0.9032, "recall": 0.9333},
 }
+
+
+BOOTSTRAP_RESAMPLES = 1000
+FEW_GROUPS = 10  # scenes or traces: with fewer, intervals over them are not to be relied on
 
 
 class KeptRows(Metric):
@@ -64,7 +69,6 @@ class RewardMetrics(KeptRows):
 
     Args:
         threshold: A probability above it counts as accepted.
-        bootstrap: Resamples for 95% percentile intervals of accuracy and F1; none are computed if 0.
     """
 
     columns = ("probability", "target", "category", "row")
@@ -72,10 +76,9 @@ class RewardMetrics(KeptRows):
     target: list[Tensor]
     category: list[Tensor]
 
-    def __init__(self, threshold: float = 0.5, bootstrap: int = 0, **kwargs: Any) -> None:
+    def __init__(self, threshold: float = 0.5, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.threshold = threshold
-        self.bootstrap = bootstrap
 
     def update(self, probability: Tensor, target: Tensor, category: Tensor, row: Tensor | None = None) -> None:
         """Add rows.
@@ -91,22 +94,28 @@ class RewardMetrics(KeptRows):
     def compute(self) -> dict[str, Tensor]:
         """The figures of `reward_figures`."""
         probability_N, target_N, category_N = map(dim_zero_cat, (self.probability, self.target, self.category))
-        return reward_figures(probability_N, target_N, category_N, self.threshold, self.bootstrap)
+        return reward_figures(probability_N, target_N, category_N, self.threshold)
 
 
 def reward_figures(
-    probability_N: Tensor, target_N: Tensor, category_N: Tensor, threshold: float = 0.5, bootstrap: int = 0
+    probability_N: Tensor,
+    target_N: Tensor,
+    category_N: Tensor,
+    threshold: float = 0.5,
+    scene_N: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Each figure by name, as a scalar tensor: fractions in [0, 1], and the counts tp, fp, tn, fn and rows.
+    """Each figure by name, as a scalar tensor: fractions in [0, 1], and counts.
 
-    A figure whose denominator is zero is 0.
+    The counts are tp, fp, tn, fn, rows and, of each category, rows_CATEGORY. A figure whose denominator is zero is 0.
+    `acceptance_rate` is the share of rows that are decided to be accepted,
+    `people_acceptance_rate` the share that people accepted.
 
     Args:
         probability_N: (N,) floating, P(accepted).
         target_N: (N,) int64, 1 for accepted.
         category_N: (N,) int64, the index of each row's category.
         threshold: A probability above it counts as accepted.
-        bootstrap: Resamples for the intervals; none if 0.
+        scene_N: (N,) int64, the scene of each row: for intervals of accuracy and F1, see `decision_intervals`.
     """
     decided_N = (probability_N > threshold).long()
     tp, fp, tn, fn, _ = binary_stat_scores(decided_N, target_N)
@@ -118,6 +127,8 @@ def reward_figures(
         "f1": binary_f1_score(decided_N, target_N),
         "auroc": binary_auroc(probability_N, target_N) if both_classes else torch.tensor(0.0),
         "calibration_error": binary_calibration_error(probability_N, target_N, n_bins=10),
+        "acceptance_rate": decided_N.double().mean(),
+        "people_acceptance_rate": target_N.double().mean(),
         "tp": tp,
         "fp": fp,
         "tn": tn,
@@ -128,32 +139,40 @@ def reward_figures(
         mine = category_N == category.number
         agreement = binary_accuracy(decided_N[mine], target_N[mine]) if mine.any() else torch.tensor(0.0)
         figures[f"agreement_{category}"] = agreement
-    if bootstrap:
-        figures |= bootstrap_intervals(decided_N, target_N, bootstrap)
+        figures[f"rows_{category}"] = mine.sum()
+    if scene_N is not None:
+        figures |= decision_intervals(decided_N, target_N, scene_N)
     return {name: value.double() for name, value in figures.items()}
 
 
-def bootstrap_intervals(decided_N: Tensor, target_N: Tensor, resamples: int, seed: int = 0) -> dict[str, Tensor]:
-    """95% percentile intervals of accuracy and F1 over rows drawn with replacement.
+def decision_intervals(decided_N: Tensor, target_N: Tensor, scene_N: Tensor) -> dict[str, Tensor]:
+    """The number of scenes, and 95% intervals of accuracy and F1 over scenes drawn with replacement.
+
+    Rows of one scene are alike, so rows drawn one by one would make the intervals far too narrow.
 
     Args:
-        decided_N: (N,) int64, 1 where the judge says accepted.
-        target_N: (N,) int64, 1 for accepted.
-        resamples: How many times N rows are drawn.
-        seed: The same seed gives the same intervals.
+        decided_N: (N,) int64, 1 where the decision is positive.
+        target_N: (N,) int64, 1 where it should be.
+        scene_N: (N,) int64, the scene of each row.
     """
-    generator = torch.Generator().manual_seed(seed)
-    parts: dict[str, list[Tensor]] = {"accuracy": [], "f1": []}
-    for part_R in torch.arange(resamples).split(100):  # all of them at once take more memory than a small model
-        rows_RN = torch.randint(len(target_N), (len(part_R), len(target_N)), generator=generator).to(target_N.device)
-        for name, figure in (("accuracy", binary_accuracy), ("f1", binary_f1_score)):
-            parts[name].append(figure(decided_N[rows_RN], target_N[rows_RN], multidim_average="samplewise"))
-    bounds = torch.tensor([0.025, 0.975], device=target_N.device)
-    intervals: dict[str, Tensor] = {}
-    for name, values in parts.items():
-        low, high = torch.quantile(torch.cat(values).float(), bounds)
-        intervals |= {f"{name}_low": low, f"{name}_high": high}
-    return intervals
+    counts_G4 = _grouped_counts(decided_N, target_N == decided_N, scene_N)
+    intervals = group_intervals(counts_G4, BOOTSTRAP_RESAMPLES)
+    kept = {name: value for name, value in intervals.items() if name.startswith(("accuracy_", "f1_"))}
+    return {"scenes": torch.tensor(len(counts_G4)), **kept}
+
+
+def _grouped_counts(decided_N: Tensor, right_N: Tensor, group_N: Tensor) -> Tensor:
+    """True and false positives, true and false negatives of each group, (G, 4) int64.
+
+    Args:
+        decided_N: (N,) int64, 1 where the decision is positive.
+        right_N: (N,), 1 where it is right, 0 where it is wrong; anything else counts as nothing.
+        group_N: (N,) int64.
+    """
+    kinds = [(1, 1), (1, 0), (0, 1), (0, 0)]
+    kind_N4 = torch.stack([(decided_N == offer) & (right_N == right) for offer, right in kinds], dim=1)
+    names_G, group_N = group_N.unique(return_inverse=True)
+    return kind_N4.new_zeros((len(names_G), 4), dtype=torch.int64).index_add(0, group_N, kind_N4.long())
 
 
 # Agents on 227 events of the 12 test traces, as true positives, false positives, true negatives, false negatives:
@@ -251,18 +270,16 @@ def agent_figures(proposed_NK: Tensor, accepted_NK: Tensor, trace_N: Tensor, boo
     """
     chosen_N1 = deciding_candidate(accepted_NK)[:, None]
     proposed_N, accepted_N = proposed_NK.gather(1, chosen_N1)[:, 0], accepted_NK.gather(1, chosen_N1)[:, 0]
-    kinds = [(1, 1), (1, 0), (0, 1), (0, 0)]  # true and false positives, true and false negatives
-    kind_N4 = torch.stack([(proposed_N == offer) & (accepted_N == verdict) for offer, verdict in kinds], dim=1)
-    names_T, trace_N = trace_N.unique(return_inverse=True)
-    counts_T4 = kind_N4.new_zeros((len(names_T), 4), dtype=torch.int64).index_add(0, trace_N, kind_N4.long())
+    counts_T4 = _grouped_counts(proposed_N, accepted_N, trace_N)
     figures = {
         **count_figures(counts_T4.sum(0)),
         **dict(zip(("tp", "fp", "tn", "fn"), counts_T4.sum(0), strict=True)),
         "events": torch.tensor(len(proposed_N)),
         "undecided": (accepted_N == NO_VERDICT).sum(),
+        "traces": torch.tensor(len(counts_T4)),
     }
     if bootstrap:
-        figures |= _trace_intervals(counts_T4, bootstrap)
+        figures |= group_intervals(counts_T4, bootstrap)
     return {name: value.double() for name, value in figures.items()}
 
 
@@ -287,13 +304,25 @@ def count_figures(counts: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _trace_intervals(counts_T4: Tensor, resamples: int, seed: int = 0) -> dict[str, Tensor]:
-    """95% percentile intervals over traces drawn with replacement, for events of one trace are alike."""
+def group_intervals(counts_G4: Tensor, resamples: int, seed: int = 0) -> dict[str, Tensor]:
+    """95% percentile intervals over groups drawn with replacement, for rows of one scene or trace are alike.
+
+    Args:
+        counts_G4: (G, 4) int64, each group's counts as `count_figures` takes them.
+        resamples: How many times G groups are drawn.
+        seed: The same seed gives the same intervals.
+
+    Returns:
+        NAME_low and NAME_high for each figure of `count_figures`; none of a single group, which shows no spread.
+    """
+    if len(counts_G4) < 2:
+        return {}
     generator = torch.Generator().manual_seed(seed)
-    traces_RT = torch.randint(len(counts_T4), (resamples, len(counts_T4)), generator=generator).to(counts_T4.device)
-    bounds = torch.tensor([0.025, 0.975], dtype=torch.float64, device=counts_T4.device)
+    groups_RG = torch.randint(len(counts_G4), (resamples, len(counts_G4)), generator=generator).to(counts_G4.device)
+    counts_R4 = torch.cat([counts_G4[part].sum(1) for part in groups_RG.split(100)])  # at once it may take much memory
+    bounds = torch.tensor([0.025, 0.975], dtype=torch.float64, device=counts_G4.device)
     intervals: dict[str, Tensor] = {}
-    for name, values_R in count_figures(counts_T4[traces_RT].sum(1)).items():
+    for name, values_R in count_figures(counts_R4).items():
         low, high = torch.quantile(values_R, bounds)
         intervals |= {f"{name}_low": low, f"{name}_high": high}
     return intervals

@@ -18,7 +18,6 @@ from models.training import BackboneModule
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-BOOTSTRAP_RESAMPLES = 1000
 CategoryName = Literal["missed_need", "non_response", "correct_detection", "false_alarm"]
 
 
@@ -85,7 +84,7 @@ class RewardClassifier(BackboneModule):
         self._collect(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the figures, and fit temperature and threshold, so that every checkpoint carries its own."""
+        """Log the figures, and calibrate."""
         rows = self.metrics.rows()
         probability_N, target_N = rows["probability"], rows["target"]
         if not torch.isfinite(probability_N).all():
@@ -103,15 +102,14 @@ class RewardClassifier(BackboneModule):
         self._collect(batch)
 
     def on_test_epoch_end(self) -> None:
-        """Put the rows of all ranks in `test_rows` and their figures, raw and calibrated, in `test_figures`."""
+        """Put the rows of all ranks in `test_rows` and their figures in `test_figures`."""
         rows = self.metrics.rows()
+        scene_N = self.scenes_of("test", rows["row"])
 
         def figures(probability_N: Tensor, threshold: float) -> dict[str, Tensor]:
-            return reward_figures(
-                probability_N, rows["target"], rows["category"], threshold, bootstrap=BOOTSTRAP_RESAMPLES
-            )
+            return reward_figures(probability_N, rows["target"], rows["category"], threshold, scene_N)
 
-        self.note_test(rows, figures)
+        self.note_test({**rows, "scene": scene_N}, figures, len(scene_N))
 
     def _collect(self, batch: list[RewardBatch]) -> None:
         """Keep P(accepted), uncalibrated, of the rows that do not only fill a rank's share up."""

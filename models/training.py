@@ -45,7 +45,7 @@ from models.backbone import (
     same_random_numbers,
     weightless_network,
 )
-from models.calibration import calibrated, fit_temperature, fit_threshold
+from models.calibration import DECISION, Calibration, calibrated
 from models.optimizers import (
     SHARDED,
     OptimizerName,
@@ -108,7 +108,8 @@ class BackboneModule(LightningModule):
     head: ClassVar[Head]
     logged_figures: ClassVar[tuple[str, ...]]  # by which --run.monitor may pick the best weights; the first by default
     test_rows: dict[str, Tensor]  # once a test has run: what it was about, see `note_test`
-    test_figures: dict[str, dict[str, float]]  # once a test has run: its figures, raw and calibrated
+    test_figures: dict[str, dict[str, float]]  # once a test has run: its figures, see `note_test`
+    test_count: int  # once a test has run: how many rows of the test split it used
 
     def __init__(
         self,
@@ -153,10 +154,10 @@ class BackboneModule(LightningModule):
         self.base: dict[str, str] = {}  # of an adapter: which backbone it is for, and a digest of that
         self.automatic_optimization = False  # a step's number of micro-batches follows from its rows
         self.network: PreTrainedModel | None = None
-        self.temperature = 1.0  # these two are fitted on validation rows, and kept with the weights
-        self.threshold = 0.5
+        self.calibration: Calibration | None = None  # fitted on validation rows, and kept with the weights
         self.test_rows = {}
         self.test_figures = {}
+        self.test_count = 0
 
     # What the models differ in
 
@@ -352,26 +353,55 @@ class BackboneModule(LightningModule):
         schedule = build_schedule(optimizer, options["schedule"], options["warmup_ratio"], self._total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Validate at the run's last step if no validation came before it, for else nothing would be calibrated."""
+        if self.calibration is None and self.trainer.global_step >= self._total_steps():
+            self.trainer.should_stop = True  # Lightning validates before it stops
+
     def calibrate(self, probability_N: Tensor, target_N: Tensor) -> None:
-        """Fit temperature and threshold to validation rows, so that every checkpoint carries its own.
+        """Fit the calibration to validation rows, so that every checkpoint carries its own.
+
+        The sanity check before training fits nothing: the network has learned nothing yet.
 
         Args:
             probability_N: (N,) float64, uncalibrated.
             target_N: (N,) int64, 1 for the positive class.
         """
-        self.temperature = fit_temperature(probability_N, target_N)
-        self.threshold = fit_threshold(calibrated(probability_N, self.temperature), target_N)
+        if not self.trainer.sanity_checking:
+            of_rows = self.trainer.datamodule.decision_count("validation")  # type: ignore[attr-defined]
+            self.calibration = Calibration.fitted(probability_N, target_N, of_rows)
 
-    def note_test(self, rows: dict[str, Tensor], figures: Callable[[Tensor, float], dict[str, Tensor]]) -> None:
-        """Keep a test's rows, and log and keep its figures, raw and calibrated.
+    @property
+    def temperature(self) -> float:
+        """What log-odds are divided by; 1 where nothing was calibrated."""
+        return 1.0 if self.calibration is None else self.calibration.temperature
+
+    def scenes_of(self, stage: str, row_N: Tensor) -> Tensor:
+        """(N,) int64, the scene of each of some rows of a split."""
+        return self.trainer.datamodule.scene_numbers(stage).to(row_N.device)[row_N]  # type: ignore[attr-defined]
+
+    def note_test(
+        self, rows: dict[str, Tensor], figures: Callable[[Tensor, float], dict[str, Tensor]], count: int
+    ) -> None:
+        """Keep a test's rows, and log and keep its figures in three readings.
+
+        `raw` and `calibrated` decide at `DECISION`, `f1_optimal` decides at the calibration's `f1_threshold`; the last
+        two are absent where nothing was calibrated.
 
         Args:
             rows: Columns (N,), uncalibrated `probability` among them.
             figures: Gives the figures at some probabilities (N,) and a threshold.
+            count: How many rows of the test split they are of.
         """
+        self.test_count = count
         rows = {**rows, "calibrated": calibrated(rows["probability"], self.temperature)}
         self.test_rows = {name: column.cpu() for name, column in rows.items()}
-        for name, column, threshold in (("raw", "probability", 0.5), ("calibrated", "calibrated", self.threshold)):
+        readings = {"raw": ("probability", DECISION)}
+        if self.calibration is not None:
+            readings["calibrated"] = ("calibrated", DECISION)
+            readings["f1_optimal"] = ("calibrated", self.calibration.f1_threshold)
+        self.test_figures = {}
+        for name, (column, threshold) in readings.items():
             found = figures(rows[column], threshold)
             self.test_figures[name] = {figure: float(value) for figure, value in found.items()}
             self.log_dict({f"test/{name}_{figure}": value.float() for figure, value in found.items()})
@@ -390,7 +420,7 @@ class BackboneModule(LightningModule):
         assert self.network is not None, "a checkpoint is saved after configure_model"
         checkpoint["task"] = self.task
         checkpoint["backbone_config"] = self.network.config.to_json_string(use_diff=False)
-        checkpoint["calibration"] = self._calibration
+        checkpoint["calibration"] = self._saved_calibration
         if self.adapter is not None:
             checkpoint["base"] = self.base
             trained = trained_names(self)
@@ -407,7 +437,7 @@ class BackboneModule(LightningModule):
                 "the model or its tokenizer differs in size from the one in the checkpoint",
                 "Resume with the same model options and data.vocabulary_size, or start a new run.",
             )
-        self._calibration = checkpoint["calibration"]
+        self.calibration = Calibration.of(checkpoint["calibration"])
 
     @classmethod
     def from_checkpoint(cls, checkpoint: dict[str, Any]) -> Self:
@@ -486,7 +516,7 @@ class BackboneModule(LightningModule):
         """
         assert self.network is not None, "configure_model makes the network"
         options = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
-        content = {"task": self.task, "model": options, "calibration": self._calibration, "data": state}
+        content = {"task": self.task, "model": options, "calibration": self._saved_calibration, "data": state}
         if self.adapter is None:
             with quiet():
                 self.network.save_pretrained(folder, state_dict=weights)
@@ -517,7 +547,7 @@ class BackboneModule(LightningModule):
             if (task := content["task"]) != cls.task:
                 raise UserError(f"{folder} holds a model of task {task}, not {cls.task}", "Give another export folder.")
             model = cls(**content["model"])
-            model._calibration = content["calibration"]
+            model.calibration = Calibration.of(content["calibration"])
             state = content["data"]
         except (ValueError, KeyError, TypeError) as error:
             raise _incomplete_export(folder, error) from error
@@ -543,12 +573,8 @@ class BackboneModule(LightningModule):
         return merged
 
     @property
-    def _calibration(self) -> dict[str, float]:
-        return {"temperature": self.temperature, "threshold": self.threshold}
-
-    @_calibration.setter
-    def _calibration(self, fitted: dict[str, float]) -> None:
-        self.temperature, self.threshold = fitted["temperature"], fitted["threshold"]
+    def _saved_calibration(self) -> dict[str, float | int | None] | None:
+        return None if self.calibration is None else asdict(self.calibration)
 
     def _total_steps(self) -> int:
         """The optimizer steps of the whole run.

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -12,6 +13,15 @@ from datamodules.traces import Trace, is_known
 from models.training import BackboneModule
 
 Model = TypeVar("Model", bound=BackboneModule)
+
+
+class Tie(IntEnum):
+    """What weights have to do with a trace, the least first."""
+
+    NONE = 0
+    UNKNOWN = 1  # not trained on it; an old checkpoint does not say what it was validated on
+    VALIDATED = 2  # it chose their best step and calibrated them
+    TRAINED = 3
 
 
 @dataclass(frozen=True)
@@ -33,10 +43,17 @@ class Weights(Generic[Model]):
             digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return cls(model, state, source, digest.hexdigest())
 
-    def knows(self, trace: Trace, namesake: Trace | None) -> bool:
-        """Whether its training rows hold the trace's session."""
-        scenes = self.state.get("training_scenes")
-        return is_known(trace, namesake, None if scenes is None else set(scenes), set(self.state["training_histories"]))
+    def tie(self, trace: Trace, namesake: Trace | None) -> Tie:
+        """Whether its training or validation rows hold the trace's session."""
+        if self._holds("training", trace, namesake):
+            return Tie.TRAINED
+        if "validation_histories" not in self.state:
+            return Tie.UNKNOWN
+        return Tie.VALIDATED if self._holds("validation", trace, namesake) else Tie.NONE
+
+    def _holds(self, rows: str, trace: Trace, namesake: Trace | None) -> bool:
+        scenes, histories = self.state.get(f"{rows}_scenes"), self.state[f"{rows}_histories"]
+        return is_known(trace, namesake, None if scenes is None else set(scenes), set(histories))
 
 
 def assign(
@@ -46,25 +63,25 @@ def assign(
     option: str,
     contaminated: bool = False,
     but_not: Mapping[str, str] | None = None,
-) -> tuple[dict[str, Weights[Model]], list[str]]:
-    """Weights for each trace: the first that were not trained on it.
+) -> tuple[dict[str, Weights[Model]], dict[str, Tie]]:
+    """Weights for each trace: the first of those with the least tie to it.
 
     Args:
         candidates: In order of preference; several are the folds of a cross-validation.
         traces: What is to be judged.
         namesakes: The data root's own traces by name.
         option: Where the candidates come from, for messages.
-        contaminated: Whether to take the first ones where all were trained on a trace.
+        contaminated: Whether to take weights that were trained on a trace where all were.
         but_not: By trace name, the digest of weights that are not to be taken.
 
     Returns:
-        The weights by trace name, and the names of the traces that they were trained on.
+        The weights by trace name, and what they have to do with the trace.
 
     Raises:
         UserError: All were trained on a trace, or none are left.
     """
     assigned: dict[str, Weights[Model]] = {}
-    known: list[str] = []
+    ties: dict[str, Tie] = {}
     for trace in traces:
         left = [one for one in candidates if not but_not or one.digest != but_not[trace.name]]
         if not left:
@@ -72,13 +89,13 @@ def assign(
                 f"{option}: the weights that hold offers back in {trace.name} are those that judge them",
                 "Give other weights, or --gate-is-judge to measure it so and have it stamped on the result.",
             )
-        clean = [one for one in left if not one.knows(trace, namesakes.get(trace.name))]
-        if not clean:
-            known.append(trace.name)
-        assigned[trace.name] = (clean or left)[0]
+        found = [one.tie(trace, namesakes.get(trace.name)) for one in left]
+        ties[trace.name] = min(found)
+        assigned[trace.name] = left[found.index(min(found))]
+    known = [name for name, tie in ties.items() if tie == Tie.TRAINED]
     if known and not contaminated:
         raise UserError(
             f"{option}: trained on {len(known)} of the {len(traces)} traces that it is to judge: {', '.join(known)}",
             "Give checkpoints of folds that leave them out, or --contaminated to have it stamped on the result.",
         )
-    return assigned, known
+    return assigned, ties

@@ -16,6 +16,7 @@ from callbacks.files import METRICS_FILE, REPORT_FILE, new_run_folder
 from callbacks.progress import counted
 from datamodules.chat import AGENT_PROMPT, JUDGE_PROMPT, ChatPrompt
 from datamodules.errors import UserError
+from datamodules.records import AnnotatedRow, scene_of
 from datamodules.sources import SPLITS_FILE, Corpus, load_corpus
 from datamodules.traces import Recorded, Trace, read_recorded, read_splits, root_traces
 from models.agent import ProactiveAgent
@@ -32,14 +33,15 @@ from models.endpoint import Endpoint, EndpointOptions
 from models.gate import gate_threshold
 from models.judges import EndpointJudge, Judge, RecordedJudge, RewardJudge
 from models.reward import RewardClassifier
-from models.weights import Model, Weights, assign
+from models.weights import Model, Tie, Weights, assign
 from proactive.terminal import Parser, agent_tables, show
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
 
-STAMPS = ("agent_trained_on", "judge_trained_on", "gate_trained_on", "traces_left_out")  # names of traces
+# Which traces are stamped as what, for agent, judge and gate.
+STAMPS = {Tie.TRAINED: "trained_on", Tie.VALIDATED: "validated_on", Tie.UNKNOWN: "validation_unknown"}
 
 
 def agent_parser() -> Parser:
@@ -47,7 +49,8 @@ def agent_parser() -> Parser:
     parser = Parser(prog="evaluate agent", description="Measure an agent by what a judge makes of its proposals.")
     add = parser.add_argument
     add("--agent.checkpoint", type=Path, nargs="+", help="Agent: a run, checkpoint or export of one; of several, each "
-        "trace takes the first that was not trained on it. Traces that all were trained on are left out.")  # fmt: skip
+        "trace takes one that was neither trained nor validated on it, if there is one, and never one that was trained "
+        "on it: a trace that all were trained on is left out.")  # fmt: skip
     parser.add_class_arguments(AnswerOptions, "agent.answers")
     add("--agent.traces", type=Path, help="Agent: what is recorded in this folder, in the published layout.")
     add("--agent.url", type=str, help="Agent: a model behind this address, for example http://localhost:8000/v1.")
@@ -57,7 +60,7 @@ def agent_parser() -> Parser:
     add("--agent.extra", type=dict, default={}, help="More fields of each request, such as {max_tokens: 512}.")
     add("--agent.baseline", type=Literal["always-propose", "never-propose"], help="Agent: a baseline.")
     add("--judge.checkpoint", type=Path, nargs="+", help="Judge: a reward classifier's run, checkpoint or export; "
-        "of several, each trace takes the first that was not trained on it.")  # fmt: skip
+        "of several, each trace takes one that was neither trained nor validated on it, if there is one.")  # fmt: skip
     add("--judge.url", type=str, help="Judge: a generative reward model behind this address.")
     add("--judge.model", type=str, help="The model's name there.")
     add("--judge.key_variable", type=str, help="The environment variable that holds the endpoint's key, if it has one.")
@@ -130,24 +133,30 @@ def prepare(options: "Namespace") -> Evaluation:
     traces = recorded.traces if recorded else list(namesakes.values())
     _refuse_empty(traces, corpus)
     splits = read_splits(_splits_file(options.agent.traces, corpus), traces)
-    stamps: dict[str, Any] = {key: [] for key in STAMPS} | {"gate_is_judge": False}
+    stamps: dict[str, Any] = {"traces_left_out": [], "gate_is_judge": False}
+    for who in ("agent", "judge", "gate"):
+        stamps |= _stamps(who, {})
     if agents:
         agent: Agent
-        agent, traces, found = _trained_agent(options, agents, traces)
-        stamps |= found
+        agent, answered, ties = _trained_agent(options, agents, traces)
+        stamps |= _stamps("agent", ties) | {"traces_left_out": [t.name for t in traces if t not in answered]}
+        traces = answered
     else:
         agent = _other_agent(options, recorded, deadline)
     if judges:
         judge: Judge
-        judge, stamps["judge_trained_on"] = _classifier_judge(options, judges, traces, namesakes)
+        judge, ties = _classifier_judge(options, judges, traces, namesakes)
+        stamps |= _stamps("judge", ties)
     else:
         judge = _other_judge(options, recorded, traces, deadline)
     gate = None
     if gates:
         judging = {name: one.digest for name, one in judge.assigned.items()} if isinstance(judge, RewardJudge) else {}
-        gate, stamps["gate_trained_on"] = _gate(options, gates, traces, namesakes, judging)
+        gate, ties = _gate(options, gates, traces, namesakes, judging)
+        stamps |= _stamps("gate", ties)
         stamps["gate_is_judge"] = any(judging.get(name) == one.digest for name, one in gate.assigned.items())
-    return Evaluation(traces, splits, agent, judge, gate, _cost_ratio(options), stamps)
+    people = _rows_of(traces, namesakes, corpus) if corpus else None
+    return Evaluation(traces, splits, agent, judge, gate, _cost_ratio(options), stamps, people)
 
 
 def _refuse_contradictions(options: "Namespace") -> None:
@@ -168,23 +177,27 @@ def _cost_ratio(options: "Namespace") -> float:
     return 1.0 if options.cost_ratio is None else options.cost_ratio
 
 
+def _stamps(who: str, ties: Mapping[str, Tie]) -> dict[str, list[str]]:
+    """The names of the traces that `who` has something to do with, by what."""
+    return {f"{who}_{word}": [name for name, tie in ties.items() if tie == kind] for kind, word in STAMPS.items()}
+
+
 def _trained_agent(
     options: "Namespace", weights: Sequence[Weights[ProactiveAgent]], traces: list[Trace]
-) -> tuple[Agent, list[Trace], dict[str, Any]]:
-    """The agent, the traces that it answers, and what has to be stamped on the result."""
+) -> tuple[Agent, list[Trace], dict[str, Tie]]:
+    """The agent, the traces that it answers, and what it has to do with them."""
     namesakes = {trace.name: trace for trace in traces}
-    all_know = [trace for trace in traces if all(one.knows(trace, None) for one in weights)]
+    all_know = [trace for trace in traces if all(one.tie(trace, None) == Tie.TRAINED for one in weights)]
     answered = traces if options.contaminated else [trace for trace in traces if trace not in all_know]
     if not answered:
         raise UserError(
             f"--agent.checkpoint: trained on all of the {len(traces)} traces that it is to answer",
             "Train it with --data.split published or on folds, or give --contaminated to have it stamped.",
         )
-    assigned, known = assign(weights, answered, namesakes, "--agent.checkpoint", options.contaminated)
+    assigned, ties = assign(weights, answered, namesakes, "--agent.checkpoint", options.contaminated)
     how = AnswerOptions(**options.agent.answers.as_dict())
     agent = LocalAgent(assigned, how, options.candidates or 1, options.temperature, options.seed)
-    left_out = [] if options.contaminated else [trace.name for trace in all_know]
-    return agent, answered, {"agent_trained_on": known, "traces_left_out": left_out}
+    return agent, answered, ties
 
 
 def _other_agent(options: "Namespace", recorded: Recorded | None, deadline: float | None) -> Agent:
@@ -203,9 +216,9 @@ def _classifier_judge(
     weights: Sequence[Weights[RewardClassifier]],
     traces: Sequence[Trace],
     namesakes: Mapping[str, Trace],
-) -> tuple[RewardJudge, list[str]]:
-    assigned, known = assign(weights, traces, namesakes, "--judge.checkpoint", options.contaminated)
-    return RewardJudge(assigned, {trace.name: trace for trace in traces}), known
+) -> tuple[RewardJudge, dict[str, Tie]]:
+    assigned, ties = assign(weights, traces, namesakes, "--judge.checkpoint", options.contaminated)
+    return RewardJudge(assigned, {trace.name: trace for trace in traces}), ties
 
 
 def _gate(
@@ -214,11 +227,11 @@ def _gate(
     traces: Sequence[Trace],
     namesakes: Mapping[str, Trace],
     judging: Mapping[str, str],
-) -> tuple[RewardJudge, list[str]]:
+) -> tuple[RewardJudge, dict[str, Tie]]:
     """`judging` gives, by trace name, the digest of the weights that judge it."""
     but_not = None if options.gate_is_judge else judging
-    assigned, known = assign(weights, traces, namesakes, "--gate", options.contaminated, but_not)
-    return RewardJudge(assigned, {trace.name: trace for trace in traces}, "gating"), known
+    assigned, ties = assign(weights, traces, namesakes, "--gate", options.contaminated, but_not)
+    return RewardJudge(assigned, {trace.name: trace for trace in traces}, "gating"), ties
 
 
 def _other_judge(
@@ -272,6 +285,13 @@ def _corpus(root: str | None, states: Sequence[Mapping[str, Any]], needed: bool)
     if root is None and not needed:
         return None
     return load_corpus(root or "embedded", seed)
+
+
+def _rows_of(traces: Sequence[Trace], namesakes: Mapping[str, Trace], corpus: Corpus) -> list[AnnotatedRow]:
+    """The annotated rows of the traces' scenes; all rows where there are none."""
+    known = [*traces, *(namesakes[trace.name] for trace in traces if trace.name in namesakes)]
+    scenes = {scene_of(trace.events) for trace in known}
+    return [row for row in corpus.rows if row.scene in scenes] or corpus.rows
 
 
 def _splits_file(recorded: Path | None, corpus: Corpus | None) -> Path | None:

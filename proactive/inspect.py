@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from datamodules.agreement import nominal_alpha
 from datamodules.errors import UserError
 from datamodules.prompts import DEFAULT_PROMPT, PromptTemplate, SegmentTokenizer, render, training_text
 from datamodules.records import AnnotatedRow, Category
@@ -78,6 +79,11 @@ def _row_figures(rows: Sequence[AnnotatedRow], template: PromptTemplate, segment
         "tokens_per_row": {"mean": sum(tokens) / len(tokens), "greatest": max(tokens)},
         "tokens": {"as_rows": sum(tokens), "as_tree": PrefixOrder(ids).tokens(range(len(ids)))},
         "human_agreement": sum(answers) / len(answers) if answers else None,
+        "krippendorff_alpha": {
+            "all": nominal_alpha(row.annotation for row in rows),
+            "proposals": nominal_alpha(row.annotation for row in rows if row.proposal is not None),
+            "silence": nominal_alpha(row.annotation for row in rows if row.proposal is None),
+        },
     }
 
 
@@ -143,6 +149,10 @@ def _tables(figures: dict[str, Any]) -> list[Table]:
     add("tokens, as a prefix tree", [f"{column['tokens']['as_tree']:,}" for column in columns])
     agreements = [column["human_agreement"] for column in columns]
     add("human agreement", ["" if agreement is None else f"{agreement:.3f}" for agreement in agreements])
+    for kind in ("all", "proposals", "silence"):
+        alphas = [column["krippendorff_alpha"][kind] for column in columns]
+        label = "annotators' alpha" if kind == "all" else f"  {kind}"
+        add(label, ["" if alpha is None else f"{alpha:.3f}" for alpha in alphas])
     every = figures["all"]
     rows.caption = (
         f"together {every['rows']} rows, {every['scenes']} scenes, {every['distinct_histories']} distinct histories, "

@@ -87,48 +87,65 @@ def test_tables(record: dict[str, Any]) -> list[Table]:
 
 
 def _decision_table(record: dict[str, Any]) -> Table:
-    """A tested agent's decisions to propose, raw and calibrated."""
-    found, stamp = record["contamination"], ""
-    if found["allowed"]:
-        stamp = "CONTAMINATED: trained on scenes that it is tested on; "
+    """A tested agent's decisions to propose."""
     table = Table(
-        title=f"{record['split']}: the decision to propose after {record['test']['raw']['histories']:.0f} histories",
-        caption=f"{stamp}{found['contaminated_rows']} of {found['test_rows']} rows have a history that was trained on",
+        title=f"{_tested(record)}: the decision to propose after {record['test']['raw']['histories']:.0f} histories",
+        caption=_caption(record),
     )
-    names = ("accuracy", "precision", "recall", "f1", "auroc", "proposed", "loss", "loss_text", "loss_null")
+    names = (
+        *("accuracy", "precision", "recall", "f1", "auroc", "proposed", "help_needed"),
+        *("loss", "loss_text", "loss_null"),
+    )
     table.add_column("agent")
     for name in names:
-        table.add_column(name.replace("_", ", "), justify="right")
-    for reading in ("raw", "calibrated"):
+        table.add_column(name.replace("_", " " if name == "help_needed" else ", "), justify="right")
+
+    def add(label: str, figures: dict[str, float]) -> None:
+        cells = (f"{figures[n]:.4f}{_interval(figures, n)}" if n in figures else "" for n in names)
+        table.add_row(label, *cells)
+
+    for reading, label in record["readings"].items():
         figures = record["test"][reading]
-        table.add_row(f"this model, {reading}", *(f"{figures[n]:.4f}" if n in figures else "" for n in names))
+        add(f"this model, {label}", figures)
+    table.add_section()
+    for name, figures in record["baselines"].items():
+        add(name, figures)
     return table
 
 
+def _tested(record: dict[str, Any]) -> str:
+    """What was tested, with the number of rows that the figures are of."""
+    used, rows = record["tested_rows"], record["rows"]["test"]
+    return f"{record['split']}: {used if used == rows else f'{used} of {rows}'} test rows"
+
+
 def _judge_table(record: dict[str, Any]) -> Table:
-    """A tested classifier's figures, raw and calibrated, with intervals, beside the published rows."""
-    found, test = record["contamination"], record["test"]
+    """A tested classifier's figures, with intervals, beside people and the published rows."""
+    test = record["test"]
     table = Table(
-        title=f"{record['split']}: {record['rows']['test']} test rows",
-        caption=(
-            f"{found['contaminated_rows']} of {found['test_rows']} test rows have a history that was trained on; "
-            "in brackets: 95% bootstrap intervals; published rows: 120 rows of the published split"
-        ),
+        title=_tested(record),
+        caption=_caption(record, *["published rows: the same rows"] * bool(record["published"])),
     )
-    for title in ("judge", "accuracy", "precision", "recall", "F1", "AUROC", "calibration error"):
+    for title in ("judge", "accuracy", "precision", "recall", "F1", "AUROC", "calibration error", "accepts"):
         table.add_column(title, justify="left" if title == "judge" else "right")
-    for name, label in (("raw", "this model, raw"), ("calibrated", "this model, calibrated")):
-        figures = test[name]
+
+    def add(label: str, figures: dict[str, float]) -> None:
         table.add_row(
             label,
             *(f"{figures[key]:.4f}{_interval(figures, key)}" for key in ("accuracy", "precision", "recall", "f1")),
-            f"{figures['auroc']:.4f}",
-            f"{figures['calibration_error']:.4f}",
+            *(f"{figures[key]:.4f}" for key in ("auroc", "calibration_error", "acceptance_rate")),
         )
+
+    for name, label in record["readings"].items():
+        add(f"this model, {label}", test[name])
+    table.add_row("people", *[""] * 6, f"{test['raw']['people_acceptance_rate']:.4f}")
+    table.add_section()
+    for name, figures in record["baselines"].items():
+        add(name, figures)
     table.add_section()
     for name, figures in record["published"].items():
         shown = (f"{figures[key]:.4f}" if key in figures else "" for key in ("accuracy", "precision", "recall", "f1"))
-        table.add_row(name, *shown, "", "")
+        table.add_row(name, *shown)
     return table
 
 
@@ -139,14 +156,15 @@ def _agreement_table(record: dict[str, Any]) -> Table:
     table.add_column("judge")
     for name in names:
         table.add_column(name.removeprefix("agreement_").replace("_", " "), justify="right")
-    for reading in ("raw", "calibrated"):
-        table.add_row(reading, *(f"{record['test'][reading][name]:.4f}" for name in names))
+    for reading, label in record["readings"].items():
+        table.add_row(label, *(f"{record['test'][reading][name]:.4f}" for name in names))
     return table
 
 
 def agent_tables(record: dict[str, Any]) -> list[Table]:
     """An agent's figures beside baselines and published rows, then by split and by number of candidates."""
-    table = Table(title="Agent", caption=_agent_caption(record))
+    published = ["published rows: their own judge, on 227 events"] * bool(record["published"])
+    table = Table(title="Agent", caption=_caption(record, *published))
     for title in ("agent", "recall", "precision", "accuracy", "false alarm", "F1", "TP/FP/TN/FN", "events"):
         table.add_column(title, justify="left" if title == "agent" else "right")
 
@@ -176,11 +194,11 @@ def agent_tables(record: dict[str, Any]) -> list[Table]:
     return [table, *(other for other in (splits, candidates) if other.row_count > 1)]
 
 
-def _agent_caption(record: dict[str, Any]) -> Text:
-    fixed = "in brackets: a 95% bootstrap interval over traces; published rows: their own judge, on 227 events"
+def _caption(record: dict[str, Any], *more: str) -> Text:
+    """The notes of a record, the grave ones first and in red, then what else there is to say."""
     grave = [note for note in record["notes"] if note.split(":")[0].isupper()]
     rest = [note for note in record["notes"] if note not in grave]
-    return Text.assemble(*((f"{note}; ", "bold red") for note in grave), "; ".join([*rest, fixed]))
+    return Text.assemble(*((f"{note}; ", "bold red") for note in grave), "; ".join([*rest, *more]))
 
 
 def show(*tables: Table) -> None:

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 
-from callbacks.evaluation_record import JudgedEvent, evaluation_record, figures, gated, judge_events, notes
+from callbacks.evaluation_record import JudgedEvent, acceptance, evaluation_record, figures, gated, judge_events, notes
 from callbacks.evaluation_report import evaluation_report
-from datamodules.records import Event, TraceSplit
-from datamodules.traces import Candidate, Offer, Trace
+from datamodules.records import Category, Event, TraceSplit
+from datamodules.sources import PUBLISHED_TRACES_DIGESTS, load_corpus
+from datamodules.traces import Candidate, Offer, Trace, read_recorded, root_traces, traces_digest
 from models.judges import Verdict
-from tests.callbacks.test_report import HOSTILE, Page
+from tests.callbacks.test_report import HOSTILE, Page, a_row
+from tests.helpers import PROACTIVEBENCH, needs_proactivebench
 
 NAME = "$x_{1}$ <b>.json"  # neither a formula of the plot's nor a tag
 
@@ -32,8 +34,14 @@ def record_of(events: list[JudgedEvent], **changes: Any) -> dict[str, Any]:
     record |= {"agent": {"agent": "recorded", "source": HOSTILE}, "judge": {"judge": "endpoint", "model": HOSTILE}}
     record |= {"gate_is_judge": False, "baselines": {}, "gate": None, "traces_left_out": []}
     record["unfinished"] = {"agent": {"length": 2, "content_filter": 1}, "judge": {}}
-    record |= {f"{who}_trained_on": [] for who in ("agent", "judge", "gate")}
-    record |= changes
+    stamps = ("trained_on", "validated_on", "validation_unknown")
+    record |= {f"{who}_{stamp}": [] for who in ("agent", "judge", "gate") for stamp in stamps}
+    offers = {
+        Offer(event.trace.name, event.step, j.candidate.proposal): j.verdict
+        for event in events
+        for j in event.judgments
+    }
+    record |= {"acceptance": acceptance(offers, None)} | changes
     return record | {"notes": notes(record)}
 
 
@@ -55,6 +63,53 @@ def test_the_page_shows_each_event_as_text() -> None:
     unfinished = "replies of the agent that did not come to their end, and were not read: 2 length, 1 content_filter"
     for note in ("1 answers could not be read and count as null", "1 events have no verdict", unfinished):
         assert any(note in one for one in record["notes"])
+
+
+@pytest.mark.parametrize(
+    ("candidates", "flags"),
+    [
+        ([[TEXT], [LONG], [NULL], [UNREAD]], ["ALL SILENCES ARE ACCEPTED: 2 were judged"]),
+        ([[TEXT], [TEXT]], ["ALL OFFERS ARE ACCEPTED: 2 were judged"]),
+        (
+            [[LONG], [LONG, NULL]],
+            ["ALL OFFERS ARE REJECTED: 2 were judged", "ALL SILENCES ARE ACCEPTED: 1 were judged"],
+        ),
+        ([[TEXT], [LONG]], []),
+    ],
+)
+def test_what_a_judge_decides_all_alike_is_flagged(candidates: list[list[Candidate]], flags: list[str]) -> None:
+    events = judged(candidates)
+    record = record_of(events)
+    found = [note for note in record["notes"] if note.startswith("ALL ")]
+    assert [note.split(",")[0] for note in found] == flags
+    page = Page(evaluation_report(record, events))
+    assert all(flag in page.text for flag in flags)
+
+
+def test_the_judges_rates_stand_beside_peoples() -> None:
+    people = [a_row(0, Category.FALSE_ALARM), a_row(1, Category.CORRECT_DETECTION), a_row(2, Category.NON_RESPONSE)]
+    verdicts = {Offer(NAME, step, "a"): Verdict(step < 3) for step in range(4)} | {Offer(NAME, 0, None): Verdict(None)}
+    found = acceptance(verdicts, people)
+    assert found["judge"] == {"offers": {"judged": 4, "accepted": 3}, "silences": {"judged": 0, "accepted": 0}}
+    assert found["people"] == {"offers": {"judged": 2, "accepted": 1}, "silences": {"judged": 1, "accepted": 1}}
+    said = record_of(judged([[TEXT]]), acceptance=found)["notes"]
+    assert (
+        "acceptance: the judge 75% of 4 offers and 0% of 0 silences; people 50% of 2 offers and 100% of 1 silences"
+        in said
+    )
+
+
+def test_published_figures_stand_beside_the_published_traces_alone() -> None:
+    assert record_of(judged([[TEXT]]))["published"] == {}
+
+
+@needs_proactivebench
+@pytest.mark.parametrize("recorded", [False, True])
+def test_the_published_traces_are_known_in_both_cuts(recorded: bool) -> None:
+    cuts = read_recorded(PROACTIVEBENCH / "traces" / "gpt-4o").traces if recorded else None
+    traces = cuts or root_traces(load_corpus(str(PROACTIVEBENCH)))
+    assert traces_digest(traces) in PUBLISHED_TRACES_DIGESTS
+    assert traces_digest(traces[1:]) not in PUBLISHED_TRACES_DIGESTS
 
 
 def test_of_several_candidates_all_are_shown_and_one_counts() -> None:

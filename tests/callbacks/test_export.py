@@ -92,7 +92,7 @@ def test_this_project_reads_its_export_back(run: Run) -> None:
     classifier, state = RewardClassifier.from_export(run.folder / "export")
     batch = next(iter(run.data.test_dataloader()))[0]
     assert torch.equal(probabilities(classifier, batch), probabilities(run.classifier, batch))
-    assert (classifier.temperature, classifier.threshold) == (run.classifier.temperature, run.classifier.threshold)
+    assert classifier.calibration == run.classifier.calibration is not None
     assert state["training_rows"] == run.data.state_dict()["training_rows"]
 
 
@@ -206,8 +206,9 @@ def test_an_export_that_fails_keeps_the_former_one(run: Run, tmp_path: Path) -> 
 def test_the_card_states_figures_split_and_contamination(run: Run) -> None:
     record = run_record(run.classifier, run.data, "weights")
     card = (run.folder / "export" / "README.md").read_text(encoding="utf-8")
-    for name in ("accuracy", "precision", "recall", "f1", "auroc", "calibration_error", "agreement_false_alarm"):
-        cells = " | ".join(f"{record['test'][reading][name]:.4f}" for reading in ("raw", "calibrated"))
+    names = ("accuracy", "precision", "recall", "f1", "auroc", "calibration_error", "acceptance_rate")
+    for name in (*names, "people_acceptance_rate", "agreement_false_alarm"):
+        cells = " | ".join(f"{record['test'][reading][name]:.4f}" for reading in ("raw", "calibrated", "f1_optimal"))
         assert f"| {name} | {cells} |" in card
     assert run.data.description.removeprefix(str(Path(run.data.root).parent) + "/") in card
     assert f"{len(run.data.split.train)} training" in card

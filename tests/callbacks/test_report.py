@@ -61,10 +61,12 @@ def made_of(probability: list[float], rows: list[AnnotatedRow], run: Run, **chan
         "category": torch.tensor([row.category.number for row in rows])[order],
         "row": order,
     }
-    figures = reward_figures(columns["probability"], columns["target"], columns["category"], bootstrap=20)
-    record = deepcopy(run_record(run.classifier, run.data, "weights")) | {"threshold": 0.5}
+    figures = reward_figures(
+        columns["probability"], columns["target"], columns["category"], scene_N=torch.arange(len(rows))
+    )
+    record = deepcopy(run_record(run.classifier, run.data, "weights"))
     plain = {name: float(value) for name, value in figures.items()}
-    record["test"] = {"raw": plain, "calibrated": plain}
+    record["test"] = {"raw": plain, "calibrated": plain, "f1_optimal": plain}
     curves = changes.pop("curves", {"train/loss": {1: 0.7, 2: 0.6}, "validation/loss": {2: 0.65}})
     return report(record | changes, columns, rows, curves)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from datamodules.records import Category
-from models.metrics import PUBLISHED_REWARD_ROWS, RewardMetrics, bootstrap_intervals, reward_figures
+from models.metrics import PUBLISHED_REWARD_ROWS, RewardMetrics, decision_intervals, group_intervals, reward_figures
 
 Row = tuple[float, bool, int]  # P(accepted), accepted, category's number
 # Centred in hundredths: no draw lies on an edge of a calibration bin, where the reading of "in" may differ.
@@ -55,6 +55,8 @@ def plain_figures(rows: Sequence[Row], threshold: float) -> dict[str, float]:
         "f1": ratio(2 * tp, 2 * tp + fp + fn),
         "auroc": ratio(sum((high > low) + 0.5 * (high == low) for high, low in pairs), len(pairs)),
         "calibration_error": 0.0,
+        "acceptance_rate": ratio(tp + fp, len(rows)),
+        "people_acceptance_rate": ratio(tp + fn, len(rows)),
         "tp": tp,
         "fp": fp,
         "tn": tn,
@@ -68,6 +70,7 @@ def plain_figures(rows: Sequence[Row], threshold: float) -> dict[str, float]:
     for category in Category:
         right = [(p > threshold) == accepted for p, accepted, number in rows if number == category.number]
         figures[f"agreement_{category}"] = ratio(sum(right), len(right))
+        figures[f"rows_{category}"] = len(right)
     return figures
 
 
@@ -119,7 +122,7 @@ def test_a_zero_denominator_gives_zero_and_no_warning(probability: list[float], 
     category = torch.full((2,), Category.FALSE_ALARM.number)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figures = reward_figures(torch.tensor(probability), torch.tensor(target), category, bootstrap=20)
+        figures = reward_figures(torch.tensor(probability), torch.tensor(target), category, scene_N=torch.arange(2))
     rows = [(p, bool(t), Category.FALSE_ALARM.number) for p, t in zip(probability, target, strict=True)]
     for name, expected in plain_figures(rows, 0.5).items():
         assert float(figures[name]) == pytest.approx(expected, abs=1e-6), name
@@ -144,7 +147,7 @@ def test_agreement_counts_within_each_category_alone() -> None:
 
 def test_intervals_hold_the_point_and_are_as_wide_as_theory_says() -> None:
     decided, target = published_counts()
-    figures = reward_figures(decided.double(), target, torch.zeros_like(target), bootstrap=2000)
+    figures = reward_figures(decided.double(), target, torch.zeros_like(target), scene_N=torch.arange(120))
     for name in ("accuracy", "f1"):
         assert figures[f"{name}_low"] < figures[name] < figures[f"{name}_high"]
     accuracy = float(figures["accuracy"])
@@ -153,17 +156,38 @@ def test_intervals_hold_the_point_and_are_as_wide_as_theory_says() -> None:
     assert float(figures["accuracy_high"]) == pytest.approx(accuracy + half, abs=0.015)
 
 
-def test_intervals_follow_from_their_seed_and_leave_other_randomness_alone() -> None:
+def test_rows_of_a_scene_are_drawn_together() -> None:
+    """Twelve scenes of ten like rows know no more than twelve rows, however many rows there are."""
     decided, target = published_counts()
+    alike = torch.arange(120) // 10  # rows of a scene are decided alike
+    figures = {
+        name: {key: float(value) for key, value in decision_intervals(decided, target, scene).items()}
+        for name, scene in (("rows", torch.arange(120)), ("alike", alike))
+    }
+    width = {name: found["accuracy_high"] - found["accuracy_low"] for name, found in figures.items()}
+    assert 1.5 * width["rows"] < width["alike"]
+    assert {name: found["scenes"] for name, found in figures.items()} == {"rows": 120, "alike": 12}
+    as_rows = decision_intervals(decided[::10], target[::10], torch.arange(12))
+    sure = decision_intervals(decided[::10].repeat(10), target[::10].repeat(10), torch.arange(12).repeat(10))
+    assert as_rows == sure
+
+
+def test_one_scene_has_no_interval() -> None:
+    decided, target = published_counts()
+    assert decision_intervals(decided, target, torch.zeros(120).long()) == {"scenes": torch.tensor(1)}
+
+
+def test_intervals_follow_from_their_seed_and_leave_other_randomness_alone() -> None:
+    counts = torch.randint(9, (12, 4), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)
-    first = bootstrap_intervals(decided, target, 200, seed=3)
+    first = group_intervals(counts, 200, seed=3)
     after_one = torch.rand(1)
     torch.manual_seed(2)
-    second = bootstrap_intervals(decided, target, 200, seed=3)
+    second = group_intervals(counts, 200, seed=3)
     torch.manual_seed(1)
     assert after_one == torch.rand(1)
     assert first == second
-    assert first != bootstrap_intervals(decided, target, 200, seed=4)
+    assert first != group_intervals(counts, 200, seed=4)
 
 
 def test_rows_can_be_looked_up_by_their_number() -> None:
@@ -184,7 +208,7 @@ def rank(number: int, folder: Path, shares: list[list[list[Row]]]) -> None:
     torch.set_num_threads(1)
     results = []
     for share in shares:
-        metrics = RewardMetrics(bootstrap=50)
+        metrics = RewardMetrics()
         for row in share[number]:
             metrics.update(*columns([row]))
         if not share[number]:  # what a rank adds whose batches only fill it up
@@ -202,7 +226,7 @@ def test_two_ranks_give_the_figures_of_one_process(tmp_path: Path) -> None:
     rows: list[Row] = [((7 * n % 20) / 20 + 0.01, n % 3 == 0, n % 4) for n in range(11)]
     shares = [[rows[:6], rows[6:]], [rows[:9], rows[9:]], [rows, []]]
     torch.multiprocessing.spawn(rank, (tmp_path, shares), nprocs=2)
-    expected = reward_figures(*columns(rows), bootstrap=50)
+    expected = reward_figures(*columns(rows))
     for number in (0, 1):
         for share, found in zip(shares, json.loads((tmp_path / f"{number}.json").read_text()), strict=True):
             assert found["rows"] == sorted(probability for probability, _, _ in rows)

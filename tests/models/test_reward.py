@@ -2,6 +2,8 @@
 
 import json
 import logging
+import signal
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,16 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from callbacks.checkpoints import LastCheckpoint, load_checkpoint
+from callbacks.checkpoints import BestCheckpoint, Interrupted, LastCheckpoint, load_checkpoint
 from datamodules.batches import RewardBatch
 from datamodules.errors import UserError
 from datamodules.prompts import render
 from datamodules.records import Category
 from datamodules.reward import RewardDataModule
 from datamodules.tokenizer import train_tokenizer
-from models.calibration import calibrated, fit_temperature, fit_threshold
+from models.calibration import Calibration, calibrated, fit_temperature, fit_threshold
 from models.reward import RewardClassifier
+from tests.helpers import SignalAtStep
 from tests.models.small import (
     TRAIN_ROWS_A_STEP,
     all_finite,
@@ -33,6 +36,15 @@ from tests.models.small import (
 
 Fitted = tuple[RewardClassifier, RewardDataModule, Path]
 WEIGHTS = {"missed_need": 2.0, "false_alarm": 0.25}
+
+
+class CountValidations(Callback):
+    """How many validations ran, the sanity check not counted."""
+
+    count = 0
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.count += not trainer.sanity_checking
 
 
 class Ledger(Callback):
@@ -275,11 +287,77 @@ def test_temperature_and_threshold_are_fitted_on_the_validation_rows(fitted: Fit
     target = torch.cat([batch["label"] for batch in batches])
     assert len(target) == len(data.split.validation)
     temperature = fit_temperature(probability, target)
-    assert classifier.temperature == pytest.approx(temperature, rel=1e-3)
-    assert classifier.threshold == pytest.approx(fit_threshold(calibrated(probability, temperature), target), rel=1e-3)
-    assert (classifier.temperature, classifier.threshold) != (1.0, 0.5)
-    stored = load_checkpoint(path)["calibration"]
-    assert stored == {"temperature": classifier.temperature, "threshold": classifier.threshold}
+    found = classifier.calibration
+    assert found is not None
+    assert found.temperature == pytest.approx(temperature, rel=1e-3)
+    assert found.f1_threshold == pytest.approx(fit_threshold(calibrated(probability, temperature), target), rel=1e-3)
+    assert (found.temperature, found.f1_threshold) != (1.0, 0.5)
+    assert found.rows == found.of_rows == len(target)
+    assert load_checkpoint(path)["calibration"] == asdict(found)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_steps": 2},
+        {"max_steps": 2, "num_sanity_val_steps": 0},
+        {"max_time": "00:00:00:00", "min_steps": 2, "max_epochs": 1000},
+        {"max_epochs": 1, "check_val_every_n_epoch": None, "val_check_interval": 1000},
+    ],
+    ids=["max_steps", "no sanity check", "max_time", "validation is too far off"],
+)
+def test_a_run_that_ends_before_its_first_validation_validates_at_its_end(
+    root: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    classifier, data = small_classifier(), small_data(root)
+    best, validations = BestCheckpoint(tmp_path, "validation/auroc"), CountValidations()
+    trainer = fit(classifier, data, best, LastCheckpoint(tmp_path), validations, **options)
+    assert validations.count == 1
+    assert classifier.calibration is not None
+    assert classifier.calibration.rows == classifier.calibration.of_rows == len(data.split.validation)
+    for name in ("best", "last"):
+        checkpoint = load_checkpoint(tmp_path / f"{name}.ckpt")
+        assert checkpoint["calibration"] == asdict(classifier.calibration)
+        assert checkpoint["global_step"] == trainer.global_step
+
+
+def test_a_run_that_has_validated_does_not_validate_again_at_its_end(root: Path) -> None:
+    validations = CountValidations()
+    trainer = fit(small_classifier(), small_data(root), validations, max_steps=8, max_epochs=5)
+    assert (trainer.global_step, validations.count) == (8, 1)
+
+
+@pytest.mark.parametrize("options", [{"limit_val_batches": 0}, {"check_val_every_n_epoch": 2}, {"max_steps": 0}])
+def test_what_was_never_validated_is_not_calibrated(root: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """A sanity check may have run: the network had learned nothing then, and nothing is fitted to it."""
+    classifier, data = small_classifier(), small_data(root)
+    trainer = fit(classifier, data, LastCheckpoint(tmp_path), max_epochs=1, **options)
+    assert classifier.calibration is None
+    if trainer.global_step:
+        assert load_checkpoint(tmp_path / "last.ckpt")["calibration"] is None
+    trainer.test(classifier, data, verbose=False)
+    assert set(classifier.test_figures) == {"raw"}
+    torch.testing.assert_close(classifier.test_rows["calibrated"], classifier.test_rows["probability"])
+    classifier.export(tmp_path / "export", data.state_dict())
+    assert json.loads((tmp_path / "export" / "proactive.json").read_text())["calibration"] is None
+    assert RewardClassifier.from_export(tmp_path / "export")[0].calibration is None
+
+
+def test_a_run_that_is_stopped_before_its_first_validation_is_not_calibrated(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        fit(small_classifier(), small_data(root), SignalAtStep(2, signal.SIGINT), LastCheckpoint(tmp_path))
+    assert load_checkpoint(tmp_path / "last.ckpt")["calibration"] is None
+
+
+def test_a_part_of_the_validation_rows_is_said(root: Path) -> None:
+    classifier, data = small_classifier(), small_data(root)
+    fit(classifier, data, limit_val_batches=1)
+    assert classifier.calibration is not None
+    assert 0 < (classifier.calibration.rows or 0) < len(data.split.validation) == classifier.calibration.of_rows
+
+
+def test_the_calibration_of_an_older_checkpoint_is_read() -> None:
+    assert Calibration.of({"temperature": 2.0, "threshold": 0.3}) == Calibration(2.0, 0.3, None, None)
 
 
 def test_validation_alone_works_in_inference_mode(fitted: Fitted) -> None:
@@ -294,19 +372,27 @@ def test_validation_alone_works_in_inference_mode(fitted: Fitted) -> None:
 def test_a_test_reports_raw_and_calibrated_figures_of_every_row(fitted: Fitted) -> None:
     _, data, path = fitted
     classifier = RewardClassifier.from_checkpoint(load_checkpoint(path))
-    temperature, threshold = classifier.temperature, classifier.threshold
+    stored = classifier.calibration
+    assert stored is not None
     trainer = small_trainer()
     trainer.test(classifier, data, verbose=False)
-    assert (classifier.temperature, classifier.threshold) == (temperature, threshold), "fitted on validation rows alone"
+    assert classifier.calibration == stored, "fitted on validation rows alone"
     rows = classifier.test_rows
     order = rows["row"].argsort()
     assert rows["row"][order].tolist() == list(range(len(data.split.test)))
     assert rows["target"][order].tolist() == [row.accepted for row in data.split.test]
     assert rows["category"][order].tolist() == [row.category.number for row in data.split.test]
-    torch.testing.assert_close(rows["calibrated"], calibrated(rows["probability"], temperature))
-    readings = {"raw": rows["probability"] > 0.5, "calibrated": rows["calibrated"] > threshold}
+    torch.testing.assert_close(rows["calibrated"], calibrated(rows["probability"], stored.temperature))
+    readings = {
+        "raw": rows["probability"] > 0.5,
+        "calibrated": rows["calibrated"] > 0.5,
+        "f1_optimal": rows["calibrated"] > stored.f1_threshold,
+    }
+    assert set(classifier.test_figures) == set(readings)
     for name, decided in readings.items():
         figures = classifier.test_figures[name]
+        assert figures["acceptance_rate"] == pytest.approx(float(decided.double().mean()))
+        assert figures["people_acceptance_rate"] == pytest.approx(float(rows["target"].double().mean()))
         right = float((decided == rows["target"].bool()).double().mean())
         assert figures["accuracy"] == pytest.approx(right, abs=1e-6)
         assert figures["accuracy_low"] <= right + 1e-6
@@ -352,7 +438,7 @@ def test_checkpoint_and_export_give_the_same_probabilities(
     assert state == json.loads(json.dumps(data.state_dict()))
     for other in (loaded, exported):
         assert torch.equal(probabilities(other, batch), expected)
-        assert (other.temperature, other.threshold) == (classifier.temperature, classifier.threshold)
+        assert other.calibration == classifier.calibration is not None
         assert dict(other.hparams) == dict(classifier.hparams)
         assert other.network is not None
         assert classifier.network is not None
@@ -364,9 +450,9 @@ def test_tested_weights_bring_their_own_calibration(fitted: Fitted) -> None:
     _, data, path = fitted
     stored = load_checkpoint(path)["calibration"]
     classifier = RewardClassifier.from_checkpoint(load_checkpoint(path))
-    classifier.temperature, classifier.threshold = stored["temperature"] / 3, 0.9
+    classifier.calibration = Calibration(stored["temperature"] / 3, 0.9, 1, 1)
     small_trainer().test(classifier, data, ckpt_path=str(path), weights_only=True, verbose=False)
-    assert stored == {"temperature": classifier.temperature, "threshold": classifier.threshold}
+    assert classifier.calibration == Calibration(**stored)
     rows = classifier.test_rows
     torch.testing.assert_close(rows["calibrated"], calibrated(rows["probability"], stored["temperature"]))
 

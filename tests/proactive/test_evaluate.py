@@ -32,7 +32,7 @@ def test_figures_are_those_of_the_run(what: str, finished_run: FinishedRun, call
     found, expected = metrics(tmp_path / "new" / "metrics.json"), metrics(finished_run.folder / "metrics.json")
     for reading in ("raw", "calibrated"):
         assert found["test"][reading] == pytest.approx(expected["test"][reading], abs=1e-6)
-    for same in ("temperature", "threshold", "contamination", "split", "published", "versions", "task"):
+    for same in ("calibration", "contamination", "split", "published", "versions", "task"):
         assert found[same] == expected[same], same
     assert found["rows"]["test"] == expected["rows"]["test"]
 
@@ -71,7 +71,23 @@ def test_another_root_and_split_are_measured_with_their_contamination(
     assert record["split"] == f"{root}, published split"
     assert record["rows"]["test"] == record["test"]["raw"]["rows"] == len(corpus.test)
     assert record["contamination"]["contaminated_rows"] == expected
+    assert {found["rows"] for found in record["baselines"].values()} == {len(corpus.test)}
     assert f"{expected} of {len(corpus.test)} test rows have a history that was trained on" in ended.out
+
+
+def test_baselines_are_fitted_on_the_runs_own_rows_or_left_out(
+    finished_run: FinishedRun, call: Callable, tmp_path: Path
+) -> None:
+    """An export whose run's data is gone, tested on other rows."""
+    folder = tmp_path / "export"
+    shutil.copytree(finished_run.folder / "export", folder)
+    content = json.loads((folder / "proactive.json").read_text())
+    content["data"]["hyperparameters"]["root"] = str(tmp_path / "gone")
+    (folder / "proactive.json").write_text(json.dumps(content))
+    at = ("--data.root", finished_run.root, "--output=m.json")
+    ended = call(evaluate.main, "reward", f"--checkpoint={folder}", *at)
+    assert metrics(tmp_path / "m.json")["baselines"] == {}
+    assert "no baselines: the rows that the model was trained on are not at hand" in " ".join(ended.out.split())
 
 
 def test_another_fold_tests_other_rows(finished_run: FinishedRun, call: Callable, tmp_path: Path) -> None:
@@ -80,7 +96,32 @@ def test_another_fold_tests_other_rows(finished_run: FinishedRun, call: Callable
     record = metrics(tmp_path / "m.json")
     assert record["split"].endswith("fold 2 of 3")
     rows = len(split_by_scene(load_corpus(str(finished_run.root)), 3, 2).test)
-    assert record["contamination"] == {"test_rows": rows, "contaminated_rows": rows, "fraction": 1.0, "allowed": False}
+    assert record["contamination"] == {
+        "test_rows": rows,
+        "contaminated_rows": rows,
+        "fraction": 1.0,
+        "validated_rows": 0,
+        "allowed": False,
+    }
+
+
+def test_the_fold_that_validated_is_stamped_and_an_older_checkpoint_does_not_count_as_clean(
+    finished_run: FinishedRun, call: Callable, tmp_path: Path
+) -> None:
+    ended = call(evaluate.main, "reward", f"--checkpoint={finished_run.folder}", "--data.fold=1", "--output=m.json")
+    found = metrics(tmp_path / "m.json")["contamination"]
+    assert found["contaminated_rows"] == 0
+    assert found["validated_rows"] == found["test_rows"] > 0
+    assert f"VALIDATED ON: {found['test_rows']} of {found['test_rows']} test rows" in " ".join(ended.out.split())
+
+    old = tmp_path / "old"
+    shutil.copytree(finished_run.folder / "export", old)
+    content = json.loads((old / "proactive.json").read_text())
+    content["data"] = {name: value for name, value in content["data"].items() if not name.startswith("validation_")}
+    (old / "proactive.json").write_text(json.dumps(content))
+    ended = call(evaluate.main, "reward", f"--checkpoint={old}", "--data.fold=1", "--output=old.json")
+    assert metrics(tmp_path / "old.json")["contamination"]["validated_rows"] is None
+    assert "VALIDATION UNKNOWN: the checkpoint does not say" in " ".join(ended.out.split())
 
 
 def test_quiet_prints_nothing_and_still_writes(finished_run: FinishedRun, call: Callable, tmp_path: Path) -> None:
@@ -107,25 +148,20 @@ def test_the_printed_table_on_embedded_data(finished_run: FinishedRun, tmp_path:
     rows = {
         cells[0]: cells[1:]
         for line in ended.stdout.splitlines()
-        if len(cells := [cell.strip() for cell in line.strip("│").split("│")]) == 7
+        if len(cells := [cell.strip() for cell in line.strip("│").split("│")]) == 8
     }
     record = metrics(tmp_path / "m.json")
-    for reading in ("raw", "calibrated"):
-        figures, shown = record["test"][reading], rows[f"this model, {reading}"]
+    assert rows["people"][6] == f"{record['test']['raw']['people_acceptance_rate']:.4f}"
+    for reading in ("raw", "calibrated", "f1_optimal"):
+        figures, shown = record["test"][reading], rows[f"this model, {record['readings'][reading]}"]
         for column, name in ((0, "accuracy"), (3, "f1")):
             low, high = figures[f"{name}_low"], figures[f"{name}_high"]
             assert low <= figures[name] <= high
             assert shown[column] == f"{figures[name]:.4f} [{low:.3f}, {high:.3f}]"
         assert shown[1:3] == [f"{figures[name]:.4f}" for name in ("precision", "recall")]
-        assert shown[4:] == [f"{figures[name]:.4f}" for name in ("auroc", "calibration_error")]
-    published = {
-        "GPT-4o": ("0.5083", "0.6704"),
-        "GPT-4o-mini": ("0.5833", "0.6324"),
-        "Llama-3.1-8B": ("0.5500", "0.5846"),
-        "Llama-3.1-70B": ("0.5583", "0.6748"),
-        "published 8B reward model": ("0.9167", "0.9180"),
-    }
-    assert set(published) == set(PUBLISHED_REWARD_ROWS)
-    assert {name: (rows[name][0], rows[name][3]) for name in published} == published
+        assert shown[4:] == [f"{figures[name]:.4f}" for name in ("auroc", "calibration_error", "acceptance_rate")]
+    assert not set(rows) & set(PUBLISHED_REWARD_ROWS), "other rows than the published ones"
+    for name in ("accept everything", "bag of words"):
+        assert rows[name][5] == f"{record['baselines'][name]['calibration_error']:.4f}"
     found = record["contamination"]
     assert f"{found['contaminated_rows']} of {found['test_rows']} test rows have a history" in ended.stdout

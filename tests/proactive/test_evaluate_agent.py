@@ -151,7 +151,7 @@ def test_recorded_traces_judged_by_a_classifier_then_by_what_it_said(
             )
             assert [type(judgment) for judgment in after["judgement"]] == [bool]
 
-    assert "Qwen2-7B-Proactive" in ended.out
+    assert "Qwen2-7B-Proactive" not in ended.out, "figures of other traces"
     assert "\x1b" not in ended.out
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "<script>alert" not in page
@@ -213,6 +213,44 @@ def test_a_root_trace_of_the_same_name_and_old_checkpoints_tell_too(
     for judge in (finished_run.folder, old):
         judged = ("--agent.traces=traces", "--judge.checkpoint", judge, f"--data.root={root}")
         assert "trained on 1 of the 1 traces" in call(evaluate.main, "agent", *judged).err
+
+
+def test_a_trace_that_a_judge_validated_on_is_stamped_and_one_that_saw_it_less_is_preferred(
+    finished_run: FinishedRun, other_judge: Path, call: Callable, tmp_path: Path
+) -> None:
+    """Judge and gate; `other` says that it validated on the test rows, and `old` does not say on what."""
+    split = split_by_scene(load_corpus(str(finished_run.root)), 3, 0)
+    validated, tested = (next(iter(longest(rows).values())) for rows in (split.validation, split.test))
+    names = write_traces(tmp_path / "traces", [validated, tested], PROPOSALS)
+    other, old = tmp_path / "other", tmp_path / "old"
+    for folder in (other, old):
+        shutil.copytree(other_judge, folder)
+        content = json.loads((folder / "proactive.json").read_text())
+        data = {name: value for name, value in content["data"].items() if not name.startswith("validation_")}
+        if folder == other:
+            data |= {"validation_scenes": [tested.scene], "validation_histories": []}
+        (folder / "proactive.json").write_text(json.dumps(content | {"data": data}))
+    mine = finished_run.folder / "export"
+
+    ended = evaluated(call, "--agent.traces=traces", "--judge.checkpoint", mine, "--output=alone")
+    record = metrics(tmp_path / "alone")
+    assert (record["judge_trained_on"], record["judge_validated_on"]) == ([], names[:1])
+    assert "VALIDATED ON: 1 of the 2 traces chose the best weights of the judge" in " ".join(ended.out.split())
+    assert "VALIDATED ON: 1 of the 2 traces" in (tmp_path / "alone" / "report.html").read_text()
+    check_outputs(tmp_path / "alone", {"real": names, "first": names[:1]}, "-validated-on")
+
+    both = ("--judge.checkpoint", mine, other, "--gate", mine, other, "--output=both")
+    evaluated(call, "--agent.traces=traces", *both)
+    record = metrics(tmp_path / "both")
+    assert record["judge"]["weights"] == {names[0]: str(other), names[1]: str(mine)}
+    assert record["gate"]["weights"] == {names[0]: str(mine), names[1]: str(other)}
+    assert (record["judge_validated_on"], record["gate_validated_on"]) == ([], names)
+
+    evaluated(call, "--agent.traces=traces", "--judge.checkpoint", mine, old, "--output=old-one")
+    record = metrics(tmp_path / "old-one")
+    assert record["judge"]["weights"] == {names[0]: str(old), names[1]: str(mine)}
+    assert (record["judge_validated_on"], record["judge_validation_unknown"]) == ([], names[:1])
+    assert (tmp_path / "old-one" / "judged-validation-unknown").is_dir()
 
 
 def test_of_several_judges_each_trace_takes_one_that_was_not_trained_on_it(

@@ -49,7 +49,7 @@ def test_a_killed_agent_goes_on_bit_for_bit_and_leaves_a_whole_run_behind(root: 
     page = (whole / FOLDER / "report.html").read_text(encoding="utf-8")
     assert "Sampled answers" in page
     assert page.count("<tr><td>6</td>") <= page.count("<tr><td>")
-    assert "Contaminated" not in page
+    assert "CONTAMINATED" not in page
     samples = (whole / FOLDER / "logs" / "answers.csv").read_text(encoding="utf-8").splitlines()
     assert samples[0] == "epoch,step,history,event,help_needed,answer,valid"
     assert len(load(last(whole / FOLDER))["AgentDataModule"]["training_scenes"]) > 0
@@ -85,7 +85,7 @@ def test_a_contaminated_run_is_stamped_everywhere(root: Path, call: Callable[...
     assert metrics(FOLDER)["contamination"]["allowed"] is True
     assert metrics(FOLDER)["contamination"]["fraction"] == 1.0
     for file in ("report.html", "export/README.md"):
-        assert "Contaminated" in (FOLDER / file).read_text(encoding="utf-8")
+        assert "CONTAMINATED" in (FOLDER / file).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

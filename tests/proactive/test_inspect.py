@@ -27,6 +27,8 @@ def test_published_figures_for_machines(call: Callable) -> None:
     }
     assert set(test["categories"].values()) == {30}
     assert (round(train["human_agreement"], 3), round(test["human_agreement"], 3)) == (0.770, 0.917)
+    for found, known in ((train, (0.145, 0.169, -0.214)), (test, (0.658, 1.0, 0.254))):
+        assert list(found["krippendorff_alpha"].values()) == pytest.approx(known, abs=5e-4)
     assert (figures["all"]["scenes"], figures["all"]["distinct_histories"]) == (16, 313)
     assert round(figures["all"]["rows_per_history"], 1) == 5.6
     splits = figures["contamination"]
@@ -54,6 +56,8 @@ def test_published_figures_for_people(call: Callable) -> None:
         ("correct detection", "474", "30"),
         ("false alarm", "913", "30"),
         ("human agreement", "0.770", "0.917"),
+        ("annotators' alpha", "0.145", "0.658"),
+        ("silence", "-0.214", "0.254"),
         ("published", "120", "120", "100%"),
     } <= cells
     words = " ".join(ended.out.split())
