@@ -34,10 +34,10 @@ DATA_KEYS = {"reward": "RewardDataModule", "agent": "AgentDataModule"}  # where 
 Model = TypeVar("Model", bound=BackboneModule)
 
 
-class Interrupted(Exception):  # noqa: N818 - nothing went wrong
-    """The process was asked to stop, and has saved what it could."""
+class Interrupted(BaseException):
+    """The process was asked to stop, at some step or, if that is None, while it loaded; it has saved what it could."""
 
-    def __init__(self, signal_number: int, step: int) -> None:
+    def __init__(self, signal_number: int, step: int | None) -> None:
         super().__init__(signal_number, step)
         self.signal_number = signal_number
         self.step = step
@@ -251,9 +251,9 @@ class SafeCheckpointIO(TorchCheckpointIO):
 class LastCheckpoint(Checkpoint):
     """Saves `last.ckpt` every few optimizer steps, after each validation, at the end and when asked to stop.
 
-    SIGTERM and SIGINT (Ctrl-C) end the run after the current step with a saved checkpoint; a second one ends it at
-    once. Whether a step was good, only the loss of the next one or a validation can tell: until then the checkpoint
-    before it is kept as `previous.ckpt`.
+    SIGTERM and SIGINT (Ctrl-C) end the run after the current step with a saved checkpoint; a second one, or one before
+    the weights are loaded, ends it at once. Whether a step was good, only the loss of the next one or a validation can
+    tell: until then the checkpoint before it is kept as `previous.ckpt`.
 
     Args:
         folder: Where `last.ckpt` is kept.
@@ -265,6 +265,7 @@ class LastCheckpoint(Checkpoint):
         self.previous = folder / PREVIOUS
         self.every_n_steps = every_n_steps
         self._saved = 0
+        self._loaded = False
         self._signal = 0
         self._handlers: dict[int, Any] = {}
 
@@ -277,6 +278,9 @@ class LastCheckpoint(Checkpoint):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._loaded = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved = trainer.global_step
@@ -325,8 +329,8 @@ class LastCheckpoint(Checkpoint):
             shards.remove(self.previous)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._signal:
-            raise Interrupted(number, self._saved)
+        if self._signal or not self._loaded:
+            raise Interrupted(number, self._saved if self._loaded else None)
         self._signal = number
 
     def _asked(self, trainer: Trainer) -> int:

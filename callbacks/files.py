@@ -1,6 +1,7 @@
 """Run folders, and writing a file so that it is there whole or not at all."""
 
 import os
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,6 +37,31 @@ def new_run_folder(root: Path, name: str) -> Path:
         raise UserError(
             f"cannot make a run folder in {parent}: {error.strerror}", "Choose another place with --run.root."
         ) from error
+
+
+class EmptyFolderGuard:
+    """Removes a run's folder if it is still empty when this process ends, however that is.
+
+    A run's number is taken by making its folder, so that runs that start together get different ones; but nothing is
+    written there before the weights are loaded, and a process that is killed until then cannot remove the folder. So
+    another one waits for its end.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        script = 'cat > /dev/null; rmdir "$0" 2> /dev/null'
+        self._waiting = subprocess.Popen(  # noqa: S603 - the command is ours; the folder is an argument of it
+            ["/bin/sh", "-c", script, str(folder.absolute())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is sent to all processes of a session
+        )
+
+    def end(self) -> None:
+        """Remove the folder if it is empty, and wait no longer."""
+        assert self._waiting.stdin is not None
+        self._waiting.stdin.close()
+        self._waiting.wait()
 
 
 def agreed_folder(parent: Path, choose: Callable[[], Path]) -> Path:

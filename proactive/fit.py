@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from jsonargparse import ActionConfigFile
-from lightning import Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -39,6 +39,7 @@ from callbacks.files import (
     METRICS_FILE,
     REPORT_FILE,
     RUN_FOLDER_VARIABLE,
+    EmptyFolderGuard,
     agreed_folder,
     latest_run_folder,
     new_run_folder,
@@ -163,6 +164,7 @@ class FitCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         self.refuse_impossible_options()
         self.folder, self.folder_is_new = _run_folder(self.config.run, self.config.ckpt_path)
+        self.guard = EmptyFolderGuard(self.folder) if self.folder_is_new else None
 
     def refuse_impossible_options(self) -> None:
         """Raise a UserError for options that no part of the run could use as they are."""
@@ -193,7 +195,7 @@ class FitCLI(LightningCLI):
         """A new run that fails before its first checkpoint leaves no folder: `--ckpt_path last` would find it."""
         try:
             yield
-        except Exception:
+        except BaseException:
             if self.folder_is_new and not (self.folder / CHECKPOINTS).exists():
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise
@@ -203,6 +205,7 @@ class FitCLI(LightningCLI):
         settings, folder = self.config_init["run"], self.folder
         callbacks = [
             *(options.callbacks or []),
+            FirstFiles(self),
             WatchRanks(folder),
             SeedEachStep(),
             ThroughputLog(),  # before the others: what they do at a step's end counts as the next step's
@@ -245,6 +248,21 @@ class FitCLI(LightningCLI):
         return list(given or [])
 
 
+class FirstFiles(Callback):
+    """Writes the run's configuration once its weights are loaded; a run that is stopped before leaves nothing."""
+
+    def __init__(self, cli: FitCLI) -> None:
+        self.cli = cli
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            cli = self.cli
+            write_atomically(cli.folder / CONFIG_FILE, _dump_config(cli.parser, cli.config))
+            _keep_earlier_curves(cli.folder / LOGS / "metrics.csv")
+            if cli.guard is not None:
+                cli.guard.end()
+
+
 def main(arguments: list[str]) -> None:
     """Parse, fit, test, and print where the run folder is."""
     # Where rank 0 has named the folder, it has then started this process.
@@ -276,9 +294,6 @@ def _fit_and_test(cli: FitCLI) -> None:
     checkpoint = _resume_from(cli.config.ckpt_path, folder)
     if checkpoint is not None:
         _refuse_unreadable(Path(checkpoint), cli.task)
-    if trainer.is_global_zero:
-        write_atomically(folder / CONFIG_FILE, _dump_config(cli.parser, cli.config))
-        _keep_earlier_curves(folder / LOGS / "metrics.csv")
     try:
         trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
         trainer.test(
@@ -292,7 +307,8 @@ def _fit_and_test(cli: FitCLI) -> None:
         if trainer.is_global_zero:
             saved = folder / CHECKPOINTS / LAST
             how = f"resume with: python -m proactive.fit --ckpt_path {shlex.quote(str(saved))}"
-            print(f"stopped at step {stop.step}; {how if saved.exists() else 'nothing was trained yet'}")
+            where = "while loading" if stop.step is None else f"at step {stop.step}"
+            print(f"stopped {where}; {how if saved.exists() else 'nothing was trained yet'}")
         raise SystemExit(128 + stop.signal_number if trainer.is_global_zero else 0) from None
     if not trainer.is_global_zero:
         return

@@ -6,6 +6,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
@@ -39,6 +40,7 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     _set_up_messages(debug, "--quiet" in arguments)
+    before = signal.signal(signal.SIGTERM, _end)
     try:
         main(arguments)
     except SystemExit:
@@ -56,7 +58,14 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
         rank = _rank()
         print(f"error{f' (rank {rank})' if rank else ''}: {mistake.what}\n  help: {mistake.hint}", file=sys.stderr)
         sys.exit(MISTAKE)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     sys.exit(0)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    """End as after Ctrl-C, so that temporary files are removed."""
+    sys.exit(128 + number)
 
 
 def as_user_error(error: BaseException) -> UserError | None:
@@ -260,6 +269,7 @@ def _set_up_messages(debug: bool, quiet: bool) -> None:
         ".*could not find the monitored key.*",  # at the end of an epoch whose validation was before a resume
         ".*Experiment logs directory.*",  # what a resumed run logged before is kept beside it
         ".*No device id is provided.*",
+        ".*_stable_hash_for_caching.*",  # compiled steps of torchao's optimizer are compiled anew in each process
         ".*sync_dist=True.*",  # figures are those of all ranks' rows already
     ):
         warnings.filterwarnings("ignore", message)
