@@ -189,13 +189,13 @@ def settings(how: How, small: bool) -> tuple[dict[str, Any], dict[str, Any], str
     """The options of model and data, and the precision, as the config has them; small, what serves a CPU."""
     config = yaml.safe_load((ROOT / "configs" / "reward" / f"{CONFIGS[how]}.yaml").read_text())
     shape = yaml.safe_load(SHAPE.read_text())["model"]
-    model, data = config["model"] | shape, config["data"]
+    model, data = config["model"] | shape, config["data"] | {"split": "published"}  # the paper trains on all of it
     if model.get("adapter"):
         model["adapter"] = AdapterOptions(**model["adapter"])
     if small:
         model |= {"scratch": SMALL, "dtype": "float32", "optimizer": "adamw", "compile": False}
         return model, data | {"num_workers": 0}, "32-true"
-    return model, data, "bf16-mixed" if how == "fsdp2" else config["trainer"]["precision"]
+    return model, data, config["trainer"]["precision"]
 
 
 def measure(
