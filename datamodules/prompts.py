@@ -6,6 +6,7 @@ whole events.
 Text from the data stays on one line and is never read as a special token, whatever it looks like.
 """
 
+import hashlib
 import json
 import re
 import unicodedata
@@ -141,6 +142,17 @@ def render_event(template: Template, event: Event) -> Segment:
 @lru_cache(maxsize=2**16)  # rows of a scene share their events
 def _event_segment(text: str, time: str, event: str) -> Segment:
     return _fill(text, {"time": time, "event": event})
+
+
+def history_key(template: Template, history: Iterable[Event]) -> bytes:
+    """A digest of what `render_history` gives."""
+    events = (_event_key(template.event, event.time, event.event) for event in history)
+    return hashlib.sha256(b"".join((repr(_fill(template.instructions, {})).encode(), *events))).digest()
+
+
+@lru_cache(maxsize=2**16)
+def _event_key(text: str, time: str, event: str) -> bytes:
+    return hashlib.sha256(repr(_event_segment(text, time, event)).encode()).digest()
 
 
 def _fill(text: str, values: Mapping[str, str]) -> Segment:
@@ -279,11 +291,11 @@ def truncate(segments_ids: Sequence[Sequence[int]], limit: int, branch_length: i
     """
     first, *events, last = segments_ids
     room = limit - len(first) - max(len(last), branch_length)
-    kept = len(events)
-    while kept and sum(map(len, events[-kept:])) > room:
-        kept -= 1
-    recent = events[len(events) - kept :]
-    return [token for part in (first, *recent, last) for token in part], len(events) - kept
+    dropped = len(events)
+    while dropped and len(events[dropped - 1]) <= room:
+        dropped -= 1
+        room -= len(events[dropped])
+    return [token for part in (first, *events[dropped:], last) for token in part], dropped
 
 
 def training_text(template: PromptTemplate, rows: Iterable[AnnotatedRow]) -> list[str]:

@@ -9,7 +9,7 @@ order mark, CRLF line ends and a blank last line.
 import hashlib
 import json
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -350,6 +350,16 @@ def history_digest(events: Iterable[Event]) -> int:
     """A 64-bit digest of a history, signed so that an int64 tensor holds it."""
     text = json.dumps([[event.time, event.event] for event in events])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)
+
+
+def history_digests_of(events: Iterable[Event]) -> Iterator[int]:
+    """The digest of each history of a trace, the shortest first, as `history_digest` gives it, in linear time."""
+    digest = hashlib.blake2b(b"[", digest_size=8)
+    for number, event in enumerate(events):
+        digest.update(f"{', ' if number else ''}{json.dumps([event.time, event.event])}".encode())
+        ended = digest.copy()
+        ended.update(b"]")
+        yield int.from_bytes(ended.digest(), signed=True)
 
 
 def scene_of(events: Sequence[Event]) -> str:

@@ -31,8 +31,8 @@ from datamodules.batches import (
 )
 from datamodules.cache import CachedRows, cached_rows
 from datamodules.errors import UserError, refuse_changes
-from datamodules.prompts import Segment, SegmentTokenizer, Template, render_history, truncate
-from datamodules.records import AnnotatedRow
+from datamodules.prompts import Segment, SegmentTokenizer, Template, history_key, render_history, truncate
+from datamodules.records import AnnotatedRow, Event
 from datamodules.sources import Corpus, load_corpus
 from datamodules.splits import Contamination, Split, SplitName, contamination, history_digests
 from datamodules.tokenizer import (
@@ -538,7 +538,9 @@ class RowsDataModule(LightningDataModule):
         """The token ids of some rows of a split, and where the last segment of each begins."""
         rendered = hashlib.sha256()
         for row in rows:
-            rendered.update(repr([*render_history(self.template, row.history), *self.branch(row)]).encode())
+            # An event has a token at least, so older ones leave no trace in any row.
+            rendered.update(history_key(self.template, row.history[-self.max_length :]))
+            rendered.update(repr(self.branch(row)).encode())
         found = cached_rows(
             [rendered.hexdigest(), tokenizer_state(self.tokenizer), self.max_length, self.branch_length],
             lambda counts: self._tokenized(stage, rows, counts),
@@ -558,7 +560,7 @@ class RowsDataModule(LightningDataModule):
         segmenter = self.segmenter
         room = self.max_length - len(segmenter.prefix)
         for index, row in enumerate(rows):
-            history = segmenter.encode(render_history(self.template, row.history))
+            history, older = self._recent(row.history, room)
             *before, last = segmenter.encode(self.branch(row))
             branch = [token for segment in (*before, last, self.end) for token in segment]
             ids, dropped = truncate([*history, branch], room, self.branch_length)
@@ -568,9 +570,18 @@ class RowsDataModule(LightningDataModule):
                     f"{len(ids) + len(segmenter.prefix)} tokens, more than {self.max_length}",
                     "Use a greater max_length or a shorter prompt.",
                 )
-            counts["truncated"] += dropped > 0
+            counts["truncated"] += older + dropped > 0
             ids = [*segmenter.prefix, *ids]
             yield {"input_ids": ids, "last_segment": len(ids) - len(self.end) - len(last)}
+
+    def _recent(self, history: Sequence[Event], room: int) -> tuple[list[list[int]], int]:
+        """The token ids of the instructions and of the last events, as many as fill `room`; how many are left out."""
+        number = 32
+        while True:
+            segments = self.segmenter.encode(render_history(self.template, history[-number:]))
+            if number >= len(history) or sum(map(len, segments[1:])) > room:
+                return segments, max(len(history) - number, 0)
+            number *= 2
 
     @property
     def cache_folder(self) -> Path | None:

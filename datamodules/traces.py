@@ -13,7 +13,7 @@ from datamodules.records import (
     Event,
     PublishedStep,
     TraceSplit,
-    history_digest,
+    history_digests_of,
     read_json_list,
     read_json_mapping,
     scene_of,
@@ -34,9 +34,9 @@ class Trace:
     events: tuple[Event, ...]
     task_status: tuple[bool, ...]
 
-    def history(self, step: int) -> tuple[Event, ...]:
-        """What is known at a step, counted from 0."""
-        return self.events[: step + 1]
+    def history(self, step: int, longest: int | None = None) -> tuple[Event, ...]:
+        """What is known at a step, counted from 0; of that the last `longest` events, or all."""
+        return self.events[0 if longest is None else max(step + 1 - longest, 0) : step + 1]
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def is_known(trace: Trace, namesake: Trace | None, scenes: Collection[str] | Non
     """
     return any(
         (scenes is not None and scene_of(one.events) in scenes)
-        or any(history_digest(one.history(step)) in histories for step in range(len(one.events)))
+        or any(digest in histories for digest in history_digests_of(one.events))
         for one in (trace, namesake)
         if one is not None
     )

@@ -188,7 +188,8 @@ def _trunks(
             )
         by_dropped: dict[int, list[int]] = {}
         for step in trace_steps:
-            dropped = truncate([first, *events[:step], opening], limit)[1]
+            older = max(step - limit, 0)  # an event has a token at least
+            dropped = older + truncate([first, *events[older:step], opening], limit)[1]
             by_dropped.setdefault(dropped, []).append(step)
         for dropped, steps in by_dropped.items():
             lengths = np.cumsum([len(first), *map(len, events[dropped : steps[-1]])])

@@ -145,9 +145,10 @@ class RewardJudge:
         return verdicts
 
     def _row(self, offer: Offer) -> AnnotatedRow:
-        """The offer as a row; what people said of it is not known, and is not read."""
+        """The offer as a row, of a history as far as it can be read; what people said of it is not known."""
+        longest = self.assigned[offer.trace].state["hyperparameters"]["max_length"]  # an event has a token at least
         return AnnotatedRow.model_construct(
-            history=self.traces[offer.trace].history(offer.step),
+            history=self.traces[offer.trace].history(offer.step, longest),
             proposal=offer.proposal,
             accepted=False,
             help_needed=None,

@@ -19,6 +19,8 @@ from datamodules.records import (
     PublishedStep,
     TestStep,
     TraceSplit,
+    history_digest,
+    history_digests_of,
     read_json_list,
     read_json_mapping,
     read_jsonl,
@@ -205,6 +207,9 @@ def test_digests_tell_histories_and_scenes_apart() -> None:
     moved = [row(obs=[{"time": time, "event": event}]) for time, event in (("1", "2 3"), ("1 2", "3"))]
     assert moved[0].history_digest != moved[1].history_digest
     assert all(-(2**63) <= r.history_digest < 2**63 for r in (first, longer, other))
+    events = row_of(["a", "b\n", "ü", "a"]).history
+    assert list(history_digests_of(events)) == [history_digest(events[:k]) for k in range(1, 5)]
+    assert list(history_digests_of([])) == []
 
 
 # What is refused

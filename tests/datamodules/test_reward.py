@@ -14,13 +14,15 @@ from torch import Tensor
 
 from datamodules import cache as cache_module
 from datamodules import prompts
+from datamodules import rows as rows_module
 from datamodules.batches import RewardBatch
 from datamodules.errors import UserError
-from datamodules.prompts import DEFAULT_PROMPT, Data, PromptTemplate, SegmentTokenizer, render
-from datamodules.records import AnnotatedRow, Category
+from datamodules.prompts import DEFAULT_PROMPT, Data, PromptTemplate, Segment, SegmentTokenizer, render, truncate
+from datamodules.records import AnnotatedRow, Category, Event
 from datamodules.reward import RewardDataModule
 from datamodules.sources import load_corpus
 from datamodules.splits import Split
+from tests.datamodules.conftest import row_of
 from tests.helpers import PROACTIVEBENCH, needs_proactivebench, write_jsonl
 
 SPLITS = ("train", "validation", "test")
@@ -257,6 +259,27 @@ def test_proposals_that_come_later_are_read_after_the_same_history(root: Path, t
     short, null, middling, long = map(trunk, proposals)
     assert short == null == middling == expected
     assert len(long) < len(expected)
+
+
+def test_of_a_long_history_no_more_is_rendered_than_can_be_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is read is the same as of all of it."""
+    data = made(root, max_length=200, cache=False)
+    data.setup("test")
+    row = row_of([f"event {number} {'x ' * (number % 5)}" for number in range(5000)])
+    first, *events, branch = data.segmenter.encode(render(data.template, row))
+    expected, _ = truncate([first, *events, branch], 200 - len(data.segmenter.prefix), data.branch_length)
+    rendered: list[int] = []
+    whole = rows_module.render_history
+
+    def watched(template: PromptTemplate, history: tuple[Event, ...]) -> list[Segment]:
+        rendered.append(len(history))
+        return whole(template, history)
+
+    monkeypatch.setattr(rows_module, "render_history", watched)
+    (found,) = data.tokenize("test", [row]).rows["input_ids"]
+    assert list(found) == [*data.segmenter.prefix, *expected]
+    assert data.truncated["test"] == 1
+    assert sum(rendered) < 200
 
 
 def test_prompt_longer_than_max_length_is_refused(root: Path) -> None:
