@@ -294,7 +294,8 @@ class LastCheckpoint(Checkpoint):
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return  # the epoch's end, with its validation, comes next
         asked = self._asked(trainer)
-        if asked or trainer.global_step % self.every_n_steps == 0:
+        # After a last step in the middle of an epoch Lightning counts the epoch as done: a resume would leave it out.
+        if asked or trainer.global_step == trainer.max_steps or trainer.global_step % self.every_n_steps == 0:
             self._save(trainer)
         self._stop_if(asked, trainer)
 

@@ -22,7 +22,7 @@ def refuse_changes(group: str, before: Mapping[str, Any], now: Mapping[str, Any]
     """Refuse a resume with other options than the run began with.
 
     Args:
-        group: What the options belong to, as the command line names it: data, model, trainer, ...
+        group: What the options belong to, as the command line names it: data, model, ..., or nothing.
         before: The options that a checkpoint was written with.
         now: Those that are given now; one that only one side knows is null on the other.
         may_change: The names of those that a resume may change.
@@ -34,7 +34,8 @@ def refuse_changes(group: str, before: Mapping[str, Any], now: Mapping[str, Any]
         was, given = before.get(name), now.get(name)
         if was != given and name not in may_change and not name.startswith("_"):
             values = [value if isinstance(value, str) else json.dumps(value, default=str) for value in (given, was)]
+            option = f"{group}.{name}" if group else name
             raise UserError(
-                f"{group}.{name}: {values[0]}, but the checkpoint's run has {values[1]}",
-                f"Resume with --{group}.{name} {shlex.quote(values[1])}, or start a new run.",
+                f"{option}: {values[0]}, but the checkpoint's run has {values[1]}",
+                f"Resume with --{option} {shlex.quote(values[1])}, or start a new run.",
             )

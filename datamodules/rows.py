@@ -436,11 +436,8 @@ class RowsDataModule(LightningDataModule):
         """
         current = self.state_dict()
         refuse_changes("data", state_dict["hyperparameters"], current["hyperparameters"], self.may_change)
-        if state_dict["order_seed"] != current["order_seed"]:
-            raise UserError(
-                f"seed_everything: {current['order_seed']}, but the checkpoint's run has {state_dict['order_seed']}",
-                f"Resume with --seed_everything {state_dict['order_seed']}, or start a new run.",
-            )
+        before, now = ({"seed_everything": state["order_seed"]} for state in (state_dict, current))
+        refuse_changes("", before, now, ())
         tokenizer = ("tokenizer", "the tokenizer, or its chat template, differs from the one in", "model.backbone")
         rows = ("training_rows", "the training rows differ from those of", "data.root and data.conversations")
         made_of_rows = self.tokenizer_name == SCRATCH

@@ -59,14 +59,18 @@ def build_optimizer(
             would take the scale back itself, after they were clipped; so none is fused then.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
+    parts = ([p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1])
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": part, "weight_decay": _weight_decay(part, weight_decay)} for part in parts if part
     ]
     options: dict[str, Any] = {"lr": learning_rate}
     if name == "adamw":
         options["fused"] = not loss_is_scaled and all(parameter.device.type in FUSED for parameter in trained)
-    return optimizer_maker(name)([group for group in groups if group["params"]], **options)
+    return optimizer_maker(name)(groups, **options)
+
+
+def _weight_decay(group: list[nn.Parameter], weight_decay: float) -> float:
+    return weight_decay if group[0].ndim > 1 else 0.0
 
 
 def lost_updates(parameters: Iterable[nn.Parameter], name: OptimizerName, learning_rate: float) -> float:
@@ -110,8 +114,29 @@ def clip(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], g
 
 def build_schedule(
     optimizer: torch.optim.Optimizer, name: ScheduleName, warmup_ratio: float, steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
+) -> torch.optim.lr_scheduler.LambdaLR:
     """Warm up linearly over `warmup_ratio` of the optimizer steps, then decay to zero at the last one."""
     from transformers import get_scheduler
 
     return get_scheduler(name, optimizer, num_warmup_steps=round(warmup_ratio * steps), num_training_steps=steps)
+
+
+def set_options(
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
+    learning_rate: float,
+    weight_decay: float,
+) -> None:
+    """Give an optimizer and its schedule, whose state was loaded, these options from the next step on.
+
+    What does not differ from the loaded state stays bit for bit what it is.
+    """
+    schedule.base_lrs = [learning_rate for _ in optimizer.param_groups]
+    for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
+        group["weight_decay"] = _weight_decay(group["params"], weight_decay)
+        group["initial_lr"] = learning_rate
+        rate = learning_rate * factor(schedule.last_epoch)
+        if isinstance(group["lr"], torch.Tensor):  # as torchao keeps it
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

@@ -55,6 +55,7 @@ from models.optimizers import (
     clip,
     lost_updates,
     optimizer_maker,
+    set_options,
 )
 from models.sharding import blocks, build_sharded_network, reshard, whole
 from models.tree import choose_attention, pair_cost, tree_problem
@@ -104,6 +105,11 @@ class BackboneModule(LightningModule):
             int8 takes 8.
     """
 
+    # What may change on a resume, and takes effect: see `on_train_start`, and how a step is computed.
+    may_change: ClassVar[tuple[str, ...]] = (
+        *("learning_rate", "weight_decay", "warmup_ratio", "schedule", "gradient_clip_norm"),
+        *("attn_implementation", "gradient_checkpointing", "compile"),
+    )
     task: ClassVar[str]  # as --task names it
     head: ClassVar[Head]
     logged_figures: ClassVar[tuple[str, ...]]  # by which --run.monitor may pick the best weights; the first by default
@@ -305,6 +311,16 @@ class BackboneModule(LightningModule):
         data.settle_layout(problem, pair_cost(network))
         if data.layout == "rows" and data.micro_batch_size > 1:
             data.settle_padding(padding_problem(network, partial(self.read_rows, network), longest))
+
+    def on_train_start(self) -> None:
+        """Let the options hold in a resumed run as well, whose optimizer and schedule brought their own with them."""
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        set_options(
+            optimizer,  # type: ignore[arg-type]
+            schedule,  # type: ignore[arg-type]
+            self.hparams["learning_rate"],
+            self.hparams["weight_decay"],
+        )
 
     def training_step(self, batch: list[Any], batch_idx: int) -> None:
         """One optimizer step over this rank's micro-batches."""

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,7 @@ from datamodules.rows import RowsDataModule
 from models.agent import ProactiveAgent
 from models.reward import RewardClassifier
 from models.training import BackboneModule
+from proactive.resume import KeepOptions, nothing_left, refuse_other_options
 from proactive.terminal import Parser, one_line, run, show, test_tables
 
 if TYPE_CHECKING:
@@ -163,6 +165,14 @@ class FitCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         self.refuse_impossible_options()
+        self.kept_options = KeepOptions()
+        run_folder = _resumed_folder(self.config.run.root, self.config.run.name, self.config.ckpt_path)
+        self.checkpoint = _resume_from(self.config.ckpt_path, run_folder)
+        self.resumed_after = 0  # steps
+        if self.checkpoint is not None:
+            options = _options(self.parser, self.config)
+            path = settled(Path(self.checkpoint))
+            self.resumed_after = refuse_other_options(path, options, TASKS[self.task], run_folder)
         self.folder, self.folder_is_new = _run_folder(self.config.run, self.config.ckpt_path)
         self.guard = EmptyFolderGuard(self.folder) if self.folder_is_new else None
 
@@ -189,6 +199,7 @@ class FitCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         self.config.model.learning_rate = self.model.hparams["learning_rate"]  # its default follows from the others
+        self.kept_options.options = _options(self.parser, self.config)
 
     @contextlib.contextmanager
     def without_empty_folder(self) -> Iterator[None]:
@@ -207,6 +218,7 @@ class FitCLI(LightningCLI):
             *(options.callbacks or []),
             FirstFiles(self),
             WatchRanks(folder),
+            self.kept_options,
             SeedEachStep(),
             ThroughputLog(),  # before the others: what they do at a step's end counts as the next step's
             BestCheckpoint(folder / CHECKPOINTS, settings.monitor),
@@ -291,11 +303,12 @@ def _clear_class_errors() -> Iterator[None]:
 
 def _fit_and_test(cli: FitCLI) -> None:
     folder, trainer = cli.folder, cli.trainer
-    checkpoint = _resume_from(cli.config.ckpt_path, folder)
-    if checkpoint is not None:
-        _refuse_unreadable(Path(checkpoint), cli.task)
+    if cli.checkpoint is not None:
+        _refuse_unreadable(Path(cli.checkpoint), cli.task)
     try:
-        trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.checkpoint, weights_only=True)
+        if cli.checkpoint and trainer.is_global_zero and (said := nothing_left(trainer, cli.resumed_after)):
+            print(said, file=sys.stderr if cli.config.quiet else sys.stdout)
         trainer.test(
             cli.model,
             cli.datamodule,
@@ -342,8 +355,8 @@ def _resumed_folder(root: str, name: str, ckpt_path: str | None) -> Path | None:
     return folder if (folder / CONFIG_FILE).is_file() else None
 
 
-def _resume_from(ckpt_path: str | None, folder: Path) -> str | None:
-    if ckpt_path != "last":
+def _resume_from(ckpt_path: str | None, folder: Path | None) -> str | None:
+    if ckpt_path != "last" or folder is None:
         return ckpt_path
     path = settled(folder / CHECKPOINTS / LAST)
     if not path.exists():
@@ -415,10 +428,15 @@ def _check_config(path: Path) -> None:
         raise UserError(f"--config: {path} holds no options", "Start from a file in configs/.")
 
 
+def _options(parser: LightningArgumentParser, config: "Namespace") -> dict[str, Any]:
+    """The complete configuration in plain types."""
+    content = yaml.safe_load(parser.dump(config, skip_none=False, skip_validation=True))
+    return {key: value for key, value in content.items() if key not in NOT_IN_CONFIG}
+
+
 def _dump_config(parser: LightningArgumentParser, config: "Namespace") -> str:
     """The complete configuration as YAML that --config takes."""
-    content = yaml.safe_load(parser.dump(config, skip_none=False, skip_validation=True))
-    return yaml.safe_dump({key: value for key, value in content.items() if key not in NOT_IN_CONFIG}, sort_keys=False)
+    return yaml.safe_dump(_options(parser, config), sort_keys=False)
 
 
 def _keep_earlier_curves(path: Path) -> None:

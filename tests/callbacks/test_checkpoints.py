@@ -264,6 +264,19 @@ def test_last_is_current_at_the_end_of_a_run_without_validation(root: Path, tmp_
     assert load_checkpoint(tmp_path / "last.ckpt")["global_step"] == trainer.global_step
 
 
+def test_a_stop_by_max_steps_is_kept_as_any_place_in_an_epoch(
+    root: Path, tmp_path: Path, handlers: dict[int, Any]
+) -> None:
+    """Lightning counts the epoch as done then, and a resume would leave its rest out."""
+    fit(small_classifier(), small_data(root), LastCheckpoint(tmp_path / "end"), max_steps=2, limit_val_batches=0)
+    stop = (SignalAtStep(2, signal.SIGTERM), LastCheckpoint(tmp_path / "stop"))
+    with pytest.raises(Interrupted):
+        fit(small_classifier(), small_data(root), *stop, limit_val_batches=0)
+    ended, stopped = (load_checkpoint(tmp_path / name / "last.ckpt") for name in ("end", "stop"))
+    assert ended["loops"] == stopped["loops"]
+    assert (ended["epoch"], ended["global_step"]) == (0, 2)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_after_the_step_and_ends_the_run(
     root: Path, tmp_path: Path, number: int, handlers: dict[int, Any]

@@ -1,18 +1,26 @@
 """Killed, stopped, damaged: a run goes on bit for bit, or says what is wrong and what is still good."""
 
+import csv
 import json
 import os
 import shlex
 import shutil
 import signal
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from lightning import Trainer
 
+from datamodules.rows import RowsDataModule
+from models.training import BackboneModule
 from proactive import evaluate, fit
+from proactive.fit import TASKS
+from proactive.resume import TRAINER_MAY_CHANGE
 from tests.helpers import SMALL_RUN, command
 from tests.proactive.conftest import FinishedRun
 
@@ -257,23 +265,104 @@ def test_best_weights_with_code_in_them_are_refused(copied_run: Path, call: Call
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    "change",
     [
-        ("--data.fold=1", "training rows"),
-        ("--data.vocabulary_size=300", "tokenizer"),
-        ("--data.num_workers=2", "num_workers"),
-        ("--data.batch_size=16", "batch_size"),
-        ('--model.scratch={"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2}', "model"),
+        "--seed_everything=1",
+        "--data.fold=1",
+        "--data.seed=1",
+        "--data.validation_fraction=0.3",
+        "--data.vocabulary_size=300",
+        "--data.num_workers=2",
+        "--data.batch_size=16",
+        "--data.balance=category",
+        '--model.scratch={"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2}',
+        "--model.dropout=0.2",
+        "--model.category_weights={missed_need: 2.0}",
+        "--model.dtype=bfloat16",
+        "--trainer.limit_train_batches=3",
+        "--trainer.val_check_interval=3",
+        "--run.monitor=validation/f1",
+        "--run.name=other",
+        "--run.root=elsewhere",
     ],
 )
-def test_a_run_is_not_resumed_with_other_data(change: str, named: str, copied_run: Path, call: Callable) -> None:
-    before = last(copied_run).read_bytes()
-    ended = call(fit.main, "--ckpt_path=last", change, "--trainer.max_epochs=3")
+def test_a_run_is_not_resumed_with_other_options(change: str, copied_run: Path, call: Callable) -> None:
+    """In one line with both values, before anything in the run folder has changed."""
+    before = {path: path.read_bytes() for path in copied_run.rglob("*") if path.is_file()}
+    ended = call(fit.main, f"--ckpt_path={last(copied_run)}", change, "--trainer.max_epochs=3")
     assert ended.code == 2
     what, hint = ended.err.splitlines()
-    assert named in what
-    assert hint.startswith("  help: ")
-    assert last(copied_run).read_bytes() == before
+    option, value = change.removeprefix("--").split("=")
+    assert what.startswith(f"error: {option}: {value[:1]}")
+    assert ", but the checkpoint's run has " in what
+    assert hint.startswith(f"  help: Resume with --{option} ")
+    assert {path: path.read_bytes() for path in copied_run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_is_not_resumed_with_other_rows(finished_run: FinishedRun, copied_run: Path, call: Callable) -> None:
+    rows = (finished_run.root / "reward_data" / "train_data.jsonl").read_text().splitlines(keepends=True)
+    other = copied_run.parent / "root" / "reward_data" / "train_data.jsonl"
+    other.parent.mkdir(parents=True)
+    other.write_text("".join(rows[:-1]))
+    ended = call(fit.main, f"--ckpt_path={last(copied_run)}", f"--data.root={other.parents[1]}")
+    assert (ended.code, "the training rows differ" in ended.err) == (2, True)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_may_change_is_among_the_options(task: str) -> None:
+    model_class, data_class = TASKS[task]
+    cli_options = {
+        "model": {*signature(BackboneModule).parameters, *signature(model_class).parameters},
+        "data": {*signature(RowsDataModule).parameters, *signature(data_class).parameters},
+        "trainer": set(signature(Trainer).parameters),
+    }
+    may_change = {"model": model_class.may_change, "data": data_class.may_change, "trainer": TRAINER_MAY_CHANGE}
+    for group, names in may_change.items():
+        assert len(names) == len(set(names))
+        assert set(names) <= cli_options[group]
+
+
+def learning_rates(folder: Path) -> dict[int, float]:
+    """As they were logged by the last call, by step."""
+    with (folder / "logs" / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("train/learning_rate")]
+    return {int(row["step"]): float(row["train/learning_rate"]) for row in rows}
+
+
+def test_options_of_the_optimizer_hold_from_the_resume_on(copied_run: Path, call: Callable) -> None:
+    """The optimizer's and the schedule's own states, which a checkpoint has as well, do not overwrite them."""
+    options = ["--model.learning_rate=1e-5", "--model.weight_decay=0.03", "--model.warmup_ratio=0.0"]
+    more = ["--trainer.max_epochs=4", "--trainer.log_every_n_steps=1", "--quiet"]
+    ended = call(fit.main, "--ckpt_path=last", *options, *more)
+    assert (ended.code, ended.err) == (0, "")
+    checkpoint = load(last(copied_run))
+    assert checkpoint["global_step"] == 24
+    decays = [group["weight_decay"] for group in checkpoint["optimizer_states"][0]["param_groups"]]
+    assert decays == [0.03, 0.0]
+    expected = {step: 1e-5 * (24 - step) / 24 for step in range(12, 24)}
+    assert learning_rates(copied_run) == pytest.approx(expected)
+    config = yaml.safe_load((copied_run / "config.yaml").read_text())
+    for said in (config["model"], checkpoint["options"]["model"], checkpoint["hyper_parameters"]):
+        assert (said["learning_rate"], said["weight_decay"], said["warmup_ratio"]) == (1e-5, 0.03, 0.0)
+
+
+def test_a_run_that_max_steps_ended_goes_on_to_another(
+    finished_run: FinishedRun, tmp_path: Path, call: Callable
+) -> None:
+    """From the middle of an epoch, whose rest comes first; where nothing is left, that is said."""
+    folder = tmp_path / "runs" / "reward" / "0"
+    assert call(fit.main, *small_fit(finished_run), "--trainer.max_steps=4", "--quiet").code == 0
+    assert progress(last(folder)) == (0, 4)
+    resume = ["--ckpt_path=last", "--trainer.log_every_n_steps=1"]
+    ended = call(fit.main, *resume, "--trainer.max_steps=9", "--quiet")
+    assert (ended.code, ended.err) == (0, "")
+    assert progress(last(folder)) == (1, 9)
+    assert list(learning_rates(folder)) == [4, 5, 6, 7, 8]
+    before = load(last(folder))["state_dict"]
+    ended = call(fit.main, *resume, "--quiet")
+    said = "nothing was left to train after step 9: trainer.max_epochs is 2, trainer.max_steps 9; raise what ended"
+    assert (ended.code, said in ended.err) == (0, True)
+    assert_same_tensors(load(last(folder))["state_dict"], before, "weights")
 
 
 def test_weights_of_something_else_are_no_checkpoint(copied_run: Path, call: Callable) -> None:
