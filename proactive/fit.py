@@ -430,7 +430,7 @@ def _check_config(path: Path) -> None:
 
 def _options(parser: LightningArgumentParser, config: "Namespace") -> dict[str, Any]:
     """The complete configuration in plain types."""
-    content = yaml.safe_load(parser.dump(config, skip_none=False, skip_validation=True))
+    content = yaml.safe_load(parser.dump(config, skip_unset=False, skip_validation=True))
     return {key: value for key, value in content.items() if key not in NOT_IN_CONFIG}
 
 
