@@ -27,9 +27,6 @@ from callbacks.checkpoints import (
     LastCheckpoint,
     SafeCheckpointIO,
     SeedEachStep,
-    checkpoint_problem,
-    load_run,
-    refuse_damaged,
 )
 from callbacks.export import ExportModel
 from callbacks.files import (
@@ -303,8 +300,6 @@ def _clear_class_errors() -> Iterator[None]:
 
 def _fit_and_test(cli: FitCLI) -> None:
     folder, trainer = cli.folder, cli.trainer
-    if cli.checkpoint is not None:
-        _refuse_unreadable(Path(cli.checkpoint), cli.task)
     try:
         trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.checkpoint, weights_only=True)
         if cli.checkpoint and trainer.is_global_zero and (said := nothing_left(trainer, cli.resumed_after)):
@@ -363,15 +358,6 @@ def _resume_from(ckpt_path: str | None, folder: Path | None) -> str | None:
         print(f"{folder} was stopped before its first checkpoint; it begins anew")
         return None
     return str(path)
-
-
-def _refuse_unreadable(path: Path, task: str) -> None:
-    """Look at a checkpoint, but for its weights, before the backbone's are loaded."""
-    try:
-        load_run(path, task, checked=True, whole=False)
-    except UserError:
-        refuse_damaged(path, checkpoint_problem(path))  # which names the newest good one
-        raise
 
 
 def task_of(arguments: list[str]) -> str:
