@@ -64,7 +64,7 @@ def test_it_says_what_it_does_and_where_the_folder_is(finished_run: FinishedRun)
     assert "\x1b" not in finished_run.out  # plain, for it went to no terminal
     assert "\r" not in finished_run.out
     lines = finished_run.out.splitlines()
-    assert lines[0] == f"data: {finished_run.root}, by_scene split, fold 0 of 3: 45 train, 31 validation, 38 test rows"
+    assert lines[0] == f"data: {finished_run.root}, by_scene split, fold 0 of 3: 45 train, 39 validation, 38 test rows"
     assert lines[1].startswith("contamination: 0 of 38 test rows (0%)")
     assert [line.split(",")[0] for line in lines if line.startswith("epoch ")] == ["epoch 1/2", "epoch 2/2"]
     assert lines[-1] == "runs/reward/0"
