@@ -30,10 +30,11 @@ from torch.profiler import ProfilerActivity, profile
 from callbacks.checkpoints import SeedEachStep
 from callbacks.sharded import FullySharded
 from callbacks.throughput import peak_memory
+from datamodules.batches import BatchSize, batch_size
 from datamodules.reward import RewardDataModule
 from models.adapters import AdapterOptions
 from models.memory import MemoryPlan, Setting
-from models.operations import BatchSize, Operations, batch_size, weight_count
+from models.operations import Operations, weight_count
 from models.reward import RewardClassifier
 
 ROOT = Path(__file__).parents[1]

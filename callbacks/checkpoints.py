@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -248,6 +249,11 @@ class SafeCheckpointIO(TorchCheckpointIO):
         return load_run(Path(path), self.task)
 
 
+def _refuse_not_finite(module: LightningModule) -> None:
+    assert isinstance(module, BackboneModule)
+    module.refuse_not_finite()
+
+
 class LastCheckpoint(Checkpoint):
     """Saves `last.ckpt` every few optimizer steps, after each validation, at the end and when asked to stop.
 
@@ -267,6 +273,7 @@ class LastCheckpoint(Checkpoint):
         self._saved = 0
         self._loaded = False
         self._signal = 0
+        self._hosts: dist.ProcessGroup | None = None
         self._handlers: dict[int, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -290,7 +297,9 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._drop_previous(trainer)
+        if self.previous.exists():
+            _refuse_not_finite(pl_module)
+            self._drop_previous(trainer)
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return  # the epoch's end, with its validation, comes next
         asked = self._asked(trainer)
@@ -318,6 +327,7 @@ class LastCheckpoint(Checkpoint):
         self._stop_if_asked(trainer)
 
     def _save(self, trainer: Trainer) -> None:
+        _refuse_not_finite(trainer.lightning_module)  # before anything makes room for it
         if trainer.is_global_zero and self.path.exists() and self._saved < trainer.global_step:
             shards.remove(self.previous)
             with contextlib.suppress(OSError):  # where the file system has no links, the new one is all there is
@@ -338,8 +348,11 @@ class LastCheckpoint(Checkpoint):
         """The signal that any rank was sent, or 0: ranks get it at different steps, and have to stop together."""
         if trainer.world_size == 1:
             return self._signal
-        signal_number = torch.tensor(self._signal, device=trainer.strategy.root_device)
-        return int(trainer.strategy.reduce(signal_number, reduce_op="max"))
+        if self._hosts is None:
+            self._hosts = dist.new_group(backend="gloo")
+        asked = torch.tensor(self._signal)
+        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._hosts)  # between hosts: no GPU is waited for
+        return int(asked)
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
         self._stop_if(self._asked(trainer), trainer)

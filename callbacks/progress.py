@@ -19,7 +19,23 @@ def progress_callback(quiet: bool) -> Callback | None:
 
 
 class TerminalProgress(RichProgressBar):
-    """A bar for each epoch, which ends where max_steps ends it."""
+    """A bar for each epoch, which ends where max_steps ends it.
+
+    A step's loss is read every `interval` seconds: to show it is to wait for the device.
+    """
+
+    def __init__(self, interval: float = 2.0, **options: Any) -> None:
+        super().__init__(**options)
+        self.interval = interval
+        self._next = 0.0
+        self._loss: dict[str, float] = {}
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """What the bar shows."""
+        if trainer.training and time.monotonic() >= self._next:
+            self._next = time.monotonic() + self.interval
+            self._loss = {n: float(v) for n, v in trainer.callback_metrics.items() if n == "train/loss"}
+        return {**self._loss, **super().get_metrics(trainer, pl_module)}
 
     @property
     def total_train_batches(self) -> int | float:

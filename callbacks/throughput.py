@@ -11,7 +11,8 @@ from lightning.fabric.utilities.throughput import Throughput
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
 
-from models.operations import GIB, BatchSize, Operations, batch_size, find_device
+from datamodules.batches import BatchSize
+from models.operations import GIB, Operations, find_device
 from models.training import BackboneModule
 
 WINDOW = 10  # steps that a rate is the mean over
@@ -62,7 +63,7 @@ class ThroughputLog(Callback):
     ) -> None:
         if not trainer.is_global_zero:
             return
-        step = sum(map(batch_size, batch), BatchSize())
+        step = sum((BatchSize(**micro_batch["size"]) for micro_batch in batch), BatchSize())
         self._done += step
         self._steps += 1
         now = time.perf_counter()
@@ -73,7 +74,8 @@ class ThroughputLog(Callback):
         self._effective.update(**totals, lengths=self._done.effective_tokens)
         if found := self._rates(trainer.world_size):
             found["peak_memory_gib"] = peak_memory(trainer.strategy.root_device) / GIB
-            named = {f"throughput/{name}": value for name, value in found.items()}
+            # On the host: Lightning would wait for a number's way to a GPU.
+            named = {f"throughput/{name}": torch.tensor(value) for name, value in found.items()}
             pl_module.log_dict(named, prog_bar=True, rank_zero_only=True)
 
     def _rates(self, ranks: int) -> dict[str, float]:

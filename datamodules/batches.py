@@ -39,6 +39,7 @@ class Batch(TypedDict):
     inputs: Inputs
     row: Tensor  # (R,) int64, the row's place in its split
     weight: Tensor  # (R,) float32, see MicroBatch; 0 for a row that only fills a rank's share up
+    size: dict[str, int]  # the fields of its BatchSize
 
 
 class RewardBatch(Batch):
@@ -192,6 +193,40 @@ def refuse_unequal_parts(batch_size: int, scenes_per_step: int | None) -> None:
     )
 
 
+@dataclass(frozen=True)
+class BatchSize:
+    """What is in a micro-batch or several."""
+
+    rows: int = 0  # those that only fill a rank's share up are none
+    tokens: int = 0  # computed, padding included
+    effective_tokens: int = 0  # of all rows, one by one and without padding
+    real_tokens: int = 0  # computed, without padding
+    pairs: int = 0  # of tokens, of which one sees the other
+    targets: int = 0  # tokens to predict, each once where rows share it
+
+    def __add__(self, other: "BatchSize") -> "BatchSize":
+        return BatchSize(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+def batch_size(micro_batch: Any) -> BatchSize:
+    """What is in a micro-batch, whatever its layout."""
+    inputs = micro_batch["inputs"]
+    rows = (micro_batch["weight"] > 0).sum()
+    if "subtree_end" in inputs:
+        depth_1T = inputs["position_ids"] + 1  # a token sees those before it in its row, and itself
+        real, pairs = torch.tensor(inputs["input_ids"].numel()), depth_1T.sum()
+        effective = depth_1T[0, inputs["read_out"]].sum()
+    else:
+        length_R = inputs["attention_mask"].sum(1)
+        real, pairs = length_R.sum(), (length_R * (length_R + 1) // 2).sum()
+        effective = real
+    counts = torch.stack([count.to(rows.device) for count in (rows, effective, real, pairs)]).tolist()
+    targets = len(micro_batch["answers"]["target"]) if "answers" in micro_batch else 0
+    rows_counted, effective_tokens, real_tokens, pairs_counted = counts
+    tokens = inputs["input_ids"].numel()
+    return BatchSize(rows_counted, tokens, effective_tokens, real_tokens, pairs_counted, targets)
+
+
 class StepSampler(Sampler[Step]):
     """Every row once an epoch, in steps of `batch_size` rows over all ranks, in an order set by seed and epoch.
 
@@ -334,4 +369,6 @@ class EncodedRows(Dataset[list[dict[str, Any]]]):
             "weight": torch.full((len(row),), micro_batch.weight),
             **{name: column[row] for name, column in self.columns.items()},
         }
-        return batch if laid_out.answers is None else {**batch, "answers": laid_out.answers}
+        if laid_out.answers is not None:
+            batch["answers"] = laid_out.answers
+        return {**batch, "size": vars(batch_size(batch))}  # counted here, where all of it is on the host

@@ -77,7 +77,7 @@ class ProactiveAgent(BackboneModule):
         """Log the figures, and calibrate."""
         rows = self.answers.rows()
         if not torch.isfinite(rows["loss"]).all():
-            raise self.not_finite("an answer's loss in validation", rows["loss"].sum())
+            raise self.not_finite("an answer's loss in validation", float(rows["loss"].sum()))
         figures = answer_losses(rows)
         offers_N, needed_N = decisions(rows)
         if len(needed_N):

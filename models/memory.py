@@ -207,6 +207,8 @@ def _fake(value: Any, tokens: int | None, name: str = "") -> Any:
     if isinstance(value, dict):
         is_tree = "subtree_end" in value
         return {key: _fake(part, tokens if is_tree or not name else None, key) for key, part in value.items()}
+    if not isinstance(value, Tensor):
+        return value
     shape = (1, tokens) if tokens is not None and name in FAKE_TREE else value.shape
     return torch.zeros(shape, dtype=value.dtype)
 

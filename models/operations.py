@@ -1,9 +1,8 @@
 """What a step takes, in operations and against a device's peak: counted from shapes, not measured."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -99,37 +98,3 @@ class Operations:
 
 def _cost(parameter: nn.Parameter) -> int:
     return (6 if parameter.requires_grad else 4) * _numel(parameter)
-
-
-@dataclass(frozen=True)
-class BatchSize:
-    """What is in a micro-batch or several."""
-
-    rows: int = 0  # those that only fill a rank's share up are none
-    tokens: int = 0  # computed, padding included
-    effective_tokens: int = 0  # of all rows, one by one and without padding
-    real_tokens: int = 0  # computed, without padding
-    pairs: int = 0  # of tokens, of which one sees the other
-    targets: int = 0  # tokens to predict, each once where rows share it
-
-    def __add__(self, other: "BatchSize") -> "BatchSize":
-        return BatchSize(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
-
-
-def batch_size(micro_batch: Any) -> BatchSize:
-    """What is in a micro-batch, whatever its layout; waits for its device once."""
-    inputs = micro_batch["inputs"]
-    rows = (micro_batch["weight"] > 0).sum()
-    if "subtree_end" in inputs:
-        depth_1T = inputs["position_ids"] + 1  # a token sees those before it in its row, and itself
-        real, pairs = torch.tensor(inputs["input_ids"].numel()), depth_1T.sum()
-        effective = depth_1T[0, inputs["read_out"]].sum()
-    else:
-        length_R = inputs["attention_mask"].sum(1)
-        real, pairs = length_R.sum(), (length_R * (length_R + 1) // 2).sum()
-        effective = real
-    counts = torch.stack([count.to(rows.device) for count in (rows, effective, real, pairs)]).tolist()
-    targets = len(micro_batch["answers"]["target"]) if "answers" in micro_batch else 0
-    rows_counted, effective_tokens, real_tokens, pairs_counted = counts
-    tokens = inputs["input_ids"].numel()
-    return BatchSize(rows_counted, tokens, effective_tokens, real_tokens, pairs_counted, targets)

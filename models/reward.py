@@ -88,7 +88,7 @@ class RewardClassifier(BackboneModule):
         rows = self.metrics.rows()
         probability_N, target_N = rows["probability"], rows["target"]
         if not torch.isfinite(probability_N).all():
-            raise self.not_finite("a probability in validation", probability_N.sum())
+            raise self.not_finite("a probability in validation", float(probability_N.sum()))
         self.calibrate(probability_N, target_N)
         figures = reward_figures(probability_N, target_N, rows["category"])
         loss = nn.functional.binary_cross_entropy(probability_N, target_N.double())

@@ -46,6 +46,7 @@ from models.backbone import (
     weightless_network,
 )
 from models.calibration import DECISION, Calibration, calibrated
+from models.finite import FiniteCheck
 from models.optimizers import (
     SHARDED,
     OptimizerName,
@@ -164,6 +165,8 @@ class BackboneModule(LightningModule):
         self.test_rows = {}
         self.test_figures = {}
         self.test_count = 0
+        self._finite = FiniteCheck()
+        self._numbers: dict[str, Tensor] = {}  # of the step in progress, by what they are called
 
     # What the models differ in
 
@@ -332,11 +335,13 @@ class BackboneModule(LightningModule):
                 self.manual_backward(part)
             loss += part.detach()
         loss = self.trainer.strategy.reduce(loss, reduce_op="mean")  # of all ranks, so that they stop together
-        if not torch.isfinite(loss):
-            raise self.not_finite("the loss", loss)
-        self.log("train/loss", loss, prog_bar=True)
-        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])  # type: ignore[union-attr]
+        self.refuse_not_finite()  # the step before is over by now, so that this does not wait for the device
+        self.log("train/loss", loss)
+        rate = optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
+        self.log("train/learning_rate", torch.tensor(rate))  # on the host: Lightning would wait for its way to a GPU
+        self._numbers = {"the loss": loss}
         optimizer.step()  # type: ignore[union-attr]
+        self._finite.note(self.trainer.global_step - 1, self._numbers)
         optimizer.zero_grad()  # type: ignore[union-attr]
         schedule.step()  # type: ignore[union-attr]
 
@@ -344,11 +349,26 @@ class BackboneModule(LightningModule):
         """Clip; the gradients are then those of the whole step, of all ranks and without a loss scale."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = whole(nn.utils.get_total_norm(gradients))
-        if not torch.isfinite(norm) and self._scaler is None:  # a scaler leaves such a step out
-            raise self.not_finite("the gradient norm", norm)
+        if self._scaler is None:  # which leaves out a step whose norm is not finite
+            self._numbers["the gradient norm"] = norm
         if (greatest := self.hparams["gradient_clip_norm"]) is not None:
             clip(optimizer, self.parameters(), greatest, norm)
         self.log("train/gradient_norm", norm)
+
+    def refuse_not_finite(self) -> None:
+        """Look at the last step's numbers; whoever uses its weights does so first.
+
+        Raises:
+            UserError: One of them is not finite.
+        """
+        if problem := self._finite.problem():
+            raise self.not_finite(*problem)
+
+    def on_validation_start(self) -> None:
+        self.refuse_not_finite()
+
+    def on_train_end(self) -> None:
+        self.refuse_not_finite()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         options = self.hparams
@@ -422,10 +442,11 @@ class BackboneModule(LightningModule):
             self.test_figures[name] = {figure: float(value) for figure, value in found.items()}
             self.log_dict({f"test/{name}_{figure}": value.float() for figure, value in found.items()})
 
-    def not_finite(self, what: str, value: Tensor) -> UserError:
-        """The error that ends a run whose numbers are no numbers any more."""
+    def not_finite(self, what: str, value: float, step: int | None = None) -> UserError:
+        """The error that ends a run whose numbers are no numbers any more; at the present step if none is given."""
+        step = self.trainer.global_step if step is None else step
         return UserError(
-            f"{what} is {value.item()} at step {self.trainer.global_step}; the last good checkpoint is kept",
+            f"{what} is {value} at step {step}; the last good checkpoint is kept",
             "Resume from checkpoints/previous.ckpt if there is one, else from last.ckpt, with a smaller "
             "model.learning_rate or with trainer.precision 32-true.",
         )
@@ -434,6 +455,7 @@ class BackboneModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.network is not None, "a checkpoint is saved after configure_model"
+        self.refuse_not_finite()
         checkpoint["task"] = self.task
         checkpoint["backbone_config"] = self.network.config.to_json_string(use_diff=False)
         checkpoint["calibration"] = self._saved_calibration

@@ -14,12 +14,13 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from rich.table import Table
 
 from callbacks.files import write_atomically
+from datamodules.batches import BatchSize, batch_size
 from datamodules.errors import UserError
 from datamodules.rows import RowsDataModule
 from datamodules.tokenizer import SCRATCH
 from models.backbone import network_config, reads_last_token
 from models.memory import Change, Memory, MemoryPlan, Setting, Sharing, cheapest_fit
-from models.operations import GIB, BatchSize, Device, Operations, batch_size, find_device, trained_count, weight_count
+from models.operations import GIB, Device, Operations, find_device, trained_count, weight_count
 from models.training import BackboneModule
 from models.tree import attention_window, pair_cost
 from proactive.fit import FitCLI, task_of

@@ -120,3 +120,18 @@ def test_a_count_elsewhere_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
         with counted("asking m", **options) as advance:
             advance()
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("interval", "reads"), [(0.0, 6), (1e9, 1)])
+def test_the_bar_reads_a_loss_now_and_then(root: Path, interval: float, reads: int) -> None:
+    shown: list[float] = []
+
+    class Watched(TerminalProgress):
+        def get_metrics(self, *arguments: Any) -> dict[str, Any]:
+            metrics = super().get_metrics(*arguments)
+            if "train/loss" in metrics and metrics["train/loss"] not in shown:
+                shown.append(metrics["train/loss"])
+            return metrics
+
+    fit(small_classifier(), small_data(root), Watched(interval=interval), enable_progress_bar=True, limit_val_batches=0)
+    assert len(shown) == reads

@@ -13,10 +13,11 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from datamodules.batches import batch_size
 from models.adapters import AdapterOptions, add_adapter
 from models.backbone import network_from_config
 from models.memory import MemoryPlan, Setting, cheapest_fit, optimizer_bytes
-from models.operations import GIB, Operations, batch_size, trained_count, weight_count
+from models.operations import GIB, Operations, trained_count, weight_count
 from models.reward import RewardClassifier
 from tests.helpers import ROOT
 from tests.models.small import small_data
