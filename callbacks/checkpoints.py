@@ -294,6 +294,10 @@ class LastCheckpoint(Checkpoint):
         for number in (signal.SIGTERM, signal.SIGINT):  # Lightning has put its own in their place since setup
             signal.signal(number, self._note)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Where figures are logged; Lightning is one short after a checkpoint of a validation within an epoch.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
