@@ -212,8 +212,8 @@ class FitCLI(LightningCLI):
         options = self.config_init["trainer"]
         settings, folder = self.config_init["run"], self.folder
         callbacks = [
-            *(options.callbacks or []),
             FirstFiles(self),
+            *(options.callbacks or []),
             WatchRanks(folder),
             self.kept_options,
             SeedEachStep(),
@@ -239,7 +239,8 @@ class FitCLI(LightningCLI):
             )
         if isinstance(options.strategy, FullySharded) or options.strategy == "fully_sharded":
             given["inference_mode"] = False  # what is gathered for a validation is trained with afterwards
-        given["logger"] = [CSVLogger(folder, "", LOGS), *self._other_loggers(options.logger)]  # the report reads CSV
+        self.loggers = [CSVLogger(folder, "", LOGS), *self._other_loggers(options.logger)]  # the report reads CSV
+        given["logger"] = False  # Lightning lets loggers write before weights are loaded; see `FirstFiles`
         if options.enable_progress_bar is None:
             given["enable_progress_bar"] = any(isinstance(callback, ProgressBar) for callback in callbacks)
         try:
@@ -258,18 +259,22 @@ class FitCLI(LightningCLI):
 
 
 class FirstFiles(Callback):
-    """Writes the run's configuration once its weights are loaded; a run that is stopped before leaves nothing."""
+    """Writes the run's configuration and starts its loggers once its weights are loaded.
+
+    A run that is stopped before leaves nothing, and one that was to be resumed is as it was.
+    """
 
     def __init__(self, cli: FitCLI) -> None:
         self.cli = cli
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        cli = self.cli
         if trainer.is_global_zero:
-            cli = self.cli
             write_atomically(cli.folder / CONFIG_FILE, _dump_config(cli.parser, cli.config))
             _keep_earlier_curves(cli.folder / LOGS / "metrics.csv")
             if cli.guard is not None:
                 cli.guard.end()
+        trainer.loggers = cli.loggers
 
 
 def main(arguments: list[str]) -> None:

@@ -16,6 +16,7 @@ import torch
 import yaml
 from lightning import Trainer
 
+from callbacks.report import read_curves
 from datamodules.rows import RowsDataModule
 from models.training import BackboneModule
 from proactive import evaluate, fit
@@ -121,6 +122,8 @@ def test_killed_after_an_epoch_it_remembers_the_best_weights(finished_run: Finis
     ended = command("proactive.fit", "--ckpt_path=last", "--trainer.max_epochs=3", cwd=tmp_path)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert progress(last(folder)) == (2, 18)
+    curves = read_curves(sorted((folder / "logs").glob("metrics*.csv")))
+    assert sorted(curves["validation/loss"]) == [5, 11, 17]  # of the killed run, and of the two that went on
 
 
 @pytest.mark.parametrize("workers", [0, 2])
