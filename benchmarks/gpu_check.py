@@ -9,6 +9,7 @@ is 1 if a part failed; a target that is missed is shown, and fails nothing. `--s
 """
 
 import contextlib
+import faulthandler
 import importlib.metadata
 import json
 import os
@@ -206,13 +207,13 @@ def _optimizer_figures(make: Callable[..., Any], shapes: list[tuple[int, ...]], 
         "milliseconds": seconds * 1e3,
         "processor_milliseconds": called * 1e3,
         "state_bytes_a_parameter": held / count,
-        "moment_bytes_a_parameter": (torch.cuda.max_memory_allocated() - before - held) / count if cuda else 0.0,
+        "more_bytes_in_a_step": (torch.cuda.max_memory_allocated() - before - held) / count if cuda else 0.0,
     }
 
 
-def _learned(make: Callable[..., Any], steps: int = 100, update: float = 1e-4) -> float:
+def _learned(make: Callable[..., Any], steps: int = 1000, update: float = 1e-4) -> float:
     """Which share of what a weight of 1 is to lose, 1e-4 of itself a step, it has lost after all steps."""
-    weight = torch.nn.Parameter(torch.ones(1024, 256, device=_device(), dtype=torch.bfloat16))
+    weight = torch.nn.Parameter(torch.ones(256, 256, device=_device(), dtype=torch.bfloat16))
     optimizer = make([{"params": [weight], "weight_decay": 0.0}], lr=update)
     for _ in range(steps):
         weight.grad = torch.ones_like(weight)
@@ -352,6 +353,7 @@ def main(
         part: Run this one in this process and print its figures: how each process is started.
     """
     if part is not None:
+        faulthandler.register(signal.SIGUSR1, all_threads=False)
         sys.stdin.readline()  # until the part before it has ended
         print(json.dumps(PARTS[part].measure(root, small)))
         return
@@ -405,6 +407,8 @@ class Process:
         try:
             printed, in_time = self._process.communicate("go\n", timeout=limit)[0], True
         except subprocess.TimeoutExpired:
+            self._process.send_signal(signal.SIGUSR1)  # it tells where it is
+            time.sleep(1)
             self.end()
             printed, in_time = self._process.communicate()[0], False
         self.end()

@@ -14,6 +14,7 @@ goes. `--epochs 0.2` or `--steps 20` measure a part and say so; `--small true` t
 import contextlib
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,8 +74,15 @@ class Meter(Callback):
         self.compilations = 0  # within the steps that are timed
         self.memory: dict[str, float] = {}
 
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self._began = self._since = _now()
+
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._tell("the network is made and tried")
         self._since = _now()
+
+    def _tell(self, what: str) -> None:
+        print(f"{what} after {_now() - self._began:.1f} s", file=sys.stderr, flush=True)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.last and self.profiled:
@@ -89,13 +97,16 @@ class Meter(Callback):
         step = trainer.global_step
         if step == 1:
             self.first_step = _now() - self._since
+            self._tell("the first step")
         elif step == WARM_UP_STEPS:
+            self._tell("the warm-up")
             self._compiled = _compilations()
             self._since = _now()
         elif step == self.last:
             self.seconds = _now() - self._since
             self.compilations = _compilations() - self._compiled
             self.memory = _memory(trainer.strategy.root_device)
+            self._tell("the timed steps")
         elif step > self.last:
             seconds = _now() - self._since
             self._profiler.stop()

@@ -25,19 +25,24 @@ from models.attention import BLOCKWISE, GROUPED, register
 from models.backbone import position_room
 from models.grammar import AnswerGrammar
 from models.tree import attention_window
-from models.trials import FEW, LEAST, NO_DIFFERENCE, finely_tried, random_tokens, relative_difference, tolerance, tried
+from models.trials import (
+    FEW,
+    LEAST,
+    NO_DIFFERENCE,
+    finely_tried,
+    random_tokens,
+    relative_difference,
+    tolerance,
+    tried,
+    uncompiled,
+)
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
     from transformers import PreTrainedModel
 
 Trace = Sequence[Sequence[int]]  # token ids of the instructions and of each event
-MASKED_ATTENTIONS = (
-    "sdpa",
-    BLOCKWISE,
-    GROUPED,
-    "eager",
-)  # those of transformers that take any mask for a few tokens after many
+MASKED_ATTENTIONS = ("sdpa", BLOCKWISE, GROUPED, "eager")  # that take any mask for a few tokens after many
 GROWTH = 1.25  # by how much the memory of a cache is enlarged when it is full
 BRANCHES = 16  # of a trial
 READ = 2  # tokens of an answer that a trial reads
@@ -319,14 +324,15 @@ def _generate(network: "PreTrainedModel", prompt: list[int], answer: _Answer, wr
     input_ids_1T = torch.tensor([prompt], device=network.get_input_embeddings().weight.device)
     own, network.generation_config = network.generation_config, GenerationConfig()  # no penalties of the backbone's
     try:
-        network.generate(
-            input_ids_1T,
-            attention_mask=torch.ones_like(input_ids_1T),
-            do_sample=False,
-            max_new_tokens=writer.max_new_tokens,
-            logits_processor=[choose],
-            stopping_criteria=[done],
-        )
+        with uncompiled(network):
+            network.generate(
+                input_ids_1T,
+                attention_mask=torch.ones_like(input_ids_1T),
+                do_sample=False,
+                max_new_tokens=writer.max_new_tokens,
+                logits_processor=[choose],
+                stopping_criteria=[done],
+            )
     finally:
         network.generation_config = own
 
@@ -464,13 +470,14 @@ class BranchReader:
             mask_B1TK = torch.zeros_like(mask_B1TK, dtype=self.network.dtype).masked_fill(~mask_B1TK, lowest)
         options: dict[str, Any] = {"logits_to_keep": kept} if "logits_to_keep" in self._options else {}
         options["cache" if "cache" in self._options else "past_key_values"] = self.cache  # transformers renamed it
-        output = self.network(
-            input_ids=input_ids_BT,
-            position_ids=position_BT,
-            attention_mask=mask_B1TK,
-            use_cache=True,
-            **options,
-        )
+        with uncompiled(self.network):
+            output = self.network(
+                input_ids=input_ids_BT,
+                position_ids=position_BT,
+                attention_mask=mask_B1TK,
+                use_cache=True,
+                **options,
+            )
         return output.logits[:, -kept:]
 
     def _padded(self, rows: Sequence[Sequence[int]], width: int) -> Tensor:

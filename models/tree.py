@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BLOCK = 128  # FlexAttention's block of tokens
+LEAST_HEAD = 16  # the size of a head that its kernels need at least
 MASKED_ATTENTIONS = ("sdpa", "eager", "flex_attention", BLOCKWISE)  # those that take any mask
 
 
@@ -114,6 +115,8 @@ def choose_attention(model: "PreTrainedModel", device: str, longest: int, larges
     """
     own = model.config._attn_implementation
     better = {"cuda": "flex_attention", "cpu": BLOCKWISE if own == "sdpa" else own}.get(device, own)
+    if better == "flex_attention" and _head_size(model) < LEAST_HEAD:  # which would show only when it is compiled
+        better = own
     if better == BLOCKWISE:  # not where sdpa lacks something, such as a soft cap
         register()
     if better != own:
@@ -123,6 +126,11 @@ def choose_attention(model: "PreTrainedModel", device: str, longest: int, larges
                 return None
             model.set_attn_implementation(own)
     return tree_problem(model, longest, largest)
+
+
+def _head_size(model: "PreTrainedModel") -> int:
+    config = model.config.get_text_config()
+    return getattr(config, "head_dim", None) or config.hidden_size // getattr(config, "num_attention_heads", 1)
 
 
 def tree_problem(model: "PreTrainedModel", longest: int, largest: int | None = None) -> str | None:

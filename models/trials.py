@@ -7,6 +7,8 @@ Shape legend: R rows, D size of a state or number of logits.
 """
 
 import contextlib
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,7 +35,7 @@ def tried(model: "PreTrainedModel", what: str, trial: Callable[[], str | None]) 
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), uncompiled(model), _whole_float32():
             return trial()
     except torch.OutOfMemoryError:
         raise
@@ -43,19 +45,31 @@ def tried(model: "PreTrainedModel", what: str, trial: Callable[[], str | None]) 
         model.train(training)
 
 
+@contextlib.contextmanager
+def uncompiled(model: "PreTrainedModel") -> Iterator[None]:
+    """Within it, what is compiled runs as it was written: to compile for a few odd lengths takes a minute."""
+    if model.config._attn_implementation != "flex_attention" and "torch._dynamo" not in sys.modules:
+        yield  # nothing has been compiled, and the import takes seconds
+        return
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        yield
+
+
 def finely_tried(model: "PreTrainedModel", trial: Callable[[], str | None]) -> str | None:
     """What a trial finds in float32, also of a network whose weights have 16 bits.
 
     In 16 bits rounding hides that a layer sees 4,000 tokens and not 4,096. Where a network does not compute in another
     dtype than its own, such as in shards, its own has to do.
     """
-    if not _has_half_weights(model):
-        return trial()
-    try:
-        with _in_float32(model):
+    with _without_flex_attention(model):
+        if not _has_half_weights(model):
             return trial()
-    except REFUSALS:
-        return trial()
+        try:
+            with _in_float32(model):
+                return trial()
+        except REFUSALS:
+            return trial()
 
 
 def tolerance(model: "PreTrainedModel", dtype: torch.dtype) -> float:
@@ -124,10 +138,33 @@ def _has_half_weights(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Within it, products of float32 are not rounded to fewer bits, as a GPU may be told to do."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+@contextlib.contextmanager
+def _without_flex_attention(model: "PreTrainedModel") -> Iterator[None]:
+    """Within it, sdpa with the same mask: what is not compiled of FlexAttention holds all scores of long texts."""
+    own = model.config._attn_implementation
+    if own == "flex_attention":
+        with contextlib.suppress(ValueError):  # a backbone may have more in its attention than sdpa can
+            model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
+
+
+@contextlib.contextmanager
 def _in_float32(model: "PreTrainedModel") -> Iterator[None]:
     """Within it, modules compute with their weights in float32, made of those in 16 bits when a module's turn comes."""
     own: dict[nn.Module, list[tuple[nn.Parameter, Tensor]]] = {}
-    attention = model.config._attn_implementation
 
     def widen(module: nn.Module, arguments: Any) -> None:
         own[module] = [(p, p.data) for p in module.parameters(recurse=False) if p.dtype in HALF]
@@ -139,10 +176,6 @@ def _in_float32(model: "PreTrainedModel") -> Iterator[None]:
             parameter.data = data
 
     with contextlib.ExitStack() as stack:
-        if attention == "flex_attention":  # would be compiled once more, for float32
-            model.set_attn_implementation("sdpa")
-            stack.callback(model.set_attn_implementation, attention)
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # likewise
         for module in model.modules():
             if any(True for _ in module.parameters(recurse=False)):
                 stack.enter_context(module.register_forward_pre_hook(widen))

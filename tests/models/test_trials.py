@@ -227,3 +227,27 @@ def test_the_longest_row_is_the_datas_own(root: Path) -> None:
     del scratch["vocab_size"]
     fit(RewardClassifier(scratch=scratch, dropout=0.0), data, max_steps=1)
     assert data.layout == "tree"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trial_compiles_nothing_and_rounds_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled blocks and FlexAttention run as written, and products are float32's own, whatever the run asked for."""
+    from torch._dynamo.utils import counters
+
+    model = network("llama", {"head_dim": 16}).to(dtype)
+    model.set_attn_implementation("flex_attention")
+    for block in model.base_model.layers:
+        block.compile(dynamic=True)
+    asked = torch.get_float32_matmul_precision()
+    seen = set()
+    model.base_model.register_forward_pre_hook(lambda *_: seen.add(torch.get_float32_matmul_precision()))
+    counters.clear()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert tree_problem(model, 64) is None
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(asked)
+    assert seen == {"highest"}
+    assert counters["stats"]["unique_graphs"] == 0
+    assert model.config._attn_implementation == "flex_attention"
