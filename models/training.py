@@ -268,6 +268,8 @@ class BackboneModule(LightningModule):
             trust_remote_code=trusted,
         )
         self.refuse_network(network)
+        if self.adapter is not None:
+            target_layers(network, self.head, self.adapter)
         if options["gradient_checkpointing"] and not network.supports_gradient_checkpointing:
             raise UserError(
                 f"model.gradient_checkpointing: {type(network).__name__} has none",
@@ -280,7 +282,6 @@ class BackboneModule(LightningModule):
     def _build(self) -> None:
         """Make the network as the options describe it, with adapters if there are to be any."""
         options, data = self.hparams, self.trainer.datamodule  # type: ignore[attr-defined]
-        self._check_targets(data.tokenizer)
         build = build_network if self._mesh is None else self._build_sharded
         with self._where_weights_are_drawn():
             self.network = build(
@@ -498,26 +499,6 @@ class BackboneModule(LightningModule):
             self.head, options["backbone"], config, options["dtype"], options["attn_implementation"]
         )
         self._adapt()
-
-    def _check_targets(self, tokenizer: Any) -> None:
-        """Refuse targets that cannot have adapters before any weight is loaded."""
-        if self.adapter is None:
-            return
-        options = self.hparams
-        remote = options["trust_remote_code"]
-        scratch, dropout = options["scratch"], options["dropout"]
-        config = network_config(
-            self.head, options["backbone"], tokenizer, scratch, dropout=dropout, trust_remote_code=remote
-        )
-        shapes = weightless_network(
-            self.head,
-            options["backbone"],
-            config,
-            dtype=options["dtype"],
-            attn_implementation=options["attn_implementation"],
-            trust_remote_code=remote,
-        )
-        target_layers(shapes, self.head, self.adapter)
 
     def _adapt(self, device: torch.device | None = None) -> None:
         """Put adapters into the network, if there are to be any, and remember which base they are for."""

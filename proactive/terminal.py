@@ -269,6 +269,7 @@ def _set_up_messages(debug: bool, quiet: bool) -> None:
         ".*could not find the monitored key.*",  # at the end of an epoch whose validation was before a resume
         ".*Experiment logs directory.*",  # what a resumed run logged before is kept beside it
         ".*No device id is provided.*",
+        ".*gradient_checkpointing_enable.*",  # its new name is not in all versions of transformers that serve
         ".*_stable_hash_for_caching.*",  # compiled steps of torchao's optimizer are compiled anew in each process
         ".*sync_dist=True.*",  # figures are those of all ranks' rows already
     ):

@@ -153,3 +153,10 @@ def test_what_lightning_would_do_by_itself_names_the_options_that_serve(option: 
     assert option.split("=")[0] in what
     for serves in ("data.batch_size", "data.token_budget", "model.gradient_clip_norm"):
         assert serves in hint
+
+
+def test_no_library_warns_of_what_a_user_cannot_change(call: Callable, finished_run: FinishedRun) -> None:
+    """The default run, tests and resumes are looked at elsewhere; these options each had a library warn."""
+    options = [*SMALL_RUN, f"--data.root={finished_run.root}", "--trainer.max_steps=1"]
+    ended = call(fit.main, *options, "--model.gradient_checkpointing=true", "--trainer.precision=bf16-mixed")
+    assert (ended.code, ended.err) == (0, "")

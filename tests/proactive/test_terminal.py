@@ -76,6 +76,7 @@ FIT_MISTAKES: dict[str, tuple[list[str], str]] = {
     "trees longer than a window": ([scratch(model_type="mistral", sliding_window=64), "--data.layout=tree"], "64"),
     "trees that are read elsewhere": (["--data.layout=tree", "--model.pooling=mean"], "data.layout"),
     "an encoder as an agent": (["--task=agent", scratch(model_type="bert", max_position_embeddings=2048)], "agent"),
+    "an adapter on no layer": (["--model.adapter.targets=[nosuch]"], "model.adapter.targets"),
     "no answers to monitor": (
         ["--task=agent", "--model.sampled_answers=0", "--run.monitor=validation/json_validity"],
         "run.monitor",
