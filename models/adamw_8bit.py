@@ -26,8 +26,7 @@ from models.sharding import first_place, local, zeros_as
 BLOCK = 64  # values that share a scale
 SIGNED, UNSIGNED = 127, 255  # the greatest codes of a moment
 LEAST = 1e-30  # what a scale of zeros is taken for
-# Of an integer hash, odd and with their bits well mixed.
-OF_PLACES, OF_WEIGHTS, OF_STEPS = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D
+OF_WEIGHTS, OF_STEPS = 0x85EBCA77, 0xC2B2AE3D  # how far apart, in all places, those of two weights or steps begin
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -141,10 +140,11 @@ def _update(
         place: () int32, of the weight's first value.
         numbers: (6,) float32, see `_numbers`.
     """
+    blocked = "exp_avg_scale" in state
+    assert not blocked or weight_GB.shape[1] == BLOCK  # which makes it a constant: then all is one compiled kernel
     rate, decay, correction, keep_first, keep_second, eps = numbers.unbind()
     bits_GB = _random_bits(weight_GB.shape, place)
     gradient_GB = gradient_GB.float() * scale
-    blocked = "exp_avg_scale" in state
     first_GB, root_GB = state["exp_avg"], state["exp_avg_sq"]
     if blocked:
         first_GB = _expand(first_GB, SIGNED) * state["exp_avg_scale"]
@@ -214,8 +214,7 @@ def _random_bits(shape: torch.Size, place: Tensor) -> Tensor:
     The multipliers are of Chris Wellons' search for integer hashes ("lowbias32").
     """
     rows, width = shape
-    place_GB = torch.arange(rows * width, dtype=torch.int32, device=place.device).view(rows, width)
-    hash_GB = place_GB * _int32(OF_PLACES) + place
+    hash_GB = torch.arange(rows * width, dtype=torch.int32, device=place.device).view(rows, width) + place
     for shift, factor in ((16, 0x7FEB352D), (15, _int32(0x846CA68B))):
         hash_GB = (hash_GB ^ ((hash_GB >> shift) & (2 ** (32 - shift) - 1))) * factor
     return hash_GB ^ ((hash_GB >> 16) & 0xFFFF)
@@ -240,7 +239,7 @@ def _numbers(group: dict[str, Any], device: torch.device) -> Tensor:
 
 def _places(weights: list[Tensor]) -> Tensor:
     """Where the random bits of each weight's values begin, (N,) int32; those of a shard where its part does."""
-    starts = [first_place(weight) * OF_PLACES + number * OF_WEIGHTS for number, weight in enumerate(weights)]
+    starts = [first_place(weight) + number * OF_WEIGHTS for number, weight in enumerate(weights)]
     return torch.tensor([_int32(start) for start in starts], dtype=torch.int32, device=local(weights[0]).device)
 
 

@@ -64,8 +64,7 @@ def test_what_is_dropped_of_a_float_is_right_on_average() -> None:
 
 def test_random_bits_follow_from_the_place_alone_and_are_even() -> None:
     bits = _random_bits(torch.Size((1024, BLOCK)), PLACE)
-    later = PLACE + 512 * BLOCK * adamw_8bit._int32(adamw_8bit.OF_PLACES)
-    assert torch.equal(_random_bits(torch.Size((512, BLOCK)), later), bits[512:])
+    assert torch.equal(_random_bits(torch.Size((512, BLOCK)), PLACE + 512 * BLOCK), bits[512:])
     for bit in range(24):
         assert float(((bits >> bit) & 1).float().mean()) == pytest.approx(0.5, abs=0.01)
     low, high = (bits & 0xFF).float().flatten(), ((bits >> 8) & 0xFFFF).float().flatten()
