@@ -280,7 +280,8 @@ def classify(model: "PreTrainedModel", inputs: Inputs, pooling: Pooling) -> Tens
     input_ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]
     if pooling == "auto" and not reads_last_token(model):
         return model(input_ids=input_ids, attention_mask=attention_mask).logits
-    hidden_RTD = model.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    options = {"use_cache": False} if reads_last_token(model) else {}  # encoders know of none
+    hidden_RTD = model.base_model(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
     if pooling == "mean":
         weight_RT1 = attention_mask.unsqueeze(-1).to(hidden_RTD.dtype)
         pooled_RD = (hidden_RTD * weight_RT1).sum(1) / weight_RT1.sum(1)
@@ -368,7 +369,7 @@ def language_problem(model: "PreTrainedModel") -> str | None:
     model.eval()
     with torch.no_grad():
         own_TV, other_TV = (model(input_ids=ids).logits[0].float() for ids in (row_1T, other_1T))
-        states_TD = model.base_model(input_ids=row_1T).last_hidden_state[0]
+        states_TD = model.base_model(input_ids=row_1T, use_cache=False).last_hidden_state[0]
         found_TV = language_logits(model, states_TD)
     model.train(training)
     if float((own_TV[:-1] - other_TV[:-1]).norm() / own_TV.norm()) > NO_DIFFERENCE:

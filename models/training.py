@@ -239,6 +239,9 @@ class BackboneModule(LightningModule):
             if made:
                 self.refuse_network(self.network)
             self._settle_layout()
+            if made and self.hparams["compile"]:  # after the trials, which read few tokens once
+                for block in blocks(self.network):
+                    block.compile(dynamic=True)  # one graph for micro-batches of every length
             if self._mesh is not None:
                 reshard(self.network)
 
@@ -297,9 +300,6 @@ class BackboneModule(LightningModule):
         self._adapt(self.trainer.strategy.root_device)
         if options["gradient_checkpointing"]:
             self.network.gradient_checkpointing_enable({"use_reentrant": False})
-        if options["compile"]:
-            for block in blocks(self.network):
-                block.compile(dynamic=True)  # every micro-batch has another length
         self.network.train()
 
     def _settle_layout(self) -> None:

@@ -4,6 +4,7 @@ Where a value is read from a GPU, the processor waits for all that it has asked 
 """
 
 from collections import Counter
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,33 @@ def test_losses_are_those_of_a_plain_loop(optimizer: Any, root: Path) -> None:
         schedule.step()
         expected.append(total)
     assert logged == pytest.approx(expected, rel=1e-6)
+
+
+def test_compiled_blocks_are_one_graph_for_all_layers_and_lengths(
+    root: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made in the first step; the trials before it compile nothing, and no later step does."""
+    graphs: list[int] = []  # of each, in which step it was made
+    steps: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(len(steps))
+        return graph.forward
+
+    class Steps(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            steps.append(sum(micro_batch["size"]["tokens"] for micro_batch in batch))
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
+    runs = []
+    for compile in (False, True):
+        model, data = reward(root, base, attn_implementation="sdpa", compile=compile)
+        torch.manual_seed(0)
+        steps.clear()
+        trainer = small_trainer(SeedEachStep(), Steps(), max_steps=5, limit_val_batches=0)
+        trainer.fit(model, data)
+        runs.append(float(trainer.callback_metrics["train/loss"]))
+    assert len(set(steps)) > 2, "steps differ in length"
+    assert graphs == [1]
+    assert runs[1] == pytest.approx(runs[0], rel=1e-5)
