@@ -32,6 +32,7 @@ from datamodules.batches import (
 from datamodules.cache import CachedRows, cached_rows
 from datamodules.errors import UserError, refuse_changes
 from datamodules.prompts import Segment, SegmentTokenizer, Template, history_key, render_history, truncate
+from datamodules.ranges import Count, CountOrNone, Folds, Seed, ShareBelowOne, Vocabulary, Workers, refuse_unsound
 from datamodules.records import AnnotatedRow, Event
 from datamodules.sources import Corpus, load_corpus
 from datamodules.splits import Contamination, Split, SplitName, contamination, history_digests
@@ -136,25 +137,26 @@ class RowsDataModule(LightningDataModule):
         self,
         root: str = "embedded",
         split: SplitName = "by_scene",
-        folds: int = 5,
-        fold: int = 0,
-        validation_fraction: float = 0.1,
+        folds: Folds = 5,
+        fold: CountOrNone = 0,
+        validation_fraction: ShareBelowOne = 0.1,
         prompt: str | None = None,
         tokenizer: str = SCRATCH,
         trust_remote_code: bool = False,
-        vocabulary_size: int = 4096,
-        max_length: int = 1024,
-        batch_size: int = 32,
+        vocabulary_size: Vocabulary = 4096,
+        max_length: Count = 1024,
+        batch_size: Count = 32,
         layout: LayoutName = "auto",
-        token_budget: int = 2048,
-        micro_batch_size: int = 8,
-        scenes_per_step: int | None = 4,
-        num_workers: int = 0,
+        token_budget: Count = 2048,
+        micro_batch_size: Count = 8,
+        scenes_per_step: Count | None = 4,
+        num_workers: Workers = 0,
         cache: bool = True,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        refuse_unsound(type(self), self.hparams, "data")
         self.root = root
         self.split_name = split
         self.folds = folds
@@ -521,9 +523,6 @@ class RowsDataModule(LightningDataModule):
         return {"sampler": sampler, "batch_size": None, "num_workers": self.num_workers, "pin_memory": on_cuda}
 
     def _refuse_impossible_sizes(self) -> None:
-        for name, least in (("batch_size", 1), ("micro_batch_size", 1), ("num_workers", 0)):
-            if (value := getattr(self, name)) < least:
-                raise UserError(f"data.{name}: expected {least} or more, got {value}", "Give a greater one.")
         refuse_unequal_parts(self.batch_size, self.scenes_per_step)
         if self.token_budget < self.max_length:
             raise UserError(

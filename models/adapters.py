@@ -9,15 +9,17 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Le
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 
 from datamodules.errors import UserError
+from datamodules.ranges import FINITE, Count, ShareBelowOne, refuse_unsound
 from models.backbone import Head, reads_last_token
 
 if TYPE_CHECKING:
@@ -45,17 +47,14 @@ class AdapterOptions:
         merge: Whether an export holds base and adapter merged into one model, in place of the adapter alone.
     """
 
-    rank: int = 16
-    alpha: int = 32
-    dropout: float = 0.05
+    rank: Annotated[int, Ge(1), Le(2**16), FINITE] = 16
+    alpha: Count = 32
+    dropout: ShareBelowOne = 0.05
     targets: Literal["all-linear"] | list[str] = "all-linear"
     merge: bool = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"model.adapter.rank: {self.rank} is no rank", "Give 1 or more; 16 is a good start.")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"model.adapter.dropout: {self.dropout} is no share", "Give a number from 0 to below 1.")
+        refuse_unsound(type(self), asdict(self), "model.adapter")
 
 
 def refuse_unfit(adapter: AdapterOptions | None, quantization: Quantization, strategy: Strategy | None = None) -> None:

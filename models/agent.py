@@ -12,6 +12,7 @@ from datamodules.agent import AnswerKind
 from datamodules.answers import read_answer
 from datamodules.batches import AgentBatch
 from datamodules.errors import UserError
+from datamodules.ranges import CountOrNone, NotNegative
 from datamodules.records import history_digest
 from models.answer_metrics import AnswerLosses, answer_losses, decision_figures, decisions, probed_rows
 from models.backbone import language_problem, position_room, token_losses
@@ -38,12 +39,8 @@ class ProactiveAgent(BackboneModule):
     head = "language model"
     logged_figures = ("validation/loss", "validation/f1", "validation/auroc", "validation/json_validity")
 
-    def __init__(self, null_weight: float = 1.0, sampled_answers: int = 8, **options: Any) -> None:
+    def __init__(self, null_weight: NotNegative = 1.0, sampled_answers: CountOrNone = 8, **options: Any) -> None:
         super().__init__(**options)
-        if null_weight < 0:
-            raise UserError(f"model.null_weight: {null_weight} is negative", "Give 0 or more.")
-        if sampled_answers < 0:
-            raise UserError(f"model.sampled_answers: {sampled_answers} is negative", "Give 0 or more.")
         self.answers = AnswerLosses()
         self.samples: list[dict[str, Any]] = []  # of the last validation
         self._can_branch: bool | None = None  # found out at the first one

@@ -3,15 +3,17 @@
 import hashlib
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Protocol
 
 import torch
+from annotated_types import Ge, Le
 
 from datamodules.agent import AgentDataModule
 from datamodules.answers import read_answer
 from datamodules.chat import ChatPrompt
 from datamodules.errors import UserError
+from datamodules.ranges import FINITE, Count, refuse_unsound
 from datamodules.traces import Answers, Candidate, Recorded, Trace
 from models.agent import ProactiveAgent
 from models.backbone import position_room
@@ -103,14 +105,12 @@ class AnswerOptions:
         traces_at_once: Traces read side by side.
     """
 
-    max_new_tokens: int = 256
+    max_new_tokens: Count = 256
     constrained: bool = True
-    traces_at_once: int = 4
+    traces_at_once: Annotated[int, Ge(1), Le(4096), FINITE] = 4
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "traces_at_once"):
-            if (value := getattr(self, name)) < 1:
-                raise UserError(f"agent.{name}: expected 1 or more, got {value}", "Give a greater one.")
+        refuse_unsound(type(self), asdict(self), "agent.answers")
 
 
 class LocalAgent:

@@ -15,16 +15,18 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractContextManager, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
+from annotated_types import Ge, Le
 from pydantic import ValidationError
 
 from datamodules.chat import Messages
 from datamodules.errors import UserError
+from datamodules.ranges import FINITE, NotNegative, Positive, Tries, refuse_unsound
 from models.completions import Completion, duration, error_of, is_refusal, json_of, retry_after, streams, text_of
 
 if TYPE_CHECKING:
@@ -58,22 +60,16 @@ class EndpointOptions:
         time_limit: Seconds after which the evaluation stops; what it has is kept, and the same command goes on.
     """
 
-    concurrency: int = 8
-    timeout: float = 120.0
-    retries: int = 6
-    first_delay: float = 1.0
-    longest_delay: float = 60.0
-    longest_wait: float = 600.0
-    time_limit: float | None = None
+    concurrency: Tries = 8
+    timeout: Positive = 120.0
+    retries: Annotated[int, Ge(0), Le(1000), FINITE] = 6
+    first_delay: NotNegative = 1.0
+    longest_delay: NotNegative = 60.0
+    longest_wait: NotNegative = 600.0
+    time_limit: Positive | None = None
 
     def __post_init__(self) -> None:
-        for name in ("concurrency", "retries", "first_delay", "longest_delay", "longest_wait"):
-            least = 1 if name == "concurrency" else 0
-            if (value := getattr(self, name)) < least:
-                raise UserError(f"endpoint.{name}: expected {least} or more, got {value}", "Give a greater one.")
-        for name in ("timeout", "time_limit"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise UserError(f"endpoint.{name}: expected more than 0 seconds, got {value}", "Give a greater one.")
+        refuse_unsound(type(self), asdict(self), "endpoint")
 
 
 class AnswerLog:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.batches import Inputs, RewardBatch
-from datamodules.errors import UserError
+from datamodules.ranges import NotNegative
 from datamodules.records import Category
 from models.backbone import Pooling, classify, read_out, reads_last_token
 from models.metrics import RewardMetrics, reward_figures
@@ -39,17 +39,10 @@ class RewardClassifier(BackboneModule):
     def __init__(
         self,
         pooling: Pooling = "auto",
-        category_weights: dict[CategoryName, float] | None = None,
+        category_weights: dict[CategoryName, NotNegative] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        names = [category.value for category in Category]
-        if unknown := sorted(set(category_weights or {}) - set(names)):
-            raise UserError(
-                f"model.category_weights: there is no category {', '.join(unknown)}", f"Use {', '.join(names)}."
-            )
-        if negative := [name for name, weight in (category_weights or {}).items() if weight < 0]:
-            raise UserError(f"model.category_weights: that of {', '.join(negative)} is negative", "Give 0 or more.")
         self.metrics = RewardMetrics()
         weights = {str(name): weight for name, weight in (category_weights or {}).items()}
         weight_by_category = torch.tensor([weights.get(category.value, 1.0) for category in Category])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from datamodules.batches import Inputs
 from datamodules.errors import UserError
+from datamodules.ranges import NotNegative, Positive, Share, refuse_unsound
 from datamodules.rows import log
 from datamodules.tokenizer import SCRATCH
 from models.adapters import (
@@ -124,39 +125,28 @@ class BackboneModule(LightningModule):
         scratch: dict[str, Any] | None = None,
         dtype: DtypeName = "float32",
         attn_implementation: str | None = None,
-        dropout: float | None = None,
+        dropout: Share | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
         trust_remote_code: bool = False,
         optimizer: OptimizerName = "adamw",
-        learning_rate: float | None = None,
-        weight_decay: float = 0.1,
-        warmup_ratio: float = 0.1,
+        learning_rate: NotNegative | None = None,
+        weight_decay: NotNegative = 0.1,
+        warmup_ratio: Share = 0.1,
         schedule: ScheduleName = "linear",
-        gradient_clip_norm: float | None = 1.0,
+        gradient_clip_norm: Positive | None = 1.0,
         adapter: AdapterOptions | None = None,
         quantization: Quantization = "none",
     ) -> None:
         super().__init__()
-        if not 0 <= warmup_ratio <= 1:
-            raise UserError(f"model.warmup_ratio: {warmup_ratio} is no share", "Give a number from 0 to 1.")
-        if dropout is not None and not 0 <= dropout <= 1:
-            raise UserError(f"model.dropout: {dropout} is no share", "Give a number from 0 to 1.")
-        for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
-            if value is not None and value < 0:
-                raise UserError(f"model.{name}: {value} is negative", "Give 0 or more.")
-        if gradient_clip_norm is not None and gradient_clip_norm <= 0:
-            raise UserError(
-                f"model.gradient_clip_norm: {gradient_clip_norm} leaves no gradient",
-                "Give more than 0, or null for no clipping.",
-            )
+        self.adapter = AdapterOptions(**adapter) if isinstance(adapter, dict) else adapter  # as a checkpoint has it
         self.save_hyperparameters()
+        refuse_unsound(type(self), {**self.hparams, "adapter": self.adapter}, "model")
         self._said_at_start: str | None = None
         if learning_rate is None:  # config.yaml and checkpoints say what was used
             rate, usual_for = default_learning_rate(backbone, adapter)
             self.save_hyperparameters({"learning_rate": rate})
             self._said_at_start = f"model.learning_rate: {rate:g}, the default for {usual_for}"
-        self.adapter = AdapterOptions(**adapter) if isinstance(adapter, dict) else adapter  # as a checkpoint has it
         self.hparams["adapter"] = None if self.adapter is None else asdict(self.adapter)
         self.base: dict[str, str] = {}  # of an adapter: which backbone it is for, and a digest of that
         self.automatic_optimization = False  # a step's number of micro-batches follows from its rows

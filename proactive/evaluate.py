@@ -14,12 +14,14 @@ from callbacks.files import write_atomically
 from callbacks.progress import progress_callback
 from callbacks.record import tested_record
 from datamodules.errors import UserError
+from datamodules.ranges import Count, CountOrNone, Folds, Workers
 from datamodules.reward import RewardDataModule
 from datamodules.rows import LayoutName
 from datamodules.splits import SplitName
 from models.reward import RewardClassifier
 from proactive.evaluate_agent import agent_parser, evaluate_agent_command
-from proactive.terminal import Parser, run, show, test_tables
+from proactive.parser import Parser
+from proactive.terminal import run, show, test_tables
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -29,13 +31,13 @@ def evaluate_reward(
     checkpoint: Path,
     root: str | None = None,
     split: SplitName | None = None,
-    folds: int | None = None,
-    fold: int | None = None,
+    folds: Folds | None = None,
+    fold: CountOrNone | None = None,
     prompt: str | None = None,
     layout: LayoutName | None = None,
-    token_budget: int | None = None,
-    micro_batch_size: int | None = None,
-    num_workers: int | None = None,
+    token_budget: Count | None = None,
+    micro_batch_size: Count | None = None,
+    num_workers: Workers | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Test a reward classifier; options left out are as they were in training.

@@ -16,6 +16,7 @@ from callbacks.files import METRICS_FILE, REPORT_FILE, new_run_folder
 from callbacks.progress import counted
 from datamodules.chat import AGENT_PROMPT, JUDGE_PROMPT, ChatPrompt
 from datamodules.errors import UserError
+from datamodules.ranges import NotNegative, Seed, Temperature, Tries
 from datamodules.records import AnnotatedRow, scene_of
 from datamodules.sources import SPLITS_FILE, Corpus, load_corpus
 from datamodules.traces import Recorded, Trace, read_recorded, read_splits, root_traces
@@ -34,7 +35,8 @@ from models.gate import gate_threshold
 from models.judges import EndpointJudge, Judge, RecordedJudge, RewardJudge
 from models.reward import RewardClassifier
 from models.weights import Model, Tie, Weights, assign
-from proactive.terminal import Parser, agent_tables, show
+from proactive.parser import Parser
+from proactive.terminal import agent_tables, show
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -66,16 +68,26 @@ def agent_parser() -> Parser:
     add("--judge.key_variable", type=str, help="The environment variable that holds the endpoint's key, if it has one.")
     add("--judge.prompt", type=Path, default=JUDGE_PROMPT, help="What the model is told; the file explains itself.")
     add("--judge.extra", type=dict, default={}, help="More fields of each request.")
-    add("--judge.attempts", type=int, default=3, help="How often it is asked, at most, until its verdict can be read.")
+    add(
+        "--judge.attempts", type=Tries, default=3, help="How often it is asked, at most, until its verdict can be read."
+    )
     add("--judge.recorded", action="store_true", help="Judge: the judgments that stand in the recorded traces.")
     add("--data.root", type=str, help="Whose test traces are answered, and whose splits.json divides them: embedded, "
         "published or a folder. If left out, the root that agent or judge was trained on, else embedded.")  # fmt: skip
-    add("--candidates", type=int, help="Answers to each event; it counts as accepted if any is. One, or all recorded.")
-    add("--temperature", type=float, default=0.0, help="Of the agent's sampling.")
-    add("--seed", type=int, default=0, help="Sent with each request, plus the candidate's number.")
+    add(
+        "--candidates",
+        type=Tries | None,
+        help="Answers to each event; it counts as accepted if any is. One, or all recorded.",
+    )
+    add("--temperature", type=Temperature, default=0.0, help="Of the agent's sampling.")
+    add("--seed", type=Seed, default=0, help="Sent with each request, plus the candidate's number.")
     add("--gate", type=Path, nargs="+", help="A reward classifier that holds back what is likelier to annoy than to "
         "help; several are chosen from as for the judge.")  # fmt: skip
-    add("--cost-ratio", type=float, help="For the gate: what a false alarm costs, in missed needs; 1 if left out.")
+    add(
+        "--cost-ratio",
+        type=NotNegative | None,
+        help="For the gate: what a false alarm costs, in missed needs; 1 if left out.",
+    )
     add("--gate-is-judge", action="store_true", help="Allow the judge's weights as gate, and stamp the result.")
     add(
         "--contaminated",
@@ -168,8 +180,6 @@ def _refuse_contradictions(options: "Namespace") -> None:
         raise UserError("--gate: nobody recorded what is thought of null in place of a proposal", "Give another judge.")
     if options.cost_ratio is not None and not options.gate:
         raise UserError("--cost-ratio: there is no gate", "Give a reward classifier with --gate.")
-    if options.candidates is not None and options.candidates < 1:
-        raise UserError(f"--candidates: expected 1 or more, got {options.candidates}", "Give a greater number.")
     gate_threshold(_cost_ratio(options))
 
 

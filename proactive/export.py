@@ -9,7 +9,8 @@ from callbacks.export import export_model, is_export, refuse_other_folder
 from callbacks.files import METRICS_FILE
 from callbacks.shards import content_digest
 from proactive.fit import TASKS
-from proactive.terminal import Parser, run
+from proactive.parser import Parser
+from proactive.terminal import run
 
 
 def export(checkpoint: Path, output: Path) -> Path:

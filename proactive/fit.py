@@ -9,10 +9,11 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
 import yaml
-from jsonargparse import ActionConfigFile
+from annotated_types import Ge, Le
+from jsonargparse import ActionConfigFile, Namespace
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -53,16 +54,24 @@ from callbacks.shards import is_sharded, settled
 from callbacks.throughput import ThroughputLog
 from datamodules.agent import AgentDataModule
 from datamodules.errors import UserError
+from datamodules.ranges import (
+    FINITE,
+    Count,
+    CountOrNone,
+    FolderName,
+    PositiveShare,
+    Seed,
+    Share,
+    refuse_unsound,
+)
 from datamodules.reward import RewardDataModule
 from datamodules.rows import RowsDataModule
 from models.agent import ProactiveAgent
 from models.reward import RewardClassifier
 from models.training import BackboneModule
+from proactive.parser import Parser, best_reason
 from proactive.resume import KeepOptions, nothing_left, refuse_other_options
-from proactive.terminal import Parser, one_line, run, show, test_tables
-
-if TYPE_CHECKING:
-    from jsonargparse import Namespace
+from proactive.terminal import run, show, test_tables
 
 TASKS: dict[str, tuple[type[BackboneModule], type[RowsDataModule]]] = {
     "reward": (RewardClassifier, RewardDataModule),
@@ -77,18 +86,37 @@ TRAINER_DEFAULTS = {
 }
 # Lightning's options that do nothing where the module steps by hand, with their defaults.
 NOT_OURS = {"accumulate_grad_batches": 1, "gradient_clip_val": None, "gradient_clip_algorithm": None}
+ENDS = Annotated[int, Ge(-1), Le(2**31 - 1), FINITE]  # -1 for none
+# What Lightning's own parameters leave open; a run ends with its test, and so needs rows for it.
+TRAINER_RANGES = {
+    "max_epochs": ENDS | None,
+    "min_epochs": CountOrNone | None,
+    "max_steps": ENDS,
+    "min_steps": CountOrNone | None,
+    "num_nodes": Count,
+    "limit_train_batches": Count | PositiveShare | None,
+    "limit_val_batches": CountOrNone | Share | None,
+    "limit_test_batches": Count | PositiveShare | None,
+    "limit_predict_batches": CountOrNone | Share | None,
+    "overfit_batches": CountOrNone | Share,
+    "check_val_every_n_epoch": Count | None,
+    "num_sanity_val_steps": ENDS | None,
+    "log_every_n_steps": CountOrNone | None,
+    "fast_dev_run": bool | CountOrNone,
+    "reload_dataloaders_every_n_epochs": CountOrNone,
+}
 NOT_IN_CONFIG = ("config", "ckpt_path", "quiet", "debug")  # what belongs to one call, not to the run
 
 
 class FitParser(Parser, LightningArgumentParser):
-    """LightningCLI's parser with errors in one line."""
+    """LightningCLI's parser, as those of all commands are."""
 
 
 class MergedConfigs(ActionConfigFile):
     """Configurations of which a later one changes single fields of a mapping, as the command line does."""
 
     @staticmethod
-    def apply_config(parser: LightningArgumentParser, cfg: "Namespace", dest: str, value: str) -> None:
+    def apply_config(parser: LightningArgumentParser, cfg: Namespace, dest: str, value: str) -> None:
         before = cfg.clone()
         ActionConfigFile.apply_config(parser, cfg, dest, value)
         for name, mapping in cfg.items():
@@ -113,6 +141,7 @@ class FitCLI(LightningCLI):
 
     def __init__(self, task: str, arguments: list[str]) -> None:
         self.task = task
+        self.kept_options = KeepOptions()
         model_class, data_class = TASKS[task]
         super().__init__(
             model_class,
@@ -136,10 +165,10 @@ class FitCLI(LightningCLI):
         figures = TASKS[self.task][0].logged_figures
         parser.add_argument("--task", choices=list(TASKS), default=DEFAULT_TASK, help="Which model to train.")
         parser.add_argument("--run.root", type=str, default="runs", help="Where run folders are made.")
-        parser.add_argument("--run.name", type=str, default=self.task, help="Runs of one name are numbered.")
+        parser.add_argument("--run.name", type=FolderName, default=self.task, help="Runs of one name are numbered.")
         parser.add_argument(
             "--run.checkpoint_every_n_steps",
-            type=int,
+            type=Count,
             default=50,
             help="Optimizer steps between saves of last.ckpt.",
         )
@@ -160,9 +189,11 @@ class FitCLI(LightningCLI):
         parser.link_arguments("model.backbone", "data.tokenizer")
         parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
 
-    def before_instantiate_classes(self) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
         self.refuse_impossible_options()
-        self.kept_options = KeepOptions()
+
+    def before_instantiate_classes(self) -> None:
         run_folder = _resumed_folder(self.config.run.root, self.config.run.name, self.config.ckpt_path)
         self.checkpoint = _resume_from(self.config.ckpt_path, run_folder)
         self.resumed_after = 0  # steps
@@ -175,8 +206,11 @@ class FitCLI(LightningCLI):
 
     def refuse_impossible_options(self) -> None:
         """Raise a UserError for options that no part of the run could use as they are."""
-        if (steps := self.config.run.checkpoint_every_n_steps) < 1:
-            raise UserError(f"run.checkpoint_every_n_steps: {steps} is not a number of steps", "Use 1 or more.")
+        for group in ("model", "data", "trainer", "run"):
+            if not isinstance(self.config[group], Namespace):
+                raise UserError(f"{group}: expected options, got {self.config[group]}", "Leave it out, or give some.")
+        refuse_unsound(TRAINER_RANGES, self.config.trainer.as_dict(), "trainer")
+        refuse_unsound({"seed_everything": Seed | bool}, self.config.as_dict(), "")
         if self.config.run.monitor == "validation/json_validity" and not self.config.model.sampled_answers:
             raise UserError(
                 "run.monitor: no answers are sampled that validation/json_validity could be the valid share of",
@@ -293,11 +327,7 @@ def _clear_class_errors() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        # The parser tells of each type that it tried; what tells of the class itself is none of those.
-        tried = re.split(r"\n\s*- ", str(error).partition("\nGiven value")[0])
-        others = ("Expected a ", "Not a valid subclass", "a class path", "a dict ")
-        reason = one_line(next((one for one in tried[1:] if not one.startswith(others)), str(error)))
-        reason = reason.removeprefix("Problem with given class_path ")
+        reason = best_reason(str(error)).removeprefix("Problem with given class_path ")
         missing = re.search(r"(?:pip install (?:-U )?'?|No module named ')([\w-]+)", reason)
         hint = f"Install it: pip install {missing[1]}" if missing else "Change its options, its init_args; see --help."
         raise UserError(f"trainer: {reason.partition('. HINT')[0]}", hint) from error

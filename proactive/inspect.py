@@ -9,19 +9,20 @@ from typing import Any
 from rich.table import Table
 
 from datamodules.agreement import nominal_alpha
-from datamodules.errors import UserError
 from datamodules.prompts import DEFAULT_PROMPT, PromptTemplate, SegmentTokenizer, render, training_text
+from datamodules.ranges import Folds, Seed
 from datamodules.records import AnnotatedRow, Category
 from datamodules.sources import Corpus, load_corpus
 from datamodules.splits import contamination, history_digests, split_by_scene
 from datamodules.tokenizer import SCRATCH, load_tokenizer, train_tokenizer
 from datamodules.tree import PrefixOrder
-from proactive.terminal import Parser, run, show
+from proactive.parser import Parser
+from proactive.terminal import run, show
 
 VOCABULARY_SIZE = 4096
 
 
-def inspect_root(root: str = "embedded", folds: int = 5, tokenizer: str = SCRATCH, seed: int = 0) -> dict[str, Any]:
+def inspect_root(root: str = "embedded", folds: Folds = 5, tokenizer: str = SCRATCH, seed: Seed = 0) -> dict[str, Any]:
     """Count rows, scenes, histories, tokens, agreement and contamination.
 
     Args:
@@ -88,8 +89,6 @@ def _row_figures(rows: Sequence[AnnotatedRow], template: PromptTemplate, segment
 
 
 def _contamination_figures(corpus: Corpus, folds: int, seed: int) -> dict[str, Any]:
-    if folds < 3:
-        raise UserError(f"--folds: {folds} folds do not train, validate and test", "Use 3 or more.")
     found = {}
     if corpus.test:
         found["published"] = contamination(history_digests(corpus.train), corpus.test)

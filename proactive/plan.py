@@ -16,6 +16,7 @@ from rich.table import Table
 from callbacks.files import write_atomically
 from datamodules.batches import BatchSize, batch_size
 from datamodules.errors import UserError
+from datamodules.ranges import Count, PositiveShare
 from datamodules.rows import RowsDataModule
 from datamodules.tokenizer import SCRATCH
 from models.backbone import network_config, reads_last_token
@@ -37,16 +38,20 @@ class PlanCLI(FitCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--devices", type=int, default=None, help="How many devices, in place of trainer.devices.")
+        parser.add_argument(
+            "--devices", type=Count | None, default=None, help="How many devices, in place of trainer.devices."
+        )
         parser.add_argument("--memory", type=str, default=None, help="Of one device, such as 80GiB; the device's own.")
         parser.add_argument("--device", type=str, default=None, help="Which one, such as h100; this machine's GPU.")
         parser.add_argument(
-            "--utilization", type=float, default=0.4, help="The share of the device's peak that time is reckoned with."
+            "--utilization",
+            type=PositiveShare,
+            default=0.4,
+            help="The share of the device's peak that time is reckoned with.",
         )
         parser.add_argument("--output", type=Path, default=None, help="Write the plan to this JSON file.")
 
-    def before_instantiate_classes(self) -> None:
-        self.refuse_impossible_options()
+    def before_instantiate_classes(self) -> None: ...
 
     def instantiate_classes(self) -> None:
         LightningCLI.instantiate_classes(self)
@@ -166,8 +171,6 @@ def _setting(cli: PlanCLI, on_gpu: bool) -> Setting:
     asked = cli.config.devices
     if asked is None:
         asked = _number(trainer.devices) * trainer.num_nodes
-    if asked < 1:
-        raise UserError(f"--devices: {asked} is no number of devices", "Give 1 or more.")
     return Setting(
         dtype=hparams["dtype"],
         precision=_precision(trainer.precision),
@@ -215,9 +218,10 @@ def _device(name: str | None) -> Device | None:
 
 def _bytes(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", text.strip(), re.IGNORECASE)
-    if not found:
+    size = float(found[1]) * UNITS[found[2].upper()] if found else 0
+    if not 1 <= size < 2**63:
         raise UserError(f"--memory: {text} is no size", "Give one such as 80GiB.")
-    return int(float(found[1]) * UNITS[found[2].upper()])
+    return int(size)
 
 
 def _count(data: RowsDataModule, layout: Any, ranks: int, cost: float) -> dict[str, Any]:

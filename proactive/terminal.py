@@ -1,4 +1,4 @@
-"""How every command starts, speaks and ends: parsers, errors in one line each, tables."""
+"""How every command starts, speaks and ends: errors in one line each, tables."""
 
 import logging
 import os
@@ -9,27 +9,15 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from datamodules.errors import UserError
+from proactive.parser import one_line
 
 MISTAKE = 2  # the exit code of a user's mistake
 AGENT_FIGURES = ("recall", "precision", "accuracy", "false_alarm", "f1")
-
-
-class Parser(ArgumentParser):
-    """A parser whose errors take one line each."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        cause: BaseException | None = ex
-        while cause is not None:
-            if isinstance(cause, UserError):
-                raise cause
-            cause = cause.__cause__ or cause.__context__
-        raise UserError(one_line(message), f"See {self.prog} --help.")
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
@@ -229,11 +217,6 @@ class _Messages(logging.StreamHandler):
         if isinstance(sys.exc_info()[1], BrokenPipeError):
             raise
         super().handleError(record)
-
-
-def one_line(text: str) -> str:
-    """The first 400 characters of a text, without line breaks."""
-    return " ".join(text.split())[:400]
 
 
 def _rank() -> int:

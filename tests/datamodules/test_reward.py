@@ -163,7 +163,7 @@ def test_batch_size_is_the_total_over_all_devices(root: Path) -> None:
         ({"micro_batch_size": 0}, "data.micro_batch_size: expected 1 or more, got 0"),
         ({"max_length": 300, "token_budget": 299}, "data.token_budget: 299 "),
         ({"batch_size": 8, "scenes_per_step": 3}, "data.scenes_per_step: 8 rows"),
-        ({"batch_size": 8, "scenes_per_step": 0}, "data.scenes_per_step: 8 rows"),
+        ({"batch_size": 8, "scenes_per_step": 0}, "data.scenes_per_step: expected 1 or more, got 0"),
     ],
     ids=str,
 )

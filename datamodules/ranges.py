@@ -1,0 +1,122 @@
+"""The ranges of numbers that options, checkpoints and exports may hold, as annotations of what takes them.
+
+The parsers of the commands check them and show them in --help; `refuse_unsound` checks what comes past a parser, such
+as the options in a checkpoint.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from functools import cache
+from typing import Annotated, Any, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt, MaxLen
+from pydantic import GetCoreSchemaHandler, TypeAdapter, ValidationError
+from pydantic_core import core_schema
+
+from datamodules.errors import UserError
+
+
+class Finite:
+    """A number that is neither infinite, nor NaN, nor a boolean."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_before_validator_function(_refuse_no_number, handler(source))
+
+    def __repr__(self) -> str:
+        return "finite"
+
+
+def _refuse_no_number(value: Any) -> Any:
+    try:
+        sound = not isinstance(value, bool) and math.isfinite(float(value))
+    except (ValueError, TypeError, OverflowError):
+        return value  # what is said of its type is clearer
+    if not sound:
+        raise ValueError("Input should be a finite number")
+    return value
+
+
+class FolderNamed:
+    """A text that names a folder, hidden from nobody and no path."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(_refuse_path, handler(source))
+
+    def __repr__(self) -> str:
+        return "letters, digits and -_+=@,. or blanks within"
+
+
+def _refuse_path(name: str) -> str:
+    if not re.fullmatch(r"[\w+=@,-]([\w+=@,. -]*[\w+=@,.-])?", name):
+        raise ValueError("Input should be the name of a folder")
+    return name
+
+
+FINITE = Finite()
+NotNegative = Annotated[float, Ge(0), FINITE]
+Positive = Annotated[float, Gt(0), FINITE]
+Share = Annotated[float, Ge(0), Le(1), FINITE]
+ShareBelowOne = Annotated[float, Ge(0), Lt(1), FINITE]
+PositiveShare = Annotated[float, Gt(0), Le(1), FINITE]
+Count = Annotated[int, Ge(1), Le(2**31 - 1), FINITE]
+CountOrNone = Annotated[int, Ge(0), Le(2**31 - 1), FINITE]  # none at all counts too
+Seed = Annotated[int, Ge(0), Le(2**32 - 1), FINITE]  # as NumPy takes it
+Folds = Annotated[int, Ge(3), Le(10_000), FINITE]  # to train, to validate, to test
+Vocabulary = Annotated[int, Ge(259), Le(2**20), FINITE]  # at least every byte and three special tokens
+Workers = Annotated[int, Ge(0), Le(256), FINITE]  # processes
+Temperature = Annotated[float, Ge(0), Le(100), FINITE]  # of sampling
+Tries = Annotated[int, Ge(1), Le(1000), FINITE]
+FolderName = Annotated[str, MaxLen(60), FolderNamed()]  # in up to 240 bytes; file systems take 255
+_PLAIN = {  # pydantic's words for ranges, as regular expressions
+    r"greater than or equal to (\S+)": r"\1 or more",
+    r"less than or equal to (\S+)": r"\1 or less",
+    r"greater than": "more than",
+    r"a valid (integer|number), unable to .*": r"a valid \1",
+}
+
+
+def refuse_unsound(annotated: Any, values: Mapping[str, Any], group: str) -> None:
+    """Raise a UserError for the first value that is not of the type, or in the range, that is annotated for it.
+
+    Args:
+        annotated: A class, whose constructor and those of its bases are annotated, or a mapping of names to types.
+        values: By the names of parameters; names that are not annotated are passed over.
+        group: What the values belong to, as the command line names it; empty for no group.
+    """
+    adapters = _adapters(annotated) if isinstance(annotated, type) else _adapters_of(annotated)
+    for name, value in values.items():
+        if name not in adapters:
+            continue
+        try:
+            adapters[name].validate_python(value, strict=True)
+        except ValidationError as error:
+            option = f"{group}.{name}" if group else name
+            raise UserError(f"{option}: {reason(error)}", "Give another value; see --help.") from error
+
+
+def reason(error: ValidationError) -> str:
+    """What pydantic has against a value, in a few words."""
+    first = error.errors(include_url=False)[0]
+    return worded(first["msg"], repr(first["input"]))
+
+
+def worded(message: str, given: str) -> str:
+    """A message of pydantic as the end of a sentence that begins with the name of an option."""
+    said = message.removeprefix("Value error, ").replace("Input should be ", "expected ", 1)
+    for theirs, plain in _PLAIN.items():
+        said = re.sub(theirs, plain, said)
+    return f"{said}, got {given if len(given) <= 80 else given[:80] + '...'}"
+
+
+@cache
+def _adapters(annotated: type) -> dict[str, TypeAdapter]:
+    types: dict[str, Any] = {}
+    for base in reversed(annotated.__mro__):
+        if "__init__" in vars(base) and base.__module__.partition(".")[0] in ("datamodules", "models"):
+            types |= get_type_hints(base.__init__, include_extras=True)  # type: ignore[misc]
+    return _adapters_of({name: kind for name, kind in types.items() if name not in ("return", "options")})
+
+
+def _adapters_of(types: Mapping[str, Any]) -> dict[str, TypeAdapter]:
+    return {name: TypeAdapter(kind) for name, kind in types.items()}

@@ -1,0 +1,106 @@
+"""The parser of every command: errors in one line, YAML that cannot run away, and no code that a value could name.
+
+jsonargparse imports what a `class_path` names. A person who starts a command may name classes so, also in a file given
+with --config; see `proactive.foreign` for a configuration that is read unasked. Nobody may name functions as arguments
+of a class: what calls them would run anything.
+"""
+
+import re
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NoReturn, Protocol, get_args, get_origin
+
+from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
+
+from datamodules.errors import UserError
+from datamodules.ranges import worded
+from datamodules.safe_yaml import NotYamlError, parse_yaml
+
+set_loader("yaml", parse_yaml, exceptions=(NotYamlError,))
+# Also where a parameter has no type: what lies in it stays what it is. The denylist is jsonargparse's own, of what runs
+# commands, reads pickles, and the like.
+set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[])
+
+_OPTION = re.compile(r'Parser key "(?P<name>[^"]*)":\s*(?P<said>.*)', re.DOTALL)
+_OF_PYDANTIC = re.compile(r"^\s*(?P<said>.*\S) \[type=\w+, input_value=", re.MULTILINE)
+_GIVEN = re.compile(r"(?:.*\n\s*Given value|.*?\. Got value): (?P<given>.*)", re.DOTALL)
+
+
+class OptionError(UserError):
+    """A parser refuses a value; what it says begins with the name of the option, or of the argument of a class."""
+
+
+class Parser(ArgumentParser):
+    """A parser whose errors take one line each, and that gives classes no functions."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        cause: BaseException | None = ex
+        while cause is not None:
+            if isinstance(cause, OptionError) and (found := _OPTION.search(message)):
+                inner = re.match(r"[\w.]+: ", cause.what)
+                what = f"{found['name']}{'.' if inner else ': '}{cause.what}"
+                raise OptionError(one_line(what), f"See {self.prog} --help.") from ex
+            if isinstance(cause, UserError):
+                raise cause
+            cause = cause.__cause__ or cause.__context__
+        raise OptionError(_said(message), f"See {self.prog} --help.") from ex
+
+    def add_class_arguments(self, *args: Any, **options: Any) -> list[str]:
+        names = super().add_class_arguments(*args, **options)
+        self._forget_code()
+        return names
+
+    def add_function_arguments(self, *args: Any, **options: Any) -> list[str]:
+        names = super().add_function_arguments(*args, **options)
+        self._forget_code()
+        return names
+
+    def _forget_code(self) -> None:
+        """Take out the arguments that take functions, types or modules, which values would name."""
+        for action in [action for action in self._actions if takes_code(getattr(action, "_typehint", None))]:
+            self._remove_action(action)
+            for group in self._action_groups:
+                if action in group._group_actions:
+                    group._group_actions.remove(action)
+            for option in action.option_strings:
+                self._option_string_actions.pop(option, None)
+
+
+def takes_code(annotation: Any) -> bool:
+    """Whether a function, a type or a module could be given for an annotation, or for a part of it."""
+    origin = get_origin(annotation) or annotation
+    if origin in (Callable, type, ModuleType):
+        return True
+    if isinstance(origin, type) and Protocol in origin.__mro__ and "__call__" in vars(origin):
+        return True
+    return any(map(takes_code, get_args(annotation)))
+
+
+def one_line(text: str) -> str:
+    """The first 400 characters of a text, without line breaks."""
+    return " ".join(text.split())[:400]
+
+
+def best_reason(text: str) -> str:
+    """Of what jsonargparse tells of each type that it tried: what tells most, in one line."""
+    tried = re.split(r"\n\s*- ", "\n" + text.partition("Errors:")[2].partition("\n  Given value")[0])[1:]
+    if not tried:
+        return one_line(text)
+    others = ("Expected a ", "Not a valid subclass", "a class path", "a dict ")
+    if telling := [one for one in tried if not one.startswith(others)]:
+        return one_line(telling[0])
+    kinds = re.findall(r"Expected a <class '(?:[\w.]+\.)?(\w+)'>", "\n".join(tried))
+    return f"expected {' or '.join(kinds).replace('NoneType', 'null')}"
+
+
+def _said(message: str) -> str:
+    """An error of the parser as `option: reason, got value`; jsonargparse's own takes many lines."""
+    found = _OPTION.search(message)
+    if not found:
+        return one_line(message)
+    said = found["said"]
+    given, problem = _GIVEN.search(said), _OF_PYDANTIC.search(said)
+    if problem and given:
+        return one_line(f"{found['name']}: {worded(problem['said'].lstrip('- '), given['given'])}")
+    what = best_reason(said[: given.start("given")]).removesuffix(". Got value:") if given else best_reason(said)
+    return one_line(f"{found['name']}: {what}" + (f", got {given['given']}" if given else ""))
