@@ -19,7 +19,7 @@ from callbacks.sharded import FullySharded
 from datamodules.errors import UserError
 from models.reward import RewardClassifier
 from models.sharding import blocks, gather
-from tests.models.small import fit, small_classifier, small_data, small_trainer
+from tests.models.small import LLAMA, fit, small_classifier, small_data, small_trainer
 
 STEP = {"max_steps": 1, "num_sanity_val_steps": 0, "limit_val_batches": 0}
 
@@ -78,10 +78,12 @@ class Before(Callback):
         self.weights = whole_weights(pl_module)
 
 
-def fitted_to(step: int, root: Path, folder: Path, resumed: str | None, spread: bool = True) -> dict[str, Any]:
+def fitted_to(
+    step: int, root: Path, folder: Path, resumed: str | None, spread: bool = True, options: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Train up to a step, perhaps from a checkpoint on, and leave one there: two epochs of six steps are the whole."""
     warnings.filterwarnings("ignore")
-    classifier, curve = small_classifier(), Curve()
+    classifier, curve = small_classifier(**(options or {})), Curve()
     callbacks = [curve, LastCheckpoint(folder, every_n_steps=1000), SeedEachStep(), StopAt(step)]
     torch.manual_seed(0)
     trainer = small_trainer(*callbacks, max_epochs=2, **(sharded() if spread else {}))
@@ -176,3 +178,22 @@ def compiled(root: Path) -> list[Any]:
     plain = torch.nn.Module.compile
     torch.nn.Module.compile = partialmethod(plain, backend="eager")  # type: ignore[method-assign, assignment]
     return steps(root, [("llama", {"compile": True}, {"layout": "tree", "token_budget": 160})])
+
+
+def stored_in_bfloat16(root: Path, spread: bool) -> dict[str, Any]:
+    """Two steps with weights in bfloat16: the curve, and the types of weights, gradients and buffers."""
+    warnings.filterwarnings("ignore")
+    classifier, curve = small_classifier(scratch=LLAMA, optimizer="adamw_8bit", dtype="bfloat16"), Curve()
+    types: dict[str, str] = {}
+
+    class Types(Callback):
+        def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:
+            weight = next(iter(classifier.parameters()))
+            assert weight.grad is not None
+            assert classifier.network is not None
+            rotary = next(buffer for name, buffer in classifier.network.named_buffers() if "inv_freq" in name)
+            types.update(weight=str(weight.dtype), gradient=str(weight.grad.dtype), rotary=str(rotary.dtype))
+
+    options = {"max_steps": 2, "num_sanity_val_steps": 0, "limit_val_batches": 0, "precision": "bf16-true"}
+    fit(classifier, small_data(root, layout="tree"), curve, Types(), **options, **(sharded() if spread else {}))
+    return {"types": types, "curve": curve.values, "layout": classifier.trainer.datamodule.layout}

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.callbacks.sharded_runs import compiled, mixed_precision, steps
+from tests.callbacks.sharded_runs import compiled, mixed_precision, steps, stored_in_bfloat16
 from tests.helpers import small_root
+from tests.models.small import LLAMA
 from tests.ranks import on_ranks
 
 # Trees and rows are shared unevenly: 8 rows a step, by their lengths. The families differ in what their blocks are
@@ -18,6 +19,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("llama", {"gradient_checkpointing": True}, {"layout": "rows"}),
     ("gemma3_text", {}, {"layout": "tree", "token_budget": 160}),
     ("modernbert", {}, {"layout": "rows"}),
+    # Blocks of a matrix's rows, a head of 2 rows, and vectors whose parts are no whole blocks.
+    ("llama", {"scratch": LLAMA, "optimizer": "adamw_8bit"}, {"layout": "tree", "token_budget": 160}),
 ]
 
 
@@ -65,3 +68,13 @@ def test_it_computes_in_bfloat16_and_adds_up_in_float32(root: Path, alone: list[
     assert result["types"] == {"master": full, "gradient": full, "optimizer": full, "states": half}
     assert result["layout"] == "tree"  # which was tested in the precision that it is computed in
     torch.testing.assert_close(torch.tensor(result["curve"]), torch.tensor(alone[0]["curve"]), rtol=3e-2, atol=1e-2)
+
+
+def test_weights_in_bfloat16_are_spread_with_their_optimizer(root: Path, tmp_path: Path) -> None:
+    """On three ranks, which share no number of rows evenly; rotary frequencies stay float32."""
+    alone = on_ranks(1, stored_in_bfloat16, root, False, folder=tmp_path / "alone")
+    spread = on_ranks(3, stored_in_bfloat16, root, True, folder=tmp_path / "spread")
+    for result in (alone, spread):
+        assert result["types"] == {"weight": "torch.bfloat16", "gradient": "torch.bfloat16", "rotary": "torch.float32"}
+        assert result["layout"] == "tree"
+    torch.testing.assert_close(torch.tensor(spread["curve"]), torch.tensor(alone["curve"]), rtol=3e-2, atol=2e-2)

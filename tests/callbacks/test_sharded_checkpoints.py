@@ -12,6 +12,7 @@ from callbacks.checkpoints import checkpoint_problem, load_checkpoint, load_run
 from datamodules.errors import UserError
 from tests.callbacks.sharded_runs import disk_full_on_one_rank, fitted_to, killed_while_saving
 from tests.helpers import small_root
+from tests.models.small import LLAMA
 from tests.ranks import on_ranks
 
 
@@ -63,6 +64,24 @@ def test_to_one_device_and_back(
     third = on_ranks(2, fitted_to, 12, root, last.parent, str(last), folder=tmp_path)
     assert shards.is_sharded(last)
     assert_as_whole([of_four[1], second, third], whole)
+
+
+def test_an_optimizer_in_8_bits_goes_on_with_other_numbers_of_ranks(root: Path, tmp_path: Path) -> None:
+    """On four, on one without sharding, and on three: codes, scales and all."""
+    options = {"scratch": LLAMA, "optimizer": "adamw_8bit"}
+    whole = on_ranks(1, fitted_to, 12, root, tmp_path / "whole", None, False, options, folder=tmp_path / "results")
+    parts, resumed = [], None
+    for number, (ranks, step, spread) in enumerate([(4, 3, True), (2, 6, True), (1, 9, False), (3, 12, True)]):
+        folder = tmp_path / str(number)
+        parts.append(
+            on_ranks(ranks, fitted_to, step, root, folder, resumed, spread, options, folder=folder / "results")
+        )
+        resumed = str(folder / "last.ckpt")
+    curve = [values for part in parts for values in part["curve"]]
+    assert len(curve) == 12
+    torch.testing.assert_close(torch.tensor(curve), torch.tensor(whole["curve"]), rtol=5e-3, atol=5e-3)
+    for name, weight in whole["after"].items():
+        torch.testing.assert_close(parts[-1]["after"][name], weight, rtol=0, atol=5e-3, msg=name)
 
 
 @pytest.mark.parametrize("when", ["write_shards", "put_in_place"])
