@@ -117,11 +117,17 @@ class Setting:
 
 
 def ours(
-    setting: Setting, new: int, batch_size: int, grammar: AnswerGrammar | None = None, first: int | None = None
+    setting: Setting,
+    new: int,
+    batch_size: int,
+    grammar: AnswerGrammar | None = None,
+    first: int | None = None,
+    branched: bool | None = None,
 ) -> list[GeneratedAnswer]:
     """Answers of whole traces, or of the first ones."""
     end_id = NO_END if grammar is None else setting.tokenizer.eos_token_id
     options: dict[str, Any] = {"end_id": end_id, "max_new_tokens": new, "batch_size": batch_size, "grammar": grammar}
+    options["branched"] = branched
     answers = generate_answers(setting.network, setting.traces[:first], setting.opening, **options)
     return sorted(answers, key=lambda answer: (answer.trace, answer.step))
 

@@ -13,6 +13,7 @@ goes. `--epochs 0.2` or `--steps 20` measure a part and say so; `--small true` t
 
 import contextlib
 import json
+import logging
 import math
 import sys
 import time
@@ -232,6 +233,7 @@ def measure(
         more: Options of model and data in place of the config's, by name.
         profiled: Whether to profile one more step.
     """
+    logging.basicConfig(level=logging.INFO)  # the data module says there why it takes rows, if it does
     torch.set_float32_matmul_precision("high")
     seed_everything(0, verbose=False)
     model_options, data_options, precision = settings(how, small)
