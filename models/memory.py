@@ -358,7 +358,7 @@ def changes(longest: int, setting: Setting) -> list[Change]:
 def _more_devices(devices: int) -> Change:
     return Change(
         f"{devices} devices that share weights, gradients and optimizer",
-        f"--trainer.devices {devices} --trainer.strategy ModelParallelStrategy",
+        f"--trainer.devices {devices} --trainer.strategy fully_sharded",
         lambda s: replace(s, devices=devices, sharing="sharded"),
     )
 

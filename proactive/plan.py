@@ -191,7 +191,7 @@ def _precision(given: Any) -> str:
 
 def _sharing(strategy: Strategy | str, devices: int) -> Sharing:
     if isinstance(strategy, str):
-        if any(word in strategy for word in ("fsdp", "deepspeed", "model_parallel")):
+        if any(word in strategy for word in ("fsdp", "deepspeed", "model_parallel", "sharded")):
             return "sharded"
     elif not isinstance(strategy, DDPStrategy):
         return "sharded"

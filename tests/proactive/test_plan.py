@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from callbacks.sharded import FullySharded
 from proactive import plan
 from tests.helpers import ROOT, SMALL_RUN, small_root
 
@@ -86,3 +87,17 @@ def test_a_backbone_out_of_reach_is_planned_by_its_shape(
     found = planned(*arguments, scratch)
     assert "a tokenizer made of the data, for someone/some-model is out of reach" in found["tokens_counted_by"]
     assert "someone/some-model" in found["backbone"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sharing"),
+    [
+        ("auto", "replicated"),
+        ("ddp", "replicated"),
+        ("fully_sharded", "sharded"),
+        ("fsdp", "sharded"),
+        (FullySharded(), "sharded"),
+    ],
+)
+def test_strategies_are_known_by_what_they_share(strategy: Any, sharing: str) -> None:
+    assert plan._sharing(strategy, devices=4) == sharing
