@@ -115,3 +115,16 @@ def test_self_tests_say_their_device(root: Path, base: Path) -> None:
     with torch.device("meta"):
         assert tree_problem(model.network, 300) is None
         assert branch_problem(model.network, 300) is None
+
+
+@pytest.mark.parametrize("task", [reward, agent])
+def test_bf16_true_leaves_float32_what_has_to_be(task: Any, root: Path, base: Path) -> None:
+    """Rotary frequencies, and the sum of a step's loss; in bfloat16 the former would tell no far places apart."""
+    model, data = task("pretrained", root, base)
+    model.hparams["dtype"] = "bfloat16"
+    found = losses(model, data, precision="bf16-true")
+    assert model.network is not None
+    rotary = [buffer for name, buffer in model.network.named_buffers() if "inv_freq" in name]
+    assert {buffer.dtype for buffer in rotary} == {torch.float32}
+    assert {parameter.dtype for parameter in model.network.parameters()} == {torch.bfloat16}
+    assert found[0] != float(torch.tensor(found[0]).bfloat16()), "a loss has more than 8 significant bits"
