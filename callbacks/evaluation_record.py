@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from callbacks.files import as_cell
 from callbacks.record import intervals_note, versions
 from datamodules.records import AnnotatedRow, TraceSplit
 from datamodules.sources import PUBLISHED_TRACES_DIGESTS
@@ -260,13 +261,13 @@ def notes(record: Mapping[str, Any]) -> list[str]:
 
 
 def figures_csv(record: Mapping[str, Any]) -> str:
-    """The figures of each split as the published scoring writes them."""
+    """The figures of each split as the published scoring writes them; a name is no formula of a spreadsheet."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["Category", *PUBLISHED_COLUMNS])
     for name, split in record["splits"].items():
         values = [split["figures"][figure] for figure in PUBLISHED_COLUMNS.values()]
-        writer.writerow([name, *values[:-1], int(values[-1])])
+        writer.writerow([as_cell(name), *values[:-1], int(values[-1])])
     return text.getvalue()
 
 

@@ -1,10 +1,11 @@
 """Run folders, and writing a file so that it is there whole or not at all."""
 
+import contextlib
 import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,6 +19,7 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"
 AGREED_AFTER = 120  # seconds at most, between the starts of a job's first and last rank
+FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")  # of a cell that spreadsheets compute instead of showing it
 RUN_FOLDER_VARIABLE = "PROACTIVE_RUN_FOLDER"  # by it the processes that rank 0 starts know their run's folder
 
 
@@ -25,12 +27,12 @@ def new_run_folder(root: Path, name: str) -> Path:
     """Make and return `root/name/n` for the smallest n that comes after every other one."""
     parent = root / name
     try:
-        parent.mkdir(parents=True, exist_ok=True)
         while True:
+            parent.mkdir(parents=True, exist_ok=True)
             folder = parent / str(max((number(path) for path in parent.iterdir()), default=-1) + 1)
             try:
                 folder.mkdir()
-            except FileExistsError:  # another run took it in this moment
+            except (FileExistsError, FileNotFoundError):  # another run took it, or removed the parent, in this moment
                 continue
             return folder
     except OSError as error:
@@ -39,18 +41,30 @@ def new_run_folder(root: Path, name: str) -> Path:
         ) from error
 
 
+def missing_folders(folder: Path) -> list[Path]:
+    """A folder and those that it lies in, as far as they do not exist; the innermost first."""
+    return [one for one in (folder, *folder.parents) if not one.exists()]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders in their order, up to the first that is not empty."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
 class EmptyFolderGuard:
-    """Removes a run's folder if it is still empty when this process ends, however that is.
+    """Removes a run's folder if it is still empty when this process ends, however that is, and others behind it.
 
     A run's number is taken by making its folder, so that runs that start together get different ones; but nothing is
     written there before the weights are loaded, and a process that is killed until then cannot remove the folder. So
     another one waits for its end.
     """
 
-    def __init__(self, folder: Path) -> None:
-        script = 'cat > /dev/null; rmdir "$0" 2> /dev/null'
-        self._waiting = subprocess.Popen(  # noqa: S603 - the command is ours; the folder is an argument of it
-            ["/bin/sh", "-c", script, str(folder.absolute())],
+    def __init__(self, folders: Sequence[Path]) -> None:
+        script = 'cat > /dev/null; for folder; do rmdir "$folder" 2> /dev/null || exit; done'
+        self._waiting = subprocess.Popen(  # noqa: S603 - the command is ours; the folders are arguments of it
+            ["/bin/sh", "-c", script, "sh", *(str(folder.absolute()) for folder in folders)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -58,7 +72,7 @@ class EmptyFolderGuard:
         )
 
     def end(self) -> None:
-        """Remove the folder if it is empty, and wait no longer."""
+        """Remove the folders as far as they are empty, and wait no longer."""
         assert self._waiting.stdin is not None
         self._waiting.stdin.close()
         self._waiting.wait()
@@ -110,6 +124,16 @@ def latest_run_folder(root: Path, name: str) -> Path:
 def number(path: Path) -> int:
     """The number that a run folder is named by; -1 if it is none."""
     return int(path.name) if path.name.isdecimal() else -1
+
+
+def as_cell(text: str) -> str:
+    """A text as a cell of a CSV file: an apostrophe before what a spreadsheet would take for a formula."""
+    return f"'{text}" if text.lstrip("'").startswith(FORMULA_STARTS) else text
+
+
+def of_cell(cell: str) -> str:
+    """The text that `as_cell` made a cell of."""
+    return cell[1:] if cell.startswith("'") and cell.lstrip("'").startswith(FORMULA_STARTS) else cell
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 
+from datamodules.errors import printable
+
 
 def progress_callback(quiet: bool) -> Callback | None:
     """A bar on a terminal, lines elsewhere, nothing when quiet."""
@@ -117,7 +119,7 @@ def counted(label: str, total: int, quiet: bool = False, interval: float = 30.0)
     """Show how far a count has come: a bar with rate and time left on a terminal, lines elsewhere.
 
     Args:
-        label: What is done, as plain text.
+        label: What is done; shown as it is.
         total: How many there are.
         quiet: Show nothing.
         interval: Seconds between lines.
@@ -125,6 +127,7 @@ def counted(label: str, total: int, quiet: bool = False, interval: float = 30.0)
     Yields:
         What counts one more.
     """
+    label = printable(label)
     if quiet or not total:
         yield lambda: None
     elif sys.stdout.isatty():

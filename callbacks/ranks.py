@@ -14,6 +14,8 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from datamodules.errors import printable
+
 PERIOD = 0.5  # seconds between looks
 GRACE = 10.0  # seconds in which rank 0 may come to an error that all ranks have
 PATIENCE = 20.0  # seconds that a rank which lost another one waits for the job's end
@@ -77,7 +79,8 @@ class WatchRanks(Callback):
             if child.poll() is None:
                 child.kill()
         how = f"python -m proactive.fit --ckpt_path {self.folder / 'checkpoints' / 'last.ckpt'}"
-        print(f"error: {what}, so the job has ended\n  help: Go on from the last checkpoint: {how}", file=sys.stderr)
+        print(f"error: {what}, so the job has ended", file=sys.stderr)
+        print(printable(f"  help: Go on from the last checkpoint: {how}"), file=sys.stderr)
         sys.stderr.flush()
         sys.stdout.flush()
         os._exit(FAILED)  # other threads wait for a rank that is no more

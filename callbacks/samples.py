@@ -1,12 +1,14 @@
 """The answers that an agent writes while it is trained, epoch by epoch."""
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from callbacks.files import as_cell, of_cell
 from models.agent import ProactiveAgent
 
 SAMPLES = "answers.csv"
@@ -30,7 +32,7 @@ class SampledAnswers(Callback):
             if is_new:
                 writer.writeheader()
             place = {"epoch": trainer.current_epoch, "step": trainer.global_step}
-            writer.writerows({**place, **sample} for sample in pl_module.samples)
+            writer.writerows({**place, **_cells(sample, as_cell)} for sample in pl_module.samples)
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
@@ -39,4 +41,8 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
         return []
     with (folder / SAMPLES).open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if None not in row.values()]  # a kill may cut the last one short
-    return list({(row["step"], row["history"]): row for row in rows}.values())
+    return list({(row["step"], row["history"]): _cells(row, of_cell) for row in rows}.values())
+
+
+def _cells(row: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    return {name: change(value) if isinstance(value, str) else value for name, value in row.items()}

@@ -19,6 +19,7 @@ from datamodules.cache import CachedRows, cached_rows
 from datamodules.conversations import ConversationTokenizer, mentions, read_conversations, telltale_pattern
 from datamodules.errors import UserError
 from datamodules.prompts import AgentTemplate, Data, Segment, plain_text, render_history
+from datamodules.reading import open_file
 from datamodules.records import AnnotatedRow, Category, Event, scene_of
 from datamodules.rows import Encoded, RowsDataModule, Stage, log
 from datamodules.sources import Corpus
@@ -202,6 +203,11 @@ class AgentDataModule(RowsDataModule):
                 needed += [-1] * len(rows)
         if stage != "test" and not set(kinds) - {AnswerKind.PROBE}:
             raise UserError(f"data: there is no answer in the {stage} split", "Give more scenes or conversations.")
+        if stage == "test" and AnswerKind.PROBE not in kinds:
+            raise UserError(
+                "data: of no history in the test split is it known whether help was needed",
+                "Use another fold or split, or add rows with help_needed.",
+            )
         return Encoded(
             input_ids,
             scenes,
@@ -284,11 +290,6 @@ class AgentDataModule(RowsDataModule):
 
     def _digest(self, path: Path) -> str:
         if path not in self._digests:
-            try:
-                with path.open("rb") as file:
-                    self._digests[path] = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise UserError(
-                    f"data.conversations: {path}: {error.strerror or error}", "Check the path and its permissions."
-                ) from error
+            with open_file(path, None, "data.conversations") as file:
+                self._digests[path] = hashlib.file_digest(file, "sha256").hexdigest()
         return self._digests[path]

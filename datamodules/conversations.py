@@ -13,11 +13,12 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, model_validator
 from pydantic_core import PydanticCustomError
 
 from datamodules.errors import UserError
 from datamodules.prompts import Data, SegmentTokenizer, on_one_line
+from datamodules.reading import MOST_AT_ONCE, not_utf8, open_file, refuse_long, text_lines
 from datamodules.records import Text, parse_json, validate
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SHORTEST_TELLTALE = 20  # characters: what is shorter may stand in any conversation by chance
 PAGE = "docs/how-to/conversations.md"
 # Where a JSON text's values begin and end; a string is one mark, whatever stands in it.
-_JSON_MARKS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},]', re.DOTALL)
+_JSON_MARKS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{},]', re.DOTALL)
 _NOT_BLANK = re.compile(rb"\S")
 
 # Formats of other projects, by the fields that tell them: what they are, and what to do.
@@ -62,7 +63,9 @@ class Conversation(BaseModel):
     page: ClassVar[str] = PAGE
 
     conversations: Annotated[
-        tuple[Message, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+        tuple[Message, ...],
+        FailFast(),
+        BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
     ]
 
     @model_validator(mode="before")
@@ -117,24 +120,28 @@ def read_conversations(path: Path) -> Iterator[Conversation]:
     Raises:
         UserError: The file cannot be read, or a record does not fit.
     """
-    try:
-        with path.open("rb") as file:
-            start = file.read(4096)
-            file.seek(len(BYTE_ORDER_MARK) if start.startswith(BYTE_ORDER_MARK) else 0)
-            is_list = start.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
-            for where, item in _items_of_list(path, file) if is_list else _items_of_lines(path, file):
-                yield validate(item, Conversation, where)
-    except OSError as error:
-        raise UserError(
-            f"data.conversations: {path}: {error.strerror or error}", "Check the path and its permissions."
-        ) from error
+    with open_file(path, None, "data.conversations") as file:
+        start = file.read(4096)
+        file.seek(0)
+        is_list = start.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
+        lines = ((where, line) for where, line in text_lines(file, path) if line.strip())
+        for where, text in _items_of_list(path, file) if is_list else lines:
+            yield validate(parse_json(text, where), Conversation, where)
 
 
-def _items_of_list(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
-    """Each item's text is cut out and then read as a line is; the file is mapped into memory, not read into it."""
+def _items_of_list(path: Path, file: IO[bytes]) -> Iterator[tuple[str, str]]:
+    """Each item's text, behind where it stands; the file is mapped into memory, not read into it."""
     content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    depth = index = start = 0
-    for mark in _JSON_MARKS.finditer(content, file.tell()):
+    depth = index = start = place = 0
+    while True:
+        where, limit = f"{path}, index {index}", start + MOST_AT_ONCE + 1
+        mark = _JSON_MARKS.search(content, place, limit)
+        place = mark.end() if mark else min(limit, len(content))
+        refuse_long(where, place - start)
+        if mark is None:
+            raise UserError(
+                f"{where}: expected JSON: the file ends within the list", "Mend that text, or end the list."
+            )
         sign = mark[0]
         depth += (sign in (b"[", b"{")) - (sign in (b"]", b"}"))
         if depth == 1 and sign == b"[" and not start:
@@ -142,29 +149,19 @@ def _items_of_list(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
         elif depth == 0 or (depth == 1 and sign == b","):
             text = content[start : mark.start()]
             if depth or index or text.strip():  # the list is not empty
-                yield _item(text, f"{path}, index {index}")
+                yield where, _item(text, where)
             index, start = index + 1, mark.end()
         if depth == 0:
             break
-    else:
-        raise UserError(
-            f"{path}, index {index}: expected JSON: the file ends within the list", "Mend that text, or end the list."
-        )
     if _NOT_BLANK.search(content, start):
         raise UserError(f"{path}: expected JSON: more follows the list", "Leave one list, or one record a line.")
 
 
-def _items_of_lines(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(file, start=1):
-        if line.strip():
-            yield _item(line, f"{path}, line {number}")
-
-
-def _item(text: bytes, where: str) -> tuple[str, Any]:
+def _item(text: bytes, where: str) -> str:
     try:
-        return where, parse_json(text.decode(), where)
+        return text.decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: is not UTF-8", "Save the file as UTF-8 text.") from error
+        raise not_utf8(where) from error
 
 
 def telltale_pattern(events: Collection[str]) -> re.Pattern[str] | None:

@@ -5,14 +5,26 @@ import shlex
 from collections.abc import Collection, Mapping
 from typing import Any
 
+LONGEST_MESSAGE = 1000  # characters of what went wrong; a name or value in it may have any length
+
+
+def printable(text: str) -> str:
+    """Text on one line that a terminal shows, and does not obey: other characters arrive escaped."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+
+
+def shortened(text: str, most: int) -> str:
+    """The first characters of a text, `most` at most."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
 
 class UserError(Exception):
-    """Something the user gave is wrong: `what` happened, and `hint` what to do about it, one line each."""
+    """Something the user gave is wrong: `what` happened, and `hint` what to do about it, one printable line each."""
 
     def __init__(self, what: str, hint: str) -> None:
-        super().__init__(what, hint)
-        self.what = what
-        self.hint = hint
+        self.what = shortened(printable(what), LONGEST_MESSAGE)
+        self.hint = printable(hint)
+        super().__init__(self.what, self.hint)
 
     def __str__(self) -> str:
         return f"{self.what}\n{self.hint}"

@@ -21,11 +21,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from datamodules.errors import UserError
+from datamodules.reading import read_text
 from datamodules.records import AnnotatedRow, Event, Unicode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+MOST_PROMPT = 2**20  # bytes of a prompt file
+PROMPT_HINT = "Give the path of a prompt file."
 DEFAULT_PROMPT = Path(__file__).with_name("reward_prompt.yaml")
 DEFAULT_AGENT_PROMPT = Path(__file__).with_name("agent_prompt.yaml")
 # Everything that a terminal, an editor or str.splitlines takes for the end of a line, and other control characters.
@@ -52,11 +55,7 @@ class Template(BaseModel):
             UserError: The file cannot be read, lacks a part, or names an unknown part or placeholder.
         """
         try:
-            return cls.parse(yaml.safe_load(path.read_text(encoding="utf-8-sig")), str(path))
-        except OSError as error:
-            raise UserError(
-                f"data.prompt: {path}: {error.strerror or error}", "Give the path of a prompt file."
-            ) from error
+            return cls.parse(yaml.safe_load(read_text(path, MOST_PROMPT, "data.prompt", PROMPT_HINT)), str(path))
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # bad text, dates or nesting
             problem = re.sub(r"\s+", " ", str(error))
             raise UserError(f"data.prompt: {path} is not YAML: {problem}", f"Start from {cls.default}.") from error

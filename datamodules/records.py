@@ -9,6 +9,7 @@ order mark, CRLF line ends and a blank last line.
 import hashlib
 import json
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -17,16 +18,19 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    FailFast,
     Field,
     ValidationError,
     model_validator,
 )
 
-from datamodules.errors import UserError
+from datamodules.errors import UserError, shortened
+from datamodules.reading import MOST_DEPTH, MOST_ROWS, is_deep, open_file, read_text, text_lines
 
 
 class Category(StrEnum):
@@ -150,6 +154,13 @@ def _tuple(value: Any) -> Any:
     return tuple(value)
 
 
+def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    counts = Counter(names)
+    if len(counts) < len(names):
+        raise ValueError(f"expected each name once, got {_shorten(counts.most_common(1)[0][0])} twice")
+    return names
+
+
 Unicode = Annotated[str, BeforeValidator(_unicode)]
 Text = Annotated[str, BeforeValidator(_text)]  # not blank, either
 Proposal = Annotated[str | None, BeforeValidator(_proposal)]
@@ -177,7 +188,8 @@ class Event(_Record):
     event: Text
 
 
-History = Annotated[tuple[Event, ...], BeforeValidator(_tuple)]
+# Only the first mistake is told, and millions of them would fill the memory.
+History = Annotated[tuple[Event, ...], FailFast(), BeforeValidator(_tuple)]
 
 
 class AnnotatedRow(_Record):
@@ -191,7 +203,7 @@ class AnnotatedRow(_Record):
     proposal: Proposal = Field(validation_alias="pred_task")
     accepted: Judgment = Field(validation_alias=AliasChoices(*JUDGMENT_SPELLINGS))
     help_needed: bool | None = None
-    annotation: Annotated[tuple[bool, ...], BeforeValidator(_tuple)] = ()
+    annotation: Annotated[tuple[bool, ...], FailFast(), BeforeValidator(_tuple)] = ()
     stated_category: Annotated[Category | None, BeforeValidator(_category)] = Field(
         default=None, validation_alias="category"
     )
@@ -258,7 +270,7 @@ class PublishedStep(_Record):
         tuple[str | dict[str, Any] | None, ...], BeforeValidator(_proposals(str, dict, with_null=True))
     ]
     task_status: bool
-    judgment: Annotated[tuple[bool, ...], BeforeValidator(_judgments)] = Field(
+    judgment: Annotated[tuple[bool, ...], FailFast(), BeforeValidator(_judgments)] = Field(
         default=(), validation_alias=AliasChoices(*JUDGMENT_SPELLINGS)
     )
     other_information: Annotated[dict[str, Any], BeforeValidator(_object)] = Field(
@@ -276,10 +288,10 @@ class PublishedStep(_Record):
 
 
 class TraceSplit(_Record):
-    """Some of a root's test traces, by their file names."""
+    """Some of a root's test traces, by their file names, each once."""
 
     theme: Text | None = None
-    files: Annotated[tuple[Text, ...], BeforeValidator(_tuple)]
+    files: Annotated[tuple[Text, ...], FailFast(), BeforeValidator(_tuple), AfterValidator(_distinct)]
 
 
 RecordType = TypeVar("RecordType", bound=BaseModel)
@@ -291,13 +303,17 @@ def read_jsonl(path: Path, record: type[RecordType]) -> list[RecordType]:
     Raises:
         UserError: The file cannot be read, or a line is not such a record.
     """
-    lines = _read_text(path).removesuffix("\n").split("\n")
-    if not lines[-1].strip():
-        lines.pop()
-    return [
-        validate(parse_json(line.rstrip("\r"), f"{path}, line {number}"), record, f"{path}, line {number}")
-        for number, line in enumerate(lines, start=1)
-    ]
+    records: list[RecordType] = []
+    blank = ""  # where a line without a record is, which may be the last one only
+    with open_file(path, MOST_ROWS) as file:
+        for where, line in text_lines(file, path):
+            if blank:
+                parse_json("", blank)
+            if line.strip():
+                records.append(validate(parse_json(line, where), record, where))
+            else:
+                blank = where
+    return records
 
 
 def read_json_list(path: Path, record: type[RecordType]) -> list[RecordType]:
@@ -306,7 +322,7 @@ def read_json_list(path: Path, record: type[RecordType]) -> list[RecordType]:
     Raises:
         UserError: The file cannot be read, is no JSON list, or an item is not such a record.
     """
-    items = parse_json(_read_text(path), str(path))
+    items = parse_json(read_text(path), str(path))
     if not isinstance(items, list):
         raise UserError(f"{path}: expected a JSON list, got {_shorten(items)}", "Wrap the records in [ ].")
     return [validate(item, record, f"{path}, index {index}") for index, item in enumerate(items)]
@@ -318,12 +334,12 @@ def read_json_mapping(path: Path, record: type[RecordType]) -> dict[str, RecordT
     Raises:
         UserError: The file cannot be read, is no JSON object, or a value is not such a record.
     """
-    items = parse_json(_read_text(path), str(path))
+    items = parse_json(read_text(path), str(path))
     if not isinstance(items, dict):
         raise UserError(f"{path}: expected a JSON object, got {_shorten(items)}", "Name each record in { }.")
     if unsound := [name for name in items if not _is_unicode(name)]:
-        raise UserError(f"{path}: {_printable(unsound[0])} holds half a surrogate pair", "Give it another name.")
-    return {name: validate(item, record, f"{path}, {_printable(name)}") for name, item in items.items()}
+        raise UserError(f"{path}: {_shorten(unsound[0])} holds half a surrogate pair", "Give it another name.")
+    return {name: validate(item, record, f"{path}, {shortened(name, 80)}") for name, item in items.items()}
 
 
 def validate(item: Any, record: type[RecordType], where: str) -> RecordType:
@@ -341,7 +357,7 @@ def validate(item: Any, record: type[RecordType], where: str) -> RecordType:
         expected = first["msg"].removeprefix("Value error, ")
         got = "" if first["type"] == "missing" or "got" in expected else f", got {_shorten(first['input'])}"
         raise UserError(
-            f"{where}{f', field {_printable(field)}' if field else ''}: {_printable(expected)}{got}",
+            f"{where}{f', field {shortened(field, 200)}' if field else ''}: {expected}{got}",
             first.get("ctx", {}).get("hint") or f"Mend that record; {record.page} shows every field.",  # type: ignore[attr-defined]
         ) from error
 
@@ -367,26 +383,16 @@ def scene_of(events: Sequence[Event]) -> str:
     return format(history_digest(events[:1]) & (2**64 - 1), "016x")
 
 
-def _read_text(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}", "Check the path and its permissions.") from error
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}, line {line}: byte {error.start} is not UTF-8", "Save the file as UTF-8 text."
-        ) from error
-
-
 def parse_json(text: str, where: str) -> Any:
     """The value of a JSON text, in which no field is there twice and no number is none.
 
     Raises:
-        UserError: It is no JSON; the message names `where`.
+        UserError: It is no JSON, or nested too deeply; the message names `where`.
     """
+    if is_deep(text):
+        raise UserError(
+            f"{where}: expected JSON of at most {MOST_DEPTH} lists and objects within one another", "Mend that text."
+        )
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Refused:
         record = dict(pairs)
@@ -408,9 +414,4 @@ def parse_json(text: str, where: str) -> Any:
 
 def _shorten(value: Any, limit: int = 80) -> str:
     text = str(value) if isinstance(value, _Refused) else json.dumps(value, ensure_ascii=False, default=str)
-    return _printable(text if len(text) <= limit else text[: limit - 1] + "…")
-
-
-def _printable(text: str) -> str:
-    """Text on one line that a terminal can show, and does not obey."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+    return shortened(text, limit)

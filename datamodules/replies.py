@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
+from datamodules.reading import is_deep
+
 Value = TypeVar("Value")
 
 MOST_FAILURES = 1000  # braces that begin no JSON object; a reply of more of them holds no answer
@@ -159,7 +161,8 @@ def _objects(text: str) -> list[tuple[dict[str, Any], int, int]] | None:
 def _decode(text: str, start: int) -> Any:
     """The JSON object that begins at a place and where it ends; None if none does, `CUT_OFF` if the text ends in it."""
     try:
-        return _DECODER.raw_decode(text, start)
+        content, end = _DECODER.raw_decode(text, start)
+        return None if is_deep(text[start:end]) else (content, end)
     except json.JSONDecodeError as error:
         return CUT_OFF if error.msg.startswith("Unterminated") or _TAIL.fullmatch(text, error.pos) else None
     except (ValueError, RecursionError):

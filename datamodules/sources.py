@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from datamodules.errors import UserError
+from datamodules.reading import open_file
 from datamodules.records import AnnotatedRow, TestStep, read_json_list, read_jsonl
 
 PUBLISHED_COMMIT = "86383616ee530e9bcd1e9fe2269703ef3e3d8478"
@@ -102,8 +103,11 @@ def read_directory(paths: Mapping[str, Path], root: str) -> Corpus:
         for name, path in paths.items()
         if name.startswith(f"{TRACES}/") and name != SPLITS_FILE
     }
+    train = read_jsonl(paths[TRAIN_FILE], AnnotatedRow)
+    if not train:
+        raise UserError(f"{paths[TRAIN_FILE]}: holds no row", "Put the annotated rows there, one JSON object a line.")
     test = read_jsonl(paths[TEST_FILE], AnnotatedRow) if TEST_FILE in paths else []
-    return Corpus(root, read_jsonl(paths[TRAIN_FILE], AnnotatedRow), test, traces, paths.get(SPLITS_FILE))
+    return Corpus(root, train, test, traces, paths.get(SPLITS_FILE))
 
 
 def download_published(
@@ -144,7 +148,8 @@ def download_published(
             "Check the network, or give --data.root a directory that holds reward_data/ and test_data/.",
         ) from error
     for name, path in paths.items():
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        with open_file(path, None) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != sha256[name]:
             raise UserError(
                 f"{url}/{name} has SHA-256 {digest}, expected {sha256[name]}: it is not the published file",

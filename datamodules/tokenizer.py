@@ -1,13 +1,18 @@
 """Tokenizers: trained on the run's own text, loaded by name, and carried inside a checkpoint as plain text."""
 
+import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datamodules.errors import UserError
+from datamodules.reading import require_regular_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+# A tokenizer's training takes quadratic time in the length of a word.
+_LONG_RUN = re.compile(r"(\S{1000}|\s{1000})")
 SCRATCH = "scratch"  # in place of a backbone's name: everything is made new from the run's own text
 
 
@@ -37,7 +42,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> "PreTrainedTo
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((piece for text in texts for piece in _LONG_RUN.split(text)), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
     )
@@ -53,6 +58,8 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> "PreTrainedTok
     from transformers import AutoTokenizer
 
     try:
+        if Path(name).is_dir():
+            require_regular_files(Path(name), "model.backbone")
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(

@@ -4,15 +4,30 @@ import email.utils
 import json
 import re
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-if TYPE_CHECKING:
-    from httpx2 import Response
+from datamodules.reading import is_deep
 
 TRY_AGAIN = (408, 409, 425, 429)  # and all from 500
 ERROR_FIELDS = ("error", "errors", "message", "detail", "msg", "error_message", "error_msg")
+
+
+@dataclass(frozen=True)
+class Received:
+    """A server's response, whole and decoded; the names of `headers` are in lower case."""
+
+    status_code: int
+    reason_phrase: str
+    headers: Mapping[str, str]
+    content: bytes
+
+    @property
+    def text(self) -> str:
+        return self.content.decode("utf-8", "replace")
 
 
 class _Message(BaseModel):
@@ -45,9 +60,10 @@ def text_of(content: str | dict[str, Any] | list[str | dict[str, Any]] | None) -
 
 
 def json_of(content: bytes) -> Any:
-    """The JSON that a server sent; None if it is none."""
+    """The JSON that a server sent; None if it is none, or nested too deeply."""
     try:
-        return json.loads(content)
+        text = content.decode(json.detect_encoding(content), "surrogatepass")
+        return None if is_deep(text) else json.loads(text)
     except (ValueError, RecursionError):
         return None
 
@@ -74,7 +90,7 @@ def _sentence(error: Any) -> str:
     return f"{found} ({error['code']})" if error.get("code") else found
 
 
-def is_refusal(response: "Response", content: Any) -> bool:
+def is_refusal(response: Received, content: Any) -> bool:
     """Whether to ask again is of no use: by the status, or by the code of an error that came with status 200."""
     code = response.status_code
     if code == 200 and isinstance(content, dict) and error_of(content):
@@ -84,7 +100,7 @@ def is_refusal(response: "Response", content: Any) -> bool:
     return code != 200 and code < 500 and code not in TRY_AGAIN
 
 
-def streams(response: "Response") -> bool:
+def streams(response: Received) -> bool:
     """Whether a server sent a stream: server-sent events, or one JSON object a line."""
     kind = response.headers.get("content-type", "").lower()
     lines = [line for line in response.content.splitlines() if line.strip()]

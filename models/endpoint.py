@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import time
+import zlib
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import asdict, dataclass, field
@@ -25,9 +26,20 @@ from annotated_types import Ge, Le
 from pydantic import ValidationError
 
 from datamodules.chat import Messages
-from datamodules.errors import UserError
+from datamodules.errors import UserError, printable, shortened
 from datamodules.ranges import FINITE, NotNegative, Positive, Tries, refuse_unsound
-from models.completions import Completion, duration, error_of, is_refusal, json_of, retry_after, streams, text_of
+from datamodules.reading import MOST_AT_ONCE, MOST_ROWS, is_deep, require_regular
+from models.completions import (
+    Completion,
+    Received,
+    duration,
+    error_of,
+    is_refusal,
+    json_of,
+    retry_after,
+    streams,
+    text_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -37,12 +49,14 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 Counter = Callable[[str, int], AbstractContextManager[Callable[[], None]]]  # label, total -> what counts one more
+OTHER_OUTPUT = "Give another --output."
 ADDRESS_HINT = "Give one such as http://localhost:8000/v1."
 # Why a reply ended that is a whole one, in the words of several servers; others are length, content_filter, tool_calls.
 FINAL = ("stop", "end_turn", "stop_sequence", "eos", "eos_token", "complete", "completed")
 TOLD_FROM = 5.0  # seconds of a wait that a server asks for
 SHORTEST_SECRET = 6  # characters of a key: what is shorter, such as "EMPTY", is a stand-in and may be any word
 SECRET_NAMES = re.compile("key|token|secret|sig|auth|pass|pw|cred|code|jwt", re.IGNORECASE)
+LONGEST_SAID = 200  # characters of a server's words in a message
 log = logging.getLogger("proactive")
 
 
@@ -86,6 +100,8 @@ class AnswerLog:
         self.path = path
         self.texts: dict[str, str] = {}
         self.unfinished: dict[str, str] = {}
+        if path.exists() and require_regular(path, hint=OTHER_OUTPUT) > MOST_ROWS:
+            raise UserError(f"{path}: holds more than the limit of {MOST_ROWS:,} bytes", OTHER_OUTPUT)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab+")
         try:
@@ -129,18 +145,16 @@ class AnswerLog:
             self._append({"fingerprint": fingerprint, "settings": settings})
             return
         try:
-            before = json.loads(lines[0])["settings"]
+            before = _parsed(lines[0])["settings"]
             for line in lines[1:]:
-                entry = json.loads(line)
+                entry = _parsed(line)
                 self._note(entry["key"], entry["text"], entry["finish_reason"])
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{self.path} is no log of an evaluation, or an older one's", "Give another --output."
-            ) from error
+            raise UserError(f"{self.path} is no log of an evaluation, or an older one's", OTHER_OUTPUT) from error
         for name in sorted(set(before) | set(settings)):
             if (then := before.get(name)) != (now := settings.get(name)):
                 raise UserError(
-                    f"{self.path} was begun with {name} {_shorten(then)}, and this is {_shorten(now)}",
+                    f"{self.path} was begun with {name} {_value(then)}, and this is {_value(now)}",
                     "Go on with the same options, or give another --output.",
                 )
         self._file.truncate(len(whole))
@@ -149,6 +163,17 @@ class AnswerLog:
         self._file.write(json.dumps(entry).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def _parsed(line: bytes) -> Any:
+    text = line.decode()
+    if is_deep(text):
+        raise ValueError("nested too deeply")
+    return json.loads(text)
+
+
+def _value(value: Any) -> str:
+    return shortened(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), LONGEST_SAID)
 
 
 @dataclass(frozen=True)
@@ -184,7 +209,7 @@ class Endpoint:
         except ValueError:
             sound = False
         if not sound:
-            raise UserError(f"{_shorten(self.url)} is no address", ADDRESS_HINT)
+            raise UserError(f"{shortened(self.url, LONGEST_SAID)} is no address", ADDRESS_HINT)
         secrets = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if SECRET_NAMES.search(name)]
         if parts.username or parts.password or parts.fragment or secrets:
             raise UserError(
@@ -259,7 +284,8 @@ class Endpoint:
         from httpx2 import AsyncClient, Limits
 
         limits = Limits(max_connections=self.options.concurrency)
-        async with AsyncClient(headers=self._headers(), limits=limits, timeout=self.options.timeout) as client:
+        headers = {"Accept-Encoding": "gzip", **self._headers()}  # which is what `Session._received` decodes
+        async with AsyncClient(headers=headers, limits=limits, timeout=self.options.timeout) as client:
             yield Session(self, log, client)
 
     @property
@@ -281,7 +307,7 @@ class Endpoint:
 
 @lru_cache(maxsize=4)
 def _in_any_escaping(key: str) -> re.Pattern[str]:
-    """What finds a key as it is, and as JSON, repr, URLs, HTML or base64 write it, several times over as well."""
+    """What finds a key as it is, and as JSON, repr, URLs, HTML, base64 or hexadecimal write it, also several times."""
 
     def forms(character: str) -> str:
         code, hexadecimal = ord(character), f"(?i:{ord(character):02x})"
@@ -298,7 +324,8 @@ def _in_any_escaping(key: str) -> re.Pattern[str]:
         letters = base64.b64encode(b"\0" * offset + key.encode()).decode().rstrip("=")
         whole = letters[(0, 2, 3)[offset] : (offset + len(key)) * 8 // 6]
         encoded |= {re.escape(whole), re.escape(whole.translate(str.maketrans("+/", "-_")))}
-    return re.compile("|".join(["".join(written), *sorted(encoded, key=len, reverse=True)]))
+    plain_hex = rf"(?i:{key.encode().hex()})"
+    return re.compile("|".join(["".join(written), plain_hex, *sorted(encoded, key=len, reverse=True)]))
 
 
 class Session:
@@ -383,13 +410,15 @@ class Session:
         address = self.endpoint.address
         try:
             async with asyncio.timeout(self.endpoint.options.timeout):  # httpx2 limits the wait for each byte alone
-                response = await self.client.post(address, json=body)
+                response = await self._received(body, where)
         except TimeoutError:
             raise _Failed(f"no answer within {self.endpoint.options.timeout} seconds") from None
         except HTTPError as error:
             raise _Failed(self._printable(f"{type(error).__name__}: {error}")) from error
         except InvalidURL as error:
             raise UserError(f"{address} is no address: {error}", ADDRESS_HINT) from error
+        except zlib.error as error:
+            raise _Failed(f"a body that is no gzip: {error}") from error
         content = json_of(response.content)
         status = f"{response.status_code} {response.reason_phrase}"
         said = self._printable(f"{status}: {error_of(content) or response.text}")
@@ -413,7 +442,31 @@ class Session:
             place = ".".join(map(str, first["loc"])) or "top level"
             raise _Failed(self._printable(f"no chat completion: {place}: {first['msg']}: {response.text}")) from None
         text = text_of(choice.message.content).encode("utf-8", "replace").decode()
-        return self.endpoint.without_key(text), choice.finish_reason
+        return self.endpoint.without_key(text), choice.finish_reason and self._printable(choice.finish_reason)
+
+    async def _received(self, body: dict[str, Any], where: str) -> Received:
+        """A whole response, unless it has more than `MOST_AT_ONCE` bytes: then no more of it is read or decoded."""
+        async with self.client.stream("POST", self.endpoint.address, json=body) as response:
+            coding = response.headers.get("content-encoding", "identity").strip().lower()
+            if coding not in ("identity", "gzip", ""):
+                raise _Failed(self._printable(f"a body in {coding}, and gzip or none was asked for"))
+            decoder = zlib.decompressobj(16 + zlib.MAX_WBITS) if coding == "gzip" else None
+            content = bytearray()
+            sent = 0
+            async for chunk in response.aiter_raw():
+                sent += len(chunk)
+                room = MOST_AT_ONCE + 1 - len(content)
+                content += decoder.decompress(chunk, room) if decoder else chunk[:room]
+                if max(sent, len(content)) > MOST_AT_ONCE:
+                    raise UserError(
+                        f"{where}: {self.endpoint.address}: the response is longer than the limit of "
+                        f"{MOST_AT_ONCE:,} bytes",
+                        "Limit the model's answers, for example with max_tokens in --agent.extra or --judge.extra.",
+                    )
+                if decoder and decoder.eof:
+                    break
+            headers = {name.lower(): value for name, value in response.headers.items()}
+            return Received(response.status_code, response.reason_phrase, headers, bytes(content))
 
     def _refuse_long_wait(self, wait: float | None, said: str, where: str) -> None:
         if wait is None:
@@ -446,7 +499,7 @@ class Session:
         return f"{what}; what was answered is kept."
 
     def _printable(self, text: str) -> str:
-        return _shorten(self.endpoint.without_key(" ".join(text.split())))
+        return shortened(printable(self.endpoint.without_key(" ".join(text.split()))), LONGEST_SAID)
 
 
 class _Failed(Exception):  # noqa: N818 - not an error until the retries are used up
@@ -455,10 +508,3 @@ class _Failed(Exception):  # noqa: N818 - not an error until the retries are use
     def __init__(self, what: str, retry_after: float | None = None) -> None:
         super().__init__(what)
         self.retry_after = retry_after
-
-
-def _shorten(value: Any, limit: int = 200) -> str:
-    """A value on one line that a terminal can show, and does not obey."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    text = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
-    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -3,7 +3,6 @@
 import contextlib
 import shlex
 import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from callbacks.checkpoints import load_trained
 from callbacks.evaluation import ANSWERS_FILE, VERDICTS_FILE, Evaluation, carry_out
-from callbacks.files import METRICS_FILE, REPORT_FILE, new_run_folder
+from callbacks.files import METRICS_FILE, REPORT_FILE, missing_folders, new_run_folder, remove_empty
 from callbacks.progress import counted
 from datamodules.chat import AGENT_PROMPT, JUDGE_PROMPT, ChatPrompt
 from datamodules.errors import UserError
@@ -36,7 +35,7 @@ from models.judges import EndpointJudge, Judge, RecordedJudge, RewardJudge
 from models.reward import RewardClassifier
 from models.weights import Model, Tie, Weights, assign
 from proactive.parser import Parser
-from proactive.terminal import agent_tables, show
+from proactive.terminal import agent_tables, say, show
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -105,23 +104,25 @@ def agent_parser() -> Parser:
 def evaluate_agent_command(options: "Namespace", arguments: Sequence[str]) -> None:
     """Evaluate, write the folder, print the tables; say how to go on where that is cut short."""
     evaluation = prepare(options)
+    around = missing_folders(options.output or Path("runs", "evaluate"))
     folder = _output_folder(options.output)
     with _stoppable() as signals:
         try:
             record = carry_out(evaluation, folder, partial(counted, quiet=options.quiet))
         except UserError as error:
-            if not _forget_empty(folder):
+            if not _forget_empty(folder, around):
                 raise UserError(error.what, f"{error.hint} To go on: {_same_command(arguments, folder)}") from error
             raise
         except (KeyboardInterrupt, SystemExit):
             if not signals:
                 raise
-            _forget_empty(folder)
-            print(f"stopped; to go on:\n  {_same_command(arguments, folder)}", file=sys.stderr)
+            _forget_empty(folder, around)
+            say("stopped; to go on:", to_stderr=True)
+            say(f"  {_same_command(arguments, folder)}", to_stderr=True)
             raise SystemExit(128 + signals[0]) from None
     if not options.quiet:
         show(*agent_tables(record))
-        print(f"figures, judged traces and {REPORT_FILE} are in {folder}")
+        say(f"figures, judged traces and {REPORT_FILE} are in {folder}")
 
 
 def prepare(options: "Namespace") -> Evaluation:
@@ -329,15 +330,19 @@ def _output_folder(output: Path | None) -> Path:
     return output
 
 
-def _forget_empty(folder: Path) -> bool:
-    """Whether nothing was asked and nothing written; if so, no trace of the attempt stays, for options may change."""
+def _forget_empty(folder: Path, around: Sequence[Path]) -> bool:
+    """Whether nothing was asked and nothing written; if so, no trace of the attempt stays, for options may change.
+
+    Args:
+        folder: The evaluation's folder.
+        around: The folders that were not there before it, the innermost first.
+    """
     logs = [folder / name for name in (ANSWERS_FILE, VERDICTS_FILE) if (folder / name).exists()]
     if any(path.read_bytes().count(b"\n") > 1 for path in logs) or (folder / METRICS_FILE).exists():
         return False
     for path in logs:
         path.unlink()
-    with contextlib.suppress(OSError):  # it holds something else
-        folder.rmdir()
+    remove_empty(dict.fromkeys([folder, *around]))
     return True
 
 

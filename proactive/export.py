@@ -10,7 +10,7 @@ from callbacks.files import METRICS_FILE
 from callbacks.shards import content_digest
 from proactive.fit import TASKS
 from proactive.parser import Parser
-from proactive.terminal import run
+from proactive.terminal import run, say
 
 
 def export(checkpoint: Path, output: Path) -> Path:
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--debug", action="store_true", help="Show tracebacks and the libraries' own messages.")
     options = parser.parse_args(arguments)
     source = export(options.checkpoint, options.output)
-    print(options.output if options.quiet else f"{options.output} holds the weights of {source}")
+    say(options.output if options.quiet else f"{options.output} holds the weights of {source}")
 
 
 if __name__ == "__main__":

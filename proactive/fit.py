@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import shutil
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,7 +40,9 @@ from callbacks.files import (
     EmptyFolderGuard,
     agreed_folder,
     latest_run_folder,
+    missing_folders,
     new_run_folder,
+    remove_empty,
     write_atomically,
 )
 from callbacks.progress import progress_callback
@@ -71,7 +72,7 @@ from models.reward import RewardClassifier
 from models.training import BackboneModule
 from proactive.parser import Parser, best_reason
 from proactive.resume import KeepOptions, nothing_left, refuse_other_options
-from proactive.terminal import run, show, test_tables
+from proactive.terminal import run, say, show, test_tables
 
 TASKS: dict[str, tuple[type[BackboneModule], type[RowsDataModule]]] = {
     "reward": (RewardClassifier, RewardDataModule),
@@ -201,8 +202,10 @@ class FitCLI(LightningCLI):
             options = _options(self.parser, self.config)
             path = settled(Path(self.checkpoint))
             self.resumed_after = refuse_other_options(path, options, TASKS[self.task], run_folder)
+        around = missing_folders(Path(self.config.run.root, self.config.run.name))
         self.folder, self.folder_is_new = _run_folder(self.config.run, self.config.ckpt_path)
-        self.guard = EmptyFolderGuard(self.folder) if self.folder_is_new else None
+        self.new_folders = [self.folder, *around] if self.folder_is_new else []  # the innermost first
+        self.guard = EmptyFolderGuard(self.new_folders) if self.folder_is_new else None
 
     def refuse_impossible_options(self) -> None:
         """Raise a UserError for options that no part of the run could use as they are."""
@@ -229,8 +232,9 @@ class FitCLI(LightningCLI):
             super().instantiate_classes()
 
     def after_instantiate_classes(self) -> None:
-        self.config.model.learning_rate = self.model.hparams["learning_rate"]  # its default follows from the others
-        self.kept_options.options = _options(self.parser, self.config)
+        with self.without_empty_folder():
+            self.config.model.learning_rate = self.model.hparams["learning_rate"]  # its default follows from the others
+            self.kept_options.options = _options(self.parser, self.config)
 
     @contextlib.contextmanager
     def without_empty_folder(self) -> Iterator[None]:
@@ -240,6 +244,7 @@ class FitCLI(LightningCLI):
         except BaseException:
             if self.folder_is_new and not (self.folder / CHECKPOINTS).exists():
                 shutil.rmtree(self.folder, ignore_errors=True)
+                remove_empty(self.new_folders[1:])
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -338,7 +343,7 @@ def _fit_and_test(cli: FitCLI) -> None:
     try:
         trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.checkpoint, weights_only=True)
         if cli.checkpoint and trainer.is_global_zero and (said := nothing_left(trainer, cli.resumed_after)):
-            print(said, file=sys.stderr if cli.config.quiet else sys.stdout)
+            say(said, to_stderr=cli.config.quiet)
         trainer.test(
             cli.model,
             cli.datamodule,
@@ -351,14 +356,14 @@ def _fit_and_test(cli: FitCLI) -> None:
             saved = folder / CHECKPOINTS / LAST
             how = f"resume with: python -m proactive.fit --ckpt_path {shlex.quote(str(saved))}"
             where = "while loading" if stop.step is None else f"at step {stop.step}"
-            print(f"stopped {where}; {how if saved.exists() else 'nothing was trained yet'}")
+            say(f"stopped {where}; {how if saved.exists() else 'nothing was trained yet'}")
         raise SystemExit(128 + stop.signal_number if trainer.is_global_zero else 0) from None
     if not trainer.is_global_zero:
         return
     if not cli.config.quiet:
         show(*test_tables(tested_record(trainer, cli.model)))
-        print(f"figures {METRICS_FILE}, report {REPORT_FILE} and weights {EXPORT}/ are in the run folder:")
-    print(folder)
+        say(f"figures {METRICS_FILE}, report {REPORT_FILE} and weights {EXPORT}/ are in the run folder:")
+    say(folder)
 
 
 def _run_folder(settings: "Namespace", ckpt_path: str | None) -> tuple[Path, bool]:
@@ -390,7 +395,7 @@ def _resume_from(ckpt_path: str | None, folder: Path | None) -> str | None:
         return ckpt_path
     path = settled(folder / CHECKPOINTS / LAST)
     if not path.exists():
-        print(f"{folder} was stopped before its first checkpoint; it begins anew")
+        say(f"{folder} was stopped before its first checkpoint; it begins anew")
         return None
     return str(path)
 

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
-from rich.table import Table
-
 from datamodules.agreement import nominal_alpha
 from datamodules.prompts import DEFAULT_PROMPT, PromptTemplate, SegmentTokenizer, render, training_text
 from datamodules.ranges import Folds, Seed
@@ -17,7 +15,7 @@ from datamodules.splits import contamination, history_digests, split_by_scene
 from datamodules.tokenizer import SCRATCH, load_tokenizer, train_tokenizer
 from datamodules.tree import PrefixOrder
 from proactive.parser import Parser
-from proactive.terminal import run, show
+from proactive.terminal import Table, run, show
 
 VOCABULARY_SIZE = 4096
 

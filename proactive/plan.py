@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, Strategy
-from rich.table import Table
 
 from callbacks.files import write_atomically
 from datamodules.batches import BatchSize, batch_size
@@ -25,7 +24,7 @@ from models.operations import GIB, Device, Operations, find_device, trained_coun
 from models.training import BackboneModule
 from models.tree import attention_window, pair_cost
 from proactive.fit import FitCLI, task_of
-from proactive.terminal import run, show
+from proactive.terminal import Table, run, show
 
 STEPS_COUNTED = 200  # of an epoch, at most; what a longer one has follows from them
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -264,7 +263,7 @@ def _tables(found: dict[str, Any]) -> list[Table]:
         if name == "peak":
             memory.add_section()
         memory.add_row(name, f"{size / GIB:.2f}")
-    takes = Table(title="What it takes", show_header=False)
+    takes = Table("What it takes", f"tokens are those of {found['tokens_counted_by']}", show_header=False)
     takes.add_row("backbone", found["backbone"])
     takes.add_row("parameters", f"{found['parameters']:,}, of which {found['trained_parameters']:,} are trained")
     takes.add_row("devices", f"{found['devices']}, {found['sharing']}")
@@ -285,7 +284,6 @@ def _tables(found: dict[str, Any]) -> list[Table]:
     if found["seconds_an_epoch"] is not None:
         title = f"seconds an epoch at a utilization of {found['utilization']:.0%}"
         takes.add_row(title, f"{found['seconds_an_epoch']:,.0f}")
-    takes.caption = f"tokens are those of {found['tokens_counted_by']}"
     return [memory, takes]
 
 

@@ -6,18 +6,33 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
-from datamodules.errors import UserError
+from datamodules.errors import UserError, printable
 from proactive.parser import one_line
 
 MISTAKE = 2  # the exit code of a user's mistake
 AGENT_FIGURES = ("recall", "precision", "accuracy", "false_alarm", "f1")
+
+
+class Table(RichTable):
+    """A table whose texts are shown as they are: none is markup, and a terminal obeys none."""
+
+    def __init__(self, title: str, caption: str | Text | None = None, **options: Any) -> None:
+        below = Text(printable(caption), style="table.caption") if isinstance(caption, str) else caption
+        super().__init__(title=Text(printable(title), style="table.title"), caption=below, **options)
+
+    def add_column(self, header: str = "", **options: Any) -> None:  # type: ignore[override]
+        super().add_column(Text(printable(header)), **options)
+
+    def add_row(self, *cells: str) -> None:  # type: ignore[override]
+        super().add_row(*(Text(printable(cell)) for cell in cells))
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
@@ -44,7 +59,8 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
         if debug or mistake is None:
             raise
         rank = _rank()
-        print(f"error{f' (rank {rank})' if rank else ''}: {mistake.what}\n  help: {mistake.hint}", file=sys.stderr)
+        print(f"error{f' (rank {rank})' if rank else ''}: {mistake.what}", file=sys.stderr)
+        print(f"  help: {mistake.hint}", file=sys.stderr)
         sys.exit(MISTAKE)
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -64,7 +80,9 @@ def as_user_error(error: BaseException) -> UserError | None:
     if isinstance(error, UserError):
         return error
     text = one_line(str(error))
-    if isinstance(error, (OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+    if isinstance(error, MemoryError):
+        return UserError("out of memory, while data was read or prepared", "Give less data, or use a larger machine.")
+    if isinstance(error, OutOfMemoryError) or "can't allocate memory" in text:
         return UserError(
             f"out of memory: {text}",
             "Lower data.token_budget (layout rows: data.micro_batch_size), or set model.gradient_checkpointing.",
@@ -162,14 +180,18 @@ def agent_tables(record: dict[str, Any]) -> list[Table]:
     """An agent's figures beside baselines and published rows, then by split and by number of candidates."""
     published = ["published rows: their own judge, on 227 events"] * bool(record["published"])
     table = Table(title="Agent", caption=_caption(record, *published))
-    for title in ("agent", "recall", "precision", "accuracy", "false alarm", "F1", "TP/FP/TN/FN", "events"):
-        table.add_column(title, justify="left" if title == "agent" else "right")
+    splits = Table(title="By split")
+    candidates = Table(title="By number of candidates")
+    for one in (table, splits, candidates):
+        one.add_column("agent" if one is table else "")
+        for title in ("recall", "precision", "accuracy", "false alarm", "F1", "TP/FP/TN/FN", "events"):
+            one.add_column(title, justify="right")
 
     def add(to: Table, name: str, found: dict[str, float]) -> None:
         cells = [f"{found[key]:.4f}" for key in AGENT_FIGURES]
         cells[-1] += _interval(found, "f1")
         counts = "/".join(str(int(found[key])) for key in ("tp", "fp", "tn", "fn"))
-        to.add_row(Text(name), *cells, counts, str(int(found["events"])))
+        to.add_row(name, *cells, counts, str(int(found["events"])))
 
     add(table, "this agent", record["figures"])
     if record["gate"]:
@@ -179,11 +201,6 @@ def agent_tables(record: dict[str, Any]) -> list[Table]:
     table.add_section()
     for name, found in record["published"].items():
         add(table, name, found)
-    splits = Table(title="By split")
-    candidates = Table(title="By number of candidates")
-    for other in (splits, candidates):
-        for column in table.columns:
-            other.add_column("" if column.header == "agent" else column.header, justify=column.justify)
     for name, split in record["splits"].items():
         add(splits, name, split["figures"])
     for k, found in record["figures"].get("at", {}).items():
@@ -195,7 +212,13 @@ def _caption(record: dict[str, Any], *more: str) -> Text:
     """The notes of a record, the grave ones first and in red, then what else there is to say."""
     grave = [note for note in record["notes"] if note.split(":")[0].isupper()]
     rest = [note for note in record["notes"] if note not in grave]
-    return Text.assemble(*((f"{note}; ", "bold red") for note in grave), "; ".join([*rest, *more]))
+    grave_ones = ((printable(f"{note}; "), "bold red") for note in grave)
+    return Text.assemble(*grave_ones, printable("; ".join([*rest, *more])))
+
+
+def say(text: str | Path, to_stderr: bool = False) -> None:
+    """Print a line."""
+    print(printable(str(text)), file=sys.stderr if to_stderr else sys.stdout)
 
 
 def show(*tables: Table) -> None:
@@ -207,7 +230,14 @@ def show(*tables: Table) -> None:
 
 def _interval(figures: dict[str, float], key: str) -> str:
     low, high = figures.get(f"{key}_low"), figures.get(f"{key}_high")
-    return "" if low is None else f" \\[{low:.3f}, {high:.3f}]"
+    return "" if low is None else f" [{low:.3f}, {high:.3f}]"
+
+
+class _OneLine(logging.Formatter):
+    """Each message on a line; a traceback, which --debug shows, on as many as it has."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
 
 
 class _Messages(logging.StreamHandler):
@@ -229,6 +259,7 @@ def _set_up_messages(debug: bool, quiet: bool) -> None:
     rank = _rank()
     ours = logging.getLogger("proactive")
     ours.handlers = [_Messages(sys.stderr if quiet else sys.stdout)]
+    ours.handlers[0].setFormatter(_OneLine())
     ours.setLevel(logging.WARNING if quiet or rank else logging.INFO)
     ours.propagate = False
     if quiet or rank or not sys.stderr.isatty():

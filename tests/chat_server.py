@@ -24,6 +24,7 @@ class Reply:
     body: bytes | None = None
     delay: float = 0.0
     cut: bool = False  # the connection ends in the middle of the body
+    endless: bool = False  # the body comes again and again, until the client goes away
 
     def content(self) -> bytes:
         if self.body is not None:
@@ -92,6 +93,8 @@ class ChatServer:
                 handler.send_header(name, value)
             handler.end_headers()
             handler.wfile.write(content[: len(content) // 2] if reply.cut else content)
+            while reply.endless:  # ends with an error when nobody reads any more
+                handler.wfile.write(content)
             if reply.cut:
                 handler.wfile.flush()
                 handler.connection.shutdown(socket.SHUT_RDWR)

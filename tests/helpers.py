@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+import tracemalloc
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,17 @@ def small_root(folder: Path, scenes: int = 9, rows_per_scene: int = 9) -> Path:
     write_jsonl(folder / "reward_data" / "train_data.jsonl", chosen)
     write_jsonl(folder / "reward_data" / "test_data.jsonl", test[:20])
     return folder
+
+
+@contextmanager
+def no_more_memory_than(most: int) -> Iterator[None]:
+    """Fails if more bytes are allocated at once within the block."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < most
+    finally:
+        tracemalloc.stop()
 
 
 def command(module: str, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:

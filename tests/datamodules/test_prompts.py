@@ -247,7 +247,7 @@ def test_prompt_file_of_the_user_replaces_ours(tmp_path: Path, mark: str) -> Non
         (json.dumps({**PARTS, "no_proposal": "{proposal}"}).encode(), "part no_proposal: unknown placeholder"),
         (json.dumps({**PARTS, "event": "{event} \ud83d"}).encode(), "part event: expected text, got half a surrogate"),
         (b"instructions: [", "is not YAML"),
-        (b"instructions: \xff", "is not YAML"),
+        (b"instructions: \xff", "line 1: is not UTF-8"),
         (b"instructions: \x07", "is not YAML"),
         (b"instructions: !!python/object/apply:os.getcwd []", "is not YAML"),
         (b"instructions: 2024-13-45", "is not YAML"),

@@ -333,11 +333,12 @@ def test_refused_answer_is_named_by_its_place_in_the_file(bad: Any) -> None:
         (json.dumps(ROW)[:-1].encode() + b', "pred_task": "b"}', "pred_task"),
         (json.dumps({**ROW, "help_needed": float("nan")}).encode(), "help_needed"),
         (json.dumps({**ROW, "annotation": [float("-inf")]}).encode(), "annotation"),
-        (b'{"obs": ' + b"[" * 500 + b"]" * 500 + b"}", "field obs[0]"),
+        (b'{"obs": ' + b"[" * 50 + b"]" * 50 + b"}", "field obs[0]"),
+        (b'{"obs": ' + b"[" * 100 + b"]" * 100 + b"}", "at most 100 lists and objects"),
         (b'{"obs": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "JSON"),
         (b'{"obs": ' + b"1" * 5_000 + b"}", "JSON"),
     ],
-    ids=range(15),
+    ids=range(16),
 )
 def test_refused_text_names_file_and_line(tmp_path: Path, line: bytes, expected: str) -> None:
     good = json.dumps(ROW).encode()

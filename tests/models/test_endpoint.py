@@ -2,9 +2,12 @@
 
 import base64
 import contextlib
+import gzip
 import html
 import json
 import logging
+import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,9 +22,11 @@ from hypothesis import strategies as st
 from tenacity import AsyncRetrying, RetryCallState
 
 from datamodules.errors import UserError
+from datamodules.reading import MOST_AT_ONCE
 from models.endpoint import AnswerLog, Endpoint, EndpointOptions, Session, _Failed
 from tests.chat_server import ChatServer, Reply, chat_server
 from tests.datamodules.conftest import few_examples
+from tests.helpers import no_more_memory_than
 from tests.patience import HANG, HOUR, Clock, turnable_clock
 
 QUICK: dict[str, Any] = {"first_delay": 0.01, "longest_delay": 0.02, "timeout": HOUR}
@@ -361,6 +366,83 @@ def test_the_key_is_sent_and_stands_nowhere_even_if_the_server_sends_it_back(
     assert KEY not in repr(Endpoint(chat.url, "m", "MY_KEY")) + json.dumps(Endpoint(chat.url, "m", "MY_KEY").settings)
 
 
+# A beginning of gzip, of which each part that follows is empty.
+NOTHING_PACKED = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03" + b"\x00\x00\x00\xff\xff" * (MOST_AT_ONCE // 5)
+
+
+def bomb(size: int) -> bytes:
+    """Zeros, packed."""
+    return gzip.compress(b"0" * size, 9)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply(body=b"0" * 65_536, headers={"Content-Length": str(10**12)}, endless=True),
+        Reply(body=b"0" * 65_536, status=500, headers={"Content-Length": str(10**12)}, endless=True),
+        Reply(body=NOTHING_PACKED, headers={"Content-Encoding": "gzip"}),
+        Reply(body=bomb(200_000_000), headers={"Content-Encoding": "gzip"}),
+        Reply(body=b'"' + b"0" * MOST_AT_ONCE),
+    ],
+    ids=["endless", "endless error", "nothing, packed", "a bomb", "one byte too long"],
+)
+def test_of_a_response_no_more_is_read_than_the_limit(reply: Reply, log: AnswerLog) -> None:
+    with chat_server(lambda body, before: reply) as chat, no_more_memory_than(5 * MOST_AT_ONCE):
+        with pytest.raises(UserError, match=f"the response is longer than the limit of {MOST_AT_ONCE:,} bytes"):
+            ask(chat, log, ["a"], retries=3)
+        assert len(chat.bodies) == 1, "to ask again is of no use"
+
+
+def test_a_packed_response_is_read(log: AnswerLog) -> None:
+    content = Reply("hello").content()
+    with chat_server(
+        lambda body, before: Reply(body=gzip.compress(content), headers={"Content-Encoding": "gzip"})
+    ) as chat:
+        assert ask(chat, log, ["a"]) == ["hello"]
+
+
+@pytest.mark.parametrize("coding", ["br", "zstd", "gzip, gzip", "deflate"])
+def test_what_is_packed_otherwise_or_twice_is_not_unpacked(coding: str, log: AnswerLog) -> None:
+    reply = Reply(body=bomb(1000), headers={"Content-Encoding": coding})
+    with chat_server(lambda body, before: reply) as chat, pytest.raises(UserError, match=f"a body in {coding}, and"):
+        ask(chat, log, ["a"], retries=0)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply(body=b"hello", headers={"Content-Encoding": "gzip"}),
+        Reply(body=bomb(10), headers={"Content-Length": str(10**12), "Content-Encoding": "gzip"}, endless=True),
+        Reply(body=b"[" * 1_000_000),
+        Reply(body=b'{"choices": ' + b"[" * 101 + b"]" * 101 + b"}"),
+        Reply(body=b'{"error": ' * 100_000),
+    ],
+    ids=["no gzip", "more behind gzip", "brackets", "deep", "deep error"],
+)
+def test_a_body_that_cannot_be_read_is_no_answer(reply: Reply, log: AnswerLog) -> None:
+    with chat_server(lambda body, before: reply) as chat, pytest.raises(UserError) as caught:
+        ask(chat, log, ["a"], retries=0)
+    assert re.search("a body that is no gzip|no chat completion", caught.value.what)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_why_a_reply_ended_is_scrubbed_and_short_as_well(log: AnswerLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", KEY)
+    with chat_server(lambda body, before: Reply("hello", f"\x1b[2J{KEY}\n" + "x" * 10_000)) as chat:
+        ask(chat, log, ["a"], "MY_KEY")
+    (reason,) = log.unfinished.values()
+    assert reason.startswith("\\x1b[2J[key] x")
+    assert len(reason) == 200
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_a_log_that_is_no_file_is_refused(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    with pytest.raises(UserError, match=r"log.jsonl: is a .*, not a regular file"):
+        AnswerLog(path, SETTINGS)
+
+
 ESCAPED = {
     "JSON": lambda key: json.dumps(key)[1:-1],
     "JSON in JSON": lambda key: json.dumps(json.dumps(key))[1:-1],
@@ -372,6 +454,7 @@ ESCAPED = {
     "a URL": lambda key: quote(key, safe=""),
     "a form": quote_plus,
     "a URL in a URL": lambda key: quote(quote(key, safe=""), safe=""),
+    "hexadecimal": lambda key: key.encode().hex().upper(),
     "HTML": html.escape,
     "HTML by number": lambda key: "".join(f"&#{ord(character)};" for character in key),
     "base64": lambda key: base64.b64encode(key.encode()).decode(),
@@ -522,11 +605,12 @@ def test_a_log_of_other_settings_is_refused_and_says_what_differs(tmp_path: Path
     assert path.read_bytes() == before
 
 
+DEEP = b'{"settings": {"model": ' + b"[" * 101 + b"]" * 101 + b"}}\n"
 NO_ENTRY = b'{"settings": {"model": "m"}}\n{"no": 1}\n'
 EARLIER = b'{"settings": {"model": "m"}}\n{"key": "a", "where": "b", "text": "c"}\n'  # without why it ended
 
 
-@pytest.mark.parametrize("content", [b"hello\n", b"[]\n", NO_ENTRY, b"5\n", EARLIER])
+@pytest.mark.parametrize("content", [b"hello\n", b"[]\n", NO_ENTRY, b"5\n", EARLIER, DEEP])
 def test_a_file_that_is_no_log_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_bytes(content)
     with pytest.raises(UserError, match="is no log of an evaluation"):
