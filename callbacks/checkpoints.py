@@ -24,6 +24,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from callbacks import shards
 from callbacks.files import CHECKPOINTS
 from datamodules.errors import UserError
+from datamodules.reading import require_regular_files
 from models.training import EXPORT_STATE, BackboneModule, export_state
 
 LAST = "last.ckpt"
@@ -131,6 +132,7 @@ def load_trained(kind: type[Model], target: Path, option: str) -> tuple[Model, d
         UserError: There is no such model there.
     """
     if (shards.settled(target) / EXPORT_STATE).is_file():
+        require_regular_files(target, option)
         return (*kind.from_export(target), target)
     target = _checkpoint_of(target, option)
     checkpoint = load_run(target, kind.task)
@@ -166,6 +168,7 @@ def _checkpoint_of(target: Path, option: str) -> Path:
             f"{option}: {target} holds no checkpoint" if target.exists() else f"{option}: there is no {target}",
             f"Give a run folder, a checkpoint, or an export folder (with {EXPORT_STATE}).",
         )
+    require_regular_files(target, option)
     return target
 
 

@@ -49,16 +49,19 @@ def require_regular(path: Path, option: str = "", hint: str = PATH_HINT) -> int:
     return found.st_size
 
 
-def require_regular_files(folder: Path, option: str = "") -> None:
-    """Refuse a folder in which something is neither a file nor a folder; those in folders below are not looked at.
+def require_regular_files(target: Path, option: str = "") -> None:
+    """Refuse what is neither a file nor a folder, and a folder that holds such a thing; not what lies deeper.
 
     Raises:
         UserError: There is such a thing, or the folder cannot be read.
     """
+    if not target.is_dir():
+        require_regular(target, option)
+        return
     try:
-        paths = [path for path in folder.iterdir() if not path.is_dir() and path.exists()]
+        paths = [path for path in target.iterdir() if not path.is_dir() and path.exists()]
     except OSError as error:
-        raise UserError(f"{option}: {folder}: {error.strerror}", PATH_HINT) from error
+        raise UserError(f"{option}: {target}: {error.strerror}", PATH_HINT) from error
     for path in paths:
         require_regular(path, option, "Take it out of the folder.")
 

@@ -337,7 +337,7 @@ def _forget_empty(folder: Path, around: Sequence[Path]) -> bool:
         folder: The evaluation's folder.
         around: The folders that were not there before it, the innermost first.
     """
-    logs = [folder / name for name in (ANSWERS_FILE, VERDICTS_FILE) if (folder / name).exists()]
+    logs = [folder / name for name in (ANSWERS_FILE, VERDICTS_FILE) if (folder / name).is_file()]
     if any(path.read_bytes().count(b"\n") > 1 for path in logs) or (folder / METRICS_FILE).exists():
         return False
     for path in logs:

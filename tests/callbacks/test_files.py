@@ -5,9 +5,22 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from callbacks.files import latest_run_folder, new_run_folder, number, write_atomically
+from callbacks.files import (
+    EmptyFolderGuard,
+    as_cell,
+    latest_run_folder,
+    missing_folders,
+    new_run_folder,
+    number,
+    of_cell,
+    remove_empty,
+    write_atomically,
+)
 from datamodules.errors import UserError
+from tests.datamodules.conftest import few_examples
 
 
 def make(root: Path) -> list[str]:
@@ -83,3 +96,37 @@ def test_readers_never_see_a_part(tmp_path: Path) -> None:
         write_atomically(path, "later")
         assert file.read() == "former"
     assert path.stat().st_ino != before
+
+
+@pytest.mark.parametrize("by", ["call", "guard"])
+def test_new_folders_go_again_as_far_as_they_are_empty(by: str, tmp_path: Path) -> None:
+    root = tmp_path / "a" / "b"
+    around = missing_folders(root / "reward")
+    assert around == [root / "reward", root, tmp_path / "a"]
+    folder = new_run_folder(root, "reward")
+    (tmp_path / "a" / "other").mkdir()
+    remove_empty([folder, *around]) if by == "call" else EmptyFolderGuard([folder, *around]).end()
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "other"]
+    assert missing_folders(tmp_path) == []
+
+
+def test_a_folder_that_holds_something_stays(tmp_path: Path) -> None:
+    folder = new_run_folder(tmp_path / "runs", "reward")
+    (folder / "config.yaml").touch()
+    for remove in (remove_empty, lambda folders: EmptyFolderGuard(folders).end()):
+        remove([folder, folder.parent])
+        assert (folder / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "＝1", "'=1"])
+def test_a_cell_is_no_formula(text: str) -> None:
+    assert as_cell(text) == f"'{text}"
+
+
+@few_examples
+@given(st.text("=+-@\t'a", max_size=6) | st.text(max_size=6))
+def test_a_cell_gives_its_text_again(text: str) -> None:
+    cell = as_cell(text)
+    assert of_cell(cell) == text
+    assert cell in (text, f"'{text}")
+    assert cell[:1] not in set("=+-@\t\r\n")

@@ -1,5 +1,6 @@
 """Sampled answers: each is known by its history; what a resumed run wrote again counts once."""
 
+import csv
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,3 +34,15 @@ def test_samples_whose_last_events_read_alike_are_all_kept(tmp_path: Path) -> No
         ("10", "b", "fourth"),
     ]
     assert tuple(found[0]) == COLUMNS
+
+
+def test_what_an_agent_writes_is_no_formula_of_a_spreadsheet_and_is_read_as_it_was(tmp_path: Path) -> None:
+    writer, model = SampledAnswers(tmp_path), ProactiveAgent()
+    model.samples = [sample("a", text) for text in ("=1+1", "@SUM(A1)", "'=1", "plain")]
+    trainer: Any = SimpleNamespace(sanity_checking=False, is_global_zero=True, current_epoch=0, global_step=5)
+    for number, one in enumerate(model.samples):
+        one["history"] = str(number)
+    writer.on_validation_end(trainer, model)
+    with writer.path.open(newline="") as file:
+        assert [row["answer"] for row in csv.DictReader(file)] == ["'=1+1", "'@SUM(A1)", "''=1", "plain"]
+    assert [row["answer"] for row in read_samples(tmp_path)] == ["=1+1", "@SUM(A1)", "'=1", "plain"]

@@ -80,6 +80,12 @@ def test_missing_directory_and_missing_file_are_named(local: Path) -> None:
         load_corpus(str(local))
 
 
+def test_a_training_file_without_rows_is_refused(local: Path) -> None:
+    (local / "reward_data" / "train_data.jsonl").write_text("\n")
+    with pytest.raises(UserError, match=r"train_data.jsonl: holds no row"):
+        load_corpus(str(local))
+
+
 # Published
 
 

@@ -10,9 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datamodules.errors import UserError
-from datamodules.records import AnnotatedRow
+from datamodules.records import AnnotatedRow, TestStep
 from datamodules.sources import Corpus, load_corpus
-from datamodules.splits import Split, contamination, history_digests, split_by_scene, split_published
+from datamodules.splits import (
+    Split,
+    contamination,
+    history_digests,
+    split_by_scene,
+    split_outside_traces,
+    split_published,
+)
 from tests.datamodules.conftest import few_examples, row_of
 from tests.helpers import PROACTIVEBENCH, needs_proactivebench
 
@@ -151,3 +158,15 @@ def test_by_scene_is_free_of_contamination_on_published_rows(published: Corpus, 
     assert contamination(history_digests(split.train), split.validation).contaminated_rows == 0
     for part in parts(split):
         assert len({row.category for row in part}) == 4
+
+
+def test_a_published_split_without_rows_of_its_traces_is_refused() -> None:
+    """It would test nothing, which would be found out when all is trained."""
+    rows = [row_of([f"scene {scene}"], "Help.", True) for scene in range(4)]
+    steps = [
+        TestStep.model_construct(observation=row.history[0], task_status=False) for row in (rows[0], row_of(["other"]))
+    ]
+    split = split_outside_traces(Corpus("here", rows, [], {"a.json": steps[:1]}), 0.1)
+    assert split.test == rows[:1]
+    with pytest.raises(UserError, match="published would test nothing: none of here's annotated rows"):
+        split_outside_traces(Corpus("here", rows, [], {"a.json": steps[1:]}), 0.1)

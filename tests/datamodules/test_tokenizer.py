@@ -1,6 +1,8 @@
 """Tokenizers: trained on a run's text, loaded from a folder, and carried as plain text."""
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import datamodules.tokenizer
 from datamodules.errors import UserError
 from datamodules.tokenizer import load_tokenizer, tokenizer_from_state, tokenizer_state, train_tokenizer
 from tests.datamodules.conftest import IMPOSTORS, few_examples
@@ -127,3 +130,23 @@ def test_code_of_a_tokenizer_is_not_run_unless_asked_for(tmp_path: Path) -> None
     with pytest.raises(UserError):
         load_tokenizer(str(tmp_path))
     assert not ran.exists()
+
+
+@pytest.mark.parametrize("text", ["[" * 1_000_000, " " * 1_000_000, "ab" * 500_000])
+def test_a_word_of_any_length_can_be_trained_on(text: str) -> None:
+    """Whole, it would take hours."""
+    tokenizer = train_tokenizer([text], 400)
+    assert tokenizer.decode(tokenizer(text[:50], add_special_tokens=False).input_ids) == text[:50]
+
+
+def test_texts_of_ordinary_words_are_trained_on_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [*TEXT, " ".join(TEXT * 100), "word" * 249]
+    cut = tokenizer_state(train_tokenizer(texts, 300))
+    monkeypatch.setattr(datamodules.tokenizer, "_LONG_RUN", re.compile("(?!)"))
+    assert tokenizer_state(train_tokenizer(texts, 300)) == cut
+
+
+def test_a_folder_with_a_pipe_is_no_tokenizer(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match=r"tokenizer.json: is a named pipe"):
+        load_tokenizer(str(tmp_path))

@@ -1,0 +1,48 @@
+"""A mistake takes two lines that a terminal shows and does not obey, whatever was given."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from datamodules.errors import LONGEST_MESSAGE, UserError, printable
+from tests.datamodules.conftest import few_examples
+
+ANY_TEXT = st.text(st.characters(codec=None), max_size=20)
+
+
+@few_examples
+@given(ANY_TEXT, ANY_TEXT)
+def test_two_printable_lines(what: str, hint: str) -> None:
+    error = UserError(what, hint)
+    assert len(str(error).split("\n")) == 2
+    assert error.what.isprintable()
+    assert error.hint.isprintable()
+    str(error).encode()  # half a surrogate pair would break the print
+
+
+@few_examples
+@given(st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"], include_characters=" "), max_size=20))
+def test_ordinary_text_stays_as_it_is(text: str) -> None:
+    assert printable(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\nb\r\tc", "a\\nb\\r\\tc"),
+        ("\x1b]0;owned\x07", "\\x1b]0;owned\\x07"),
+        ("\x9b2J", "\\x9b2J"),
+        ("\u202eevil", "\\u202eevil"),
+        ("\udcff", "\\udcff"),
+        ("a\u2028b", "a\\u2028b"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_escaped(text: str, shown: str) -> None:
+    assert printable(text) == shown
+
+
+def test_a_message_is_short_however_long_a_name_is() -> None:
+    error = UserError("x" * 1_000_000, "a command " * 1000)
+    assert len(error.what) == LONGEST_MESSAGE
+    assert error.what.endswith("…")
+    assert error.hint == "a command " * 1000, "which must be whole to be of use"
