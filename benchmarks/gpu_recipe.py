@@ -108,10 +108,31 @@ class Meter(Callback):
             self.compilations = _compilations() - self._compiled
             self.memory = _memory(trainer.strategy.root_device)
             self._tell("the timed steps")
+            if trainer.is_global_zero:  # what follows may take longer than there is time
+                print(json.dumps(self.figures()), flush=True)
         elif step > self.last:
             seconds = _now() - self._since
             self._profiler.stop()
             self.profile = {"milliseconds": seconds * 1e3, **_where_time_goes(self._profiler)}
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Forget the optimizer, whose state the trainer would copy to the CPU, which takes longer than the steps."""
+        trainer.strategy.optimizers = []
+
+    def figures(self) -> dict[str, Any]:
+        """What is known when the steps are timed."""
+        total = sum(self.sizes(), BatchSize())
+        return {
+            "steps_measured": self.steps,
+            "seconds_per_step": self.seconds / self.steps,
+            "first_step_seconds": self.first_step,
+            "compilations_after_warm_up": self.compilations,
+            "rows_per_step": total.rows / self.steps,
+            "tokens_per_step": total.tokens / self.steps,
+            "tokens_per_second": total.tokens / self.seconds,
+            "largest_micro_batch": self.largest()["inputs"]["input_ids"].numel(),
+            **self.memory,
+        }
 
     def sizes(self) -> list[BatchSize]:
         """What was in each step that was timed."""
@@ -268,7 +289,7 @@ def measure(
     assert model.network is not None
     device = trainer.strategy.root_device
     sizes = meter.sizes()
-    total, seconds = sum(sizes, BatchSize()), meter.seconds / meter.steps
+    total = sum(sizes, BatchSize())
     counts = Operations.of(model.network)
     operations = counts.count(total.real_tokens, total.pairs, total.targets)
     setting = Setting(
@@ -294,20 +315,12 @@ def measure(
         "precision": precision,
         "gradient_checkpointing": model_options["gradient_checkpointing"],
         "token_budget": data.token_budget,
-        "steps_measured": meter.steps,
-        "seconds_per_step": seconds,
-        "first_step_seconds": meter.first_step,
+        **meter.figures(),
         "fit_seconds": whole_fit,
-        "compilations_after_warm_up": meter.compilations,
-        "recipe_seconds": seconds * recipe_steps,
+        "recipe_seconds": meter.seconds / meter.steps * recipe_steps,
         "recipe_steps": recipe_steps,
-        "rows_per_step": total.rows / meter.steps,
-        "tokens_per_step": total.tokens / meter.steps,
-        "tokens_per_second": total.tokens / meter.seconds,
-        "largest_micro_batch": meter.largest()["inputs"]["input_ids"].numel(),
         "bf16_matrix_rate_tflops": rate / 1e12,
         "utilization": operations / meter.seconds / rate,
-        **meter.memory,
         "planned_memory_gib": planned.peak / 2**30,
         "planned": {name: size / 2**30 for name, size in vars(planned).items()},
         "losses": [float(loss) for loss in meter.losses],

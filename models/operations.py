@@ -17,14 +17,15 @@ class Device:
 
     peak: float  # operations a second on 16-bit numbers; dense, where data sheets double it for sparse matrices
     memory: int  # bytes
+    family: str = ""  # of its architecture, where something was measured on one of them
 
 
 DEVICES = {
     "b200": Device(2250e12, 180 * GIB),
-    "h200": Device(989e12, 141 * GIB),
-    "h100 pcie": Device(756e12, 80 * GIB),
-    "h100 nvl": Device(835e12, 94 * GIB),
-    "h100": Device(989e12, 80 * GIB),
+    "h200": Device(989e12, 141 * GIB, "hopper"),
+    "h100 pcie": Device(756e12, 80 * GIB, "hopper"),
+    "h100 nvl": Device(835e12, 94 * GIB, "hopper"),
+    "h100": Device(989e12, 80 * GIB, "hopper"),
     "a100": Device(312e12, 80 * GIB),
     "l40s": Device(362e12, 48 * GIB),
     "l4": Device(121e12, 24 * GIB),
@@ -33,6 +34,12 @@ DEVICES = {
     "rtx 4090": Device(165e12, 24 * GIB),
     "rtx 3090": Device(71e12, 24 * GIB),
 }
+
+# The share of the peak that a run reaches on one card, by family and by what is trained, from docs/results.md.
+MEASURED_UTILIZATION = {
+    ("hopper", "all weights"): 0.36,  # 8B, trees of 2,200 tokens a step, blocks compiled, on an H200
+}
+ASSUMED_UTILIZATION = 0.4  # where nothing was measured
 
 
 def find_device(name: str) -> Device | None:

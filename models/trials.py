@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # How far states may differ, relatively: rounding, by the dtype that they are computed in. In float32, sums of 14,336
 # products in another order differ by 1e-5 after a few dozen layers; what a network sees and should not changes more.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 NO_DIFFERENCE = 1e-6  # where the same computation is repeated, and only what must not be seen is another
 HALF = (torch.float16, torch.bfloat16)
 FEW = 7  # tokens of a short row

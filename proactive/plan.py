@@ -20,7 +20,16 @@ from datamodules.rows import RowsDataModule
 from datamodules.tokenizer import SCRATCH
 from models.backbone import network_config, reads_last_token
 from models.memory import Change, Memory, MemoryPlan, Setting, Sharing, cheapest_fit
-from models.operations import GIB, Device, Operations, find_device, trained_count, weight_count
+from models.operations import (
+    ASSUMED_UTILIZATION,
+    GIB,
+    MEASURED_UTILIZATION,
+    Device,
+    Operations,
+    find_device,
+    trained_count,
+    weight_count,
+)
 from models.training import BackboneModule
 from models.tree import attention_window, pair_cost
 from proactive.fit import FitCLI, task_of
@@ -44,9 +53,9 @@ class PlanCLI(FitCLI):
         parser.add_argument("--device", type=str, default=None, help="Which one, such as h100; this machine's GPU.")
         parser.add_argument(
             "--utilization",
-            type=PositiveShare,
-            default=0.4,
-            help="The share of the device's peak that time is reckoned with.",
+            type=PositiveShare | None,
+            default=None,
+            help="The share of the device's peak that time is reckoned with; what was measured on such a card.",
         )
         parser.add_argument("--output", type=Path, default=None, help="Write the plan to this JSON file.")
 
@@ -92,7 +101,8 @@ def plan_run(cli: PlanCLI) -> dict[str, Any]:
     room = _bytes(options.memory) if options.memory else device.memory if device else None
     operations = Operations.of(network).count(found["size"].real_tokens, found["size"].pairs, found["size"].targets)
     executed = operations * (4 / 3 if setting.checkpointing else 1)
-    seconds = executed / (setting.devices * device.peak * options.utilization) if device else None
+    utilization, its_source = _utilization(options.utilization, device, setting, layout)
+    seconds = executed / (setting.devices * device.peak * utilization) if device else None
     change = None
     if room is not None and memory.peak > room:
         change = cheapest_fit(plan, setting, _longest(data, layout), room)
@@ -115,9 +125,21 @@ def plan_run(cli: PlanCLI) -> dict[str, Any]:
         },
         "effective_tokens": found["size"].effective_tokens,
         "operations_an_epoch": operations,
-        "utilization": options.utilization,
+        "utilization": utilization,
+        "utilization_is": its_source,
         "seconds_an_epoch": seconds,
     }
+
+
+def _utilization(given: float | None, device: Device | None, setting: Setting, layout: str) -> tuple[float, str]:
+    """The share of the device's peak that the run may reach, and where that is from: given, measured or assumed."""
+    if given is not None:
+        return given, "given"
+    if device is not None and setting.devices == 1 and layout == "tree":
+        measured = MEASURED_UTILIZATION.get((device.family, "adapters" if setting.adapter else "all weights"))
+        if measured is not None:
+            return measured, "measured"
+    return ASSUMED_UTILIZATION, "assumed"
 
 
 def main(arguments: list[str]) -> None:
@@ -282,7 +304,7 @@ def _tables(found: dict[str, Any]) -> list[Table]:
     takes.add_row("tokens of all rows", f"{found['effective_tokens']:,}")
     takes.add_row("operations an epoch", f"{found['operations_an_epoch']:.3g}")
     if found["seconds_an_epoch"] is not None:
-        title = f"seconds an epoch at a utilization of {found['utilization']:.0%}"
+        title = f"seconds an epoch at a utilization of {found['utilization']:.0%} ({found['utilization_is']})"
         takes.add_row(title, f"{found['seconds_an_epoch']:,.0f}")
     return [memory, takes]
 

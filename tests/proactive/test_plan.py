@@ -101,3 +101,20 @@ def test_a_backbone_out_of_reach_is_planned_by_its_shape(
 )
 def test_strategies_are_known_by_what_they_share(strategy: Any, sharing: str) -> None:
     assert plan._sharing(strategy, devices=4) == sharing
+
+
+def test_time_is_reckoned_with_what_was_measured_on_such_a_card(planned: Callable) -> None:
+    """On a Hopper card with all weights; else with what is assumed; and with what is given, if it is."""
+    full = ["--config", ROOT / "configs" / "reward" / "full_1x80gb.yaml", "--config", SHAPE]
+    full += ["--data.split", "by_scene", "--data.folds", "3"]
+    measured = planned(*full, "--device", "h200")
+    assert (measured["utilization"], measured["utilization_is"]) == (0.36, "measured")
+    expected = measured["operations_an_epoch"] / (989e12 * 0.36)
+    assert measured["seconds_an_epoch"] == pytest.approx(expected)
+    for more, found in (
+        (["--device", "a100"], (0.4, "assumed")),
+        (["--device", "h200", "--devices", "2"], (0.4, "assumed")),
+        (["--device", "h200", "--utilization", "0.5"], (0.5, "given")),
+    ):
+        plan = planned(*full, *more)
+        assert (plan["utilization"], plan["utilization_is"]) == found
