@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_check.py --root DIR                          one GPU; needs the extras torchao and adapters
     python benchmarks/gpu_check.py --root DIR --only '[full, qlora]'   some parts of it
+    python benchmarks/gpu_check.py --root DIR --devices 8              what several GPUs show, in 10 minutes
 
 Each part runs in a process of its own with a limit of its own; when one fails, the others go on. Figures are written to
 gpu_check.json after each part, and shown in one table at the end, with the targets that they are held to. The exit code
@@ -24,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import several_gpus
 import torch
 import yaml
 from gpu_recipe import SHAPE, SMALL, matrix_rate, measure
@@ -336,6 +338,32 @@ PARTS = {
 }
 
 
+def parts(devices: int) -> dict[str, Part]:
+    """Those of one device, or of several: what these find has to be right, and the figures to be read."""
+    if devices == 1:
+        return PARTS
+    several = {
+        "losses": (several_gpus.losses, 200, "losses_agree", ("loss_difference",)),
+        "efficiency": (several_gpus.efficiency, 200, None, ("efficiency", "rows_per_second_on_all")),
+        "killed": (several_gpus.killed, 200, "goes_on_as_if_nothing_had_been", ("ended_after_seconds", "resumed_on")),
+    }
+
+    def checked(measure: Callable[..., Figures], right: str | None) -> Callable[[str, bool], Figures]:
+        def check(root: str, small: bool) -> Figures:
+            found = measure(devices, root, small)
+            print(json.dumps(found), flush=True)
+            _check(right is None or found[right], f"{right} does not hold: {found}")
+            return found
+
+        return check
+
+    memory = ("peak_memory_gib_on_1", "peak_memory_gib_on_all")
+    return {
+        name: Part(checked(measure, right), limit, (*shown, *((right,) if right else ()), *memory))
+        for name, (measure, limit, right, shown) in several.items()
+    }
+
+
 class WrongError(Exception):
     """What was measured is not as it has to be."""
 
@@ -345,6 +373,7 @@ def main(
     output: Path = Path("gpu_check.json"),
     only: list[str] | None = None,
     small: bool = False,
+    devices: int = 1,
     part: str | None = None,
 ) -> None:
     """Run the parts, one process each, and show what they found.
@@ -354,32 +383,38 @@ def main(
         output: The JSON file of all figures.
         only: The parts to run; all if null.
         small: Small enough for a CPU; the figures then mean nothing.
+        devices: Of this machine; above 1, what several have to show.
         part: Run this one in this process and print its figures: how each process is started.
     """
+    known = parts(devices)
     if part is not None:
         faulthandler.register(signal.SIGUSR1, all_threads=False)
         sys.stdin.readline()  # until the part before it has ended
-        print(json.dumps(PARTS[part].measure(root, small)))
+        print(json.dumps(known[part].measure(root, small)))
         return
-    if unknown := set(only or ()) - set(PARTS):
+    if unknown := set(only or ()) - set(known):
         sys.exit(
-            f"error: --only: there is no part {', '.join(sorted(unknown))}\n  help: Give some of {', '.join(PARTS)}."
+            f"error: --only: there is no part {', '.join(sorted(unknown))}\n  help: Give some of {', '.join(known)}."
         )
     console = Console(stderr=True)
-    names, options = only or list(PARTS), ["--root", str(Path(root).resolve()), "--small", str(small).lower()]
+    names, options = only or list(known), ["--root", str(Path(root).resolve()), "--small", str(small).lower()]
     found: dict[str, Figures] = {}
     started: list[Process] = []
     try:
         for place, name in enumerate(names):
             for soon in names[len(started) : place + 2]:  # this one and the next
-                started.append(Process([sys.executable, "-W", "ignore", __file__, *options, "--part", soon]))
-            found[name] = started[place].finish(PARTS[name].limit * (SMALL_PATIENCE if small else 1))
+                started.append(
+                    Process(
+                        [sys.executable, "-W", "ignore", __file__, *options, "--devices", str(devices), "--part", soon]
+                    )
+                )
+            found[name] = started[place].finish(known[name].limit * (SMALL_PATIENCE if small else 1))
             console.print(f"{name}: {found[name]['state']} after {found[name]['seconds']:.0f} s")
             write_atomically(output, json.dumps(found, indent=1) + "\n")
     finally:
         for process in started:
             process.end()
-    Console(width=140).print(table(found, small))
+    Console(width=140).print(table(found, known, small))
     sys.exit(any(one["state"] != "passed" for one in found.values()))
 
 
@@ -435,7 +470,7 @@ class Process:
         self._process.wait()
 
 
-def table(found: dict[str, Figures], small: bool) -> Table:
+def table(found: dict[str, Figures], known: dict[str, Part], small: bool) -> Table:
     """What was found, a figure a line, with its target."""
     shown = Table(title="GPU check" + (", small: the figures mean nothing" if small else ""))
     for title in ("part", "state", "figure", "value", "target", ""):
@@ -443,15 +478,15 @@ def table(found: dict[str, Figures], small: bool) -> Table:
     for name, one in found.items():
         if "error" in one:
             shown.add_row(name, one["state"], "", "", "", one["error"].strip().splitlines()[-1][:90])
-        for place, figure in enumerate(PARTS[name].shown if "figures" in one else ()):
+        for place, figure in enumerate(known[name].shown if "figures" in one else ()):
             value = _value(one["figures"], figure)
-            least, most = PARTS[name].targets.get(figure, (None, None))
+            least, most = known[name].targets.get(figure, (None, None))
             target = " to ".join(f"{bound:g}" for bound in (least, most) if bound is not None)
             target = {(True, False): "at least ", (False, True): "at most "}.get(
                 (least is not None, most is not None), ""
             ) + target
-            known = isinstance(value, int | float)
-            missed = not known or (least is not None and value < least) or (most is not None and value > most)
+            is_number = isinstance(value, int | float)
+            missed = not is_number or (least is not None and value < least) or (most is not None and value > most)
             reached = "" if small or not target else "missed" if missed else "reached"
             first = (name, one["state"]) if not place and "error" not in one else ("", "")
             text = f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -123,7 +123,7 @@ def test_the_table_holds_figures_to_their_targets(check: ModuleType) -> None:
         "qlora": {"state": "failed", "error": "some lines\nOutOfMemoryError: no room\n"},
     }
     console = Console(width=140, file=open(os.devnull, "w"), record=True)  # noqa: SIM115
-    console.print(check.table(found, small=False))
+    console.print(check.table(found, check.PARTS, small=False))
     lines = console.export_text().splitlines()
 
     def line(figure: str) -> str:
@@ -144,3 +144,26 @@ def test_optimizers_are_held_to_small_updates(check: ModuleType) -> None:
     figures = check._optimizer_figures(plain, [(64, 32), (32,)], steps=1)
     assert figures["parameters"] == 64 * 32 + 32
     assert figures["milliseconds"] > 0
+
+
+def test_two_ranks_agree_with_one_and_one_that_is_killed_is_gone_on_without(check: ModuleType, root: Path) -> None:
+    """The same as on GPUs, over gloo."""
+    parts = check.parts(2)
+    assert list(parts) == ["losses", "efficiency", "killed"]
+    losses = parts["losses"].measure(str(root), True)
+    assert losses["losses_agree"] is True
+    assert losses["steps"] == 7
+    killed = parts["killed"].measure(str(root), True)
+    assert killed["exit_code_after_the_kill"] != 0
+    assert killed["resumed_on"] == 1
+    assert killed["figures_differ_by"] < 0.05
+
+
+def test_what_does_not_hold_fails_and_keeps_its_figures(
+    check: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {"losses_agree": False, "loss_difference": 0.5}
+    monkeypatch.setattr(check.several_gpus, "losses", lambda devices, root, small: found)
+    with pytest.raises(check.WrongError, match="losses_agree does not hold"):
+        check.parts(8)["losses"].measure("root", True)
+    assert json.loads(capsys.readouterr().out) == found
