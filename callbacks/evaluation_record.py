@@ -262,8 +262,8 @@ def notes(record: Mapping[str, Any]) -> list[str]:
 
 def figures_csv(record: Mapping[str, Any]) -> str:
     """The figures of each split as the published scoring writes them; a name is no formula of a spreadsheet."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)  # with line ends of two characters, for only these quotes a cell that holds one of them
     writer.writerow(["Category", *PUBLISHED_COLUMNS])
     for name, split in record["splits"].items():
         values = [split["figures"][figure] for figure in PUBLISHED_COLUMNS.values()]

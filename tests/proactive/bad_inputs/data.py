@@ -144,6 +144,13 @@ CASES = [
     Case("no row", "inspect", ["--root=r"], "holds no row", root(**{TRAIN: ""})),
     Case("no row to train on", "fit", ["--data.root=r"], "holds no row", root(**{TRAIN: ""})),
     Case("no row to train an agent on", "fit", ["--task=agent", "--data.root=r"], "holds no row", root(**{TRAIN: ""})),
+    Case(
+        "a published split whose traces have no rows",
+        "fit",
+        ["--task=agent", "--data.split=published", "--data.root=r"],
+        "published would test nothing",
+        root(**{TRACE: f"[{changed(STEP, observation={'time': '1', 'event': 'Another session.'})}]"}),
+    ),
     Case("a trace without an event", "evaluate", [*BASELINE, "--data.root=r"], "a.json", root(**{TRACE: "[]"})),
     Case("no trace", "evaluate", [*BASELINE, "--data.root={root}"], "no test traces"),
     Case("a root that is not there", "inspect", ["--root=nowhere"], "nowhere"),
