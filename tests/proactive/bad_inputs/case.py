@@ -67,9 +67,10 @@ class _Hung(BaseException):
 
 
 def files(folder: Path) -> dict[str, int]:
-    """All that lies in a folder, with each file's size; not run folders' parents, which may stay empty."""
-    found = {str(path.relative_to(folder)): path.lstat().st_size for path in folder.rglob("*") if not path.is_dir()}
-    kept = {str(path.relative_to(folder)): 0 for path in folder.rglob("*") if path.is_dir() and path.name.isdecimal()}
+    """All that lies in a folder, with each file's size."""
+    paths = list(folder.rglob("*"))
+    found = {str(path.relative_to(folder)): path.lstat().st_size for path in paths if not path.is_dir()}
+    kept = {str(path.relative_to(folder)): 0 for path in paths if path.is_dir()}
     return found | kept
 
 
