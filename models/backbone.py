@@ -8,6 +8,7 @@ import logging
 import pickle
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from datamodules.batches import Inputs
 from datamodules.errors import UserError
+from datamodules.reading import require_regular_files
 from datamodules.tokenizer import SCRATCH
 from models.forward import as_forward
 from models.tree import read_tree, tree_states
@@ -167,6 +169,8 @@ def network_config(
             settings = {"vocab_size": len(tokenizer), **(scratch or SCRATCH_CONFIG)}
             config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         else:
+            if Path(backbone).is_dir():
+                require_regular_files(Path(backbone), "model.backbone")
             config = AutoConfig.from_pretrained(backbone, trust_remote_code=trust_remote_code)
         text = config.get_text_config()
         if not hasattr(text, "vocab_size"):

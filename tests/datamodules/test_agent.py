@@ -20,6 +20,7 @@ from datamodules.errors import UserError
 from datamodules.prompts import truncate
 from datamodules.records import Category, scene_of
 from datamodules.sources import load_corpus
+from datamodules.splits import Split
 from datamodules.tokenizer import tokenizer_from_state, tokenizer_state
 from tests.datamodules.conftest import row_of
 from tests.helpers import PROACTIVEBENCH, needs_proactivebench, small_root, write_jsonl
@@ -277,6 +278,17 @@ def test_a_resumed_run_needs_the_same_conversations(root: Path, tmp_path: Path) 
 def test_what_cannot_be_learned_from_is_said(root: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         made(root, **options)
+
+
+def test_a_test_split_that_measures_nothing_is_said_before_anything_is_trained(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rejected offer does not say whether help was needed."""
+    split = made(root).split
+    undecided = Split(split.train, split.validation, [row_of(["another scene"], "Help.", False)])
+    monkeypatch.setattr(AgentDataModule, "divide", lambda data, corpus: undecided)
+    with pytest.raises(UserError, match="of no history in the test split is it known whether help was needed"):
+        made(root)
 
 
 def test_long_histories_lose_their_oldest_events(root: Path) -> None:

@@ -5,6 +5,7 @@ Shape legend: B rows, T tokens, D hidden size, C classes.
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -484,3 +485,10 @@ def test_stretched_rotary_positions_reach_as_far_as_they_are_stretched(
 ) -> None:
     options = {**SMALL_LLAMA, "max_position_embeddings": positions, "rope_parameters": {"rope_theta": 1e4, **rotary}}
     assert position_room(transformers.AutoConfig.for_model(**options)) == room
+
+
+def test_a_folder_with_a_pipe_is_no_backbone(tmp_path: Path) -> None:
+    """To read it would wait for ever."""
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(UserError, match=r"model.backbone: .*config.json: is a named pipe"):
+        network_config("classifier", str(tmp_path), None)  # type: ignore[arg-type]
