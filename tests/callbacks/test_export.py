@@ -67,8 +67,8 @@ def test_transformers_alone_gives_the_same_probabilities(run: Run, tmp_path: Pat
     """From text to P(accepted), of single rows and of padded batches, in a process without this project."""
     texts = {row: prompt(run, row) for row in range(len(run.data.split.test))}
     read = [len(ids) for ids in run.data._encoded["test"].input_ids]
-    rows = [row for row, text in texts.items() if len(run.data.tokenizer(text).input_ids) == read[row]][:6]
-    assert len(rows) == 6, "rows that lost no event"
+    rows = [row for row, text in texts.items() if len(run.data.tokenizer(text).input_ids) == read[row]][:5]
+    assert len(rows) == 5, "rows that lost no event"
     found = in_another_process(run.folder / "export", [texts[row] for row in rows], tmp_path)
     assert found["ours"] == []
     assert found["labels"] == {"0": "rejected", "1": "accepted"}

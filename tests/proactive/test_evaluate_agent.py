@@ -511,7 +511,7 @@ def test_a_baseline_as_the_agent(baseline: str, call: Callable, tmp_path: Path) 
         (["--agent.url=http://x", "--judge.recorded"], "only recorded traces have judgments"),
         (["--agent.traces=t", "--judge.recorded", "--gate=g"], "--gate: nobody recorded"),
         (["--agent.traces=t", "--judge.recorded", "--cost-ratio=1"], "--cost-ratio: there is no gate"),
-        (["--agent.traces=t", "--judge.recorded", "--candidates=0"], "--candidates: expected 1 or more"),
+        (["--agent.traces=t", "--judge.recorded", "--candidates=0"], "candidates: expected 1 or more"),
         (["--agent.traces=t", "--judge.recorded"], "t holds no recorded traces"),
         (["--agent.url=http://x", "--judge.url=http://x"], "--agent.model: an endpoint needs the model's name"),
         (["--agent.baseline=never-propose", "--judge.url=http://x"], "--judge.model: an endpoint needs"),

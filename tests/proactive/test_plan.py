@@ -67,7 +67,7 @@ def test_mistakes_take_two_lines(call: Callable, root: Path) -> None:
     for arguments, message in (
         (["--memory", "much"], "--memory: much is no size"),
         (["--device", "abacus"], "--device: abacus is not known"),
-        (["--devices", "0"], "--devices: 0 is no number of devices"),
+        (["--devices", "0"], "devices: expected 1 or more, got 0"),
     ):
         ended = call(plan.main, *SMALL_RUN, "--data.root", root, *arguments)
         assert ended.code == 2
