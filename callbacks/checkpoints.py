@@ -23,15 +23,21 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from callbacks import shards
 from callbacks.files import CHECKPOINTS
+from datamodules.agent import AgentDataModule
 from datamodules.errors import UserError
 from datamodules.reading import require_regular_files
+from datamodules.records import validate
+from datamodules.reward import RewardDataModule
+from datamodules.rows import RowsDataModule
+from models.backbone import refuse_unfit_tokenizer
+from models.contents import CHECKPOINTS as RECORDS
+from models.contents import ShardFiles, naming, refuse_options
 from models.training import EXPORT_STATE, BackboneModule, export_state
 
 LAST = "last.ckpt"
 BEST = "best.ckpt"
 PREVIOUS = "previous.ckpt"
-RUN_KEYS = {"state_dict", "pytorch-lightning_version", "backbone_config", "calibration", "task"}
-DATA_KEYS = {"reward": "RewardDataModule", "agent": "AgentDataModule"}  # where Lightning keeps the data module's state
+DATA: dict[str, type[RowsDataModule]] = {"reward": RewardDataModule, "agent": AgentDataModule}
 
 Model = TypeVar("Model", bound=BackboneModule)
 
@@ -72,7 +78,7 @@ def load_checkpoint(path: Path, *, checked: bool = False, whole: bool = True) ->
     try:
         file = path / shards.VALUES if sharded else path
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=not whole)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, RecursionError) as error:
         raise UserError(
             f"{path}: refused, for it holds more than weights and plain values and could run code",
             "Use a checkpoint that this project wrote.",
@@ -91,7 +97,7 @@ def load_checkpoint(path: Path, *, checked: bool = False, whole: bool = True) ->
 def _joined(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint as one device writes it, of the shards and the other values that ranks wrote."""
     state = {**values["state_dict"], **shards.read_whole(folder / shards.WEIGHTS)}
-    state |= {name: state[first] for name, first in values["aliases"].items()}
+    state |= {name: state[first] for name, first in values["aliases"].items() if first in state}
     kept = shards.read_whole(folder / shards.OPTIMIZER)
     optimizers = []
     for number, optimizer in enumerate(values["optimizer_states"]):
@@ -107,13 +113,10 @@ def load_run(path: Path, task: str, **options: bool) -> dict[str, Any]:
         UserError: As `load_checkpoint`, or it is something else, or of another task.
     """
     checkpoint = load_checkpoint(path, **options)
-    if missing := sorted(RUN_KEYS - set(checkpoint)):
-        raise UserError(
-            f"{path} is no checkpoint of a run: it lacks {', '.join(missing)}",
-            "Give one that python -m proactive.fit wrote.",
-        )
-    if (found := checkpoint["task"]) != task or DATA_KEYS[task] not in checkpoint:
+    found = checkpoint.get("task")
+    if isinstance(found, str) and found in DATA and found != task:
         raise UserError(f"{path} is of task {found}, not {task}", f"Give a checkpoint of task {task}.")
+    validate(checkpoint, RECORDS[task], str(path))
     return checkpoint
 
 
@@ -131,12 +134,21 @@ def load_trained(kind: type[Model], target: Path, option: str) -> tuple[Model, d
     Raises:
         UserError: There is no such model there.
     """
+    data_kind = DATA[kind.task]
     if (shards.settled(target) / EXPORT_STATE).is_file():
         require_regular_files(target, option)
-        return (*kind.from_export(target), target)
-    target = _checkpoint_of(target, option)
-    checkpoint = load_run(target, kind.task)
-    return kind.from_checkpoint(checkpoint), checkpoint[DATA_KEYS[kind.task]], target
+        with naming(target):
+            model, state = kind.from_export(target)
+    else:
+        target = _checkpoint_of(target, option)
+        with naming(target):
+            checkpoint = load_run(target, kind.task)
+            model, state = kind.from_checkpoint(checkpoint), checkpoint[data_kind.__qualname__]
+    with naming(target):
+        refuse_options(data_kind, state["hyperparameters"], "hyperparameters")
+        data = data_kind.from_state(state)
+        refuse_unfit_tokenizer(model.network, data.tokenizer)
+    return model, state, target
 
 
 def checkpoint_task(target: Path, option: str) -> str:
@@ -149,7 +161,7 @@ def checkpoint_task(target: Path, option: str) -> str:
         task = export_state(target).get("task")
     else:
         task = load_checkpoint(_checkpoint_of(target, option), whole=False).get("task")
-    if task not in DATA_KEYS:
+    if not isinstance(task, str) or task not in DATA:
         raise UserError(
             f"{option}: {target} is no checkpoint of a run: it names no task",
             "Give one that python -m proactive.fit wrote.",
@@ -182,10 +194,15 @@ def checkpoint_problem(path: Path) -> str | None:
 def _shards_problem(folder: Path) -> str | None:
     """The same for the files that values.pt names."""
     try:
-        expected = torch.load(folder / shards.VALUES, map_location="cpu", weights_only=True, mmap=True)["files"]
+        values = torch.load(folder / shards.VALUES, map_location="cpu", weights_only=True, mmap=True)
+        expected = validate(values, ShardFiles, shards.VALUES).files
+        if unknown := shards.files(folder) - expected.keys():
+            return f"holds {min(unknown)}, which it was not written with"
         found = shards.checksums(folder, (folder / name for name in expected))
         damaged = next((name for name, checksum in expected.items() if found[name] != checksum), None)
         return f"damaged in {damaged}" if damaged else None
+    except UserError as error:
+        return error.what
     except pickle.UnpicklingError:
         return None  # loading it says what is wrong
     except FileNotFoundError as error:
@@ -289,6 +306,10 @@ class LastCheckpoint(Checkpoint):
             signal.signal(number, handler)
         self._handlers = {}
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == "fit":
+            _refuse_other_progress(checkpoint["loops"], {"fit_loop": trainer.fit_loop.state_dict()}, "loops")
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._loaded = True
 
@@ -370,6 +391,18 @@ class LastCheckpoint(Checkpoint):
             raise Interrupted(signal_number, trainer.global_step)
 
 
+def _refuse_other_progress(saved: Any, own: Any, where: str) -> None:
+    """Refuse what says how far a run has come, if it is not as Lightning keeps it."""
+    if isinstance(own, dict) and isinstance(saved, dict):
+        for name, value in own.items():
+            _refuse_other_progress(saved.get(name), value, f"{where}.{name}")
+    elif type(saved) is not type(own) or (isinstance(saved, int) and saved < 0):
+        raise UserError(
+            f"the checkpoint does not say how far its run had come: field {where} does not serve",
+            "Resume from another checkpoint, or start a new run.",
+        )
+
+
 class BestCheckpoint(ModelCheckpoint):
     """Keeps the weights with the best figure in `best.ckpt`, also when the run folder was moved before a resume.
 
@@ -386,16 +419,21 @@ class BestCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         here = Path(str(self.dirpath), BEST)
-        score = state_dict["best_model_score"]
-        if here.exists() and score is not None:  # Lightning forgets the best figure where the folder's path is another
-            score = state_dict["best_model_score"]
-            paths = {
-                "best_model_path": str(here),
-                "kth_best_model_path": str(here),
-                "best_k_models": {str(here): score},
+        score = state_dict.get("best_model_score")
+        known = here.exists() and isinstance(score, torch.Tensor) and score.numel() == 1
+        # Only the figure is a checkpoint's to say: Lightning removes what lies under the paths, and it forgets the
+        # figure where the folder's path is another.
+        super().load_state_dict(
+            {
+                "dirpath": self.dirpath,
+                "best_model_score": score if known else None,
+                "best_model_path": str(here) if known else "",
+                "kth_best_model_path": str(here) if known else "",
+                "kth_value": score if known else self.kth_value,
+                "best_k_models": {str(here): score} if known else {},
+                "last_model_path": "",
             }
-            state_dict = {**state_dict, **paths, "dirpath": self.dirpath}
-        super().load_state_dict(state_dict)
+        )
 
 
 class SeedEachStep(Callback):

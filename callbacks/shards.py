@@ -17,12 +17,14 @@ import shutil
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from datamodules.errors import UserError
 
 VALUES = "values.pt"
 WEIGHTS = "weights"
@@ -125,7 +127,7 @@ def read_shards(folder: Path, targets: dict[str, Tensor]) -> None:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     if targets:
-        with warnings.catch_warnings():  # each process reads its own part, and need not hear so
+        with _readable(folder), warnings.catch_warnings():  # each process reads its own part, and need not hear so
             warnings.filterwarnings("ignore", ".*load in a single process.*")
             dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
 
@@ -136,8 +138,23 @@ def stored(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
     if not folder.is_dir():
         return {}
-    metadata: Mapping[str, Any] = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {name: (tensor.size, tensor.properties.dtype) for name, tensor in metadata.items()}
+    with _readable(folder):
+        metadata: Mapping[str, Any] = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+        found = {name: (tensor.size, tensor.properties.dtype) for name, tensor in metadata.items()}
+        needed = sum(size.numel() * dtype.itemsize for size, dtype in found.values())
+        if needed > (there := sum(path.stat().st_size for path in folder.iterdir())):
+            raise ValueError(f"tensors of {needed:,} bytes cannot be in files of {there:,}")
+    return found
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Tell in one line of files that are no shards of a checkpoint."""
+    try:
+        yield
+    except Exception as error:  # whatever a foreign or damaged file makes the reader say
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: no shards of a checkpoint ({reason})", "Give another checkpoint.") from error
 
 
 def read_whole(folder: Path) -> dict[str, Tensor]:
@@ -145,6 +162,11 @@ def read_whole(folder: Path) -> dict[str, Tensor]:
     targets = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in stored(folder).items()}
     read_shards(folder, targets)
     return targets
+
+
+def files(folder: Path) -> set[str]:
+    """The names of the files of a checkpoint that hold shards."""
+    return {path.relative_to(folder).as_posix() for name in (WEIGHTS, OPTIMIZER) for path in (folder / name).glob("*")}
 
 
 def checksums(folder: Path, files: Iterable[Path]) -> dict[str, int]:
@@ -199,7 +221,9 @@ def numbered(state: dict[str, Any]) -> dict[str, Any]:
     number = {name: place for place, name in enumerate(names)}
     by_number: dict[int, dict[str, Any]] = {}
     for name, value in state["state"].items():
-        weight, _, key = name.rpartition("|")
+        weight, _, key = str(name).rpartition("|")
+        if weight not in number:
+            raise UserError(f"optimizer_states: there is no weight {weight}", "Give another checkpoint.")
         by_number.setdefault(number[weight], {})[key] = value
     groups = [{**group, "params": [number[name] for name in group["params"]]} for group in state["param_groups"]]
     return {"state": by_number, "param_groups": groups}

@@ -91,7 +91,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _object(value: Any) -> Any:
+def json_object(value: Any) -> Any:
     """An object of any content that JSON can write."""
     if isinstance(value, dict):
         try:
@@ -119,7 +119,7 @@ def _proposals(*kinds: type, with_null: bool = False) -> Callable[[Any], Any]:
             try:
                 if item is not None and not isinstance(item, kinds):
                     raise ValueError(f"expected a proposal, got {_shorten(item)}")
-                proposals.append(_object(_proposal(item)))
+                proposals.append(json_object(_proposal(item)))
             except ValueError as error:
                 raise ValueError(f"index {index}: {error}") from None
         return tuple(proposal for proposal in proposals if proposal is not None or with_null)
@@ -273,7 +273,7 @@ class PublishedStep(_Record):
     judgment: Annotated[tuple[bool, ...], FailFast(), BeforeValidator(_judgments)] = Field(
         default=(), validation_alias=AliasChoices(*JUDGMENT_SPELLINGS)
     )
-    other_information: Annotated[dict[str, Any], BeforeValidator(_object)] = Field(
+    other_information: Annotated[dict[str, Any], BeforeValidator(json_object)] = Field(
         default_factory=dict, validation_alias=AliasChoices("other_infomation", "other_information")
     )
 
@@ -314,6 +314,16 @@ def read_jsonl(path: Path, record: type[RecordType]) -> list[RecordType]:
             else:
                 blank = where
     return records
+
+
+def read_json(path: Path, record: type[RecordType]) -> tuple[RecordType, Any]:
+    """Read a file that is one JSON object, as a record and as it stands.
+
+    Raises:
+        UserError: The file cannot be read, is no JSON, or is not such a record.
+    """
+    content = parse_json(read_text(path), str(path))
+    return validate(content, record, str(path)), content
 
 
 def read_json_list(path: Path, record: type[RecordType]) -> list[RecordType]:
@@ -358,8 +368,12 @@ def validate(item: Any, record: type[RecordType], where: str) -> RecordType:
         got = "" if first["type"] == "missing" or "got" in expected else f", got {_shorten(first['input'])}"
         raise UserError(
             f"{where}{f', field {shortened(field, 200)}' if field else ''}: {expected}{got}",
-            first.get("ctx", {}).get("hint") or f"Mend that record; {record.page} shows every field.",  # type: ignore[attr-defined]
+            first.get("ctx", {}).get("hint") or _hint(record),
         ) from error
+
+
+def _hint(record: type[BaseModel]) -> str:
+    return getattr(record, "hint", None) or f"Mend that record; {record.page} shows every field."  # type: ignore[attr-defined]
 
 
 def history_digest(events: Iterable[Event]) -> int:
@@ -413,5 +427,8 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def _shorten(value: Any, limit: int = 80) -> str:
-    text = str(value) if isinstance(value, _Refused) else json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = str(value) if isinstance(value, _Refused) else json.dumps(value, ensure_ascii=False, default=str)
+    except (TypeError, ValueError, RecursionError):  # names that are no text, or what holds itself
+        text = f"a {type(value).__name__}"
     return shortened(text, limit)

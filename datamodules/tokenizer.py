@@ -86,13 +86,24 @@ def tokenizer_state(tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
 
 
 def tokenizer_from_state(state: dict[str, Any]) -> "PreTrainedTokenizerFast":
-    """The tokenizer that `tokenizer_state` described."""
+    """The tokenizer that `tokenizer_state` described.
+
+    Raises:
+        UserError: It describes none, or names a special token that the tokenizer does not have.
+    """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(state["json"]),
-        padding_side="right",
-        chat_template=state.get("chat_template"),  # older checkpoints have none
-        **state["special"],
-    )
+    try:
+        kept = Tokenizer.from_str(state["json"])
+        if unknown := [token for token in state["special"].values() if token and kept.token_to_id(token) is None]:
+            raise ValueError(f"there is no token {unknown[0]}")
+        return PreTrainedTokenizerFast(
+            tokenizer_object=kept,
+            padding_side="right",
+            chat_template=state.get("chat_template"),  # older checkpoints have none
+            **state["special"],
+        )
+    except Exception as error:  # whatever a damaged description makes the library say
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"tokenizer: cannot be read: {reason}", "Give a checkpoint that is undamaged.") from error

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from datamodules.errors import UserError
 from datamodules.ranges import FINITE, Count, ShareBelowOne, refuse_unsound
 from models.backbone import Head, reads_last_token
+from models.contents import naming, refuse_other_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("proactive")
 Quantization = Literal["none", "int8", "nf4"]
 NAME = "default"  # peft's own for the only adapter
-WEIGHTS_FILE = "adapter_model.safetensors"  # as peft names it
+ADAPTER_FILE = "adapter_model.safetensors"  # as peft names it
 PREFIX = "base_model.model."  # what peft puts before a weight's name in its files
 SMALL_SHARE = 0.01  # of the weights; what holds less is not named
 SAMPLE = 256  # values of each tensor that a base's digest reads
@@ -334,7 +335,7 @@ def save_adapter(network: "PreTrainedModel", head: Head, base: str, folder: Path
     trained = trained_names(network)
     state = {name: weight for name, weight in network.state_dict().items() if name in trained}
     renamed = {PREFIX + name.replace(f".{NAME}.", "."): weight.contiguous().cpu() for name, weight in state.items()}
-    save_file(renamed, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_file(renamed, folder / ADAPTER_FILE, metadata={"format": "pt"})
     config = network.peft_config[NAME]
     config.base_model_name_or_path, config.inference_mode = base, True
     heads = [module for module in _head_modules(network, head) if list(module.parameters())]
@@ -351,16 +352,15 @@ def load_adapter(network: "PreTrainedModel", folder: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    state, path = network.state_dict(), folder / ADAPTER_FILE
     names = {PREFIX + name.replace(f".{NAME}.", "."): name for name in trained_names(network)}
     try:
-        loaded = load_file(folder / WEIGHTS_FILE)
-        if set(loaded) != set(names):
-            raise ValueError(f"it holds {len(loaded)} weights where {len(names)} are needed")
-        network.load_state_dict({names[name]: weight for name, weight in loaded.items()}, strict=False)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"{folder / WEIGHTS_FILE}: {' '.join(str(error).split())[:200]}", "Give the export folder of a run."
-        ) from error
+        loaded = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: {error}", "Give the export folder of a run.") from error
+    with naming(path):
+        refuse_other_tensors(loaded, {name: state[own] for name, own in names.items()})
+    network.load_state_dict({names[name]: weight for name, weight in loaded.items()}, strict=False)
 
 
 def merged_state(network: "PreTrainedModel", quantization: Quantization) -> dict[str, Tensor]:

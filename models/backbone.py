@@ -5,7 +5,6 @@ Shape legend: R rows, T tokens, D hidden size, C classes (rejected, accepted), L
 
 import contextlib
 import logging
-import pickle
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +17,17 @@ from torch.utils.checkpoint import checkpoint
 from datamodules.batches import Inputs
 from datamodules.errors import UserError
 from datamodules.reading import require_regular_files
+from datamodules.records import read_json
 from datamodules.tokenizer import SCRATCH
+from models.contents import (
+    Configuration,
+    naming,
+    refuse_names,
+    refuse_not_finite,
+    refuse_other_shape,
+    safetensors_files,
+    weights_in,
+)
 from models.forward import as_forward
 from models.tree import read_tree, tree_states
 from models.trials import NO_DIFFERENCE, tolerance
@@ -96,9 +105,12 @@ def pretrained_network(
         UserError: The files do not belong to the configuration, or lack a part of the layers.
     """
     from transformers import PretrainedConfig
+    from transformers.utils import SAFE_WEIGHTS_NAME
 
     with _clear_errors(head, backbone), quiet():
         auto = _auto_class(head)
+        if Path(backbone).is_dir():
+            safetensors_files(Path(backbone), SAFE_WEIGHTS_NAME)
         is_part = PretrainedConfig.get_config_dict(backbone)[0].get("model_type") != config.model_type
         prefix = auto._model_mapping[type(config)].base_model_prefix if is_part else ""
         network, found = auto.from_pretrained(
@@ -118,9 +130,17 @@ def pretrained_network(
                 f"model.backbone: {backbone} lacks {len(gaps)} of its tensors, the first of them {gaps[0]}",
                 "Fetch the backbone's files again, or give one whose files transformers can read.",
             )
+        if more := [name for name in sorted(found["unexpected_keys"]) if _is_of_a_layer(network, name)]:
+            raise UserError(
+                f"model.backbone: {backbone} holds {len(more)} tensors of layers that its config.json does not have, "
+                f"the first of them {more[0]}",
+                "Give weights and config.json that belong together.",
+            )
         for name, there, needed in sorted(found["mismatched_keys"]):
             refuse_shape(network, head, backbone, name, there, needed)
             drawn.append(name)
+        with naming(f"model.backbone: {backbone}"):
+            refuse_not_finite((n, weight) for n, weight in network.state_dict().items() if n not in drawn)
     return network, sorted(drawn)
 
 
@@ -130,6 +150,17 @@ def _must_be_there(network: "PreTrainedModel", head: Head, name: str) -> bool:
     vital = [*layers, network.get_input_embeddings()]
     owner = network.get_submodule(name.rpartition(".")[0])
     return head == "language model" or any(owner is module for part in vital for module in part.modules())
+
+
+def _is_of_a_layer(network: "PreTrainedModel", name: str) -> bool:
+    """Whether a tensor's name is that of one more layer than the network has."""
+    for prefix, module in network.named_modules():
+        for layers in (prefix, prefix.removeprefix(f"{network.base_model_prefix}.")):
+            if isinstance(module, nn.ModuleList) and name.startswith(f"{layers}."):
+                number = name.removeprefix(f"{layers}.").partition(".")[0]
+                if number.isdecimal() and int(number) >= len(module):
+                    return True
+    return False
 
 
 def refuse_shape(
@@ -216,6 +247,53 @@ def network_from_config(
         )
 
 
+def refuse_other_size(head: Head, config: dict[str, Any], tensors: int, weights: int, adapter: bool = False) -> None:
+    """Refuse a configuration of a far greater network than there are weights, before it takes time and memory.
+
+    Args:
+        head: What the network ends in.
+        config: As a file describes it.
+        tensors: How many there are in the file.
+        weights: How many there are in all of them.
+        adapter: Whether they are those of adapters alone, of which each layer has some.
+
+    Raises:
+        UserError: It is of a greater network, or of none.
+    """
+    from transformers import AutoConfig
+
+    with _clear_errors(head, config["model_type"]), quiet():
+        described = AutoConfig.for_model(**config)
+        layers = int(getattr(described.get_text_config(), "num_hidden_layers", 0))
+    what = f"{layers:,} layers" if layers > tensors else ""
+    if not what and not adapter:
+        network = weightless_network(
+            head, config["model_type"], described, dtype="float32", attn_implementation=None, trust_remote_code=False
+        )
+        greater = sum(parameter.numel() for parameter in network.parameters())
+        what = f"{greater:,} weights" if greater > 2 * weights else ""
+    if what:
+        raise UserError(
+            f"its configuration describes {what}, but it holds {tensors:,} tensors of {weights:,} weights",
+            "Give weights and configuration that belong together.",
+        )
+
+
+def refuse_unfit_tokenizer(network: "PreTrainedModel | None", tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Refuse a tokenizer with more tokens than a network has embeddings.
+
+    Raises:
+        UserError: It has.
+    """
+    assert network is not None, "a loaded model has weights"
+    room = network.config.get_text_config().vocab_size
+    if len(tokenizer) > room:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, the network has embeddings for {room}",
+            "Give backbone and tokenizer that belong together.",
+        )
+
+
 def base_from_config(
     head: Head, backbone: str, config: dict[str, Any], dtype: DtypeName, attn_implementation: str | None
 ) -> "PreTrainedModel":
@@ -252,10 +330,35 @@ def same_random_numbers() -> Iterator[None]:
         yield
 
 
-def load_network(head: Head, path: str, *, attn_implementation: str | None = None) -> "PreTrainedModel":
-    """A network as `save_pretrained` wrote it."""
-    with _clear_errors(head, path), quiet():
-        return _auto_class(head).from_pretrained(path, use_safetensors=True, attn_implementation=attn_implementation)
+def load_network(head: Head, folder: Path, *, attn_implementation: str | None = None) -> "PreTrainedModel":
+    """A network as `save_pretrained` wrote it.
+
+    Raises:
+        UserError: The folder's weights are not those of its config.json, each of them.
+    """
+    from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_NAME
+
+    _, config = read_json(folder / CONFIG_NAME, Configuration)
+    with naming(folder):
+        refuse_other_size(head, config, *weights_in(safetensors_files(folder, SAFE_WEIGHTS_NAME)))
+        if (folder / ADAPTER_CONFIG_NAME).exists():  # transformers would load the backbone that it names
+            raise UserError(f"{ADAPTER_CONFIG_NAME} lies in an export of a whole model", "Take it out.")
+    with _clear_errors(head, str(folder)), quiet():
+        network, found = _auto_class(head).from_pretrained(
+            str(folder),
+            use_safetensors=True,
+            attn_implementation=attn_implementation,
+            ignore_mismatched_sizes=True,  # they are named below
+            output_loading_info=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    with naming(folder):
+        refuse_names(found["missing_keys"], found["unexpected_keys"])
+        for name, there, needed in sorted(found["mismatched_keys"]):
+            refuse_other_shape(name, there, needed)
+        refuse_not_finite(network.state_dict().items())
+    return network
 
 
 def _auto_class(head: Head) -> Any:
@@ -430,16 +533,11 @@ def _prepare(
 
 @contextlib.contextmanager
 def _clear_errors(head: Head, name: str) -> Iterator[None]:
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    unfit = (OSError, ValueError, KeyError, ImportError, TypeError, StrictDataclassError)
-    broken = (SafetensorError, pickle.UnpicklingError, RuntimeError)
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
+    except (UserError, torch.OutOfMemoryError, MemoryError):
         raise
-    except (*unfit, *broken) as error:
+    except Exception as error:  # whatever a foreign or damaged configuration, or file, makes transformers say
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"model.backbone: cannot make a {head} of {name}: {reason}",

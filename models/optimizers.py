@@ -1,6 +1,6 @@
 """Optimizers and learning rate schedules by name."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -66,7 +66,32 @@ def build_optimizer(
     options: dict[str, Any] = {"lr": learning_rate}
     if name == "adamw":
         options["fused"] = not loss_is_scaled and all(parameter.device.type in FUSED for parameter in trained)
-    return optimizer_maker(name)(groups, **options)
+    optimizer = optimizer_maker(name)(groups, **options)
+    optimizer.register_load_state_dict_pre_hook(_refuse_other_state)
+    return optimizer
+
+
+def _refuse_other_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Refuse a state of other weights, before PyTorch loads it as it is.
+
+    Raises:
+        UserError: It is such a one.
+    """
+    try:
+        for own, group in zip(optimizer.param_groups, state["param_groups"], strict=True):
+            if own["betas"] != tuple(group["betas"]) or own["eps"] != group["eps"]:
+                raise ValueError("betas or eps are others")
+            for number, weight in zip(group["params"], own["params"], strict=True):
+                kept = state["state"].get(number) or {}
+                if kept and type(optimizer) is torch.optim.AdamW:
+                    shapes = {name: value.shape for name, value in kept.items()}
+                    if shapes != {"step": torch.Size([]), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}:
+                        raise ValueError(f"what is kept of weight {number} is not of its shape")
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"optimizer_states: the checkpoint's do not fit the model: {type(error).__name__}: {error}",
+            "Resume from another checkpoint, or start a new run.",
+        ) from error
 
 
 def _weight_decay(group: list[nn.Parameter], weight_decay: float) -> float:

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from datamodules.batches import Inputs
 from datamodules.errors import UserError
 from datamodules.ranges import NotNegative, Positive, Share, refuse_unsound
+from datamodules.records import read_json
 from datamodules.rows import log
 from datamodules.tokenizer import SCRATCH
 from models.adapters import (
+    ADAPTER_FILE,
     AdapterOptions,
     Quantization,
     add_adapter,
@@ -43,10 +45,12 @@ from models.backbone import (
     network_from_config,
     position_room,
     quiet,
+    refuse_other_size,
     same_random_numbers,
     weightless_network,
 )
 from models.calibration import DECISION, Calibration, calibrated
+from models.contents import ExportContent, refuse_options, refuse_other_tensors, weights_in
 from models.finite import FiniteCheck
 from models.optimizers import (
     SHARDED,
@@ -456,24 +460,28 @@ class BackboneModule(LightningModule):
             checkpoint["state_dict"] = {n: w for n, w in checkpoint["state_dict"].items() if n in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        own, saved = self.state_dict(), checkpoint.get("state_dict", {})
+        own = self.state_dict()
         if self.adapter is not None:
-            self._check_base(checkpoint.get("base", {}))
+            self._check_base(checkpoint.get("base") or {})
             trained = trained_names(self)
             own = {name: weight for name, weight in own.items() if name in trained}
-        if saved and {name: own[name].shape for name in own} != {name: saved[name].shape for name in saved}:
-            raise UserError(
-                "the model or its tokenizer differs in size from the one in the checkpoint",
-                "Resume with the same model options and data.vocabulary_size, or start a new run.",
-            )
+        if "state_dict" in checkpoint:  # ranks have each read their part already
+            refuse_other_tensors(checkpoint["state_dict"], own)
         self.calibration = Calibration.of(checkpoint["calibration"])
 
     @classmethod
     def from_checkpoint(cls, checkpoint: dict[str, Any]) -> Self:
-        """The model of a loaded checkpoint, weights included, without its backbone's original files."""
+        """The model of a loaded checkpoint, weights included, without its backbone's original files.
+
+        Raises:
+            UserError: Its options are not this class's, or its weights are not those of the network that it describes.
+        """
         options = {name: value for name, value in checkpoint["hyper_parameters"].items() if not name.startswith("_")}
-        model = cls(**options)
-        model._make_network(json.loads(checkpoint["backbone_config"]))
+        refuse_options(cls, options, "hyper_parameters")
+        model, config = cls(**options), json.loads(checkpoint["backbone_config"])
+        sizes = [weight.numel() for weight in checkpoint["state_dict"].values() if isinstance(weight, Tensor)]
+        refuse_other_size(cls.head, config, len(sizes), sum(sizes), adapter=model.adapter is not None)
+        model._make_network(config)
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"], strict=model.strict_loading)
         return model
@@ -549,25 +557,24 @@ class BackboneModule(LightningModule):
         """The model of an exported folder, and the state that it was exported with.
 
         Raises:
-            UserError: The folder is no export of this project, or one of the other model.
+            UserError: The folder is no export of this project, one of the other model, or its weights are not those of
+                the network that it describes.
         """
         content = export_state(folder)
-        try:
-            if (task := content["task"]) != cls.task:
-                raise UserError(f"{folder} holds a model of task {task}, not {cls.task}", "Give another export folder.")
-            model = cls(**content["model"])
-            model.calibration = Calibration.of(content["calibration"])
-            state = content["data"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise _incomplete_export(folder, error) from error
-        if "base" in content:
-            model._make_network(content["backbone_config"])
+        if (task := content["task"]) != cls.task:
+            raise UserError(f"{folder} holds a model of task {task}, not {cls.task}", "Give another export folder.")
+        refuse_options(cls, content["model"], f"{folder / EXPORT_STATE}, field model")
+        model, state = cls(**content["model"]), content["data"]
+        model.calibration = Calibration.of(content["calibration"])
+        if content.get("base"):
+            config = content["backbone_config"]
+            refuse_other_size(cls.head, config, *weights_in([folder / ADAPTER_FILE]), adapter=True)
+            model._make_network(config)
             model._check_base(content["base"])
             assert model.network is not None
             load_adapter(model.network, folder)
-            return model, state
-        attention = content["model"]["attn_implementation"]
-        model.network = load_network(cls.head, str(folder), attn_implementation=attention)
+        else:
+            model.network = load_network(cls.head, folder, attn_implementation=model.hparams["attn_implementation"])
         return model, state
 
     def _merged(self) -> "PreTrainedModel":
@@ -634,16 +641,6 @@ def export_state(folder: Path) -> dict[str, Any]:
     """What an exported folder's `proactive.json` holds.
 
     Raises:
-        UserError: There is none, or it is no JSON object.
+        UserError: There is none, or it is none of this project.
     """
-    try:
-        content = json.loads((folder / EXPORT_STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _incomplete_export(folder, error) from error
-    if not isinstance(content, dict):
-        raise _incomplete_export(folder, TypeError("no object"))
-    return content
-
-
-def _incomplete_export(folder: Path, error: Exception) -> UserError:
-    return UserError(f"{folder} is not a complete export: {EXPORT_STATE}: {error}", "Give the export folder of a run.")
+    return dict(read_json(folder / EXPORT_STATE, ExportContent)[1])

@@ -24,6 +24,7 @@ TRAINER_MAY_CHANGE = (
     *("callbacks", "logger", "log_every_n_steps", "enable_progress_bar", "enable_model_summary"),  # what is shown
     *("profiler", "detect_anomaly", "deterministic"),
 )
+NEEDED = ("loops", "callbacks", "optimizer_states", "lr_schedulers")  # of what Lightning keeps
 RUN_MAY_CHANGE = ("checkpoint_every_n_steps",)
 
 
@@ -74,6 +75,11 @@ def refuse_other_options(
         if OPTIONS not in checkpoint:
             raise UserError(
                 f"{path} does not say with which options it was trained: an earlier version wrote it",
+                "Start a new run; what was trained can be evaluated and exported.",
+            )
+        if missing := [name for name in NEEDED if name not in checkpoint]:
+            raise UserError(
+                f"{path} lacks {', '.join(missing)}, without which no run goes on",
                 "Start a new run; what was trained can be evaluated and exported.",
             )
         before = checkpoint[OPTIONS]

@@ -461,7 +461,7 @@ def test_tested_weights_bring_their_own_calibration(fitted: Fitted) -> None:
 def test_a_folder_that_is_no_export_is_the_users_mistake(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "proactive.json").write_text(content)
-    with pytest.raises(UserError, match="is not a complete export"):
+    with pytest.raises(UserError, match=r"proactive\.json"):
         RewardClassifier.from_export(tmp_path)
 
 
