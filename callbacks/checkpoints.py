@@ -29,6 +29,7 @@ from datamodules.reading import require_regular_files
 from datamodules.records import validate
 from datamodules.reward import RewardDataModule
 from datamodules.rows import RowsDataModule
+from datamodules.writing import Unfinished, remove, sync
 from models.backbone import refuse_unfit_tokenizer
 from models.contents import CHECKPOINTS as RECORDS
 from models.contents import ShardFiles, naming, refuse_options
@@ -240,28 +241,11 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            with temporary.open("wb") as file:
+        with Unfinished(target) as unfinished:
+            with unfinished.path.open("wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            shards.put_in_place(temporary, target)
-        except OSError as error:
-            raise self.cannot_save(target, error.strerror or str(error)) from error
-        except RuntimeError as error:
-            # PyTorch's writer hides the disk's error behind its own, once it has begun to write
-            if not isinstance(error.__context__, OSError) and "inline_container" not in str(error):
-                raise
-            reason = getattr(error.__context__, "strerror", None) or "the disk took only a part of it"
-            raise self.cannot_save(target, reason) from error
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    @staticmethod
-    def cannot_save(target: Path, reason: str) -> UserError:
-        return UserError(f"cannot save {target}: {reason}", "Make room there; the previous checkpoint is intact.")
+                sync(file)
+            shards.put_in_place(unfinished.path, target)
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = True
@@ -308,7 +292,8 @@ class LastCheckpoint(Checkpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == "fit":
-            _refuse_other_progress(checkpoint["loops"], {"fit_loop": trainer.fit_loop.state_dict()}, "loops")
+            with naming(trainer.ckpt_path or ""):
+                _refuse_other_progress(checkpoint["loops"], {"fit_loop": trainer.fit_loop.state_dict()}, "loops")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._loaded = True
@@ -357,7 +342,7 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         _refuse_not_finite(trainer.lightning_module)  # before anything makes room for it
         if trainer.is_global_zero and self.path.exists() and self._saved < trainer.global_step:
-            shards.remove(self.previous)
+            remove(self.previous)
             with contextlib.suppress(OSError):  # where the file system has no links, the new one is all there is
                 shards.link(self.path, self.previous)
         trainer.save_checkpoint(self.path)
@@ -365,7 +350,7 @@ class LastCheckpoint(Checkpoint):
 
     def _drop_previous(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
-            shards.remove(self.previous)
+            remove(self.previous)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._signal or not self._loaded:

@@ -13,9 +13,10 @@ from torch import Tensor
 from callbacks.card import model_card
 from callbacks.files import EXPORT
 from callbacks.record import tested_record
-from callbacks.shards import put_in_place, remove, settled
+from callbacks.shards import put_in_place, settled
 from datamodules.errors import UserError
 from datamodules.rows import RowsDataModule
+from datamodules.writing import Unfinished
 from models.sharding import gather
 from models.training import EXPORT_STATE, BackboneModule, export_state
 
@@ -77,20 +78,29 @@ def export_model(
     """
     folder = folder.resolve()
     refuse_other_folder(folder)
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    remove(unfinished)
-    unfinished.mkdir(parents=True)
-    model.export(unfinished, data.state_dict(), weights)
-    data.tokenizer.save_pretrained(unfinished)
-    (unfinished / "README.md").write_text(model_card(model, data, record), encoding="utf-8")
-    content = export_state(unfinished)
+    with Unfinished(folder, folder=True) as unfinished:
+        _write(model, data, record, unfinished.path, weights)
+        for path in _foreign(folder):
+            taken = (unfinished.path / path.name).exists()
+            _link(path, unfinished.path / (f"{path.name}{KEPT}" if taken else path.name))
+        put_in_place(unfinished.path, folder)
+
+
+def _write(
+    model: BackboneModule,
+    data: RowsDataModule,
+    record: dict[str, Any] | None,
+    folder: Path,
+    weights: dict[str, Tensor] | None,
+) -> None:
+    """Write all files of an export."""
+    model.export(folder, data.state_dict(), weights)
+    data.tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(model_card(model, data, record), encoding="utf-8")
+    content = export_state(folder)
     content["around"] = {"before": data.segmenter.prefix, "after": data.end}  # what begins and ends every row
-    content[FILES] = sorted(path.name for path in unfinished.iterdir())
-    (unfinished / EXPORT_STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
-    for path in _foreign(folder):
-        taken = (unfinished / path.name).exists()
-        _link(path, unfinished / (f"{path.name}{KEPT}" if taken else path.name))
-    put_in_place(unfinished, folder)
+    content[FILES] = sorted(path.name for path in folder.iterdir())
+    (folder / EXPORT_STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def refuse_other_folder(folder: Path) -> None:
@@ -110,7 +120,10 @@ def refuse_other_folder(folder: Path) -> None:
 
 def is_export(folder: Path) -> bool:
     """Whether this project wrote a folder."""
-    return (folder / EXPORT_STATE).is_file() and "task" in export_state(folder)
+    try:
+        return bool(export_state(folder))
+    except UserError:
+        return False
 
 
 def _foreign(folder: Path) -> list[Path]:

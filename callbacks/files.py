@@ -1,15 +1,17 @@
 """Run folders, and writing a file so that it is there whole or not at all."""
 
 import contextlib
+import errno
+import fcntl
 import os
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
 from datamodules.errors import UserError
+from datamodules.writing import Unfinished, remove_leftovers, sync
 
 TEMPLATES = Path(__file__).with_name("templates")
 CHECKPOINTS = "checkpoints"
@@ -18,6 +20,7 @@ EXPORT = "export"
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"
+LOCK = ".lock"
 AGREED_AFTER = 120  # seconds at most, between the starts of a job's first and last rank
 FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")  # of a cell that spreadsheets compute instead of showing it
 RUN_FOLDER_VARIABLE = "PROACTIVE_RUN_FOLDER"  # by it the processes that rank 0 starts know their run's folder
@@ -54,7 +57,7 @@ def remove_empty(folders: Iterable[Path]) -> None:
 
 
 class EmptyFolderGuard:
-    """Removes a run's folder if it is still empty when this process ends, however that is, and others behind it.
+    """Removes a run's folder if it holds its lock alone when this process ends, however that is, and others behind it.
 
     A run's number is taken by making its folder, so that runs that start together get different ones; but nothing is
     written there before the weights are loaded, and a process that is killed until then cannot remove the folder. So
@@ -62,7 +65,9 @@ class EmptyFolderGuard:
     """
 
     def __init__(self, folders: Sequence[Path]) -> None:
-        script = 'cat > /dev/null; for folder; do rmdir "$folder" 2> /dev/null || exit; done'
+        script = f"""cat > /dev/null
+            [ "$(ls -A "$1")" != {LOCK} ] || rm "$1/{LOCK}"
+            for folder; do rmdir "$folder" 2> /dev/null || exit; done"""
         self._waiting = subprocess.Popen(  # noqa: S603 - the command is ours; the folders are arguments of it
             ["/bin/sh", "-c", script, "sh", *(str(folder.absolute()) for folder in folders)],
             stdin=subprocess.PIPE,
@@ -72,7 +77,7 @@ class EmptyFolderGuard:
         )
 
     def end(self) -> None:
-        """Remove the folders as far as they are empty, and wait no longer."""
+        """Remove the folders as far as they hold nothing but a lock, and wait no longer."""
         assert self._waiting.stdin is not None
         self._waiting.stdin.close()
         self._waiting.wait()
@@ -137,22 +142,43 @@ def of_cell(cell: str) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a UTF-8 file under another name in the same folder, then rename it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as file:
-        temporary = Path(file.name)
-        try:
+    """Write a UTF-8 file under another name in the same folder, then rename it into place.
+
+    Raises:
+        UserError: The disk is full, or the file cannot be made.
+    """
+    with Unfinished(path) as unfinished:
+        with unfinished.path.open("w", encoding="utf-8") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_umask())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+            sync(file)
+        unfinished.path.replace(path)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+class RunLock:
+    """Keeps a run folder for this process and the others of its job, until it ends, however that is.
+
+    Args:
+        folder: The run folder.
+
+    Raises:
+        UserError: Another process has it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        self._file = os.fdopen(descriptor, "w")
+        try:
+            # One of the process, and not of the open file: workers that outlive a killed process do not keep it.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise UserError(
+                    f"{folder / LOCK}: {error.strerror}", "Put --run.root where files can be locked."
+                ) from error
+            raise UserError(
+                f"{folder} is in use: another process is training there",
+                "Wait for its end, or start a new run without --ckpt_path.",
+            ) from error
+        for place in (folder, folder / CHECKPOINTS):
+            remove_leftovers(place)

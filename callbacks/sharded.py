@@ -1,7 +1,6 @@
 """FullySharded: the strategy that spreads weights, gradients and optimizer over ranks, and saves them so."""
 
 import contextlib
-import os
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from callbacks import shards
-from callbacks.checkpoints import SafeCheckpointIO, checkpoint_problem, load_run, refuse_damaged
+from callbacks.checkpoints import checkpoint_problem, load_run, refuse_damaged
 from datamodules.errors import UserError
+from datamodules.writing import Unfinished, cannot_write, no_room, sync
 from models.sharding import fill, zeros_as
 from models.training import BackboneModule
 
@@ -83,7 +83,6 @@ class FullySharded(ModelParallelStrategy):
         """Write the folder beside its place, and rename it when every rank has written its part."""
         assert self.lightning_module is not None
         target = Path(self.broadcast(filepath))
-        folder = target.with_name(f".{target.name}.unfinished")
         other_names = shards.aliases(self.lightning_module)
         state = {name: value for name, value in checkpoint.pop("state_dict").items() if name not in other_names}
         weights, rest = shards.split_state(state)
@@ -94,12 +93,14 @@ class FullySharded(ModelParallelStrategy):
             kept |= {f"{number}|{name}": value for name, value in spread.items()}
             optimizers.append({**optimizer, "state": small})
         values = {**checkpoint, "state_dict": rest, "optimizer_states": optimizers, "aliases": other_names}
-        self._on_rank_0(target, lambda: _make_anew(folder))
-        for tensors, name in ((weights, shards.WEIGHTS), (kept, shards.OPTIMIZER)):
-            if tensors:
-                self._write(tensors, folder / name, target)
-        files = self._checksums(folder)
-        self._on_rank_0(target, lambda: _finish(folder, {**values, "files": files}, target))
+        with contextlib.ExitStack() as stack:  # rank 0 removes what was not finished
+            begin = lambda: stack.enter_context(Unfinished(target, folder=True)).path  # noqa: E731
+            folder = self._on_rank_0(target, begin)
+            for tensors, name in ((weights, shards.WEIGHTS), (kept, shards.OPTIMIZER)):
+                if tensors:
+                    self._write(tensors, folder / name, target)
+            files = self._checksums(folder)
+            self._on_rank_0(target, lambda: _finish(folder, {**values, "files": files}, target))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read each rank's part of a checkpoint that any number of ranks, or one device alone, wrote."""
@@ -163,7 +164,7 @@ class FullySharded(ModelParallelStrategy):
             rank, (cause, _) = next(iter(failures.items()))
             if not isinstance(cause, OSError):
                 raise
-            raise SafeCheckpointIO.cannot_save(target, f"{cause.strerror or cause} (rank {rank})") from error
+            raise cannot_write(target, f"{cause.strerror or cause} (rank {rank})") from error
 
     def _checksums(self, folder: Path) -> dict[str, int]:
         """Those of all files, each read by the rank that wrote it."""
@@ -173,33 +174,34 @@ class FullySharded(ModelParallelStrategy):
         dist.all_gather_object(gathered, mine)
         return {name: value for found in gathered for name, value in found.items()}
 
-    def _on_rank_0(self, target: Path, action: Callable[[], None]) -> None:
-        """Do something to the files on one rank; all wait for it, and fail if it does."""
-        problem = None
+    def _on_rank_0(self, target: Path, action: Callable[[], Path]) -> Path:
+        """Do something to the files on one rank; all wait for it, get the path that it gives, and fail if it does."""
+        problem, path = None, target
         if self.global_rank == 0:
             try:
-                action()
-            except OSError as error:
-                problem = error.strerror or str(error)
-        if problem := self.broadcast(problem):
-            raise SafeCheckpointIO.cannot_save(target, problem)
+                path = action()
+            except UserError as error:
+                problem = error.what, error.hint
+            except (OSError, RuntimeError) as error:
+                if not (reason := no_room(error) or getattr(error, "strerror", None)):
+                    raise
+                problem = str(reason), ""
+        problem, path = self.broadcast((problem, path))
+        if problem:
+            raise UserError(*problem) if problem[1] else cannot_write(target, problem[0])
+        return path
 
 
 StrategyRegistry.register("fully_sharded", FullySharded, description="PyTorch's FSDP2 over all ranks")
 
 
-def _make_anew(folder: Path) -> None:
-    shards.remove(folder)
-    folder.mkdir(parents=True)
-
-
-def _finish(folder: Path, values: dict[str, Any], target: Path) -> None:
+def _finish(folder: Path, values: dict[str, Any], target: Path) -> Path:
     with (folder / shards.VALUES).open("wb") as file:
         torch.save(values, file)
-        file.flush()
-        os.fsync(file.fileno())
+        sync(file)
     shards.sync(folder)
     shards.put_in_place(folder, target)
+    return target
 
 
 def _cut(state: dict[str, Any], weights: list[Tensor]) -> dict[str, Any]:

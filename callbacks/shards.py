@@ -16,7 +16,6 @@ import os
 import shutil
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,26 +24,18 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.errors import UserError
+from datamodules.writing import checksum, remove
 
 VALUES = "values.pt"
 WEIGHTS = "weights"
 OPTIMIZER = "optimizer"
 FILE_SIZE = 2**31  # of a rank's shards: the writer holds a file's bytes twice
-CHUNK = 2**24
 AT_WORKING_DIRECTORY, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2
 
 
 def is_sharded(path: Path) -> bool:
     """Whether there is a checkpoint of many ranks."""
     return (path / VALUES).is_file()
-
-
-def remove(path: Path) -> None:
-    """Remove a checkpoint of either kind, if there is one."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def link(path: Path, other: Path) -> None:
@@ -171,7 +162,7 @@ def files(folder: Path) -> set[str]:
 
 def checksums(folder: Path, files: Iterable[Path]) -> dict[str, int]:
     """CRC-32 of files, by their names in the folder."""
-    return {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
+    return {path.relative_to(folder).as_posix(): checksum(path) for path in files}
 
 
 def content_digest(path: Path) -> str:
@@ -188,14 +179,6 @@ def sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _checksum(path: Path) -> int:
-    found = 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            found = zlib.crc32(chunk, found)
-    return found
 
 
 # What an optimizer keeps of each weight, under the weight's name

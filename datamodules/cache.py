@@ -3,7 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
-import os
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -11,10 +11,23 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel
+
+from datamodules.writing import Unfinished, checksum
+
 if TYPE_CHECKING:
     import datasets
 
+log = logging.getLogger("proactive")
 LIBRARIES = ("tokenizers", "transformers")  # tokenize, and read chat templates
+
+
+class Notes(BaseModel):
+    """What stands beside the file of some rows."""
+
+    digest: str
+    counts: dict[str, int]
+    checksum: int  # of the file
 
 
 @dataclass(frozen=True)
@@ -47,27 +60,40 @@ def cached_rows(
     from datasets.utils import tqdm
 
     folder = folder or Path(datasets.config.HF_DATASETS_CACHE, "proactive")
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{hashlib.sha256(json.dumps([what, code_digest()]).encode()).hexdigest()[:32]}.arrow"
-    notes = path.with_suffix(".json")
-    if not path.exists() or not notes.exists():
+    if (found := _kept(path)) is None:
         features = {
             name: datasets.List(datasets.Value(kind[0])) if isinstance(kind, list) else datasets.Value(kind)
             for name, kind in columns.items()
         }
-        unfinished = [file.with_name(f".{file.name}.{os.getpid()}") for file in (path, notes)]
         counts: Counter[str] = Counter()
         digest = hashlib.sha256()
-        with ArrowWriter(path=str(unfinished[0]), features=datasets.Features(features)) as writer:
-            for row in tqdm(write(counts), desc=label, unit=" rows"):
-                digest.update(json.dumps([row[name] for name in columns]).encode())
-                writer.write(row)
-            writer.finalize()
-        unfinished[1].write_text(json.dumps({"digest": digest.hexdigest(), "counts": counts}))
-        for file, final in zip(unfinished, (path, notes), strict=True):
-            file.replace(final)
-    found = json.loads(notes.read_text())
-    return CachedRows(datasets.Dataset.from_file(str(path)), found["digest"], found["counts"])
+        with Unfinished(path) as rows, Unfinished(path.with_suffix(".json")) as notes:
+            with ArrowWriter(path=str(rows.path), features=datasets.Features(features)) as writer:
+                for row in tqdm(write(counts), desc=label, unit=" rows"):
+                    digest.update(json.dumps([row[name] for name in columns]).encode())
+                    writer.write(row)
+                writer.finalize()
+            found = Notes(digest=digest.hexdigest(), counts=dict(counts), checksum=checksum(rows.path))
+            notes.path.write_text(found.model_dump_json())
+            for file in (rows, notes):
+                file.path.replace(file.target)
+    return CachedRows(datasets.Dataset.from_file(str(path)), found.digest, found.counts)
+
+
+def _kept(path: Path) -> Notes | None:
+    """What is known of rows in the cache; None if there are none, or they are damaged and have to be made anew."""
+    notes = path.with_suffix(".json")
+    try:
+        found = Notes.model_validate_json(notes.read_bytes())
+        if checksum(path) == found.checksum:
+            return found
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        pass
+    log.warning(f"{path} is damaged, so it is made anew")
+    return None
 
 
 @cache

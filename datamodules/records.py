@@ -30,7 +30,7 @@ from pydantic import (
 )
 
 from datamodules.errors import UserError, shortened
-from datamodules.reading import MOST_DEPTH, MOST_ROWS, is_deep, open_file, read_text, text_lines
+from datamodules.reading import MOST_AT_ONCE, MOST_DEPTH, MOST_ROWS, is_deep, open_file, read_text, text_lines
 
 
 class Category(StrEnum):
@@ -316,13 +316,13 @@ def read_jsonl(path: Path, record: type[RecordType]) -> list[RecordType]:
     return records
 
 
-def read_json(path: Path, record: type[RecordType]) -> tuple[RecordType, Any]:
-    """Read a file that is one JSON object, as a record and as it stands.
+def read_json(path: Path, record: type[RecordType], most: int = MOST_AT_ONCE) -> tuple[RecordType, Any]:
+    """Read a file that is one JSON object, of `most` bytes at most, as a record and as it stands.
 
     Raises:
         UserError: The file cannot be read, is no JSON, or is not such a record.
     """
-    content = parse_json(read_text(path), str(path))
+    content = parse_json(read_text(path, most), str(path))
     return validate(content, record, str(path)), content
 
 

@@ -330,7 +330,7 @@ def same_random_numbers() -> Iterator[None]:
         yield
 
 
-def load_network(head: Head, folder: Path, *, attn_implementation: str | None = None) -> "PreTrainedModel":
+def load_network(head: Head, path: str, *, attn_implementation: str | None = None) -> "PreTrainedModel":
     """A network as `save_pretrained` wrote it.
 
     Raises:
@@ -338,6 +338,7 @@ def load_network(head: Head, folder: Path, *, attn_implementation: str | None = 
     """
     from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_NAME
 
+    folder = Path(path)
     _, config = read_json(folder / CONFIG_NAME, Configuration)
     with naming(folder):
         refuse_other_size(head, config, *weights_in(safetensors_files(folder, SAFE_WEIGHTS_NAME)))

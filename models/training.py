@@ -50,7 +50,7 @@ from models.backbone import (
     weightless_network,
 )
 from models.calibration import DECISION, Calibration, calibrated
-from models.contents import ExportContent, refuse_options, refuse_other_tensors, weights_in
+from models.contents import ExportContent, naming, refuse_options, refuse_other_tensors, weights_in
 from models.finite import FiniteCheck
 from models.optimizers import (
     SHARDED,
@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EXPORT_STATE = "proactive.json"
+LARGEST_STATE = 2**30  # bytes: a tokenizer, and a digest of each history that was trained on
 NOTEWORTHY = 0.05  # a share of updates lost to rounding that a run says at its start
 
 
@@ -466,7 +467,8 @@ class BackboneModule(LightningModule):
             trained = trained_names(self)
             own = {name: weight for name, weight in own.items() if name in trained}
         if "state_dict" in checkpoint:  # ranks have each read their part already
-            refuse_other_tensors(checkpoint["state_dict"], own)
+            with naming((self._trainer and self._trainer.ckpt_path) or ""):
+                refuse_other_tensors(checkpoint["state_dict"], own)
         self.calibration = Calibration.of(checkpoint["calibration"])
 
     @classmethod
@@ -574,7 +576,9 @@ class BackboneModule(LightningModule):
             assert model.network is not None
             load_adapter(model.network, folder)
         else:
-            model.network = load_network(cls.head, folder, attn_implementation=model.hparams["attn_implementation"])
+            model.network = load_network(
+                cls.head, str(folder), attn_implementation=model.hparams["attn_implementation"]
+            )
         return model, state
 
     def _merged(self) -> "PreTrainedModel":
@@ -643,4 +647,4 @@ def export_state(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: There is none, or it is none of this project.
     """
-    return dict(read_json(folder / EXPORT_STATE, ExportContent)[1])
+    return dict(read_json(folder / EXPORT_STATE, ExportContent, LARGEST_STATE)[1])

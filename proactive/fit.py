@@ -38,6 +38,7 @@ from callbacks.files import (
     REPORT_FILE,
     RUN_FOLDER_VARIABLE,
     EmptyFolderGuard,
+    RunLock,
     agreed_folder,
     latest_run_folder,
     missing_folders,
@@ -202,10 +203,12 @@ class FitCLI(LightningCLI):
             options = _options(self.parser, self.config)
             path = settled(Path(self.checkpoint))
             self.resumed_after = refuse_other_options(path, options, TASKS[self.task], run_folder)
+        leads = RUN_FOLDER_VARIABLE not in os.environ and _rank() == "0"  # the others of a job share its lock
         around = missing_folders(Path(self.config.run.root, self.config.run.name))
         self.folder, self.folder_is_new = _run_folder(self.config.run, self.config.ckpt_path)
         self.new_folders = [self.folder, *around] if self.folder_is_new else []  # the innermost first
         self.guard = EmptyFolderGuard(self.new_folders) if self.folder_is_new else None
+        self.lock = RunLock(self.folder) if leads else None
 
     def refuse_impossible_options(self) -> None:
         """Raise a UserError for options that no part of the run could use as they are."""
@@ -374,7 +377,12 @@ def _run_folder(settings: "Namespace", ckpt_path: str | None) -> tuple[Path, boo
     root = Path(settings.root)
     folder = resumed or agreed_folder(root / settings.name, lambda: new_run_folder(root, settings.name))
     os.environ[RUN_FOLDER_VARIABLE] = str(folder)
-    return folder, resumed is None and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    return folder, resumed is None and _rank() == "0"
+
+
+def _rank() -> str:
+    """This process's rank, where torchrun or SLURM has started it."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
 
 
 def _resumed_folder(root: str, name: str, ckpt_path: str | None) -> Path | None:

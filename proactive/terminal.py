@@ -15,6 +15,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from datamodules.errors import UserError, printable
+from datamodules.writing import no_room
 from proactive.parser import one_line
 
 MISTAKE = 2  # the exit code of a user's mistake
@@ -89,6 +90,8 @@ def as_user_error(error: BaseException) -> UserError | None:
         )
     if isinstance(error, MisconfigurationException):
         return UserError(text, "Change the trainer's options; see --help.")
+    if reason := no_room(error):
+        return UserError(f"the disk is full: {reason}", "Make room there; what was written before is intact.")
     if isinstance(error, OSError) and error.filename:
         return UserError(
             f"{error.filename}: {error.strerror}", "Check the path, its permissions and the room on the disk."

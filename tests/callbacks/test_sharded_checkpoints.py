@@ -97,7 +97,7 @@ def test_a_full_disk_on_one_rank_is_told_by_all_and_loses_no_checkpoint(root: Pa
     said = on_ranks(2, disk_full_on_one_rank, root, tmp_path, folder=tmp_path / "results")
     assert len(said) == 2
     for what in said:
-        assert what == f"cannot save {tmp_path / 'last.ckpt'}: File too large (rank 1)"
+        assert what == f"cannot write {tmp_path / 'last.ckpt'}: File too large (rank 1)"
     assert load_run(tmp_path / "last.ckpt", "reward")["global_step"] == 1
 
 
