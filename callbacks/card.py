@@ -10,6 +10,7 @@ from callbacks.files import TEMPLATES
 from datamodules.agent import AN_OFFER, SILENCE
 from datamodules.prompts import on_one_line
 from datamodules.rows import RowsDataModule
+from datamodules.safe_yaml import NotYamlError, parse_yaml
 from datamodules.tokenizer import SCRATCH
 from models.adapters import never_quantized
 from models.calibration import DECISION
@@ -112,7 +113,7 @@ def _card_of(backbone: str) -> dict[str, Any]:
         path = Path(cached) if isinstance(cached, str) else path
     try:
         parts = path.read_text(encoding="utf-8").split("---\n", 2)
-        content = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
-    except (OSError, ValueError, yaml.YAMLError):
+        content = parse_yaml(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+    except (OSError, UnicodeDecodeError, NotYamlError):
         return {}  # it has none that can be read
     return content if isinstance(content, dict) else {}

@@ -7,15 +7,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from datamodules.answers import AGENT_PROMPT
-from datamodules.errors import UserError, shortened
+from datamodules.errors import UserError
 from datamodules.prompts import MOST_PROMPT, PROMPT_HINT
 from datamodules.reading import read_text
 from datamodules.records import Event, Unicode
 from datamodules.replies import UNREADABLE, Found, behind_thoughts, conclusion, is_example
+from datamodules.safe_yaml import NotYamlError, parse_yaml
 
 JUDGE_PROMPT = Path(__file__).with_name("judge_prompt.yaml")
 Messages = list[dict[str, str]]  # as chat endpoints take them: role and content
@@ -50,13 +50,13 @@ class ChatPrompt(BaseModel):
         """
         hint = f"Start from {JUDGE_PROMPT if with_proposal else AGENT_PROMPT}."
         try:
-            prompt = cls.model_validate(yaml.safe_load(read_text(path, MOST_PROMPT, hint=PROMPT_HINT)))
+            prompt = cls.model_validate(parse_yaml(read_text(path, MOST_PROMPT, hint=PROMPT_HINT)))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             part = ".".join(map(str, first["loc"])) or "top level"
             raise UserError(f"{path}, part {part}: {first['msg'].removeprefix('Value error, ')}", hint) from error
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UserError(f"{path} is not YAML: {shortened(' '.join(str(error).split()), 400)}", hint) from error
+        except NotYamlError as error:
+            raise UserError(f"{path} is not YAML: {error}", hint) from error
         found, needed = set(_PLACEHOLDER.findall(prompt.user)), {"events", "proposal"} if with_proposal else {"events"}
         if found != needed:
             wanted = " and ".join(f"{{{name}}}" for name in sorted(needed))

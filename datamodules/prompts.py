@@ -17,12 +17,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from datamodules.errors import UserError
 from datamodules.reading import read_text
 from datamodules.records import AnnotatedRow, Event, Unicode
+from datamodules.safe_yaml import NotYamlError, parse_yaml
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -55,10 +55,9 @@ class Template(BaseModel):
             UserError: The file cannot be read, lacks a part, or names an unknown part or placeholder.
         """
         try:
-            return cls.parse(yaml.safe_load(read_text(path, MOST_PROMPT, "data.prompt", PROMPT_HINT)), str(path))
-        except (yaml.YAMLError, ValueError, RecursionError) as error:  # bad text, dates or nesting
-            problem = re.sub(r"\s+", " ", str(error))
-            raise UserError(f"data.prompt: {path} is not YAML: {problem}", f"Start from {cls.default}.") from error
+            return cls.parse(parse_yaml(read_text(path, MOST_PROMPT, "data.prompt", PROMPT_HINT)), str(path))
+        except NotYamlError as error:
+            raise UserError(f"data.prompt: {path} is not YAML: {error}", f"Start from {cls.default}.") from error
 
     @classmethod
     def parse(cls, parts: Any, where: str) -> Self:

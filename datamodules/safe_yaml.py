@@ -8,12 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import get_loader
+from jsonargparse import _loaders_dumpers
 
-MOST_BYTES = 2**20
+MOST_BYTES = 2**18
 MOST_LEVELS = 64  # of lists and mappings within each other
 MOST_NODES = 2**17  # with each alias counted as all that it stands for
-_load = get_loader("yaml")  # of the commands' parsers: numbers such as 1e-3 are numbers, dates are texts
+_Loader: Any = _loaders_dumpers.get_yaml_default_loader()  # to which 1e-3 is a number, and a date a text
+
+
+class TextLoader(yaml.SafeLoader):
+    """PyYAML's loader in Python, which reads surrogate pairs as JSON has them, with jsonargparse's idea of numbers."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+class SoundLoader(_Loader):
+    """The loader of jsonargparse, which also tries texts within configurations as YAML; it has no setting for that."""
+
+    def __init__(self, stream: Any) -> None:
+        if isinstance(stream, str):
+            _refuse_unsound(stream)
+        super().__init__(stream)
+
+
+_loaders_dumpers.yaml_default_loader = SoundLoader  # type: ignore[assignment]
 
 
 class NotYamlError(yaml.YAMLError):
@@ -28,7 +46,7 @@ def parse_yaml(text: str) -> Any:
     """
     try:
         _refuse_unsound(text)
-        return _load(text)
+        return yaml.load(text, Loader=TextLoader)  # noqa: S506, it is a SafeLoader
     except NotYamlError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError
@@ -56,12 +74,10 @@ def read_yaml(path: Path) -> Any:
 def _refuse_unsound(text: str) -> None:
     if len(text) > MOST_BYTES:
         raise NotYamlError(f"it has more than {MOST_BYTES:,} bytes")
-    if "\0" in text or (not text.isascii() and text.encode("utf-8", "replace").decode() != text):
-        raise NotYamlError("it holds NUL or other characters that are no text")
     sizes: dict[str, int] = {}  # of what an anchor names
     open_nodes: list[tuple[str | None, int]] = []  # the lists and mappings around, and what came before each
     nodes = 0
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    for event in yaml.parse(text, Loader=TextLoader):
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
                 raise _problem("an alias of nothing, or of what it lies in", event)
@@ -75,8 +91,8 @@ def _refuse_unsound(text: str) -> None:
                 if len(open_nodes) > MOST_LEVELS:
                     raise _problem(f"more than {MOST_LEVELS} lists and mappings within each other", event)
             else:
-                if "\0" in event.value or any("\ud800" <= letter <= "\udfff" for letter in event.value):
-                    raise _problem("NUL or other characters that are no text", event)
+                if "\0" in event.value or not _whole(event.value):
+                    raise _problem("NUL, or half a surrogate pair", event)
                 if event.anchor:
                     sizes[event.anchor] = 1
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -85,6 +101,15 @@ def _refuse_unsound(text: str) -> None:
                 sizes[anchor] = nodes - before
         if nodes > MOST_NODES:
             raise _problem(f"more than {MOST_NODES:,} values, aliases included", event)
+
+
+def _whole(text: str) -> bool:
+    """Whether a text has no half of a surrogate pair."""
+    try:
+        text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _problem(what: str, event: yaml.Event) -> NotYamlError:

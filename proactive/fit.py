@@ -68,9 +68,11 @@ from datamodules.ranges import (
 )
 from datamodules.reward import RewardDataModule
 from datamodules.rows import RowsDataModule
+from datamodules.safe_yaml import NotYamlError, parse_yaml, read_yaml
 from models.agent import ProactiveAgent
 from models.reward import RewardClassifier
 from models.training import BackboneModule
+from proactive.foreign import GROUPS, refuse_foreign
 from proactive.parser import Parser, best_reason
 from proactive.resume import KeepOptions, nothing_left, refuse_other_options
 from proactive.terminal import run, say, show, test_tables
@@ -212,9 +214,6 @@ class FitCLI(LightningCLI):
 
     def refuse_impossible_options(self) -> None:
         """Raise a UserError for options that no part of the run could use as they are."""
-        for group in ("model", "data", "trainer", "run"):
-            if not isinstance(self.config[group], Namespace):
-                raise UserError(f"{group}: expected options, got {self.config[group]}", "Leave it out, or give some.")
         refuse_unsound(TRAINER_RANGES, self.config.trainer.as_dict(), "trainer")
         refuse_unsound({"seed_everything": Seed | bool}, self.config.as_dict(), "")
         if self.config.run.monitor == "validation/json_validity" and not self.config.model.sampled_answers:
@@ -411,9 +410,9 @@ def _resume_from(ckpt_path: str | None, folder: Path | None) -> str | None:
 def task_of(arguments: list[str]) -> str:
     """Which model the arguments, or the last configuration that says so, want trained; it settles the other options."""
     found = _scan(arguments)
-    named = [yaml.safe_load(Path(config).read_text()).get("task") for config in found.config if Path(config).is_file()]
+    named = [_read_config(config).get("task") for config in found.config]
     task = found.task or next((task for task in reversed(named) if task), DEFAULT_TASK)
-    if task not in TASKS:
+    if task not in list(TASKS):  # a list, where a configuration gives one, is in no dict
         raise UserError(f"task: there is no task {task}", f"Use {' or '.join(TASKS)}.")
     return task
 
@@ -436,35 +435,46 @@ def _scan(arguments: list[str]) -> argparse.Namespace:
 def _with_config_of_resumed_run(arguments: list[str]) -> list[str]:
     """Put the configuration of the run to resume first, unless the arguments name one."""
     found = _scan(arguments)
-    for config in found.config:
-        _check_config(Path(config))
     if found.ckpt_path is None or found.config:
         return arguments
     folder = _resumed_folder(found.root, found.name or found.task or "reward", found.ckpt_path)
     config = folder / CONFIG_FILE if folder else None
     if config is None or not config.is_file():
         return arguments
-    return ["--config", str(config), *arguments]
+    content = refuse_foreign(config, _read_config(str(config)), arguments)
+    return ["--config", yaml.safe_dump(content, sort_keys=False), *arguments]
 
 
-def _check_config(path: Path) -> None:
-    """Name a configuration file that is no YAML mapping; the parser's own message does not."""
-    if not path.is_file():
-        return  # the parser names it
+def _read_config(given: str) -> dict[str, Any]:
+    """The options of a configuration: a file, or YAML itself. Of a file that is not there none; the parser names it.
+
+    Raises:
+        UserError: It is no YAML mapping.
+    """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
+        if "\n" in given:
+            content = parse_yaml(given)
+        elif os.path.lexists(given):
+            content = read_yaml(Path(given))
+        else:
+            return {}
+    except NotYamlError as error:
         raise UserError(
-            f"--config: {path} is not YAML: {reason}", "Mend it, or start from a file in configs/."
+            f"--config: {given} is not YAML: {error}", "Mend it, or start from a file in configs/."
         ) from error
     if not isinstance(content, dict):
-        raise UserError(f"--config: {path} holds no options", "Start from a file in configs/.")
+        raise UserError(f"--config: {given} holds no options", "Start from a file in configs/.")
+    for group in GROUPS:
+        if not isinstance(content.get(group, {}), dict):
+            raise UserError(
+                f"--config: {given}: {group}: expected options, got {content[group]!r}", "Leave it out, or give some."
+            )
+    return content
 
 
 def _options(parser: LightningArgumentParser, config: "Namespace") -> dict[str, Any]:
     """The complete configuration in plain types."""
-    content = yaml.safe_load(parser.dump(config, skip_unset=False, skip_validation=True))
+    content = parse_yaml(parser.dump(config, skip_unset=False, skip_validation=True))
     return {key: value for key, value in content.items() if key not in NOT_IN_CONFIG}
 
 

@@ -10,13 +10,11 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NoReturn, Protocol, get_args, get_origin
 
-from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from datamodules.errors import UserError
 from datamodules.ranges import worded
-from datamodules.safe_yaml import NotYamlError, parse_yaml
 
-set_loader("yaml", parse_yaml, exceptions=(NotYamlError,))
 # Also where a parameter has no type: what lies in it stays what it is. The denylist is jsonargparse's own, of what runs
 # commands, reads pickles, and the like.
 set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[])
@@ -46,7 +44,8 @@ class Parser(ArgumentParser):
         raise OptionError(_said(message), f"See {self.prog} --help.") from ex
 
     def add_class_arguments(self, *args: Any, **options: Any) -> list[str]:
-        names = super().add_class_arguments(*args, **options)
+        # Where a class can be given, no file of options is read in its place: it may lie there by the name of a value.
+        names = super().add_class_arguments(*args, **{**options, "sub_configs": False})
         self._forget_code()
         return names
 

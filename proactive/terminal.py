@@ -1,5 +1,7 @@
 """How every command starts, speaks and ends: errors in one line each, tables."""
 
+import contextlib
+import errno
 import logging
 import os
 import signal
@@ -18,6 +20,7 @@ from datamodules.errors import UserError, printable
 from datamodules.writing import no_room
 from proactive.parser import one_line
 
+OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)  # of a stream, which has no name
 MISTAKE = 2  # the exit code of a user's mistake
 AGENT_FIGURES = ("recall", "precision", "accuracy", "false_alarm", "f1")
 
@@ -43,29 +46,60 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     """
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
-    _set_up_messages(debug, "--quiet" in arguments)
+    _open_closed_streams()
     before = signal.signal(signal.SIGTERM, _end)
     try:
+        _set_up_messages(debug, "--quiet" in arguments)
+        _refuse_no_text(arguments)
         main(arguments)
+        sys.stdout.flush()  # what cannot be written is found now, and not while Python ends
     except SystemExit:
         raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of our output is gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         mistake = as_user_error(error)
         if debug or mistake is None:
             raise
         rank = _rank()
-        print(f"error{f' (rank {rank})' if rank else ''}: {mistake.what}", file=sys.stderr)
-        print(f"  help: {mistake.hint}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # nobody can be told
+            print(f"error{f' (rank {rank})' if rank else ''}: {mistake.what}", file=sys.stderr)
+            print(f"  help: {mistake.hint}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _forget_output()
         sys.exit(MISTAKE)
     finally:
         signal.signal(signal.SIGTERM, before)
     sys.exit(0)
+
+
+def _open_closed_streams() -> None:
+    """Point standard streams that the caller has closed to nowhere, so that no file takes their number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w"))
+
+
+def _forget_output() -> None:
+    """Let what was not written yet go nowhere, for Python would try again while it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _refuse_no_text(arguments: list[str]) -> None:
+    """Raise a UserError for an argument whose bytes are no text: no file that a run leaves could hold it."""
+    for number, argument in enumerate(arguments, 1):
+        if any("\ud800" <= letter <= "\udfff" for letter in argument):
+            raise UserError(f"argument {number} is not UTF-8: {argument!a}", "Give names in UTF-8.")
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
@@ -95,6 +129,10 @@ def as_user_error(error: BaseException) -> UserError | None:
     if isinstance(error, OSError) and error.filename:
         return UserError(
             f"{error.filename}: {error.strerror}", "Check the path, its permissions and the room on the disk."
+        )
+    if isinstance(error, OSError) and error.errno in OUTPUT_ERRORS:
+        return UserError(
+            f"what is written out: {error.strerror}", "Check where standard output goes, and the room on the disk."
         )
     return None
 
@@ -244,10 +282,10 @@ class _OneLine(logging.Formatter):
 
 
 class _Messages(logging.StreamHandler):
-    """Messages that end the command, as print does, when nobody reads them any more."""
+    """Messages that end the command, as print does, when nobody reads them any more, or there is no room for them."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        if isinstance(sys.exc_info()[1], BrokenPipeError):
+        if isinstance(sys.exc_info()[1], OSError):
             raise
         super().handleError(record)
 

@@ -43,7 +43,7 @@ def test_the_shipped_agent_prompt_holds_the_data_as_json(events: list[str]) -> N
         ("system: a", "part user: Field required"),
         ("system: a\nuser: '{events}{proposal}'\nmore: b", "part more: Extra inputs"),
         ("- a", "part top level"),
-        ('system: "a \\ud83d"\nuser: "{events}{proposal}"', "part system: expected text, got half a surrogate pair"),
+        ('system: "a \\ud83d"\nuser: "{events}{proposal}"', "half a surrogate pair, in line 1"),
         ("a: [", "is not YAML"),
     ],
 )

@@ -245,12 +245,15 @@ def test_prompt_file_of_the_user_replaces_ours(tmp_path: Path, mark: str) -> Non
         (json.dumps({**PARTS, "event": "{proposal}"}).encode(), "part event: unknown placeholder {proposal}"),
         (json.dumps({**PARTS, "proposal": "{task}"}).encode(), "part proposal: unknown placeholder {task}"),
         (json.dumps({**PARTS, "no_proposal": "{proposal}"}).encode(), "part no_proposal: unknown placeholder"),
-        (json.dumps({**PARTS, "event": "{event} \ud83d"}).encode(), "part event: expected text, got half a surrogate"),
+        (
+            json.dumps({**PARTS, "event": "{event} \ud83d"}).encode(),
+            "half a surrogate pair, in line 1",
+        ),
         (b"instructions: [", "is not YAML"),
         (b"instructions: \xff", "line 1: is not UTF-8"),
         (b"instructions: \x07", "is not YAML"),
         (b"instructions: !!python/object/apply:os.getcwd []", "is not YAML"),
-        (b"instructions: 2024-13-45", "is not YAML"),
+        (b"instructions: 2024-13-45", "part event: Field required"),  # a text as any other
         (b"instructions: !!int x", "is not YAML"),
         (b"[" * 2_000, "is not YAML"),
     ],
