@@ -32,9 +32,41 @@ NUMBERS = {  # option of fit: values that it must refuse
     "trainer.limit_test_batches": ["-1", "nan"],
     "trainer.devices": ["0", "-5"],
 }
+OTHERS = {  # options of other commands, or of the other task: arguments before the option, and values
+    "plan --utilization": ["0", "7", "-1", "nan"],
+    "plan --devices": ["0", "-1", "1.5"],
+    "plan --memory": ["0GiB", "much", "-1", f"{'9' * 400}GiB"],
+    "inspect --folds": ["2", "0", "-1", "10001", "1.5"],
+    "inspect --seed": ["-1", "4294967296"],
+    "evaluate agent --temperature": ["nan", "inf", "-1", "hot", "101"],
+    "evaluate agent --candidates": ["0", "-1", "1001"],
+    "evaluate agent --seed": ["-1", "4294967296"],
+    "evaluate agent --cost-ratio": ["-1", "nan", "inf"],
+    "evaluate agent --judge.attempts": ["0", "1001"],
+    "evaluate agent --endpoint.timeout": ["0", "nan", "inf"],
+    "evaluate agent --endpoint.concurrency": ["0", "1001"],
+    "evaluate agent --agent.answers.max_new_tokens": ["0", "-1"],
+    "evaluate reward --data.num_workers": ["-1", "257"],
+    "evaluate reward --data.folds": ["2"],
+    "fit --run.name": ["", ".", "..", "a/b", "../x", ".hidden", "x" * 61],
+    "fit --model.adapter.rank": ["0", "-1", "65537"],
+    "fit --model.adapter.dropout": ["1", "nan"],
+    "fit --data.token_budget": ["2147483648"],
+}
 CASES = [
     Case(f"--{name}={value}", "fit", [f"--{name}={value}", *extra], name.rpartition(".")[2])
     for name, values in NUMBERS.items()
     for value in values
     for extra in [["--data.split=published"] if name == "data.validation_fraction" else []]
+]
+CASES += [
+    Case(
+        f"{option}={value[:20]}",
+        words[0],
+        [*words[1:-1], f"{words[-1]}={value}"],
+        words[-1].rpartition(".")[2].lstrip("-").replace("cost-", "cost_"),
+    )
+    for option, values in OTHERS.items()
+    for words in [option.split()]
+    for value in values
 ]
