@@ -72,6 +72,8 @@ def plain(batches: Any) -> Any:
         return batches.tolist()
     if isinstance(batches, dict):
         return {name: plain(value) for name, value in batches.items()}
+    if isinstance(batches, int):
+        return batches
     return [plain(batch) for batch in batches]
 
 

@@ -126,7 +126,7 @@ def test_a_fit_on_a_quantized_backbone_reduces_the_loss(root: Path, base: Path, 
 
     before = mean_loss()
     model.train()
-    fit(model, data, max_epochs=8, limit_val_batches=0)
+    fit(model, data, max_epochs=20, limit_val_batches=0)
     assert mean_loss() < 0.95 * before
 
 

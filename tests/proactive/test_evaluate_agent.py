@@ -187,10 +187,10 @@ def test_a_judge_is_not_contaminated_in_silence(finished_run: FinishedRun, call:
     check_outputs(tmp_path / "out", {"real": names, "first": names[:1]}, "-contaminated")
 
 
-def test_a_root_trace_of_the_same_name_and_old_checkpoints_tell_too(
+def test_a_root_trace_of_the_same_name_tells_and_an_export_must_name_its_scenes(
     finished_run: FinishedRun, call: Callable, tmp_path: Path
 ) -> None:
-    """A cut whose first event was changed is known by its name; a checkpoint without scenes by its histories."""
+    """A cut whose first event was changed is known by its name."""
     split = split_by_scene(load_corpus(str(finished_run.root)), 3, 0)
     row = next(iter(longest(split.train).values()))
     root = tmp_path / "root"
@@ -210,9 +210,12 @@ def test_a_root_trace_of_the_same_name_and_old_checkpoints_tell_too(
     state = json.loads((old / "proactive.json").read_text())
     assert row.scene in state["data"].pop("training_scenes")
     (old / "proactive.json").write_text(json.dumps(state))
-    for judge in (finished_run.folder, old):
-        judged = ("--agent.traces=traces", "--judge.checkpoint", judge, f"--data.root={root}")
-        assert "trained on 1 of the 1 traces" in call(evaluate.main, "agent", *judged).err
+    said = [
+        call(evaluate.main, "agent", "--agent.traces=traces", "--judge.checkpoint", judge, f"--data.root={root}").err
+        for judge in (finished_run.folder, old)
+    ]
+    assert "trained on 1 of the 1 traces" in said[0]
+    assert "field data.training_scenes" in said[1], "what does not say what it was trained on is not taken for clean"
 
 
 def test_a_trace_that_a_judge_validated_on_is_stamped_and_one_that_saw_it_less_is_preferred(
