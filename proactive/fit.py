@@ -214,6 +214,10 @@ class FitCLI(LightningCLI):
 
     def refuse_impossible_options(self) -> None:
         """Raise a UserError for options that no part of the run could use as they are."""
+        for name, value in self.config.trainer.as_dict().items():
+            # Where a number of batches and a share of them both serve, the parser may read 3 as 3.0.
+            if name in TRAINER_RANGES and isinstance(value, float) and value > 1 and value.is_integer():
+                self.config.trainer[name] = int(value)
         refuse_unsound(TRAINER_RANGES, self.config.trainer.as_dict(), "trainer")
         refuse_unsound({"seed_everything": Seed | bool}, self.config.as_dict(), "")
         if self.config.run.monitor == "validation/json_validity" and not self.config.model.sampled_answers:

@@ -103,7 +103,7 @@ def test_a_precision_without_float32_masters_is_refused() -> None:
     nothing: Any = None
     with pytest.raises(UserError, match=r"trainer\.precision"):
         build_sharded_network(
-            "classifier", "scratch", nothing, mesh=nothing, device=torch.device("cpu"), precision="bf16-true"
+            "classifier", "scratch", nothing, mesh=nothing, device=torch.device("cpu"), precision="16-mixed"
         )
 
 
