@@ -18,7 +18,7 @@ from models.agent import ProactiveAgent
 from models.agents import AnswerOptions, LocalAgent
 from models.backbone import build_network
 from models.endpoint import AnswerLog
-from models.weights import Weights, assign
+from models.weights import Tie, Weights, assign
 from tests.models.small import SMALL_LLAMA
 
 AgentWeights = Weights[ProactiveAgent]
@@ -52,9 +52,9 @@ def count(label: str, total: int) -> Iterator[Callable[[], None]]:
 
 
 def agent_on(weights: list[AgentWeights], traces: list[Trace], **options: Any) -> tuple[LocalAgent, list[Trace]]:
-    held_out = [trace for trace in traces if not all(one.knows(trace, None) for one in weights)][:4]
-    assigned, known = assign(weights, held_out, {}, "--agent.checkpoint")
-    assert not known
+    held_out = [trace for trace in traces if any(one.tie(trace, None) == Tie.NONE for one in weights)][:4]
+    assigned, ties = assign(weights, held_out, {}, "--agent.checkpoint")
+    assert set(ties.values()) == {Tie.NONE}
     return LocalAgent(assigned, AnswerOptions(max_new_tokens=24), **options), held_out
 
 
@@ -66,7 +66,7 @@ def test_each_trace_is_answered_by_weights_that_do_not_know_it(
     answers = agent.answer(held_out, log, count)
     assert list(answers) == [trace.name for trace in held_out]
     for trace in held_out:
-        assert not agent.assigned[trace.name].knows(trace, None)
+        assert agent.assigned[trace.name].tie(trace, None) == Tie.NONE
         assert [len(candidates) for candidates in answers[trace.name]] == [1] * len(trace.events)
         for step, (candidate,) in enumerate(answers[trace.name]):
             key = json.dumps((trace.name, step, 0))
