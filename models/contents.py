@@ -260,7 +260,8 @@ def options_record(kind: type) -> type[BaseModel]:
     """A record of the options that a class's constructor takes, with those that it hands on to its bases."""
     fields: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
-        if base is object or "__init__" not in vars(base):
+        # Those of libraries take no options, and may be wrapped while memory is tracked or weights are left out.
+        if base.__module__.partition(".")[0] in ("builtins", "torch", "lightning") or "__init__" not in vars(base):
             continue
         constructor = vars(base)["__init__"]
         hints = typing.get_type_hints(constructor, include_extras=True)

@@ -101,7 +101,7 @@ def test_an_agent_answers_the_traces_that_it_was_not_trained_on(
     assert record["agent_trained_on"]
     assert not record["traces_left_out"]
     assert "CONTAMINATED: the agent was trained on" in " ".join(ended.out.split())
-    assert Path("stamped", "figures-contaminated.csv").exists()
+    assert len(list(Path("stamped").glob("figures-contaminated*.csv"))) == 1
     assert "CONTAMINATED" in Path("stamped", "report.html").read_text(encoding="utf-8")
 
 

@@ -41,6 +41,7 @@ def test_the_run_folder_is_complete_and_nothing_else(finished_run: FinishedRun) 
     names = {path.relative_to(finished_run.folder).as_posix() for path in finished_run.folder.rglob("*.*")}
     names = {re.sub(r"events\.out\.tfevents\..*", "events", name) for name in names}
     assert names == {
+        ".lock",
         "config.yaml",
         "metrics.json",
         "report.html",

@@ -78,10 +78,10 @@ def test_when_rank_0_is_killed_the_others_end(tmp_path: Path) -> None:
 def test_an_error_that_all_ranks_have_is_told_as_one(tmp_path: Path) -> None:
     """It is rank 0's own, with its exit code, not the news of another one's end."""
     options = [f"--data.root={small_root(tmp_path / 'root')}", *ON_TWO, "--trainer.accelerator=cpu"]
-    ended = command("proactive.fit", *options, "--model.optimizer=adamw_8bit", cwd=tmp_path)
+    ended = command("proactive.fit", *options, "--model.optimizer=paged_adamw_8bit", cwd=tmp_path)
     assert ended.returncode == 2
     told = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-    assert "model.optimizer: adamw_8bit" in told[0]
+    assert "model.optimizer: paged_adamw_8bit" in told[0]
     assert not (tmp_path / "runs" / "reward" / "0").exists()
 
 
