@@ -21,6 +21,19 @@ SIZES = {
     "num_attention_heads": 2,
     "max_position_embeddings": 512,
 }
+VOCABULARY = 61
+EVERY_FAMILY: dict[str, Any] = {  # sizes that the configuration of each family of decoders takes
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 2048,
+    "num_labels": 2,
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
+}
 DECODERS: dict[str, dict[str, Any]] = {
     "llama": {**SIZES, "num_key_value_heads": 1},
     "qwen2": {**SIZES, "num_key_value_heads": 1},

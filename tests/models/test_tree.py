@@ -24,19 +24,10 @@ from models.reward import RewardClassifier
 from models.training import BackboneModule
 from models.tree import attention_window, choose_attention, pair_cost, tree_mask, tree_problem
 from tests.helpers import PROACTIVEBENCH, SMALL_BACKBONE, needs_proactivebench
+from tests.models.small import EVERY_FAMILY, VOCABULARY
 
-VOCABULARY = 61
 SMALL: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 2048,
-    "num_labels": 2,
-    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
+    **EVERY_FAMILY,
     **dict.fromkeys(("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout"), 0.0),
 }
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt2", "gpt_neox"]

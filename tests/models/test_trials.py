@@ -19,22 +19,10 @@ from models.generation import branch_problem
 from models.reward import RewardClassifier
 from models.tree import choose_attention, tree_problem
 from models.trials import TOLERANCE, finely_tried, padding_problem, relative_difference
-from tests.models.small import fit, small_data
+from tests.models.small import EVERY_FAMILY as SIZES
+from tests.models.small import VOCABULARY, fit, small_data
 
-VOCABULARY = 61
 LONG, SHORT = 120, 24
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 2048,
-    "num_labels": 2,
-    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
-}
 LONG_ROPE = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
