@@ -249,6 +249,8 @@ class FitCLI(LightningCLI):
             yield
         except BaseException:
             if self.folder_is_new and not (self.folder / CHECKPOINTS).exists():
+                if self.guard is not None:
+                    self.guard.end()  # first: later it could remove the folder of a run that takes the number next
                 shutil.rmtree(self.folder, ignore_errors=True)
                 remove_empty(self.new_folders[1:])
             raise

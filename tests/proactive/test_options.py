@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from callbacks.files import EmptyFolderGuard
 from proactive import fit
 from proactive.fit import task_of
 from tests.helpers import SMALL_RUN
@@ -131,6 +132,20 @@ def test_a_logger_whose_library_is_missing_says_what_to_install(
         assert logger in what
         assert hint == f"  help: Install it: pip install {package}"
         assert not list(tmp_path.rglob("0"))
+
+
+def test_a_failed_start_leaves_no_guard_that_could_remove_the_next_runs_folder(
+    call: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guards: list[EmptyFolderGuard] = []
+
+    def kept(folders: list[Path]) -> EmptyFolderGuard:
+        guards.append(EmptyFolderGuard(folders))
+        return guards[-1]
+
+    monkeypatch.setattr(fit, "EmptyFolderGuard", kept)
+    assert call(fit.main, "--trainer.logger=CometLogger").code == 2
+    assert [guard._waiting.poll() for guard in guards] == [0]
 
 
 def test_what_a_class_says_to_its_options_is_one_line(call: Callable) -> None:
