@@ -1,0 +1,106 @@
+"""The pages of the docs: links, paths and classes that they name exist, and every page is in the site."""
+
+import re
+import tomllib
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from pydoc import locate
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+import yaml
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+from tests.helpers import ROOT
+
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+
+
+def tokens(page: Path) -> Iterator[Token]:
+    """All tokens of a page, those of lines of text included."""
+    for token in MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8")):
+        yield token
+        yield from token.children or ()
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub and the site make of a page's headings."""
+    found = list(tokens(page))
+    headings = [after.content for before, after in pairwise(found) if before.type == "heading_open"]
+    return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def broken_links(page: Path) -> list[str]:
+    """Relative links and images of a page that lead to no file, or to no heading of it."""
+    targets = [str(token.attrGet("href") or token.attrGet("src") or "") for token in tokens(page)]
+    broken = []
+    for target in targets:
+        if not target or re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = unquote(target).partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            broken.append(target)
+    return broken
+
+
+@each_page
+def test_relative_links_resolve(page: Path) -> None:
+    assert broken_links(page) == []
+
+
+def test_broken_links_are_found(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("# One heading\n[a](b.md) ![b](no.svg) [c](#one-heading) [d](#two) [e](a.md#two)\n")
+    assert broken_links(tmp_path / "a.md") == ["b.md", "no.svg", "#two", "a.md#two"]
+
+
+@each_page
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    code = [token.content for token in tokens(page) if token.type in ("code_inline", "fence")]
+    folders = "proactive|callbacks|models|datamodules|configs|benchmarks|tests|docs"
+    named = {path for text in code for path in re.findall(rf"(?<![\w./-])(?:{folders})/[\w./-]+\.(?:py|yaml|md)", text)}
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+def test_classes_of_the_reference_exist() -> None:
+    named = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "reference.md").read_text(encoding="utf-8"), re.M)
+    assert named
+    assert [name for name in named if locate(name) is None] == []
+
+
+def entries(navigation: list[dict[str, Any]]) -> Iterator[str]:
+    for entry in navigation:
+        for value in entry.values():
+            yield from entries(value) if isinstance(value, list) else [value]
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    site = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]
+    assert sorted(entries(site["nav"])) == sorted(page.relative_to(ROOT).as_posix() for page in PAGES)
+
+
+def test_changelog_has_the_headings_of_keep_a_changelog() -> None:
+    found = list(tokens(ROOT / "CHANGELOG.md"))
+    headings = [(before.tag, after.content) for before, after in pairwise(found) if before.nesting == 1]
+    order = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
+    groups: list[str] = []
+    for tag, title in headings:
+        if tag == "h2":
+            assert title == "Unreleased" or re.fullmatch(r"\[?\d+\.\d+\.\d+\]? - \d{4}-\d{2}-\d{2}", title)
+            groups = []
+        elif tag == "h3":
+            groups.append(title)
+            assert groups == [group for group in order if group in groups]
+
+
+def test_citation_has_the_version_of_the_package() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
