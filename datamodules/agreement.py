@@ -1,7 +1,12 @@
-"""How far annotators agree."""
+"""How far annotators agree, by figures that add up trace by trace, so that whole traces can be drawn again."""
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 1000
 
 
 def nominal_alpha(units: Iterable[Sequence[Hashable]]) -> float | None:
@@ -16,13 +21,55 @@ def nominal_alpha(units: Iterable[Sequence[Hashable]]) -> float | None:
     Returns:
         None where nothing can be said: there are no pairs, or all labels are the same.
     """
-    pairable = [Counter(unit) for unit in units if len(unit) > 1]
-    totals = sum(pairable, Counter[Hashable]())
-    labels = totals.total()
-    unlike = labels**2 - sum(count**2 for count in totals.values())
-    if not unlike:
-        return None
-    disagreement = sum(
-        (unit.total() ** 2 - sum(count**2 for count in unit.values())) / (unit.total() - 1) for unit in pairable
-    )
-    return 1 - (labels - 1) * disagreement / unlike
+    return agreement((("", unit) for unit in units), resamples=0)["alpha"]
+
+
+def agreement(
+    units: Iterable[tuple[str, Sequence[Hashable]]], resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, Any]:
+    """Agreement on nominal labels, with 95% intervals over traces drawn with replacement.
+
+    Args:
+        units: For each unit its trace and its labels, from any number of annotators; those with fewer than two labels
+            are left out.
+        resamples: How often the traces are drawn; without intervals if 0, or if there is one trace only.
+        seed: Of the draws.
+
+    Returns:
+        `units` and `traces`: how many there are. `raw`: the share of pairs of labels within a unit that are the same,
+        mean over units. `alpha`: as of `nominal_alpha`. `kappa`: Fleiss' kappa, (raw - chance) / (1 - chance), where
+        all units have equally many labels. `raw_low`, `raw_high` and so on: the intervals. None is what cannot be said.
+    """
+    pairable = [(trace, Counter(labels)) for trace, labels in units if len(labels) > 1]
+    traces = {trace: place for place, trace in enumerate(dict.fromkeys(trace for trace, _ in pairable))}
+    values = {value: place for place, value in enumerate(dict.fromkeys(v for _, counts in pairable for v in counts))}
+    # By trace: units, same pairs as a share of each unit's, unlike pairs for each label's partners, then label counts.
+    sums_TF = np.zeros((len(traces), 3 + len(values)))
+    for place, counts in ((traces[trace], counts) for trace, counts in pairable):
+        labels, squares = counts.total(), sum(count**2 for count in counts.values())
+        same, unlike = (squares - labels) / (labels * (labels - 1)), (labels**2 - squares) / (labels - 1)
+        sums_TF[place, :3] += (1, same, unlike)
+        for value, count in counts.items():
+            sums_TF[place, 3 + values[value]] += count
+    complete = len({counts.total() for _, counts in pairable}) == 1
+    found: dict[str, Any] = {"units": len(pairable), "traces": len(traces)}
+    for name, value_1 in _statistics(sums_TF.sum(0, keepdims=True), complete).items():
+        found[name] = None if np.isnan(value_1[0]) else float(value_1[0])
+    if resamples and len(traces) > 1:
+        drawn_RT = np.random.default_rng(seed).multinomial(len(traces), [1 / len(traces)] * len(traces), resamples)
+        for name, drawn_R in _statistics(drawn_RT @ sums_TF, complete).items():
+            if found[name] is not None and (sound := drawn_R[~np.isnan(drawn_R)]).size:
+                found[f"{name}_low"], found[f"{name}_high"] = map(float, np.percentile(sound, (2.5, 97.5)))
+    return found
+
+
+def _statistics(sums_RF: np.ndarray, complete: bool) -> dict[str, np.ndarray]:
+    """Each statistic (R,) of sums over traces (R, 3 + values); NaN is what cannot be said."""
+    units_R, same_R, unlike_R = sums_RF[:, :3].T
+    labels_R, squares_R = sums_RF[:, 3:].sum(1), (sums_RF[:, 3:] ** 2).sum(1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        varied_R = np.where(labels_R**2 > squares_R, 1.0, np.nan)  # labels that are all the same say nothing
+        raw_R, chance_R = same_R / units_R, squares_R / labels_R**2
+        alpha_R = 1 - (labels_R - 1) * unlike_R / (labels_R**2 - squares_R)
+        kappa_R = (raw_R - chance_R) / (1 - chance_R) if complete else np.full_like(raw_R, np.nan)
+    return {"raw": raw_R, "alpha": alpha_R * varied_R, "kappa": kappa_R * varied_R}

@@ -54,6 +54,7 @@ PUBLISHED_CATEGORIES = {
     "Correct-Detection (CD)": Category.CORRECT_DETECTION,
     "False-Alarm (FA)": Category.FALSE_ALARM,
 }
+_PUBLISHED_NAMES = {category: name for name, category in reversed(PUBLISHED_CATEGORIES.items())}  # the files' own
 
 
 @dataclass(frozen=True)
@@ -238,6 +239,17 @@ class AnnotatedRow(_Record):
     def scene(self) -> str:
         """As `scene_of` gives it."""
         return scene_of(self.history)
+
+    def published(self) -> dict[str, Any]:
+        """The row as the published files write it."""
+        return {
+            "obs": [event.model_dump() for event in self.history],
+            "pred_task": self.proposal,
+            "valid": self.accepted,
+            "help_needed": self.help_needed,
+            "annotation": list(self.annotation),
+            "category": _PUBLISHED_NAMES[self.category],
+        }
 
 
 class TraceProposals(_Record):

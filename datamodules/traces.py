@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 
 from datamodules.answers import Answer
 from datamodules.errors import UserError
+from datamodules.reading import read_text, require_regular
 from datamodules.records import (
     Event,
     PublishedStep,
+    TestStep,
     TraceSplit,
     history_digests_of,
+    parse_json,
     read_json_list,
     read_json_mapping,
     scene_of,
@@ -83,6 +86,16 @@ class Recorded:
     answers: dict[str, list[list[Candidate]]]
     judgments: dict[Offer, bool]
 
+    def add(self, name: str, steps: Sequence[PublishedStep]) -> None:
+        """Take a trace in; of two judgments on one offer the first counts."""
+        self.traces.append(Trace(name, tuple(s.observation for s in steps), tuple(s.task_status for s in steps)))
+        self.answers[name] = [_candidates(step) for step in steps]
+        for number, step in enumerate(steps):
+            # What has no response is not counted by the published scoring, whatever its judgment.
+            judged = zip(self.answers[name][number], step.judgment, strict=False) if step.agent_response else ()
+            for candidate, accepted in judged:
+                self.judgments.setdefault(Offer(name, number, candidate.proposal), accepted)
+
 
 def root_traces(corpus: Corpus) -> list[Trace]:
     """The test traces of a data root."""
@@ -109,18 +122,55 @@ def read_recorded(folder: Path) -> Recorded:
         raise UserError(f"{folder} holds no recorded traces", "Give a folder of JSON files, one a trace.")
     recorded = Recorded([], {}, {})
     for path in files:
-        steps = read_json_list(path, PublishedStep)
-        trace = Trace(path.name, tuple(s.observation for s in steps), tuple(s.task_status for s in steps))
-        recorded.traces.append(trace)
-        recorded.answers[path.name] = [_candidates(step) for step in steps]
-        for number, step in enumerate(steps):
-            # What has no response is not counted by the published scoring, whatever its judgment.
-            judged = (
-                zip(recorded.answers[path.name][number], step.judgment, strict=False) if step.agent_response else ()
-            )
-            for candidate, accepted in judged:
-                recorded.judgments.setdefault(Offer(path.name, number, candidate.proposal), accepted)
+        recorded.add(path.name, read_json_list(path, PublishedStep))
     return recorded
+
+
+def trace_files(path: Path) -> list[Path]:
+    """The files of a trace, of a folder of traces, or of a folder that has such a folder for each agent.
+
+    Raises:
+        UserError: There is no trace.
+    """
+    if not path.is_dir():
+        require_regular(path)
+        return [path]
+    found = (file for pattern in ("*.json", "*/*.json") for file in path.glob(pattern))
+    files = sorted(file for file in found if file.name != Path(SPLITS_FILE).name and not file.name.startswith("."))
+    if not files:
+        raise UserError(f"{path} holds no traces", "Give a JSON file, or a folder of JSON files, one a trace.")
+    return files
+
+
+def read_traces(path: Path) -> dict[str, Recorded]:
+    """Read traces of either layout, with what an agent answered or with the test set's reference proposals.
+
+    Args:
+        path: As `trace_files` takes it.
+
+    Returns:
+        By the name of the folder that they lie in, which is that of the agent where there are several.
+
+    Raises:
+        UserError: There is no trace, or a step does not fit; the message names file, place and field.
+    """
+    found: dict[str, Recorded] = {}
+    for file in trace_files(path):
+        recorded = found.setdefault(file.resolve().parent.name, Recorded([], {}, {}))
+        items = parse_json(read_text(file), str(file))
+        if isinstance(items, list) and any(isinstance(_response(item), dict) for item in items[:1]):
+            steps = [
+                PublishedStep.model_construct(
+                    observation=step.observation,
+                    agent_response=step.agent_response.candidate_task,
+                    task_status=step.task_status,
+                )
+                for step in read_json_list(file, TestStep)
+            ]
+        else:
+            steps = read_json_list(file, PublishedStep)
+        recorded.add(file.name, steps)
+    return found
 
 
 def judged_steps(trace: Trace, decided: Sequence[tuple[Candidate, bool | None]]) -> list[dict[str, Any]]:
@@ -174,6 +224,10 @@ def is_known(trace: Trace, namesake: Trace | None, scenes: Collection[str] | Non
         for one in (trace, namesake)
         if one is not None
     )
+
+
+def _response(step: Any) -> Any:
+    return step.get("agent_response") if isinstance(step, dict) else None
 
 
 def _candidates(step: PublishedStep) -> list[Candidate]:

@@ -46,21 +46,9 @@ SMALL_RUN = [
 ]
 
 
-def published_form(row: AnnotatedRow) -> dict[str, Any]:
-    """A row as the published files write it."""
-    return {
-        "obs": [event.model_dump() for event in row.history],
-        "pred_task": row.proposal,
-        "valid": row.accepted,
-        "help_needed": row.help_needed,
-        "annotation": list(row.annotation),
-        "category": row.category.value,
-    }
-
-
 def write_jsonl(path: Path, rows: Iterable[AnnotatedRow]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(published_form(row)) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(json.dumps(row.published()) + "\n" for row in rows), encoding="utf-8")
 
 
 def small_root(folder: Path, scenes: int = 9, rows_per_scene: int = 9) -> Path:

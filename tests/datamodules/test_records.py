@@ -27,7 +27,7 @@ from datamodules.records import (
     validate,
 )
 from tests.datamodules.conftest import few_examples, row_of, says_something
-from tests.helpers import PROACTIVEBENCH, ROOT, needs_proactivebench, published_form
+from tests.helpers import PROACTIVEBENCH, ROOT, needs_proactivebench
 
 EVENT = {"time": "1717377997.0", "event": "The user opens a file."}
 ROW = {
@@ -451,10 +451,10 @@ def test_rows_survive_writing_and_reading(
     made = validate(
         {"obs": events, "pred_task": proposal, "valid": accepted, "annotation": annotation}, AnnotatedRow, "here"
     )
-    lines = json.dumps(published_form(made), ensure_ascii=escaped) + "\n"
+    lines = json.dumps(made.published(), ensure_ascii=escaped) + "\n"
     session_file.write_bytes(lines.encode() * 2)
     read = read_jsonl(session_file, AnnotatedRow)
-    assert [published_form(again) for again in read] == [published_form(made)] * 2
+    assert [again.published() for again in read] == [made.published()] * 2
     assert {again.history_digest for again in read} == {made.history_digest}
     assert [event.model_dump() for event in read[0].history] == events
 

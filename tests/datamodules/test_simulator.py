@@ -15,7 +15,7 @@ from datamodules.records import AnnotatedRow, Category, Event
 from datamodules.simulator import simulate
 from datamodules.sources import Corpus
 from datamodules.splits import split_by_scene
-from tests.helpers import ROOT, published_form
+from tests.helpers import ROOT
 from tests.patience import HANG
 
 # Simulates under an eye that sees every file opened for writing and every change to a folder.
@@ -85,7 +85,7 @@ def test_there_is_enough_of_everything(embedded: Corpus) -> None:
 def test_rows_follow_the_rules_of_the_records(embedded: Corpus) -> None:
     """Written out and read back, with the category stated, each row is the same."""
     for row in embedded.rows:
-        assert published_form(AnnotatedRow.model_validate(published_form(row))) == published_form(row)
+        assert AnnotatedRow.model_validate(row.published()).published() == row.published()
 
 
 def test_three_annotators_decide_by_majority_and_sometimes_disagree(embedded: Corpus) -> None:

@@ -13,7 +13,7 @@ from datamodules.sources import load_corpus
 from datamodules.splits import split_by_scene
 from models.metrics import PUBLISHED_REWARD_ROWS
 from proactive import evaluate
-from tests.helpers import command, published_form, small_root
+from tests.helpers import command, small_root
 from tests.proactive.conftest import FinishedRun
 
 
@@ -54,7 +54,7 @@ def test_another_root_and_split_are_measured_with_their_contamination(
     trained_on = set(histories(trained))
     root = small_root(tmp_path / "other", scenes=12, rows_per_scene=6)
     with (root / "reward_data" / "test_data.jsonl").open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(published_form(row)) + "\n" for row in trained[:3])
+        file.writelines(json.dumps(row.published()) + "\n" for row in trained[:3])
     corpus = load_corpus(str(root))
     expected = sum(history in trained_on for history in histories(corpus.test))
     assert 0 < expected < len(corpus.test)  # else this test would show nothing

@@ -1,0 +1,131 @@
+"""`python -m proactive.annotate`: let people label proposals, and read what an agent did."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datamodules.ranges import Tries
+from datamodules.records import AnnotatedRow, read_jsonl
+from datamodules.sources import load_corpus
+from datamodules.units import read_units
+from proactive.annotation.export import Rule, export
+from proactive.annotation.figures import agreement_figures, votes_of_project, votes_of_rows
+from proactive.annotation.store import Store
+from proactive.parser import Parser
+from proactive.terminal import Table, run, say, show
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, and carry out one of the subcommands."""
+    parser = Parser(prog="python -m proactive.annotate", description="Label proposals, and read what an agent did.")
+    subcommands = parser.add_subcommands()
+    subcommands.add_subcommand("import", _import_parser(), help="traces into a project to label")
+    subcommands.add_subcommand("export", _export_parser(), help="annotated rows out of a project")
+    subcommands.add_subcommand("agreement", _agreement_parser(), help="how far the annotators agree")
+    options = parser.parse_args(arguments)
+    {"import": _import, "export": _export, "agreement": _agreement}[options.subcommand](options[options.subcommand])
+
+
+def _import_parser() -> Parser:
+    parser = Parser(prog="annotate import", description="Take traces into a project, a unit to label for each event.")
+    add = parser.add_argument
+    add("traces", type=Path, nargs="+", help="A trace, a folder of traces, or one with such a folder for each agent: "
+        "what several agents proposed after the same events is labelled together.")  # fmt: skip
+    add("--project", type=Path, required=True, help="The project's file, which is made if it is not there.")
+    add("--annotators-per-unit", type=Tries, default=3, help="How many label each unit; never more do.")
+    return _common(parser)
+
+
+def _export_parser() -> Parser:
+    parser = Parser(prog="annotate export", description="Write the complete units as annotated rows to train on.")
+    parser.add_argument("project", type=Path, help="The project's file.")
+    parser.add_argument("--output", type=Path, required=True, help="The folder to make, which --data.root takes.")
+    parser.add_argument("--rule", type=Rule, default="majority", help="Majority of each question; or as the published "
+        "rows came about, where the need for help is inferred from the proposals.")  # fmt: skip
+    parser.add_argument("--drop-ties", action="store_true", help="Leave out what is tied and not adjudicated.")
+    return _common(parser)
+
+
+def _agreement_parser() -> Parser:
+    parser = Parser(prog="annotate agreement", description="Agreement of annotators, with intervals over traces.")
+    parser.add_argument("source", type=str, help="A project's file, a .jsonl file of annotated rows, or a data root: "
+        "embedded, published or a directory.")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="Print JSON in place of tables.")
+    return _common(parser)
+
+
+def _common(parser: Parser) -> Parser:
+    parser.add_argument("--quiet", action="store_true", help="Print nothing but errors.")
+    parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
+    return parser
+
+
+def _import(options: "Namespace") -> None:
+    units = [unit for path in options.traces for unit in read_units(path)]
+    Store.create(options.project, options.annotators_per_unit)
+    with contextlib.closing(Store(options.project)) as store:
+        added = store.add_units(units)
+    if not options.quiet:
+        say(f"{options.project}: {added} units added, {len(units) - added} were there")
+        say(f"next: python -m proactive.annotate serve {options.project} --annotators NAME NAME NAME")
+
+
+def _export(options: "Namespace") -> None:
+    with contextlib.closing(Store(options.project)) as store:
+        counts = export(store, options.output, options.rule, options.drop_ties)
+    if not options.quiet:
+        say(f"{options.output}: {counts['rows']} rows of {counts['units']} units")
+        for name, what in (
+            ("incomplete", "are not complete and were left out"),
+            ("ties", "had ties, which have no row"),
+        ):
+            if counts[name]:
+                say(f"{counts[name]} units {what}")
+
+
+def _agreement(options: "Namespace") -> None:
+    path = Path(options.source)
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    if path.is_file() and path.suffix != ".jsonl":
+        with contextlib.closing(Store(path)) as store:
+            found[options.source] = agreement_figures(votes_of_project(store))
+    else:
+        found |= {name: agreement_figures(votes_of_rows(rows), names=False) for name, rows in _rows(path).items()}
+    if options.json:
+        say(json.dumps(found))
+    elif not options.quiet:
+        show(*(_agreement_table(name, figures) for name, figures in found.items()))
+
+
+def _rows(path: Path) -> dict[str, list[AnnotatedRow]]:
+    if path.suffix == ".jsonl":
+        return {str(path): read_jsonl(path, AnnotatedRow)}
+    corpus = load_corpus(str(path))
+    files = {f"{path}, train": corpus.train, f"{path}, test": corpus.test}
+    return {name: rows for name, rows in files.items() if rows}
+
+
+def _agreement_table(name: str, figures: dict[str, dict[str, Any]]) -> Table:
+    table = Table(title=f"Agreement: {name}", caption="with 95% intervals over traces drawn with replacement")
+    table.add_column("")
+    for title in ("answered by 2 or more", "traces", "raw", "Krippendorff's alpha", "Fleiss' kappa"):
+        table.add_column(title, justify="right")
+    for group, found in figures.items():
+        cells = [_figure(found, statistic) for statistic in ("raw", "alpha", "kappa")]
+        table.add_row(group, str(found["units"]), str(found["traces"]), *cells)
+    return table
+
+
+def _figure(found: dict[str, Any], name: str) -> str:
+    if found.get(name) is None:
+        return ""
+    low, high = found.get(f"{name}_low"), found.get(f"{name}_high")
+    return f"{found[name]:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,102 @@
+"""Annotated rows out of a project, with who said what beside them."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+from datamodules.errors import UserError
+from datamodules.records import AnnotatedRow
+from datamodules.sources import TRAIN_FILE
+from datamodules.units import majority_rows, published_rows
+from datamodules.writing import Unfinished, sync
+from proactive.annotation.store import Item, Label, Store
+
+PROVENANCE_FILE = "provenance.jsonl"
+Rule = Literal["majority", "published"]
+
+
+def export(store: Store, output: Path, rule: Rule, drop_ties: bool) -> dict[str, int]:
+    """Write the complete units of a project as a data root that `fit` takes.
+
+    Args:
+        store: The project.
+        output: The folder to make, with annotated rows in the published layout, and a file that says of each unit who
+            made its proposals and who answered what, when, and in how many seconds.
+        rule: How answers become rows; see `datamodules.units`.
+        drop_ties: Whether what is tied is left out; refused otherwise.
+
+    Returns:
+        How many rows and units were written, and how many units are not complete yet or had ties.
+
+    Raises:
+        UserError: Something is in the way, no unit is complete, or there are ties.
+    """
+    if output.exists():
+        raise UserError(f"--output: {output} exists", "Give a new folder.")
+    ties = set(store.ties()) if rule == "majority" else set()
+    if ties and not drop_ties:
+        raise UserError(
+            f"{len(ties)} units have ties, the first of them unit {min(ties)}",
+            "Adjudicate them on the overview page of `serve`, or leave tied rows out with --drop-ties.",
+        )
+    labels: dict[int, list[Label]] = {}
+    for label in store.labels():
+        if label.annotator is not None or rule == "majority":  # the published rule knows no adjudicator
+            labels.setdefault(label.item, []).append(label)
+    counts: Counter[str] = Counter()
+    rows: list[AnnotatedRow] = []
+    provenance: list[dict[str, Any]] = []
+    for item in store.items():
+        mine = labels.get(item.id, [])
+        people = sum(label.annotator is not None for label in mine)
+        if people < store.annotators_per_unit and people == len(mine):
+            counts["incomplete"] += 1
+            continue
+        made = _rows(item, mine, rule)
+        counts["ties"] += item.id in ties
+        rows += made
+        provenance.append(_provenance(item, mine, rule, len(made)))
+    if not rows:
+        raise UserError(f"{store.path} has no complete unit to export", "Label some first: see `serve`.")
+    _write(output, {TRAIN_FILE: [row.published() for row in rows], PROVENANCE_FILE: provenance})
+    return {"rows": len(rows), "units": len(provenance), **{name: counts[name] for name in ("incomplete", "ties")}}
+
+
+def _rows(item: Item, labels: list[Label], rule: Rule) -> list[AnnotatedRow]:
+    answers = [label.answer for label in labels if label.annotator is not None]
+    if rule == "published":
+        return published_rows(item.unit, answers)
+    return majority_rows(item.unit, answers, next((one.answer for one in labels if one.annotator is None), None))
+
+
+def _provenance(item: Item, labels: list[Label], rule: Rule, rows: int) -> dict[str, Any]:
+    return {
+        "trace": item.unit.trace,
+        "step": item.step,
+        "rule": rule,
+        "rows": rows,
+        "proposals": [{"proposal": text, "sources": names} for text, names in item.unit.proposals.items()],
+        "answers": [
+            {
+                "annotator": label.annotator,
+                "adjudicates": label.annotator is None,
+                "accepted": label.answer.accepted,
+                "help_needed": label.answer.help_needed,
+                "at": label.at,
+                "seconds": label.seconds,
+            }
+            for label in labels
+        ],
+    }
+
+
+def _write(output: Path, files: dict[str, list[dict[str, Any]]]) -> None:
+    with Unfinished(output, folder=True) as unfinished:
+        for name, records in files.items():
+            path = unfinished.path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+                sync(file)
+        unfinished.path.rename(output)

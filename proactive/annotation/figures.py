@@ -1,0 +1,91 @@
+"""How far the annotators of a project, or of annotated rows, agree."""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datamodules.agreement import agreement
+from datamodules.records import AnnotatedRow, Category
+from datamodules.units import decide
+from proactive.annotation.store import Store
+
+
+@dataclass(frozen=True)
+class Votes:
+    """Whether each annotator accepts one proposal, or silence; `verdict` is None where they are tied."""
+
+    trace: str
+    silence: bool
+    verdict: bool | None
+    accepted: Mapping[str, bool]
+
+    @property
+    def category(self) -> Category | None:
+        names = {
+            (True, True): Category.NON_RESPONSE,
+            (True, False): Category.MISSED_NEED,
+            (False, True): Category.CORRECT_DETECTION,
+            (False, False): Category.FALSE_ALARM,
+        }
+        return None if self.verdict is None else names[self.silence, self.verdict]
+
+
+def votes_of_rows(rows: Iterable[AnnotatedRow]) -> list[Votes]:
+    """Votes of annotated rows, whose annotators have no names."""
+    return [
+        Votes(row.scene, row.proposal is None, row.accepted, {str(n): said for n, said in enumerate(row.annotation)})
+        for row in rows
+    ]
+
+
+def votes_of_project(store: Store) -> list[Votes]:
+    """Votes on each proposal, and on silence, which who says that help was needed rejects."""
+    labels: dict[int, dict[str, Any]] = {}
+    for label in store.labels():
+        if label.annotator is not None:
+            labels.setdefault(label.item, {})[label.annotator] = label.answer
+    found = []
+    for item in store.items():
+        answers = labels.get(item.id, {})
+        if not answers:
+            continue
+        verdicts = decide(list(answers.values()))
+        for place, verdict in enumerate(verdicts):
+            silence = place == len(verdicts) - 1
+            said = {n: not one.help_needed if silence else one.accepted[place] for n, one in answers.items()}
+            found.append(Votes(item.unit.trace, silence, verdict, said))
+    return found
+
+
+def agreement_figures(votes: Sequence[Votes], names: bool = True) -> dict[str, dict[str, Any]]:
+    """Agreement over all votes, on proposals and on silence, by category and by pair of annotators.
+
+    Categories have raw agreement alone: the votes themselves choose what falls into one, so that agreement by chance
+    has no meaning there.
+
+    Args:
+        votes: What was said.
+        names: Whether annotators are told apart.
+
+    Returns:
+        By group, what `datamodules.agreement.agreement` says.
+    """
+    groups: dict[str, list[Votes]] = {
+        "all": list(votes),
+        "proposals": [vote for vote in votes if not vote.silence],
+        "silence": [vote for vote in votes if vote.silence],
+    }
+    figures = {name: _agreement(group) for name, group in groups.items()}
+    for category in Category:
+        found = _agreement([vote for vote in votes if vote.category is category])
+        figures[category.replace("_", " ")] = {k: v for k, v in found.items() if not k.startswith(("alpha", "kappa"))}
+    people = sorted({name for vote in votes for name in vote.accepted}) if names else []
+    for pair in itertools.combinations(people, 2):
+        shared = ((v.trace, [v.accepted[name] for name in pair if name in v.accepted]) for v in votes)
+        figures[" and ".join(pair)] = agreement(shared)
+    return figures
+
+
+def _agreement(votes: Iterable[Votes]) -> dict[str, Any]:
+    return agreement((vote.trace, list(vote.accepted.values())) for vote in votes)

@@ -1,0 +1,508 @@
+"""The project file: units, who works on which, and every answer that was given, in one SQLite database.
+
+Each change is one transaction that is on the disk before it is acknowledged. Several servers may use one file.
+"""
+
+import contextlib
+import hashlib
+import json
+import secrets
+import sqlite3
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from datamodules.errors import UserError
+from datamodules.reading import require_regular
+from datamodules.records import Event, history_digests_of
+from datamodules.units import Unit, UnitAnswer, decide
+
+APPLICATION = 0x50524F41  # marks the file as one of these, for `file` and for us
+VERSION = 1
+CLAIM_SECONDS = 30 * 60.0  # how long a unit is kept for somebody who was shown it
+BUSY_SECONDS = 60.0  # how long one server waits for another's transaction
+RECENT = 20  # answers that the pace is taken from
+SCHEMA = """
+CREATE TABLE settings (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
+CREATE TABLE events (
+    digest INTEGER PRIMARY KEY,  -- of the history that ends with the event
+    before INTEGER REFERENCES events,
+    time TEXT NOT NULL, event TEXT NOT NULL
+) STRICT;
+CREATE TABLE items (
+    id INTEGER PRIMARY KEY,
+    digest INTEGER NOT NULL UNIQUE REFERENCES events,
+    trace TEXT NOT NULL, step INTEGER NOT NULL,
+    proposals TEXT NOT NULL,              -- JSON: by proposal, who made it
+    labelled INTEGER NOT NULL DEFAULT 0,  -- how many annotators' answers stand
+    adjudicated INTEGER NOT NULL DEFAULT 0
+) STRICT;
+CREATE INDEX items_to_do ON items (labelled DESC, id);
+CREATE TABLE annotators (
+    id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, token_digest BLOB NOT NULL UNIQUE
+) STRICT;
+CREATE TABLE assignments (
+    item INTEGER NOT NULL REFERENCES items, annotator INTEGER NOT NULL REFERENCES annotators,
+    shown_at REAL NOT NULL, expires_at REAL NOT NULL,
+    skipped_at REAL,                      -- when it was given back unanswered
+    labelled INTEGER NOT NULL DEFAULT 0,  -- whether an answer stands
+    PRIMARY KEY (item, annotator)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX assignments_of ON assignments (annotator, labelled);
+CREATE TABLE labels (                     -- never changed: the latest of an annotator on an item counts
+    id INTEGER PRIMARY KEY,
+    item INTEGER NOT NULL REFERENCES items,
+    annotator INTEGER REFERENCES annotators,  -- null adjudicates
+    accepted TEXT,                        -- JSON: whether each proposal is; null takes the former answer back
+    help_needed INTEGER,
+    seconds REAL, at REAL NOT NULL,
+    post TEXT UNIQUE                      -- the form that brought it, which may be sent twice
+) STRICT;
+CREATE INDEX labels_of ON labels (annotator, item, id);
+CREATE INDEX labels_in_order ON labels (annotator, id);
+CREATE VIEW answers AS SELECT * FROM labels AS latest WHERE accepted IS NOT NULL AND id =
+    (SELECT max(id) FROM labels WHERE annotator IS latest.annotator AND item = latest.item);
+"""
+# A seat of a unit is taken by an answer that stands, and by a claim that has not run out.
+SEATS = """(SELECT count(*) FROM assignments AS seat WHERE seat.item = items.id AND seat.annotator <> :annotator
+    AND (seat.labelled OR (seat.skipped_at IS NULL AND seat.expires_at > :now)))"""
+
+
+class RefusedError(Exception):
+    """An answer is not taken, for a reason that its author is told."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A unit of a project."""
+
+    id: int
+    step: int
+    unit: Unit
+
+    def order(self, annotator: int) -> list[int]:
+        """The places of the proposals, shuffled for an annotator."""
+        places = list(range(len(self.unit.proposals)))
+        Random(f"{self.id} {annotator}").shuffle(places)
+        return places
+
+
+@dataclass(frozen=True)
+class Annotator:
+    """Somebody who labels."""
+
+    id: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Label:
+    """An answer that stands; without annotator, the adjudicator's."""
+
+    item: int
+    annotator: str | None
+    answer: UnitAnswer
+    seconds: float | None
+    at: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an annotator is. `pace` is the median of seconds for each of the latest answers."""
+
+    done: int
+    left: int
+    skipped: int
+    pace: float | None
+
+
+class Store:
+    """A project file.
+
+    Args:
+        path: Where it is.
+        clock: The time in epoch seconds.
+
+    Raises:
+        UserError: The file is no project, or cannot be used.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        require_regular(path, hint="Make a project: python -m proactive.annotate import TRACES --project FILE")
+        self.path, self._clock, self._lock = path, clock, threading.RLock()
+        self._db = _connect(path)
+        try:
+            found = tuple(
+                self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
+            )
+            if found != (APPLICATION, VERSION):
+                raise UserError(f"{path} is no annotation project of this version", "Give a file that `import` made.")
+            settings = dict(self._db.execute("SELECT name, value FROM settings"))
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"{path}: {error}", "Give a file that `import` made.") from error
+        self.annotators_per_unit = int(settings["annotators_per_unit"])
+
+    @classmethod
+    def create(cls, path: Path, annotators_per_unit: int) -> None:
+        """Make an empty project, unless there is one.
+
+        Raises:
+            UserError: Something else is there, it asks for another number of annotators, or it cannot be made.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{path.parent}: {error.strerror}", "Choose another place.") from error
+        if path.exists() and path.stat().st_size:
+            with contextlib.closing(cls(path)) as store:
+                if store.annotators_per_unit != annotators_per_unit:
+                    raise UserError(
+                        f"--annotators-per-unit: {annotators_per_unit}, but {path} has {store.annotators_per_unit}",
+                        "Import into a new project.",
+                    )
+            return
+        with contextlib.closing(_connect(path)) as db:
+            try:
+                db.executescript(
+                    f"BEGIN EXCLUSIVE;{SCHEMA}"
+                    f"INSERT INTO settings VALUES ('annotators_per_unit', {int(annotators_per_unit)});"
+                    f"PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {VERSION}; COMMIT;"
+                )
+            except sqlite3.Error as error:
+                raise UserError(f"{path}: {error}", "Choose another place.") from error
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    def add_units(self, units: Sequence[Unit]) -> int:
+        """Take units in, all or none; a unit that is there already is left as it is.
+
+        Returns:
+            How many were new.
+
+        Raises:
+            UserError: A unit is there with other proposals.
+        """
+        added = 0
+        with self._transaction() as db:
+            for unit in units:
+                digests = list(history_digests_of(unit.history))
+                known = db.execute("SELECT proposals FROM items WHERE digest = ?", digests[-1:]).fetchone()
+                if known:
+                    if set(json.loads(known[0])) != set(unit.proposals):
+                        raise UserError(
+                            f"{unit.trace}, event {len(digests)}: the project has this history with other proposals",
+                            "Import into a new project, with all sources in one folder.",
+                        )
+                    continue
+                for before, digest, event in zip([None, *digests], digests, unit.history, strict=False):
+                    db.execute(
+                        "INSERT OR IGNORE INTO events VALUES (?, ?, ?, ?)", (digest, before, event.time, event.event)
+                    )
+                db.execute(
+                    "INSERT INTO items (digest, trace, step, proposals) VALUES (?, ?, ?, ?)",
+                    (digests[-1], unit.trace, len(digests) - 1, json.dumps(dict(unit.proposals))),
+                )
+                added += 1
+        return added
+
+    def invite(self, name: str) -> str:
+        """A new token for an annotator, who is added if not known; a former token of the name is void.
+
+        Raises:
+            UserError: The name is blank, or too long.
+        """
+        if not (name := " ".join(name.split())) or len(name) > 80:
+            raise UserError("a name of 1 to 80 characters is needed", "Give each annotator a name.")
+        token = secrets.token_urlsafe(24)
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO annotators (name, token_digest) VALUES (?, ?) "
+                "ON CONFLICT (name) DO UPDATE SET token_digest = excluded.token_digest",
+                (name, token_digest(token)),
+            )
+        return token
+
+    def annotator(self, token: str) -> Annotator | None:
+        """Whose token this is."""
+        with self._reading() as db:
+            found = db.execute(
+                "SELECT id, name FROM annotators WHERE token_digest = ?", (token_digest(token),)
+            ).fetchone()
+        return Annotator(*found) if found else None
+
+    def annotators(self) -> list[Annotator]:
+        with self._reading() as db:
+            return [Annotator(*row) for row in db.execute("SELECT id, name FROM annotators ORDER BY name")]
+
+    def claim(self, annotator: int) -> int | None:
+        """The unit that an annotator is to label next, kept for them; None if there is none.
+
+        First the one that they were shown already, then one that lacks the fewest answers, and at last those that they
+        skipped.
+        """
+        now = self._clock()
+        values = {"annotator": annotator, "now": now, "n": self.annotators_per_unit}
+        open_one = f"items.labelled < :n AND NOT items.adjudicated AND {SEATS} < :n"
+        mine = "SELECT 1 FROM assignments AS mine WHERE mine.item = items.id AND mine.annotator = :annotator"
+        tries = (
+            "SELECT item FROM assignments JOIN items ON items.id = item WHERE annotator = :annotator AND NOT "
+            "assignments.labelled AND skipped_at IS NULL AND expires_at > :now AND NOT items.adjudicated "
+            "ORDER BY shown_at LIMIT 1",
+            f"SELECT id FROM items WHERE {open_one} AND NOT EXISTS ({mine} AND (mine.labelled OR mine.skipped_at "
+            "IS NOT NULL)) ORDER BY labelled DESC, id LIMIT 1",
+            f"SELECT items.id FROM assignments JOIN items ON items.id = item WHERE annotator = :annotator AND NOT "
+            f"assignments.labelled AND skipped_at IS NOT NULL AND {open_one} ORDER BY skipped_at LIMIT 1",
+        )
+        with self._transaction() as db:
+            for query in tries:
+                if found := db.execute(query, values).fetchone():
+                    self._keep(db, found[0], annotator, now)
+                    return int(found[0])
+        return None
+
+    def save(self, annotator: int, item: int, answer: UnitAnswer, post: str) -> None:
+        """Keep an answer, in place of an earlier one; when this returns, the disk has it.
+
+        Args:
+            annotator: Whose.
+            item: On which unit; they were shown it.
+            answer: What they say.
+            post: Names the form; what comes twice is kept once.
+
+        Raises:
+            RefusedError: They were not shown the unit, it is adjudicated, or others have answered it meanwhile.
+        """
+        now = self._clock()
+        values = {"annotator": annotator, "now": now, "item": item}
+        with self._transaction() as db:
+            if db.execute("SELECT 1 FROM labels WHERE post = ?", (post,)).fetchone():
+                return
+            mine = db.execute(
+                f"SELECT mine.labelled, shown_at, adjudicated, {SEATS} FROM assignments AS mine JOIN items "
+                "ON items.id = item WHERE item = :item AND annotator = :annotator",
+                values,
+            ).fetchone()
+            if mine is None:
+                raise RefusedError("This unit was not given to you.")
+            labelled, shown_at, adjudicated, others = mine
+            if adjudicated:
+                raise RefusedError("This unit was adjudicated; answers to it are final.")
+            if not labelled and others >= self.annotators_per_unit:
+                raise RefusedError("You were away for long, and others have answered this unit meanwhile.")
+            _add_label(db, item, annotator, answer, max(now - shown_at, 0.0), now, post)
+            db.execute(
+                "UPDATE assignments SET labelled = 1, skipped_at = NULL WHERE item = :item AND annotator = :annotator",
+                values,
+            )
+            _count(db, item)
+
+    def skip(self, annotator: int, item: int) -> None:
+        """Give a unit back unanswered; it comes again when there is nothing else."""
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE assignments SET skipped_at = ? WHERE item = ? AND annotator = ? AND NOT labelled",
+                (self._clock(), item, annotator),
+            )
+
+    def take_back(self, annotator: int) -> int | None:
+        """Void an annotator's latest answer, and keep its unit for them; which one that is, None if there is none."""
+        now = self._clock()
+        with self._transaction() as db:
+            found = db.execute(
+                "SELECT item FROM answers JOIN items ON items.id = item WHERE annotator = ? AND NOT adjudicated "
+                "ORDER BY answers.id DESC LIMIT 1",
+                (annotator,),
+            ).fetchone()
+            if found is None:
+                return None
+            item = int(found[0])
+            _add_label(db, item, annotator, None, None, now, None)
+            self._keep(db, item, annotator, now)
+            db.execute("UPDATE assignments SET labelled = 0 WHERE item = ? AND annotator = ?", (item, annotator))
+            _count(db, item)
+        return item
+
+    def adjudicate(self, item: int, answer: UnitAnswer, post: str) -> None:
+        """Settle a unit, whatever its annotators said; when this returns, the disk has it."""
+        with self._transaction() as db:
+            if not db.execute("SELECT 1 FROM labels WHERE post = ?", (post,)).fetchone():
+                _add_label(db, item, None, answer, None, self._clock(), post)
+                db.execute("UPDATE items SET adjudicated = 1 WHERE id = ?", (item,))
+
+    def item(self, item: int) -> Item | None:
+        """A unit with its history."""
+        with self._reading() as db:
+            found = db.execute("SELECT id, step, trace, proposals, digest FROM items WHERE id = ?", (item,)).fetchone()
+            return self._item(db, *found) if found else None
+
+    def items(self) -> Iterator[Item]:
+        """All units in the order in which they came."""
+        with self._reading() as db:
+            for found in db.execute("SELECT id, step, trace, proposals, digest FROM items ORDER BY id").fetchall():
+                yield self._item(db, *found)
+
+    def show_again(self, annotator: int, item: int) -> bool:
+        """Note that an annotator looks at a unit again; False if it was never given to them."""
+        with self._transaction() as db:
+            query = "UPDATE assignments SET shown_at = ? WHERE annotator = ? AND item = ?"
+            return db.execute(query, (self._clock(), annotator, item)).rowcount > 0
+
+    def answer(self, annotator: int, item: int) -> UnitAnswer | None:
+        """What an annotator said of a unit."""
+        with self._reading() as db:
+            query = "SELECT accepted, help_needed FROM answers WHERE annotator = ? AND item = ?"
+            found = db.execute(query, (annotator, item)).fetchone()
+        return _answer(*found) if found else None
+
+    def neighbours(self, annotator: int, item: int) -> tuple[int | None, int | None]:
+        """The units that an annotator answered before and after this one, or, if it has no answer, the latest one."""
+        values = {"annotator": annotator, "item": item}
+        found = []
+        with self._reading() as db:
+            for side, order in (("<", "DESC"), (">", "ASC")):
+                row = db.execute(
+                    f"SELECT item FROM answers WHERE annotator = :annotator AND id {side} coalesce((SELECT id FROM "
+                    "answers WHERE annotator = :annotator AND item = :item), 9e18) "
+                    f"ORDER BY id {order} LIMIT 1",
+                    values,
+                ).fetchone()
+                found.append(None if row is None else int(row[0]))
+        return found[0], found[1]
+
+    def labels(self) -> list[Label]:
+        """All answers that stand, by unit."""
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT item, name, accepted, help_needed, seconds, at FROM answers LEFT JOIN annotators "
+                "ON annotators.id = annotator ORDER BY item, answers.id"
+            ).fetchall()
+        return [Label(item, name, _answer(said, need), seconds, at) for item, name, said, need, seconds, at in rows]
+
+    def progress(self, annotator: int) -> Progress:
+        """How far an annotator is."""
+        values = {"annotator": annotator, "now": self._clock(), "n": self.annotators_per_unit}
+        with self._reading() as db:
+            done, skipped = db.execute(
+                "SELECT count(*) FILTER (WHERE labelled), count(*) FILTER (WHERE skipped_at IS NOT NULL AND NOT "
+                "labelled) FROM assignments WHERE annotator = :annotator",
+                values,
+            ).fetchone()
+            (left,) = db.execute(
+                "SELECT count(*) FROM items WHERE labelled < :n AND NOT adjudicated AND NOT EXISTS (SELECT 1 FROM "
+                "assignments WHERE item = items.id AND annotator = :annotator AND assignments.labelled)",
+                values,
+            ).fetchone()
+            recent = db.execute(
+                "SELECT seconds FROM labels WHERE annotator = ? AND seconds IS NOT NULL ORDER BY id DESC LIMIT ?",
+                (annotator, RECENT),
+            ).fetchall()
+        return Progress(done, left, skipped, statistics.median(row[0] for row in recent) if recent else None)
+
+    def states(self) -> dict[str, int]:
+        """How many units are open, claimed, labelled by some, complete, and adjudicated."""
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT CASE WHEN adjudicated THEN 'adjudicated' WHEN labelled >= :n THEN 'complete' "
+                "WHEN labelled THEN 'labelled' WHEN EXISTS (SELECT 1 FROM assignments WHERE item = items.id AND "
+                "skipped_at IS NULL AND expires_at > :now) THEN 'claimed' ELSE 'open' END, count(*) "
+                "FROM items GROUP BY 1",
+                {"n": self.annotators_per_unit, "now": self._clock()},
+            ).fetchall()
+        return dict.fromkeys(("open", "claimed", "labelled", "complete", "adjudicated"), 0) | dict(rows)
+
+    def ties(self) -> list[int]:
+        """The complete units that the majority does not settle, and that nobody has adjudicated."""
+        with self._reading() as db:
+            complete = "labelled >= ? AND NOT adjudicated"
+            rows = db.execute(
+                f"SELECT item, accepted, help_needed FROM answers JOIN items ON items.id = item WHERE {complete} "
+                "AND annotator IS NOT NULL",
+                (self.annotators_per_unit,),
+            ).fetchall()
+        answers: dict[int, list[UnitAnswer]] = {}
+        for item, *said in rows:
+            answers.setdefault(item, []).append(_answer(*said))
+        return sorted(item for item, said in answers.items() if None in decide(said))
+
+    def _keep(self, db: sqlite3.Connection, item: int, annotator: int, now: float) -> None:
+        db.execute(
+            "INSERT INTO assignments (item, annotator, shown_at, expires_at) VALUES (?, ?, ?, ?) ON CONFLICT DO "
+            "UPDATE SET shown_at = excluded.shown_at, expires_at = excluded.expires_at, skipped_at = NULL",
+            (item, annotator, now, now + CLAIM_SECONDS),
+        )
+
+    def _item(self, db: sqlite3.Connection, item: int, step: int, trace: str, proposals: str, digest: int) -> Item:
+        events = db.execute(
+            "WITH RECURSIVE history AS (SELECT *, 0 AS back FROM events WHERE digest = ? UNION ALL SELECT events.*, "
+            "back + 1 FROM events JOIN history ON events.digest = history.before) "
+            "SELECT time, event FROM history ORDER BY back DESC",
+            (digest,),
+        ).fetchall()
+        history = tuple(Event(time=when, event=what) for when, what in events)
+        return Item(item, step, Unit(trace, history, {k: tuple(v) for k, v in json.loads(proposals).items()}))
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            yield self._db
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+
+def token_digest(token: str) -> bytes:
+    """What is stored of a token; tokens are random and long, so that a plain digest tells nothing."""
+    return hashlib.sha256(token.encode()).digest()
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    try:
+        db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")  # a commit is on the disk when it returns
+        db.execute("PRAGMA foreign_keys = ON")
+    except sqlite3.Error as error:
+        raise UserError(f"{path}: {error}", "Give a project file on a local disk that can be written.") from error
+    return db
+
+
+def _add_label(
+    db: sqlite3.Connection,
+    item: int,
+    annotator: int | None,
+    answer: UnitAnswer | None,
+    seconds: float | None,
+    at: float,
+    post: str | None,
+) -> None:
+    accepted = None if answer is None else json.dumps(answer.accepted)
+    db.execute(
+        "INSERT INTO labels (item, annotator, accepted, help_needed, seconds, at, post) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (item, annotator, accepted, answer and answer.help_needed, seconds, at, post),
+    )
+
+
+def _count(db: sqlite3.Connection, item: int) -> None:
+    db.execute(
+        "UPDATE items SET labelled = (SELECT count(*) FROM assignments WHERE item = items.id AND "
+        "assignments.labelled) WHERE id = ?",
+        (item,),
+    )
+
+
+def _answer(accepted: str, help_needed: int) -> UnitAnswer:
+    return UnitAnswer(tuple(json.loads(accepted)), bool(help_needed))
