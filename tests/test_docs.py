@@ -1,8 +1,12 @@
-"""The pages of the docs: links, paths and classes that they name exist, and every page is in the site."""
+"""The docs: the links, files, options and classes that they name exist, and every page is in the site."""
 
+import contextlib
+import io
 import re
 import tomllib
 from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from pydoc import locate
@@ -21,6 +25,15 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+
+COMMANDS = ("fit", "plan", "evaluate", "export", "inspect", "annotate")
+HELPS = {
+    "fit": [["--task=reward"], ["--task=agent"]],
+    "plan": [["--task=reward"], ["--task=agent"]],
+    "evaluate": [["reward"], ["agent"]],
+    "annotate": [["import"], ["export"], ["agreement"]],
+}
+OPTION = r"(?<![\w-])--[a-z][\w.-]*\w"
 
 
 def tokens(page: Path) -> Iterator[Token]:
@@ -67,6 +80,50 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
     folders = "proactive|callbacks|models|datamodules|configs|benchmarks|tests|docs"
     named = {path for text in code for path in re.findall(rf"(?<![\w./-])(?:{folders})/[\w./-]+\.(?:py|yaml|md)", text)}
     assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+@cache
+def known_options(command: str) -> frozenset[str]:
+    """All options that a command and its subcommands have, for either task, as --help prints them."""
+    main = import_module(f"proactive.{command}").main
+    printed = io.StringIO()
+    for arguments in HELPS.get(command, [[]]):
+        with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
+            main([*arguments, "--help"])
+    return frozenset(re.findall(OPTION, printed.getvalue()))
+
+
+def known(option: str, options: frozenset[str]) -> bool:
+    """Whether an option is among them, or is a field of one, which --help does not print: model.adapter.rank."""
+    return option in options or (option.count(".") > 1 and ".".join(option.split(".")[:2]) in options)
+
+
+def unknown_options(text: str) -> list[str]:
+    """Options that a text gives to a command that lacks them, and options with a dot that no command has."""
+    commands = re.findall(rf"\bproactive[. ]({'|'.join(COMMANDS)})\b(.*)", text.replace("\\\n", " "))
+    unknown = [
+        f"{command} {option}"
+        for command, arguments in commands
+        for option in re.findall(OPTION, arguments)
+        if not known(option, known_options(command))
+    ]
+    if not commands:
+        everywhere = frozenset[str]().union(*(known_options(command) for command in COMMANDS))
+        unknown += [option for option in re.findall(OPTION, text) if "." in option and not known(option, everywhere)]
+    return unknown
+
+
+@each_page
+def test_options_that_a_page_names_exist(page: Path) -> None:
+    code = [token.content for token in tokens(page) if token.type in ("code_inline", "fence")]
+    assert [option for text in code for option in unknown_options(text)] == []
+
+
+def test_unknown_options_are_found() -> None:
+    assert unknown_options(
+        "python -m proactive.plan \\\n  --device l4 --trainer.strategy.init_args.replicas 2 --cost-ratio 2"
+    ) == ["plan --cost-ratio"]
+    assert unknown_options("--run.name a, --data.nothing b, --only c") == ["--data.nothing"]
 
 
 def test_classes_of_the_reference_exist() -> None:
