@@ -126,9 +126,13 @@ def test_unknown_options_are_found() -> None:
     assert unknown_options("--run.name a, --data.nothing b, --only c") == ["--data.nothing"]
 
 
-def test_classes_of_the_reference_exist() -> None:
-    named = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "reference.md").read_text(encoding="utf-8"), re.M)
-    assert named
+@each_page
+def test_functions_and_classes_that_a_page_names_exist(page: Path) -> None:
+    code = [token.content for token in tokens(page) if token.type == "code_inline"]
+    code += re.findall(r"^::: ([\w.]+)$", page.read_text(encoding="utf-8"), re.M)  # on a reference page
+    named = [
+        name for name in code if re.fullmatch(r"(proactive|callbacks|models|datamodules)(\.\w+)+(?<!\.json)", name)
+    ]
     assert [name for name in named if locate(name) is None] == []
 
 
