@@ -2,15 +2,22 @@
 
 import contextlib
 import json
+import secrets
+import sys
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from datamodules.ranges import Tries
+from annotated_types import Ge, Le
+
+from datamodules.errors import UserError
+from datamodules.ranges import FINITE, Tries
 from datamodules.records import AnnotatedRow, read_jsonl
+from datamodules.simulator import simulate
 from datamodules.sources import load_corpus
-from datamodules.units import read_units
+from datamodules.units import read_units, units_of_rows
 from proactive.annotation.export import Rule, export
-from proactive.annotation.figures import agreement_figures, votes_of_project, votes_of_rows
+from proactive.annotation.figures import agreement_figures, interval, votes_of_project, votes_of_rows
 from proactive.annotation.store import Store
 from proactive.parser import Parser
 from proactive.terminal import Table, run, say, show
@@ -18,16 +25,21 @@ from proactive.terminal import Table, run, say, show
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
+EXAMPLE_SCENES = 3
+Port = Annotated[int, Ge(0), Le(65535), FINITE]
+
 
 def main(arguments: list[str]) -> None:
     """Parse, and carry out one of the subcommands."""
     parser = Parser(prog="python -m proactive.annotate", description="Label proposals, and read what an agent did.")
     subcommands = parser.add_subcommands()
     subcommands.add_subcommand("import", _import_parser(), help="traces into a project to label")
+    subcommands.add_subcommand("serve", _serve_parser(), help="the pages that people label on")
     subcommands.add_subcommand("export", _export_parser(), help="annotated rows out of a project")
     subcommands.add_subcommand("agreement", _agreement_parser(), help="how far the annotators agree")
     options = parser.parse_args(arguments)
-    {"import": _import, "export": _export, "agreement": _agreement}[options.subcommand](options[options.subcommand])
+    carry_out = {"import": _import, "serve": _serve, "export": _export, "agreement": _agreement}[options.subcommand]
+    carry_out(options[options.subcommand])
 
 
 def _import_parser() -> Parser:
@@ -37,6 +49,20 @@ def _import_parser() -> Parser:
         "what several agents proposed after the same events is labelled together.")  # fmt: skip
     add("--project", type=Path, required=True, help="The project's file, which is made if it is not there.")
     add("--annotators-per-unit", type=Tries, default=3, help="How many label each unit; never more do.")
+    return _common(parser)
+
+
+def _serve_parser() -> Parser:
+    parser = Parser(prog="annotate serve", description="Serve the pages that people label on, until Ctrl-C.")
+    add = parser.add_argument
+    add("project", type=Path, nargs="?", help="The project's file. Without one, an embedded example to try it, whose "
+        "labels are not kept.")  # fmt: skip
+    add("--annotators", type=str, nargs="+", default=[], help="Make a link for each of these names; a former link of a "
+        "name is void. More can be added on the overview page.")  # fmt: skip
+    add("--host", type=str, default="127.0.0.1", help="The address to listen on; 0.0.0.0 lets other machines in.")
+    add("--port", type=Port, default=8765, help="The port; 0 is any that is free.")
+    add("--names", type=str, nargs="+", default=[], help="By which other names people reach this server; requests for "
+        "others are refused.")  # fmt: skip
     return _common(parser)
 
 
@@ -72,6 +98,45 @@ def _import(options: "Namespace") -> None:
     if not options.quiet:
         say(f"{options.project}: {added} units added, {len(units) - added} were there")
         say(f"next: python -m proactive.annotate serve {options.project} --annotators NAME NAME NAME")
+
+
+def _serve(options: "Namespace") -> None:
+    try:
+        from proactive.annotation.server import LOOPBACK, application, listen, serve
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"serve needs {error.name}, which is not installed", "pip install 'proactive[annotate]'"
+        ) from error
+    with contextlib.ExitStack() as stack:
+        project, names = options.project, options.annotators
+        if project is None:
+            project = _example(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="proactive-"))))
+            names = names or ["you"]
+            say("an example of embedded data: what is labelled is not kept")
+        store = stack.enter_context(contextlib.closing(Store(project)))
+        listening = stack.enter_context(listen(options.host, options.port))
+        port, owner = listening.getsockname()[1], secrets.token_urlsafe(24)
+        host = (options.names or [options.host])[0]
+        place = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how it ends
+            say(f"overview: {place}/o/{owner}")
+            for name in names:
+                say(f"{name}: {place}/a/{store.invite(name)}")
+            if options.host not in LOOPBACK:
+                say("others can reach this server, and what they send is not encrypted", to_stderr=True)
+            sys.stdout.flush()
+            serve(application(store, owner, [*LOOPBACK, options.host, *options.names], port), listening)
+
+
+def _example(folder: Path) -> Path:
+    """A project of a few embedded scenes."""
+    train, _, _ = simulate()
+    scenes = list(dict.fromkeys(row.scene for row in train))[:EXAMPLE_SCENES]
+    project = folder / "example.sqlite"
+    Store.create(project, 1)
+    with contextlib.closing(Store(project)) as store:
+        store.add_units(units_of_rows(row for row in train if row.scene in scenes))
+    return project
 
 
 def _export(options: "Namespace") -> None:
@@ -115,16 +180,9 @@ def _agreement_table(name: str, figures: dict[str, dict[str, Any]]) -> Table:
     for title in ("answered by 2 or more", "traces", "raw", "Krippendorff's alpha", "Fleiss' kappa"):
         table.add_column(title, justify="right")
     for group, found in figures.items():
-        cells = [_figure(found, statistic) for statistic in ("raw", "alpha", "kappa")]
+        cells = [interval(found, statistic) for statistic in ("raw", "alpha", "kappa")]
         table.add_row(group, str(found["units"]), str(found["traces"]), *cells)
     return table
-
-
-def _figure(found: dict[str, Any], name: str) -> str:
-    if found.get(name) is None:
-        return ""
-    low, high = found.get(f"{name}_low"), found.get(f"{name}_high")
-    return f"{found[name]:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ HELPS = {
     "fit": [["--task=reward"], ["--task=agent"]],
     "plan": [["--task=reward"], ["--task=agent"]],
     "evaluate": [["reward"], ["agent"]],
-    "annotate": [["import"], ["export"], ["agreement"]],
+    "annotate": [["import"], ["serve"], ["export"], ["agreement"]],
 }
 OPTION = r"(?<![\w-])--[a-z][\w.-]*\w"
 

@@ -1,0 +1,120 @@
+"""The annotators' pages: the next unit, their former answers, and what they send."""
+
+from starlette.datastructures import FormData
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from proactive.annotation.pages import (
+    IncompleteError,
+    endpoint,
+    home,
+    item_of,
+    message,
+    read_answer,
+    redirect,
+    unit_page,
+)
+from proactive.annotation.store import Annotator, Item, RefusedError, Store
+
+
+class Labelling:
+    """The pages below /a/TOKEN.
+
+    Args:
+        store: The project.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def routes(self) -> list[Route]:
+        unit = "/a/{token}/unit/{item:int}"
+        return [
+            Route("/a/{token}", endpoint(self._who, self.next_unit)),
+            Route(unit, endpoint(self._who, self.unit)),
+            Route(unit, endpoint(self._who, self.save), methods=["POST"]),
+            Route("/a/{token}/back", endpoint(self._who, self.take_back), methods=["POST"]),
+        ]
+
+    def next_unit(self, request: Request, who: Annotator) -> Response:
+        number = self.store.claim(who.id)
+        item = None if number is None else self.store.item(number)
+        if item is not None:
+            return self._page(request, who, item, said="Saved." if "saved" in request.query_params else "")
+        progress = self.store.progress(who.id)
+        text = f"You have labelled {progress.done} units, and nothing is left for you. Thank you!"
+        if progress.left:
+            text = f"You have labelled {progress.done} units. Others work on the {progress.left} that are left."
+        return message("Done for now", text, back=home(request) if progress.done else "")
+
+    def unit(self, request: Request, who: Annotator) -> Response:
+        """A unit that they were given before."""
+        item = item_of(request, self.store)
+        if not self.store.show_again(who.id, item.id):
+            raise HTTPException(404)
+        return self._page(request, who, item)
+
+    def save(self, request: Request, who: Annotator, form: FormData) -> Response:
+        item = item_of(request, self.store)
+        if form.get("action") == "skip":
+            self.store.skip(who.id, item.id)
+            return redirect(home(request))
+        try:
+            self.store.save(who.id, item.id, read_answer(form, item), str(form.get("post")))
+        except IncompleteError as problem:
+            return self._page(request, who, item, form, str(problem))
+        except RefusedError as refused:
+            return message("Not saved", str(refused), 409, link=home(request), link_text="Next unit")
+        return redirect(f"{home(request)}?saved")
+
+    def take_back(self, request: Request, who: Annotator, form: FormData) -> Response:
+        item = self.store.take_back(who.id)
+        return redirect(home(request) + ("" if item is None else f"/unit/{item}"))
+
+    def _who(self, request: Request) -> Annotator:
+        found = self.store.annotator(request.path_params["token"])
+        if found is None:
+            raise HTTPException(404)
+        return found
+
+    def _page(
+        self,
+        request: Request,
+        who: Annotator,
+        item: Item,
+        form: FormData | None = None,
+        problem: str = "",
+        said: str = "",
+    ) -> Response:
+        answer, progress = self.store.answer(who.id, item.id), self.store.progress(who.id)
+        before, after = self.store.neighbours(who.id, item.id)
+        return unit_page(
+            "label.html",
+            item,
+            item.order(who.id),
+            answer,
+            form,
+            problem,
+            title=f"Unit {item.id}: label offers of help",
+            heading=f"Unit {item.id}, as you answered it" if answer else f"Unit {item.id}",
+            action=f"{home(request)}/unit/{item.id}",
+            home=home(request),
+            name=who.name,
+            progress=progress,
+            pace=_pace(progress.pace, progress.left),
+            before=before,
+            after=after,
+            answered=answer is not None,
+            said=said,
+        )
+
+
+def _pace(seconds: float | None, left: int) -> str:
+    if seconds is None:
+        return ""
+    minutes = seconds * left / 60
+    return f"{seconds:.{0 if seconds >= 10 else 1}f} s each" + (
+        f", about {minutes:.0f} min to go" if minutes >= 1 else ""
+    )

@@ -1,0 +1,97 @@
+"""The server: who is let in, what it answers, and where it listens.
+
+Whoever knows a token is let in: an annotator's leads to units to label, the owner's to the overview and to traces.
+"""
+
+import secrets
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from callbacks.files import TEMPLATES
+from datamodules.errors import UserError
+from proactive.annotation.guard import Guard
+from proactive.annotation.labelling import Labelling
+from proactive.annotation.overview import Overview
+from proactive.annotation.pages import HERE, message
+from proactive.annotation.store import Store
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+STATIC = {
+    "look.css": (TEMPLATES, "text/css"),
+    "label.css": (HERE / "static", "text/css"),
+    "label.js": (HERE / "static", "text/javascript"),
+}
+
+
+def application(store: Store, owner: str, hosts: Sequence[str], port: int) -> ASGIApp:
+    """What answers requests.
+
+    Args:
+        store: The project.
+        owner: The owner's token.
+        hosts: The names and addresses that people use for this server.
+        port: Its port.
+    """
+
+    def is_owner(request: Request) -> None:
+        if not secrets.compare_digest(request.path_params["token"].encode(), owner.encode()):
+            raise HTTPException(404)
+
+    routes = [_static(), *Labelling(store).routes(), *Overview(store, is_owner).routes()]
+    return Guard(Starlette(routes=routes, exception_handlers={HTTPException: _no_page}), hosts, port)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; port 0 is any that is free.
+
+    Raises:
+        UserError: It cannot.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except (OSError, UnicodeError) as error:
+        reason = str(getattr(error, "strerror", None) or error).partition(" (")[0]
+        raise UserError(f"cannot listen on {host}, port {port}: {reason}", "Give another --host or --port.") from error
+
+
+def serve(app: ASGIApp, listening: socket.socket) -> None:
+    """Answer until the process is told to end; what is in progress is finished first."""
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        access_log=False,  # it would hold tokens
+        log_config=None,
+        proxy_headers=False,
+        server_header=False,
+    )
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _static() -> Route:
+    """Style and scripts, read once: no path of a request reaches the disk."""
+    files = {name: ((folder / name).read_text(encoding="utf-8"), kind) for name, (folder, kind) in STATIC.items()}
+
+    def answer(request: Request) -> Response:
+        if request.path_params["name"] not in files:
+            raise HTTPException(404)
+        content, kind = files[request.path_params["name"]]
+        return Response(content, media_type=kind)
+
+    return Route("/static/{name}", answer)
+
+
+def _no_page(request: Request, error: Any) -> Response:
+    text = "Nothing is here, or the link is void. Ask who sent it to you for a new one."
+    return message("Not found" if error.status_code == 404 else "That does not work", text, error.status_code)
