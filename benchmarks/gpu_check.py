@@ -38,7 +38,7 @@ from rich.table import Table
 from callbacks.files import write_atomically
 from datamodules.reward import RewardDataModule
 from models.adamw_8bit import AdamW8bit
-from models.generation import branch_problem
+from models.branches import branch_problem
 from models.reward import RewardClassifier
 
 PACKAGES = ("torch", "transformers", "lightning", "triton", "bitsandbytes", "torchao", "flashoptim", "peft")

@@ -71,13 +71,15 @@ class RewardDataModule(RowsDataModule):
             odds=[1 / frequency[row.category] for row in rows] if self.balance == "category" else None,
         )
 
-    def _without_padding_at_the_end(self, stage: Stage, rows: list[Integers]) -> list[Any]:
-        """Rows as far as transformers reads them: its classifiers read a row's last token that is no padding token.
+    def without_padding_at_the_end(self, row: Integers) -> Integers:
+        """A row as far as transformers reads it: its classifiers read a row's last token that is no padding token.
 
         Where the end token also pads, a prompt may end in it; a row of an exported model is then read before it.
         """
-        pad = self.tokenizer.pad_token_id
-        kept = [row[: np.flatnonzero(row != pad)[-1] + 1] for row in rows]
+        return row[: np.flatnonzero(row != self.tokenizer.pad_token_id)[-1] + 1]
+
+    def _without_padding_at_the_end(self, stage: Stage, rows: list[Integers]) -> list[Any]:
+        kept = [self.without_padding_at_the_end(row) for row in rows]
         shorter = sum(len(row) < len(whole) for row, whole in zip(kept, rows, strict=True))
         if shorter and stage == "train":
             log.info(

@@ -73,6 +73,15 @@ class Encoded:
 
 
 @dataclass(frozen=True)
+class RowIds:
+    """The token ids of one row, where its last segment begins, and whether it lost its oldest events to its length."""
+
+    input_ids: list[int]
+    last_segment: int
+    truncated: bool
+
+
+@dataclass(frozen=True)
 class WordScores:
     """A bag of words, fitted on the rows that a model was trained on.
 
@@ -498,12 +507,14 @@ class RowsDataModule(LightningDataModule):
     def _layout(self, stage: Stage) -> Layout:
         if stage not in self._layouts:
             ids, answers = self._encoded[stage].input_ids, self._encoded[stage].answers
-            self._layouts[stage] = (
-                TreeLayout(ids, self.token_budget, self._pair_cost, answers)
-                if self.layout == "tree"
-                else RowsLayout(ids, self.tokenizer.pad_token_id, self.micro_batch_size, answers)
-            )
+            self._layouts[stage] = self.layout_of(ids, answers)
         return self._layouts[stage]
+
+    def layout_of(self, input_ids: Sequence[Sequence[int]], answers: Sequence[Integers] | None = None) -> Layout:
+        """How rows are laid out, once that is settled."""
+        if self.layout == "tree":
+            return TreeLayout(input_ids, self.token_budget, self._pair_cost, answers)
+        return RowsLayout(input_ids, self.tokenizer.pad_token_id, self.micro_batch_size, answers)
 
     def _rows(self, stage: Stage) -> EncodedRows:
         return EncodedRows(self._layout(stage), self._encoded[stage].columns)
@@ -553,22 +564,35 @@ class RowsDataModule(LightningDataModule):
         return found
 
     def _tokenized(self, stage: Stage, rows: Sequence[Any], counts: Counter[str]) -> Iterator[Mapping[str, Any]]:
-        segmenter = self.segmenter
-        room = self.max_length - len(segmenter.prefix)
         for index, row in enumerate(rows):
-            history, older = self._recent(row.history, room)
-            *before, last = segmenter.encode(self.branch(row))
-            branch = [token for segment in (*before, last, self.end) for token in segment]
-            ids, dropped = truncate([*history, branch], room, self.branch_length)
-            if len(ids) > room:
-                raise UserError(
-                    f"data.max_length: instructions and {self.branch_name} of row {index} of the {stage} split take "
-                    f"{len(ids) + len(segmenter.prefix)} tokens, more than {self.max_length}",
-                    "Use a greater max_length or a shorter prompt.",
-                )
-            counts["truncated"] += older + dropped > 0
-            ids = [*segmenter.prefix, *ids]
-            yield {"input_ids": ids, "last_segment": len(ids) - len(self.end) - len(last)}
+            found = self.row_ids(row.history, self.branch(row), f"row {index} of the {stage} split")
+            counts["truncated"] += found.truncated
+            yield {"input_ids": found.input_ids, "last_segment": found.last_segment}
+
+    def row_ids(self, history: Sequence[Event], branch: Sequence[Segment], where: str) -> RowIds:
+        """The token ids of a history and of what follows it.
+
+        Args:
+            history: Its events; the oldest are left out as far as the row would have more than `max_length` tokens.
+            branch: The segments that follow.
+            where: Which row it is, in words.
+
+        Raises:
+            UserError: Instructions and branch alone are too long.
+        """
+        room = self.max_length - len(self.segmenter.prefix)
+        recent, older = self._recent(history, room)
+        *before, last = self.segmenter.encode(branch)
+        tail = [token for segment in (*before, last, self.end) for token in segment]
+        ids, dropped = truncate([*recent, tail], room, self.branch_length)
+        ids = [*self.segmenter.prefix, *ids]
+        if len(ids) > self.max_length:
+            raise UserError(
+                f"data.max_length: instructions and {self.branch_name} of {where} take {len(ids)} tokens, more than "
+                f"{self.max_length}",
+                "Use a greater max_length or a shorter prompt.",
+            )
+        return RowIds(ids, len(ids) - len(self.end) - len(last), older + dropped > 0)
 
     def _recent(self, history: Sequence[Event], room: int) -> tuple[list[list[int]], int]:
         """The token ids of the instructions and of the last events, as many as fill `room`; how many are left out."""

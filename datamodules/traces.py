@@ -70,6 +70,17 @@ class Candidate:
 Answers = Mapping[str, Sequence[Sequence[Candidate]]]  # by trace name: for each event, its candidates
 
 
+History = tuple[Event, ...]  # the first events of a session, oldest first
+
+
+class Pair(NamedTuple):
+    """A proposal, or None for none, after a history; `where` says in words which, for messages and logs."""
+
+    history: History
+    proposal: str | None
+    where: str = ""
+
+
 class Offer(NamedTuple):
     """A proposal, or None for none, after the event `step` (from 0) of a trace."""
 

@@ -39,7 +39,7 @@ class PrefixOrder:
         self._rank = np.empty(len(order), dtype=np.int64)
         self._rank[order] = np.arange(len(order))
         pairs = pairwise(order)
-        self._shared = np.array([_common(self.input_ids[a], self.input_ids[b]) for a, b in pairs], dtype=np.int64)
+        self._shared = np.array([common_prefix(self.input_ids[a], self.input_ids[b]) for a, b in pairs], dtype=np.int64)
 
     def sorted(self, rows: Sequence[int]) -> Integers:
         """The rows, which may repeat, in this order: (R,)."""
@@ -183,7 +183,9 @@ def _cuts(added: Integers, shared: Integers, cap: int, pair_cost: float) -> list
     return cuts[::-1]
 
 
-def _common(a: Integers, b: Integers) -> int:
+def common_prefix(first: npt.ArrayLike, second: npt.ArrayLike) -> int:
+    """How many token ids two rows share from their beginning on."""
+    a, b = np.asarray(first), np.asarray(second)
     length = min(len(a), len(b))
     different = np.flatnonzero(a[:length] != b[:length])
     return int(different[0]) if len(different) else length

@@ -16,7 +16,8 @@ from datamodules.ranges import CountOrNone, NotNegative
 from datamodules.records import history_digest
 from models.answer_metrics import AnswerLosses, answer_losses, decision_figures, decisions, probed_rows
 from models.backbone import language_problem, position_room, token_losses
-from models.generation import can_branch, generate_answers
+from models.branches import can_branch
+from models.generation import generate_answers
 from models.training import BackboneModule
 
 if TYPE_CHECKING:

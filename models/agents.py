@@ -1,12 +1,12 @@
-"""Agents: whatever answers the events of traces. One more is one more class with `settings` and `answer`."""
+"""Agents: whatever proposes something, or nothing, after each event of a session."""
 
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Protocol
 
-import torch
 from annotated_types import Ge, Le
 
 from datamodules.agent import AgentDataModule
@@ -14,85 +14,135 @@ from datamodules.answers import read_answer
 from datamodules.chat import ChatPrompt
 from datamodules.errors import UserError
 from datamodules.ranges import FINITE, Count, refuse_unsound
-from datamodules.traces import Answers, Candidate, Recorded, Trace
+from datamodules.records import Event
+from datamodules.traces import Answers, Candidate, Trace
 from models.agent import ProactiveAgent
+from models.answer_log import AnswerLog
 from models.backbone import position_room
-from models.endpoint import AnswerLog, Counter, Endpoint, Session
-from models.generation import generate_answers
+from models.branches import can_branch, reading_branches
+from models.description import Advance, Description, uncounted
+from models.endpoint import ChatClient
+from models.generation import AnswerStream, AnswerWriter, GeneratedAnswer, generate_answers
 from models.grammar import AnswerGrammar
-from models.weights import Weights
+from models.weights import Weights, best_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # What "always propose" offers where no agent says what: something that fits any event, so that the baseline shows
 # what never staying silent is worth, not what a good task is.
 GENERIC_PROPOSAL = "Help with what the user is doing right now."
 
 
-class Agent(Protocol):
-    """Proposes something, or nothing, after each event of some traces."""
+class AgentSession(Protocol):
+    """A session that an agent follows, event by event."""
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """All that its answers follow from, in plain types: an evaluation goes on with the same settings only."""
+    async def observe(self, event: Event) -> list[Candidate]:
+        """The candidates after one more event, in order."""
         ...
 
-    def answer(self, traces: Sequence[Trace], log: AnswerLog, count: Counter) -> Answers:
-        """For each event of each trace, the candidates, in order.
+
+class Agent(Protocol):
+    """Proposes something, or nothing, after each event. One more agent is one more class with these methods."""
+
+    def describe(self) -> Description:
+        """What it is."""
+        ...
+
+    def session(self, name: str) -> AgentSession:
+        """A new session; sampled answers follow from its name."""
+        ...
+
+    async def answer(self, traces: Sequence[Trace], advance: Advance = uncounted) -> Answers:
+        """What sessions give that are named as the traces and fed with their events, sooner.
 
         Args:
             traces: The events. An answer depends on its event and those before it alone.
-            log: Where answers that are dear can be kept, for an evaluation that is killed and goes on.
-            count: Shows progress.
+            advance: Is called after each candidate.
         """
         ...
 
+    def release(self) -> None:
+        """Free a device's memory until the next call; most have none."""
+        return
 
-class RecordedAgent:
+
+@dataclass
+class KnownSession(AgentSession):
+    """A session whose candidates are known: a list for each event; after its end, and without one, `otherwise`."""
+
+    candidates: Sequence[Sequence[Candidate]]
+    otherwise: Candidate
+    step: int = 0
+
+    async def observe(self, event: Event) -> list[Candidate]:
+        self.step += 1
+        known = self.candidates[self.step - 1 : self.step]
+        return list(known[0]) if known else [self.otherwise]
+
+
+class RecordedAgent(Agent):
     """Gives what is recorded: of each event the first `candidates`, or all if None."""
 
-    def __init__(self, recorded: Recorded, source: str, candidates: int | None = None) -> None:
+    def __init__(self, recorded: Answers, source: str, candidates: int | None = None) -> None:
         self.recorded = recorded
         self.source = source
         self.candidates = candidates
 
-    @property
-    def settings(self) -> dict[str, Any]:
+    def describe(self) -> Description:
         written = {
-            name: [[candidate.written for candidate in step] for step in steps]
-            for name, steps in self.recorded.answers.items()
+            name: [[candidate.written for candidate in step] for step in steps] for name, steps in self.recorded.items()
         }
         digest = hashlib.sha256(json.dumps(written).encode()).hexdigest()[:16]
-        return {"agent": "recorded", "source": self.source, "answers": digest, "candidates": self.candidates}
+        return Description(
+            {"agent": "recorded", "source": self.source, "answers": digest, "candidates": self.candidates}
+        )
 
-    def answer(self, traces: Sequence[Trace], log: AnswerLog, count: Counter) -> Answers:
-        return {trace.name: [step[: self.candidates] for step in self.recorded.answers[trace.name]] for trace in traces}
+    def session(self, name: str) -> AgentSession:
+        return KnownSession(self._of(name), Candidate(None))
+
+    async def answer(self, traces: Sequence[Trace], advance: Advance = uncounted) -> Answers:
+        return {trace.name: self._of(trace.name) for trace in traces}
+
+    def _of(self, name: str) -> list[Sequence[Candidate]]:
+        return [step[: self.candidates] for step in self.recorded[name]]
 
 
-class NeverPropose:
+class NeverPropose(Agent):
     """Stays silent after every event."""
 
-    settings: dict[str, Any] = {"agent": "never-propose"}  # noqa: RUF012 - a Protocol's property, as a constant
+    def describe(self) -> Description:
+        return Description({"agent": "never-propose"})
 
-    def answer(self, traces: Sequence[Trace], log: AnswerLog, count: Counter) -> Answers:
+    def session(self, name: str) -> AgentSession:
+        return KnownSession((), Candidate(None))
+
+    async def answer(self, traces: Sequence[Trace], advance: Advance = uncounted) -> Answers:
         return {trace.name: [[Candidate(None)] for _ in trace.events] for trace in traces}
 
 
-class AlwaysPropose:
+class AlwaysPropose(Agent):
     """Proposes after every event: what another agent's first proposal there is, else `GENERIC_PROPOSAL`."""
 
-    settings: dict[str, Any] = {"agent": "always-propose"}  # noqa: RUF012 - as above
-
     def __init__(self, others: Answers | None = None) -> None:
-        self.others = others
+        self.others = others or {}
 
-    def answer(self, traces: Sequence[Trace], log: AnswerLog, count: Counter) -> Answers:
+    def describe(self) -> Description:
+        return Description({"agent": "always-propose"})
+
+    def session(self, name: str) -> AgentSession:
+        return KnownSession([[_first_offer(step)] for step in self.others.get(name, ())], _first_offer(()))
+
+    async def answer(self, traces: Sequence[Trace], advance: Advance = uncounted) -> Answers:
         return {
-            trace.name: [[self._candidate(trace.name, step)] for step in range(len(trace.events))] for trace in traces
+            trace.name: [[_first_offer(step)] for step in self.others.get(trace.name, [()] * len(trace.events))]
+            for trace in traces
         }
 
-    def _candidate(self, trace: str, step: int) -> Candidate:
-        others = self.others[trace][step] if self.others else ()
-        generic = Candidate(GENERIC_PROPOSAL, GENERIC_PROPOSAL)
-        return next((candidate for candidate in others if candidate.proposal is not None), generic)
+
+def _first_offer(candidates: Sequence[Candidate]) -> Candidate:
+    generic = Candidate(GENERIC_PROPOSAL, GENERIC_PROPOSAL)
+    return next((candidate for candidate in candidates if candidate.proposal is not None), generic)
 
 
 @dataclass(frozen=True)
@@ -113,15 +163,16 @@ class AnswerOptions:
         refuse_unsound(type(self), asdict(self), "agent.answers")
 
 
-class LocalAgent:
-    """Trained agents; each trace has one of them, see `models.weights.assign`.
+class LocalAgent(Agent):
+    """A trained agent.
 
     Args:
-        assigned: The weights of each trace, by its name.
+        weights: The agent.
         options: How answers are written.
         candidates: Answers to each event.
         temperature: Of sampling; 0 takes the likeliest tokens.
         seed: Of sampling.
+        log: Keeps answers, by the names of sessions; what it holds is not written again.
 
     Raises:
         UserError: Several candidates are asked for that would be the same.
@@ -129,120 +180,231 @@ class LocalAgent:
 
     def __init__(
         self,
-        assigned: Mapping[str, Weights[ProactiveAgent]],
-        options: AnswerOptions,
+        weights: Weights[ProactiveAgent],
+        options: AnswerOptions | None = None,
         candidates: int = 1,
         temperature: float = 0.0,
         seed: int = 0,
+        log: AnswerLog | None = None,
     ) -> None:
         _refuse_equal_candidates(candidates, temperature)
-        self.assigned = assigned
-        self.options = options
+        self.weights = weights
+        self.options = options or AnswerOptions()
         self.candidates = candidates
         self.temperature = temperature
         self.seed = seed
+        self.log = log
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {
+    def describe(self) -> Description:
+        settings = {
             "agent": "checkpoint",
-            "weights": {name: weights.digest for name, weights in self.assigned.items()},
             "max_new_tokens": self.options.max_new_tokens,
             "constrained": self.options.constrained,
             "candidates": self.candidates,
             "temperature": self.temperature,
             "seed": self.seed,
         }
+        return Description(settings, "answering", self.weights.digest, self.weights.source)
 
-    def answer(self, traces: Sequence[Trace], log: AnswerLog, count: Counter) -> Answers:
-        keys = [(t.name, step, n) for t in traces for step in range(len(t.events)) for n in range(self.candidates)]
-        with count("answering", len(keys)) as advance:
-            for key in keys:
-                if json.dumps(key) in log.texts:
-                    advance()
-            for weights in {weights.digest: weights for weights in self.assigned.values()}.values():
-                self._write(weights, traces, log, advance)
-        answers: dict[str, list[list[Candidate]]] = {trace.name: [[] for _ in trace.events] for trace in traces}
-        for name, step, number in keys:
-            text = log.final(json.dumps((name, step, number)))
-            answers[name][step].append(Candidate.of(read_answer(text or "")))
+    def session(self, name: str) -> "LocalSession":
+        return LocalSession(self, name)
+
+    async def answer(self, traces: Sequence[Trace], advance: Advance = uncounted) -> Answers:
+        log = self.log or AnswerLog()
+        steps = [(trace.name, step) for trace in traces for step in range(len(trace.events))]
+        for name, step in steps:
+            for _ in range(self.candidates - len(self.missing(log, name, step))):
+                advance()
+        self._write(traces, log, advance)
+        answers: dict[str, list[list[Candidate]]] = {trace.name: [] for trace in traces}
+        for name, step in steps:
+            answers[name].append(self.kept(log, name, step))
         return answers
 
-    def _write(
-        self, weights: Weights[ProactiveAgent], traces: Sequence[Trace], log: AnswerLog, advance: Callable[[], None]
-    ) -> None:
-        """Add the answers that these weights owe to the log."""
-        network = weights.model.network
+    def release(self) -> None:
+        self.weights.model.cpu()
+
+    def missing(self, log: AnswerLog, name: str, step: int) -> list[int]:
+        """The numbers of the candidates after an event, counted from 0, of a session that a log lacks."""
+        return [number for number in range(self.candidates) if answer_key(name, step, number) not in log.texts]
+
+    def kept(self, log: AnswerLog, name: str, step: int) -> list[Candidate]:
+        """The candidates in a log; a text that was cut off is no answer."""
+        texts = (log.final(answer_key(name, step, number)) for number in range(self.candidates))
+        return [Candidate.of(read_answer(text or "")) for text in texts]
+
+    def keep(self, log: AnswerLog, name: str, answer: GeneratedAnswer) -> bool:
+        """Put an answer into a log; whether it was not there."""
+        step = answer.step - 1
+        key = answer_key(name, step, answer.candidate)
+        if key in log.texts:
+            return False
+        text = self.data.tokenizer.decode(answer.token_ids)
+        log.add(key, text, f"{name}, event {step + 1}", "stop" if answer.finished else "length")
+        return True
+
+    @cached_property
+    def data(self) -> AgentDataModule:
+        """What renders and tokenizes histories."""
+        return AgentDataModule.from_state(self.weights.state)
+
+    @cached_property
+    def writer(self) -> AnswerWriter:
+        """What chooses tokens."""
+        end_id = self.data.tokenizer.eos_token_id
+        grammar = AnswerGrammar(self.data.tokenizer, end_id) if self.options.constrained else None
+        return AnswerWriter(end_id, self.options.max_new_tokens, self.temperature, self.seed, grammar)
+
+    @cached_property
+    def max_length(self) -> int:
+        """Tokens of a prompt and its answer, at most."""
+        network = self.weights.model.network
         assert network is not None, "a loaded agent has weights"
-        data = AgentDataModule.from_state(weights.state)
-        end_id = data.tokenizer.eos_token_id
+        return min(self.data.prompt_length + self.options.max_new_tokens, position_room(network.config))
+
+    @cached_property
+    def branched(self) -> bool:
+        """Whether the network's cache can hold branches."""
+        network = self.network()
+        with reading_branches(network):
+            return can_branch(network, self.max_length)
+
+    def network(self) -> "PreTrainedModel":
+        """The network, on its device."""
+        network = self.weights.model.network
+        assert network is not None, "a loaded agent has weights"
+        return network.to(best_device())
+
+    def _write(self, traces: Sequence[Trace], log: AnswerLog, advance: Advance) -> None:
+        """Write the answers that a log lacks."""
         wanted = {
-            (place, step + 1)
-            for place, trace in enumerate(traces)
+            (index, step + 1)
+            for index, trace in enumerate(traces)
             for step in range(len(trace.events))
-            if self.assigned[trace.name].digest == weights.digest
-            and any(json.dumps((trace.name, step, number)) not in log.texts for number in range(self.candidates))
+            if self.missing(log, trace.name, step)
         }
         if not wanted:
             return
+        writer = self.writer
         answers = generate_answers(
-            network.to("cuda" if torch.cuda.is_available() else "cpu"),
-            [data.segments(trace.events) for trace in traces],
-            data.opening(),
-            end_id=end_id,
-            max_new_tokens=self.options.max_new_tokens,
+            self.network(),
+            [self.data.segments(trace.events) for trace in traces],
+            self.data.opening(),
+            end_id=writer.end_id,
+            max_new_tokens=writer.max_new_tokens,
             batch_size=self.options.traces_at_once,
             candidates=self.candidates,
-            temperature=self.temperature,
-            seed=self.seed,
-            grammar=AnswerGrammar(data.tokenizer, end_id) if self.options.constrained else None,
-            max_length=min(data.prompt_length + self.options.max_new_tokens, position_room(network.config)),
+            temperature=writer.temperature,
+            seed=writer.seed,
+            grammar=writer.grammar,
+            max_length=self.max_length,
             wanted=wanted,
+            streams=[stream_of(trace.name) for trace in traces],
         )
         for answer in answers:
-            name, step = traces[answer.trace].name, answer.step - 1
-            key = json.dumps((name, step, answer.candidate))
-            if key not in log.texts:
-                text = data.tokenizer.decode(answer.token_ids)
-                log.add(key, text, f"{name}, event {step + 1}", "stop" if answer.finished else "length")
+            if self.keep(log, traces[answer.trace].name, answer):
                 advance()
 
 
-class EndpointAgent:
+class LocalSession(AgentSession):
+    """A session of a trained agent; each event is read once."""
+
+    def __init__(self, agent: LocalAgent, name: str) -> None:
+        self.agent = agent
+        self.name = name
+        self.log = agent.log or AnswerLog()
+        self._segments = agent.data.segments(())  # token ids of the instructions and of each event so far
+        self._stream: AnswerStream | None = None
+
+    async def observe(self, event: Event) -> list[Candidate]:
+        agent, step = self.agent, len(self._segments) - 1
+        self._segments += agent.data.segments([event])[1:]
+        if agent.missing(self.log, self.name, step):
+            for answer in self._answers().answer(self._segments):
+                agent.keep(self.log, self.name, answer)
+        return agent.kept(self.log, self.name, step)
+
+    def _answers(self) -> AnswerStream:
+        if self._stream is None:
+            agent = self.agent
+            self._stream = AnswerStream(
+                agent.network(),
+                agent.data.opening(),
+                agent.writer,
+                candidates=agent.candidates,
+                max_length=agent.max_length,
+                stream=stream_of(self.name),
+                branched=agent.branched,
+            )
+        return self._stream
+
+
+def answer_key(name: str, step: int, number: int) -> str:
+    """The key in a log of a local agent's candidate, counted from 0, after an event, counted from 0."""
+    return json.dumps((name, step, number))
+
+
+def stream_of(name: str) -> int:
+    """The stream of random draws of a session of that name: the same on any machine, whatever else is answered."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+
+
+class EndpointAgent(Agent):
     """A chat model behind an endpoint, asked once for each candidate; candidates differ by their seed.
 
     Raises:
         UserError: Several candidates are asked for that would be the same.
     """
 
-    def __init__(self, endpoint: Endpoint, prompt: ChatPrompt, candidates: int = 1) -> None:
-        _refuse_equal_candidates(candidates, endpoint.temperature)
-        self.endpoint = endpoint
+    def __init__(self, client: ChatClient, prompt: ChatPrompt, candidates: int = 1) -> None:
+        _refuse_equal_candidates(candidates, client.endpoint.temperature)
+        self.client = client
         self.prompt = prompt
         self.candidates = candidates
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        prompt = self.prompt.model_dump()
-        return {"agent": "endpoint", **self.endpoint.settings, "candidates": self.candidates, "prompt": prompt}
+    def describe(self) -> Description:
+        endpoint, prompt = self.client.endpoint, self.prompt.model_dump()
+        settings = {"agent": "endpoint", **endpoint.settings, "candidates": self.candidates, "prompt": prompt}
+        return Description(settings, f"asking {endpoint.model}", source=endpoint.url)
 
-    def answer(self, traces: Sequence[Trace], log: AnswerLog, count: Counter) -> Answers:
-        places = [
-            (trace, step, number)
-            for trace in traces
-            for step in range(len(trace.events))
-            for number in range(self.candidates)
-        ]
-        tasks = [self._task(*place) for place in places]
+    def session(self, name: str) -> AgentSession:
+        return EndpointSession(self, name)
+
+    async def answer(self, traces: Sequence[Trace], advance: Advance = uncounted) -> Answers:
+        steps = [(trace, step) for trace in traces for step in range(len(trace.events))]
+        asked = [(trace, step, number) for trace, step in steps for number in range(self.candidates)]
+        found = await self.client.gather(
+            self.candidate(trace.name, trace.history(step), number, advance) for trace, step, number in asked
+        )
         answers: dict[str, list[list[Candidate]]] = {trace.name: [[] for _ in trace.events] for trace in traces}
-        texts = self.endpoint.run(log, tasks, f"asking {self.endpoint.model}", count)
-        for (trace, step, _), text in zip(places, texts, strict=True):
-            answers[trace.name][step].append(Candidate.of(read_answer(text or "", self.prompt.text)))
+        for (trace, step, _), candidate in zip(asked, found, strict=True):
+            answers[trace.name][step].append(candidate)
         return answers
 
-    def _task(self, trace: Trace, step: int, number: int) -> Callable[[Session], Awaitable[str | None]]:
-        messages = self.prompt.messages(trace.history(step))
-        return lambda session: session.ask(messages, f"{trace.name}, event {step + 1}", number)
+    async def candidate(
+        self, name: str, history: Sequence[Event], number: int, advance: Advance = uncounted
+    ) -> Candidate:
+        """The candidate of that number, counted from 0, after a history."""
+        where = f"{name}, event {len(history)}"
+        text = await self.client.ask(self.prompt.messages(history), where, number)
+        advance()
+        return Candidate.of(read_answer(text or "", self.prompt.text))
+
+
+class EndpointSession(AgentSession):
+    """A session of a model behind an endpoint, which is told the whole history each time."""
+
+    def __init__(self, agent: EndpointAgent, name: str) -> None:
+        self.agent = agent
+        self.name = name
+        self._history: list[Event] = []
+
+    async def observe(self, event: Event) -> list[Candidate]:
+        self._history.append(event)
+        numbers = range(self.agent.candidates)
+        return await self.agent.client.gather(
+            self.agent.candidate(self.name, self._history, number) for number in numbers
+        )
 
 
 def _refuse_equal_candidates(candidates: int, temperature: float) -> None:

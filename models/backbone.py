@@ -384,7 +384,7 @@ def classify(model: "PreTrainedModel", inputs: Inputs, pooling: Pooling) -> Tens
         (R, C) floating logits.
     """
     if "subtree_end" in inputs:
-        return _logits(model, read_tree(model, inputs))
+        return classify_states(model, read_tree(model, inputs))
     input_ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]
     if pooling == "auto" and not reads_last_token(model):
         return model(input_ids=input_ids, attention_mask=attention_mask).logits
@@ -397,7 +397,7 @@ def classify(model: "PreTrainedModel", inputs: Inputs, pooling: Pooling) -> Tens
         pooled_RD = hidden_RTD[:, 0]
     else:
         pooled_RD = _at_last_token(hidden_RTD, attention_mask)
-    return _logits(model, pooled_RD)
+    return classify_states(model, pooled_RD)
 
 
 @as_forward
@@ -412,7 +412,8 @@ def _at_last_token(hidden_RTD: Tensor, attention_mask: Tensor) -> Tensor:
     return hidden_RTD[rows_R, attention_mask.sum(1) - 1]
 
 
-def _logits(model: "PreTrainedModel", pooled_RD: Tensor) -> Tensor:
+def classify_states(model: "PreTrainedModel", pooled_RD: Tensor) -> Tensor:
+    """Logits (R, C) of the classes, from what was pooled of each row."""
     layer = read_out(model)  # that of a backbone with adapters is float32 whatever the backbone is
     return layer(pooled_RD if pooled_RD.dtype == torch.float32 else pooled_RD.to(layer.weight.dtype))
 

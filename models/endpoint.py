@@ -1,12 +1,7 @@
-"""A client for chat endpoints in OpenAI's manner that gives nothing up and asks nothing twice.
-
-`AnswerLog` keeps every answer the moment it is there; `Endpoint` asks for those that are missing, a few at a time, and
-tries again where a server is busy, broken or silent.
-"""
+"""A client for chat endpoints in OpenAI's manner: it retries what fails, and asks no question twice."""
 
 import asyncio
 import base64
-import fcntl
 import hashlib
 import json
 import logging
@@ -14,12 +9,10 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Iterable
-from contextlib import AbstractContextManager, asynccontextmanager
+from collections.abc import Coroutine, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 from annotated_types import Ge, Le
@@ -28,7 +21,8 @@ from pydantic import ValidationError
 from datamodules.chat import Messages
 from datamodules.errors import UserError, printable, shortened
 from datamodules.ranges import FINITE, NotNegative, Positive, Tries, refuse_unsound
-from datamodules.reading import MOST_AT_ONCE, MOST_ROWS, is_deep, require_regular
+from datamodules.reading import MOST_AT_ONCE
+from models.answer_log import AnswerLog
 from models.completions import (
     Completion,
     Received,
@@ -42,17 +36,11 @@ from models.completions import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from httpx2 import AsyncClient
     from tenacity import RetryCallState
 
 Result = TypeVar("Result")
-Counter = Callable[[str, int], AbstractContextManager[Callable[[], None]]]  # label, total -> what counts one more
-OTHER_OUTPUT = "Give another --output."
 ADDRESS_HINT = "Give one such as http://localhost:8000/v1."
-# Why a reply ended that is a whole one, in the words of several servers; others are length, content_filter, tool_calls.
-FINAL = ("stop", "end_turn", "stop_sequence", "eos", "eos_token", "complete", "completed")
 TOLD_FROM = 5.0  # seconds of a wait that a server asks for
 SHORTEST_SECRET = 6  # characters of a key: what is shorter, such as "EMPTY", is a stand-in and may be any word
 SECRET_NAMES = re.compile("key|token|secret|sig|auth|pass|pw|cred|code|jwt", re.IGNORECASE)
@@ -84,96 +72,6 @@ class EndpointOptions:
 
     def __post_init__(self) -> None:
         refuse_unsound(type(self), asdict(self), "endpoint")
-
-
-class AnswerLog:
-    """Texts by key, in a file that grows line by line and outlives a kill.
-
-    The first line says with which settings the texts came about. A last line that was cut short is dropped.
-    `unfinished` says of each text that is no whole reply why it ended.
-
-    Raises:
-        UserError: The file was written with other settings, is no such log, or another process writes it.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path = path
-        self.texts: dict[str, str] = {}
-        self.unfinished: dict[str, str] = {}
-        if path.exists() and require_regular(path, hint=OTHER_OUTPUT) > MOST_ROWS:
-            raise UserError(f"{path}: holds more than the limit of {MOST_ROWS:,} bytes", OTHER_OUTPUT)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise UserError(
-                f"{path} is being written by another evaluation", "Wait for it, or give another --output."
-            ) from error
-        try:
-            self._read(json.loads(json.dumps(settings)))
-        except BaseException:
-            self.close()
-            raise
-
-    def add(self, key: str, text: str, where: str, finish_reason: str | None = None) -> None:
-        """Keep a text and why it ended, if that is known; when this returns, the disk has it."""
-        self._note(key, text, finish_reason)
-        self._append({"key": key, "where": where, "text": text, "finish_reason": finish_reason})
-
-    def final(self, key: str) -> str | None:
-        """The text of a key; None if it is no whole reply, which nothing may be read out of."""
-        return None if key in self.unfinished else self.texts[key]
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _note(self, key: str, text: str, finish_reason: str | None) -> None:
-        self.texts[key] = text
-        if finish_reason and finish_reason.lower() not in FINAL:
-            self.unfinished[key] = finish_reason
-
-    def _read(self, settings: dict[str, Any]) -> None:
-        self._file.seek(0)
-        content = self._file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        lines = whole.splitlines()
-        if not lines:
-            self._file.truncate(0)
-            fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-            self._append({"fingerprint": fingerprint, "settings": settings})
-            return
-        try:
-            before = _parsed(lines[0])["settings"]
-            for line in lines[1:]:
-                entry = _parsed(line)
-                self._note(entry["key"], entry["text"], entry["finish_reason"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.path} is no log of an evaluation, or an older one's", OTHER_OUTPUT) from error
-        for name in sorted(set(before) | set(settings)):
-            if (then := before.get(name)) != (now := settings.get(name)):
-                raise UserError(
-                    f"{self.path} was begun with {name} {_value(then)}, and this is {_value(now)}",
-                    "Go on with the same options, or give another --output.",
-                )
-        self._file.truncate(len(whole))
-
-    def _append(self, entry: dict[str, Any]) -> None:
-        self._file.write(json.dumps(entry).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-
-def _parsed(line: bytes) -> Any:
-    text = line.decode()
-    if is_deep(text):
-        raise ValueError("nested too deeply")
-    return json.loads(text)
-
-
-def _value(value: Any) -> str:
-    return shortened(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), LONGEST_SAID)
 
 
 @dataclass(frozen=True)
@@ -240,59 +138,11 @@ class Endpoint:
         names = ("model", "temperature", "seed", "extra")
         return {name: getattr(self, name) for name in names}
 
-    def run(
-        self,
-        log: AnswerLog,
-        tasks: Iterable[Callable[["Session"], Awaitable[Result]]],
-        label: str,
-        count: Counter,
-    ) -> list[Result]:
-        """Carry out tasks that ask, side by side, and return their results in order.
-
-        Raises:
-            UserError: The endpoint refused, kept failing, or the time is over; what was answered is in the log.
-        """
-        return asyncio.run(self._run(log, list(tasks), label, count))
-
-    async def _run(
-        self, log: AnswerLog, tasks: list[Callable[["Session"], Awaitable[Result]]], label: str, count: Counter
-    ) -> list[Result]:
-        with count(label, len(tasks)) as advance:
-
-            async def one(task: Callable[[Session], Awaitable[Result]]) -> Result:
-                result = await task(session)
-                advance()
-                return result
-
-            try:
-                async with (
-                    self._session(log) as session,
-                    asyncio.timeout_at(self.deadline),
-                    asyncio.TaskGroup() as group,
-                ):
-                    running = [group.create_task(one(task)) for task in tasks]
-            except TimeoutError:
-                raise UserError(
-                    f"the time limit of {self.options.time_limit} seconds is over", "What was answered is kept."
-                ) from None
-            except ExceptionGroup as errors:
-                raise errors.exceptions[0] from None  # the others were under way, and stopped with it
-        return [task.result() for task in running]
-
-    @asynccontextmanager
-    async def _session(self, log: AnswerLog) -> "AsyncIterator[Session]":
-        from httpx2 import AsyncClient, Limits
-
-        limits = Limits(max_connections=self.options.concurrency)
-        headers = {"Accept-Encoding": "gzip", **self._headers()}  # which is what `Session._received` decodes
-        async with AsyncClient(headers=headers, limits=limits, timeout=self.options.timeout) as client:
-            yield Session(self, log, client)
-
     @property
     def _key(self) -> str | None:
         return os.environ.get(self.key_variable, "").strip() or None if self.key_variable else None
 
-    def _headers(self) -> dict[str, str]:
+    def headers(self) -> dict[str, str]:
         """Azure, which alone names a version in its addresses, takes a key under a name of its own."""
         if not self._key:
             return {}
@@ -328,16 +178,54 @@ def _in_any_escaping(key: str) -> re.Pattern[str]:
     return re.compile("|".join(["".join(written), plain_hex, *sorted(encoded, key=len, reverse=True)]))
 
 
-class Session:
-    """An open connection to an endpoint, and the log of what it said."""
+class ChatClient:
+    """Asks an endpoint, a few questions at once, and each question once.
 
-    def __init__(self, endpoint: Endpoint, log: AnswerLog, client: "AsyncClient") -> None:
+    Its connections are open within `async with client`.
+
+    Args:
+        endpoint: The model.
+        log: Keeps its replies; within one that is opened on a file they outlive a kill.
+    """
+
+    def __init__(self, endpoint: Endpoint, log: AnswerLog | None = None) -> None:
         self.endpoint = endpoint
-        self.log = log
-        self.client = client
+        self.log = AnswerLog() if log is None else log
+        self._told_until = 0.0  # when a wait ends that was told
+        self._http: AsyncClient | None = None
+
+    async def __aenter__(self) -> Self:
+        from httpx2 import AsyncClient, Limits
+
+        endpoint = self.endpoint
+        limits = Limits(max_connections=endpoint.options.concurrency)
+        headers = {"Accept-Encoding": "gzip", **endpoint.headers()}  # which is what `_received` decodes
+        self._http = AsyncClient(headers=headers, limits=limits, timeout=endpoint.options.timeout)
         self._room = asyncio.Semaphore(endpoint.options.concurrency)
         self._asked: dict[str, asyncio.Lock] = {}
-        self._told_until = 0.0  # when a wait ends that was told
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        if self._http is not None:
+            await self._http.aclose()
+            self._http = None
+
+    async def gather(self, tasks: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+        """Carry out tasks that ask, side by side, and return their results in order.
+
+        Raises:
+            UserError: The endpoint refused, kept failing, or the time is over; what was answered is in the log.
+        """
+        try:
+            async with asyncio.timeout_at(self.endpoint.deadline), asyncio.TaskGroup() as group:
+                running = [group.create_task(task) for task in tasks]
+        except TimeoutError:
+            raise UserError(
+                f"the time limit of {self.endpoint.options.time_limit} seconds is over", "What was answered is kept."
+            ) from None
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None  # the others were under way, and stopped with it
+        return [task.result() for task in running]
 
     async def ask(
         self, messages: Messages, where: str, attempt: int = 0, temperature: float | None = None
@@ -446,7 +334,9 @@ class Session:
 
     async def _received(self, body: dict[str, Any], where: str) -> Received:
         """A whole response, unless it has more than `MOST_AT_ONCE` bytes: then no more of it is read or decoded."""
-        async with self.client.stream("POST", self.endpoint.address, json=body) as response:
+        if self._http is None:
+            raise RuntimeError("ask within `async with client`")
+        async with self._http.stream("POST", self.endpoint.address, json=body) as response:
             coding = response.headers.get("content-encoding", "identity").strip().lower()
             if coding not in ("identity", "gzip", ""):
                 raise _Failed(self._printable(f"a body in {coding}, and gzip or none was asked for"))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from models.generation import WASTE, BranchReader
+from models.branches import WASTE, BranchReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +37,11 @@ class FixedBranchReader(BranchReader):
         self._steps_left = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits_BWV: Tensor | None = None  # of the last step; a recorded one writes them here
+
+    def resume(self, known: int, tokens: Sequence[int]) -> Tensor:
+        self._graph = self._logits_BWV = self._at = None
+        self._steps_left = 0
+        return super().resume(known, tokens)
 
     def branch(self, places: Sequence[Sequence[int]]) -> list[int]:
         rows = [row for row, branches in enumerate(places) if branches]

@@ -1,21 +1,17 @@
-"""Judges: whatever accepts or rejects an offer. None is asked in silence about a trace that it was trained on."""
+"""Judges: whatever says of a proposal after a history whether the user accepts it."""
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
-
-import torch
-from lightning import Trainer
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Protocol
 
 from datamodules.chat import ChatPrompt, read_judgment
 from datamodules.errors import UserError
-from datamodules.records import AnnotatedRow
-from datamodules.reward import RewardDataModule
-from datamodules.splits import Split
-from datamodules.traces import Offer, Trace
+from datamodules.traces import Pair
 from models.calibration import DECISION
-from models.endpoint import AnswerLog, Counter, Endpoint, Session
+from models.description import Advance, Description, uncounted
+from models.endpoint import ChatClient
 from models.reward import RewardClassifier
+from models.scorer import Scorer
 from models.weights import Weights
 
 RETRY_TEMPERATURE = 0.5  # an unreadable verdict is asked for again with some chance in it, or it would come again
@@ -23,7 +19,7 @@ RETRY_TEMPERATURE = 0.5  # an unreadable verdict is asked for again with some ch
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge makes of an offer.
+    """What a judge makes of a proposal.
 
     `accepted` is None where the judge gave no readable verdict; `probability` is P(accepted) where it says so, and
     `thought` its reason where it gives one.
@@ -34,141 +30,109 @@ class Verdict:
     thought: str = ""
 
 
-Verdicts = Mapping[Offer, Verdict]
-
-
 class Judge(Protocol):
-    """Accepts or rejects offers."""
+    """Accepts or rejects proposals. One more judge is one more class with these methods."""
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """All that its verdicts follow from, in plain types."""
+    def describe(self) -> Description:
+        """What it is."""
         ...
 
-    def judge(self, offers: Sequence[Offer], log: AnswerLog, count: Counter) -> Verdicts:
-        """A verdict on each offer."""
+    async def judge(self, pairs: Sequence[Pair], advance: Advance = uncounted) -> list[Verdict]:
+        """A verdict on each pair of a history and a proposal, in order; `advance` is called after each."""
         ...
 
+    def release(self) -> None:
+        """Free a device's memory until the next call; most have none."""
+        return
 
-class RecordedJudge:
-    """Repeats the judgments that stand in the traces' files; on anything else it has no verdict."""
 
-    settings: dict[str, Any] = {"judge": "recorded"}  # noqa: RUF012 - a Protocol's property, as a constant
+class RecordedJudge(Judge):
+    """Repeats judgments that were recorded; on anything else it has no verdict.
 
-    def __init__(self, judgments: Mapping[Offer, bool]) -> None:
+    Args:
+        judgments: By the number of events of a history, and the proposal after it: those of a single trace.
+    """
+
+    def __init__(self, judgments: Mapping[tuple[int, str | None], bool]) -> None:
         self.judgments = judgments
 
-    def judge(self, offers: Sequence[Offer], log: AnswerLog, count: Counter) -> Verdicts:
-        return {offer: Verdict(self.judgments.get(offer)) for offer in offers}
+    def describe(self) -> Description:
+        return Description({"judge": "recorded"})
+
+    async def judge(self, pairs: Sequence[Pair], advance: Advance = uncounted) -> list[Verdict]:
+        return [Verdict(self.judgments.get((len(pair.history), pair.proposal))) for pair in pairs]
 
 
-class EndpointJudge:
+class EndpointJudge(Judge):
     """A generative reward model behind an endpoint.
 
     Args:
-        endpoint: The model.
+        client: Asks the model.
         prompt: What it is told.
-        traces: The events that offers refer to, by trace name.
         attempts: How often it is asked, at most, until its verdict can be read.
     """
 
-    def __init__(self, endpoint: Endpoint, prompt: ChatPrompt, traces: Mapping[str, Trace], attempts: int = 3) -> None:
+    def __init__(self, client: ChatClient, prompt: ChatPrompt, attempts: int = 3) -> None:
         if attempts < 1:
             raise UserError(f"--judge.attempts: expected 1 or more, got {attempts}", "Give a greater one.")
-        self.endpoint = endpoint
+        self.client = client
         self.prompt = prompt
-        self.traces = traces
         self.attempts = attempts
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        prompt = self.prompt.model_dump()
-        return {"judge": "endpoint", **self.endpoint.settings, "attempts": self.attempts, "prompt": prompt}
+    def describe(self) -> Description:
+        endpoint, prompt = self.client.endpoint, self.prompt.model_dump()
+        settings = {"judge": "endpoint", **endpoint.settings, "attempts": self.attempts, "prompt": prompt}
+        return Description(settings, f"judging with {endpoint.model}", source=endpoint.url)
 
-    def judge(self, offers: Sequence[Offer], log: AnswerLog, count: Counter) -> Verdicts:
-        tasks = [self._task(offer) for offer in offers]
-        verdicts = self.endpoint.run(log, tasks, f"judging with {self.endpoint.model}", count)
-        return dict(zip(offers, verdicts, strict=True))
+    async def judge(self, pairs: Sequence[Pair], advance: Advance = uncounted) -> list[Verdict]:
+        return await self.client.gather(self._verdict(pair, advance) for pair in pairs)
 
-    def _task(self, offer: Offer) -> Callable[[Session], Awaitable[Verdict]]:
-        messages = self.prompt.messages(self.traces[offer.trace].history(offer.step), offer.proposal)
-
-        async def verdict(session: Session) -> Verdict:
-            where = f"{offer.trace}, event {offer.step + 1}"
-            for attempt in range(self.attempts):
-                temperature = max(self.endpoint.temperature, RETRY_TEMPERATURE) if attempt else None
-                text = await session.ask(messages, where, attempt, temperature)
-                accepted, thought = read_judgment(text or "", self.prompt.text)
-                if accepted is not None:
-                    return Verdict(accepted, thought=thought)
-            return Verdict(None)
-
-        return verdict
+    async def _verdict(self, pair: Pair, advance: Advance) -> Verdict:
+        messages = self.prompt.messages(pair.history, pair.proposal)
+        where = pair.where or f"event {len(pair.history)}"
+        found = Verdict(None)
+        for attempt in range(self.attempts):
+            temperature = max(self.client.endpoint.temperature, RETRY_TEMPERATURE) if attempt else None
+            text = await self.client.ask(messages, where, attempt, temperature)
+            accepted, thought = read_judgment(text or "", self.prompt.text)
+            if accepted is not None:
+                found = Verdict(accepted, thought=thought)
+                break
+        advance()
+        return found
 
 
-class RewardJudge:
-    """Trained reward classifiers: they accept where P(accepted), calibrated, is above `DECISION`.
-
-    Each trace has one of them, see `assign`. Its offers are rows such as those of training, computed as prefix trees.
+class RewardJudge(Judge):
+    """A trained reward classifier: it accepts where P(accepted), calibrated, is above `DECISION`.
 
     Args:
-        assigned: The weights of each trace, by its name.
-        traces: The events that offers refer to, by trace name.
-        label: What it does, for the progress shown.
+        weights: The classifier.
+        doing: What it does, for the progress shown.
     """
 
-    def __init__(
-        self, assigned: Mapping[str, Weights[RewardClassifier]], traces: Mapping[str, Trace], label: str = "judging"
-    ) -> None:
-        self.assigned = assigned
-        self.traces = traces
-        self.label = label
-        self.truncated = 0
+    def __init__(self, weights: Weights[RewardClassifier], doing: str = "judging") -> None:
+        self.weights = weights
+        self.doing = doing
+        self.scorer = Scorer(weights)
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        weights = {name: one.digest for name, one in self.assigned.items()}
-        return {"judge": "reward classifier", "weights": weights, "accepts_above": DECISION}
-
-    def judge(self, offers: Sequence[Offer], log: AnswerLog, count: Counter) -> Verdicts:
-        verdicts: dict[Offer, Verdict] = {}
-        used = {weights.digest: weights for weights in self.assigned.values()}
-        with count(self.label, len(offers)) as advance:
-            for digest, weights in used.items():
-                mine = [offer for offer in offers if self.assigned[offer.trace].digest == digest]
-                if mine:
-                    probabilities, truncated = score(weights, [self._row(offer) for offer in mine])
-                    self.truncated += truncated
-                    for offer, probability in zip(mine, probabilities, strict=True):
-                        verdicts[offer] = Verdict(probability > DECISION, probability)
-                        advance()
-        return verdicts
-
-    def _row(self, offer: Offer) -> AnnotatedRow:
-        """The offer as a row, of a history as far as it can be read; what people said of it is not known."""
-        longest = self.assigned[offer.trace].state["hyperparameters"]["max_length"]  # an event has a token at least
-        return AnnotatedRow.model_construct(
-            history=self.traces[offer.trace].history(offer.step, longest),
-            proposal=offer.proposal,
-            accepted=False,
-            help_needed=None,
-            annotation=(),
-            stated_category=None,
+    def describe(self) -> Description:
+        calibration = self.weights.model.calibration
+        return Description(
+            {"judge": "reward classifier", "accepts_above": DECISION},
+            self.doing,
+            self.weights.digest,
+            self.weights.source,
+            {
+                "calibration": None if calibration is None else asdict(calibration),
+                "truncated_rows": self.scorer.truncated,
+            },
         )
 
+    async def judge(self, pairs: Sequence[Pair], advance: Advance = uncounted) -> list[Verdict]:
+        verdicts = [Verdict(probability > DECISION, probability) for probability in self.scorer.score(pairs)]
+        for _ in verdicts:
+            advance()
+        return verdicts
 
-def score(weights: Weights[RewardClassifier], rows: Sequence[AnnotatedRow]) -> tuple[list[float], int]:
-    """P(accepted), calibrated, of each row, and how many rows lost their oldest events to the greatest length."""
-    data = RewardDataModule.from_state(weights.state, num_workers=0, cache=False)
-    data._split = Split([], [], list(rows))  # in place of its root's rows
-    trainer = Trainer(
-        logger=False,
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        devices=1,
-    )
-    with torch.random.fork_rng():
-        trainer.test(weights.model, data, verbose=False)
-    return weights.model.test_rows["calibrated"].tolist(), data.truncated.get("test", 0)
+    def release(self) -> None:
+        self.scorer.release()

@@ -19,7 +19,7 @@ from datamodules.batches import Inputs
 from datamodules.errors import UserError
 from datamodules.ranges import NotNegative, Positive, Share, refuse_unsound
 from datamodules.records import read_json
-from datamodules.rows import log
+from datamodules.rows import RowsDataModule, log
 from datamodules.tokenizer import SCRATCH
 from models.adapters import (
     ADAPTER_FILE,
@@ -233,7 +233,8 @@ class BackboneModule(LightningModule):
                 self.network.to(self.trainer.strategy.root_device)  # where the self-tests are to run
             if made:
                 self.refuse_network(self.network)
-            self._settle_layout()
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            self.settle_layout(data, data.longest, data.largest_tree)
             if made and self.hparams["compile"]:  # after the trials, which read few tokens once
                 for block in blocks(self.network):
                     block.compile(dynamic=True)  # one graph for micro-batches of every length
@@ -297,14 +298,21 @@ class BackboneModule(LightningModule):
             self.network.gradient_checkpointing_enable({"use_reentrant": False})
         self.network.train()
 
-    def _settle_layout(self) -> None:
+    def settle_layout(self, data: RowsDataModule, longest: int, largest: int) -> None:
+        """Settle with a data module in which layout the network reads its rows; the network is on its device.
+
+        Args:
+            data: The data module.
+            longest: Tokens of the longest row.
+            largest: Tokens of the largest tree.
+        """
         assert self.network is not None
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        network, longest, largest = self.network, data.longest, data.largest_tree
+        network = self.network
         problem = None if data.layout == "rows" else self.tree_problem(network)
         if data.layout != "rows" and problem is None:
             if self.hparams["attn_implementation"] is None:
-                problem = choose_attention(network, self.trainer.strategy.root_device.type, longest, largest)
+                device = network.get_input_embeddings().weight.device
+                problem = choose_attention(network, device.type, longest, largest)
             else:
                 problem = tree_problem(network, longest, largest)
         data.settle_layout(problem, pair_cost(network))

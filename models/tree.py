@@ -15,7 +15,16 @@ from datamodules.tree import ancestors
 from models.attention import BLOCKWISE, register, tree_blocks
 from models.forward import as_forward
 from models.operations import embedding_count, weight_count
-from models.trials import FEW, LEAST, NO_DIFFERENCE, finely_tried, random_tokens, relative_difference, tolerance, tried
+from models.trials import (
+    FEW,
+    LEAST,
+    NO_DIFFERENCE,
+    difference_problem,
+    finely_tried,
+    random_tokens,
+    relative_difference,
+    tried,
+)
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -23,6 +32,7 @@ if TYPE_CHECKING:
 
 BLOCK = 128  # FlexAttention's block of tokens
 LEAST_HEAD = 16  # the size of a head that its kernels need at least
+OTHER_STATES = "a tree gives other states than its rows one by one"
 MASKED_ATTENTIONS = ("sdpa", "eager", "flex_attention", BLOCKWISE)  # those that take any mask
 
 
@@ -164,13 +174,13 @@ def _misread(model: "PreTrainedModel") -> str | None:
     tokens = random_tokens(model, 24)
     trunk, left, other, right = (tokens[start : start + 6] for start in range(0, 24, 6))
     left, other, right = [*trunk, 1, *left], [*trunk, 2, *other], [*trunk, 3, *right[:4]]  # in this order in a tree
-    left_TD, other_TD, right_TD = (_read_row(model, row) for row in (left, other, right))
+    left_TD, other_TD, right_TD = (read_row(model, row) for row in (left, other, right))
     if relative_difference(left_TD[: len(trunk)], other_TD[: len(trunk)]) > NO_DIFFERENCE:
         return "the states of its tokens depend on what follows them"
     merged_RD, beside_other_RD = (_read_rows_as_tree(model, [first, right]) for first in (left, other))
     if relative_difference(merged_RD[1], beside_other_RD[1]) > NO_DIFFERENCE:
         return "a row's state depends on the other rows of its tree"
-    return _difference(model, merged_RD, torch.stack([left_TD[-1], right_TD[-1]]))
+    return difference_problem(model, merged_RD, torch.stack([left_TD[-1], right_TD[-1]]), OTHER_STATES)
 
 
 def _misread_long(model: "PreTrainedModel", longest: int, tokens: int) -> str | None:
@@ -186,15 +196,8 @@ def _misread_long(model: "PreTrainedModel", longest: int, tokens: int) -> str | 
     branch = longest - half
     filling = [more[start : start + branch] for start in range(0, tokens - longest - 2 * FEW, branch)]
     found_RD = _read_rows_as_tree(model, [*rows, *([*first[:half], *part] for part in filling)])[: len(rows)]
-    problem = _difference(model, found_RD, torch.stack([_read_row(model, row)[-1] for row in rows]))
+    problem = difference_problem(model, found_RD, torch.stack([read_row(model, row)[-1] for row in rows]), OTHER_STATES)
     return problem and f"{problem}, in a tree of {tokens} tokens with rows of up to {longest}"
-
-
-def _difference(model: "PreTrainedModel", found_RD: Tensor, expected_RD: Tensor) -> str | None:
-    difference = relative_difference(found_RD, expected_RD)
-    if difference <= tolerance(model, found_RD.dtype):
-        return None
-    return f"a tree gives other states than its rows one by one (relative difference {difference:.1e})"
 
 
 def _read_rows_as_tree(model: "PreTrainedModel", rows: list[list[int]]) -> Tensor:
@@ -206,7 +209,8 @@ def _read_rows_as_tree(model: "PreTrainedModel", rows: list[list[int]]) -> Tenso
 
 
 @as_forward
-def _read_row(model: "PreTrainedModel", row: list[int]) -> Tensor:
+def read_row(model: "PreTrainedModel", row: list[int]) -> Tensor:
+    """The final states (T, D) of a row by itself."""
     input_ids_1T = torch.tensor([row], device=model.get_input_embeddings().weight.device)
     output = model.base_model(input_ids=input_ids_1T, attention_mask=torch.ones_like(input_ids_1T))
     return output.last_hidden_state[0]

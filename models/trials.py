@@ -85,6 +85,14 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
     return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
 
 
+def difference_problem(model: "PreTrainedModel", found_ND: Tensor, expected_ND: Tensor, what: str) -> str | None:
+    """`what`, with how far states or logits (N, D) are from those expected; None if that is rounding."""
+    difference = relative_difference(found_ND, expected_ND)
+    if difference <= tolerance(model, found_ND.dtype):
+        return None
+    return f"{what} (relative difference {difference:.1e})"
+
+
 def random_tokens(model: "PreTrainedModel", number: int, seed: int = 0) -> list[int]:
     """Token ids from 4 on, which leaves three to tell rows apart by, and never the last one."""
     most = model.config.get_text_config().vocab_size - 1

@@ -1,9 +1,10 @@
 """Trained weights, what they were trained on, and which of several may be asked about a trace."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from datamodules.traces import Trace, is_known
 from models.training import BackboneModule
 
 Model = TypeVar("Model", bound=BackboneModule)
+Made = TypeVar("Made")
 
 
 class Tie(IntEnum):
@@ -31,17 +33,16 @@ class Weights(Generic[Model]):
     model: Model
     state: dict[str, Any]
     source: str
-    digest: str
 
-    @classmethod
-    def of(cls, model: Model, state: dict[str, Any], source: str) -> "Weights[Model]":
-        """Weights as they were loaded, with their digest: the same ones have the same."""
-        assert model.network is not None, "a loaded model has weights"
+    @cached_property
+    def digest(self) -> str:
+        """Of the weights, in hexadecimal: the same ones have the same."""
+        assert self.model.network is not None, "a loaded model has weights"
         digest = hashlib.sha256()
-        for name, weight in sorted(model.network.state_dict().items()):
+        for name, weight in sorted(self.model.network.state_dict().items()):
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
             digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return cls(model, state, source, digest.hexdigest())
+        return digest.hexdigest()
 
     def tie(self, trace: Trace, namesake: Trace | None) -> Tie:
         """Whether its training or validation rows hold the trace's session."""
@@ -54,6 +55,11 @@ class Weights(Generic[Model]):
     def _holds(self, rows: str, trace: Trace, namesake: Trace | None) -> bool:
         scenes, histories = self.state.get(f"{rows}_scenes"), self.state[f"{rows}_histories"]
         return is_known(trace, namesake, None if scenes is None else set(scenes), set(histories))
+
+
+def best_device() -> torch.device:
+    """Where a loaded model computes: on a GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def assign(
@@ -99,3 +105,12 @@ def assign(
             "Give checkpoints of folds that leave them out, or --contaminated to have it stamped on the result.",
         )
     return assigned, ties
+
+
+def one_for_each(assigned: Mapping[str, Weights[Model]], make: Callable[[Weights[Model]], Made]) -> dict[str, Made]:
+    """What is made of the weights of each trace, once for the same weights."""
+    made: dict[str, Made] = {}
+    for weights in assigned.values():
+        if weights.digest not in made:
+            made[weights.digest] = make(weights)
+    return {name: made[weights.digest] for name, weights in assigned.items()}

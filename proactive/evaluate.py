@@ -19,7 +19,7 @@ from datamodules.reward import RewardDataModule
 from datamodules.rows import LayoutName
 from datamodules.splits import SplitName
 from models.reward import RewardClassifier
-from proactive.evaluate_agent import agent_parser, evaluate_agent_command
+from proactive.evaluation.agent_command import agent_parser, evaluate_agent_command
 from proactive.parser import Parser
 from proactive.terminal import run, show, test_tables
 

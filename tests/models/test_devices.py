@@ -16,7 +16,7 @@ from callbacks.checkpoints import LastCheckpoint
 from datamodules.agent import AgentDataModule
 from models.adapters import AdapterOptions, Quantization
 from models.agent import ProactiveAgent
-from models.generation import branch_problem
+from models.branches import branch_problem
 from models.reward import RewardClassifier
 from models.training import BackboneModule
 from models.tree import tree_problem

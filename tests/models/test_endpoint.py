@@ -1,12 +1,11 @@
 """The endpoint client against a real server that misbehaves, and its log against whatever a kill leaves behind."""
 
+import asyncio
 import base64
-import contextlib
 import gzip
 import html
 import json
 import logging
-import os
 import re
 import threading
 import time
@@ -23,7 +22,8 @@ from tenacity import AsyncRetrying, RetryCallState
 
 from datamodules.errors import UserError
 from datamodules.reading import MOST_AT_ONCE
-from models.endpoint import AnswerLog, Endpoint, EndpointOptions, Session, _Failed
+from models.answer_log import AnswerLog
+from models.endpoint import ChatClient, Endpoint, EndpointOptions, _Failed
 from tests.chat_server import ChatServer, Reply, chat_server
 from tests.datamodules.conftest import few_examples
 from tests.helpers import no_more_memory_than
@@ -34,9 +34,14 @@ KEY = "sk-very-secret-123"
 SETTINGS = {"model": "m"}
 
 
-@contextlib.contextmanager
-def silent(label: str, total: int) -> Iterator[Callable[[], None]]:
-    yield lambda: None
+def asked_of(endpoint: Endpoint, log: AnswerLog, *tasks: Callable[[ChatClient], Any]) -> list[str | None]:
+    """What comes of some tasks, carried out side by side."""
+
+    async def carry_out() -> list[str | None]:
+        async with ChatClient(endpoint, log) as client:
+            return await client.gather(task(client) for task in tasks)
+
+    return asyncio.run(carry_out())
 
 
 def ask(
@@ -44,18 +49,17 @@ def ask(
 ) -> list[str | None]:
     """The answers to some questions, asked side by side."""
 
-    def task(question: str) -> Callable[[Session], Any]:
-        return lambda session: session.ask([{"role": "user", "content": question}], f"about {question}")
+    def task(question: str) -> Callable[[ChatClient], Any]:
+        return lambda client: client.ask([{"role": "user", "content": question}], f"about {question}")
 
     endpoint = Endpoint(chat.url, "m", key_variable, options=EndpointOptions(**{**QUICK, **options}))
-    return endpoint.run(log, [task(question) for question in questions], "asking", silent)
+    return asked_of(endpoint, log, *map(task, questions))
 
 
 @pytest.fixture
 def log(tmp_path: Path) -> Iterator[AnswerLog]:
-    log = AnswerLog(tmp_path / "log.jsonl", SETTINGS)
-    yield log
-    log.close()
+    with AnswerLog().opened(tmp_path / "log.jsonl", SETTINGS) as log:
+        yield log
 
 
 def echo(body: dict[str, Any], before: int) -> Reply:
@@ -178,10 +182,6 @@ def test_a_reply_that_did_not_come_to_its_end_is_kept_and_not_read(
         assert len(chat.bodies) == 1
     assert list(log.texts.values()) == ['{"proposal": null}']
     assert list(log.unfinished.values()) == ([] if final else [reason])
-    log.close()
-    again = AnswerLog(log.path, SETTINGS)
-    assert (again.texts, again.unfinished) == (log.texts, log.unfinished)
-    again.close()
 
 
 @pytest.mark.parametrize(
@@ -230,18 +230,18 @@ def test_a_wait_beyond_the_time_limit_ends_it_at_once(log: AnswerLog) -> None:
     with chat_server(lambda body, before: reply) as chat:
         endpoint = Endpoint(chat.url, "m", options=options, deadline=time.monotonic() + 100)
         with pytest.raises(UserError, match=r"asks to wait 8\.33 minutes, longer than the time limit leaves"):
-            endpoint.run(log, [lambda session: session.ask([], "a")], "asking", silent)
+            asked_of(endpoint, log, lambda client: client.ask([], "a"))
     assert len(chat.bodies) == 1
 
 
 def test_a_wait_is_told_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("proactive"), "propagate", True)
-    session = Session(Endpoint("http://x/v1", "m"), None, None)  # type: ignore[arg-type]
+    client = ChatClient(Endpoint("http://x/v1", "m"))
     state = RetryCallState(AsyncRetrying(), None, (), {})
     for wait in (1.0, 30.0, 30.0, 300.0):
         state.set_exception((_Failed, _Failed("429 Too Many Requests: busy", wait), None))
         with caplog.at_level(logging.INFO):
-            assert session._delay(state) == wait
+            assert client._delay(state) == wait
     assert [record.getMessage() for record in caplog.records] == [
         "http://x/v1 asks to wait 30 seconds: 429 Too Many Requests: busy",
         "http://x/v1 asks to wait 5 minutes: 429 Too Many Requests: busy",
@@ -270,8 +270,8 @@ def test_a_refusal_says_what_to_do(reply: Reply, hint: str, log: AnswerLog) -> N
 def test_an_addresss_query_is_kept_and_its_path_is_joined(suffix: str, query: str, log: AnswerLog) -> None:
     with chat_server(echo) as chat:
         endpoint = Endpoint(chat.url + suffix + query, "m", options=EndpointOptions(**QUICK))
-        asked = [lambda session: session.ask([{"role": "user", "content": "a"}], "a")]
-        assert endpoint.run(log, asked, "asking", silent) == ["answer to a"]
+        message = {"role": "user", "content": "a"}
+        assert asked_of(endpoint, log, lambda client: client.ask([message], "a")) == ["answer to a"]
     assert chat.paths == [f"/v1/chat/completions{query}"]
 
 
@@ -324,11 +324,9 @@ def test_the_time_limit_ends_it_and_keeps_what_was_answered(log: AnswerLog, cloc
     with chat_server(answer) as chat:
         options = EndpointOptions(**QUICK | {"timeout": 10 * HOUR}, time_limit=HOUR)
         endpoint = Endpoint(chat.url, "m", options=options, deadline=time.monotonic() + HOUR)
-        tasks = [
-            lambda session, text=text: session.ask([{"role": "user", "content": text}], text) for text in ("a", "b")
-        ]
+        tasks = [lambda client, text=text: client.ask([{"role": "user", "content": text}], text) for text in ("a", "b")]
         with pytest.raises(UserError, match=r"the time limit of 3600\.0 seconds is over"):
-            endpoint.run(log, tasks, "asking", silent)
+            asked_of(endpoint, log, *tasks)
         ended.set()
     assert list(log.texts.values()) == ["answer to a"]
 
@@ -336,9 +334,7 @@ def test_the_time_limit_ends_it_and_keeps_what_was_answered(log: AnswerLog, cloc
 def test_what_is_sent(log: AnswerLog) -> None:
     with chat_server(echo) as chat:
         endpoint = Endpoint(chat.url + "/", "m", None, 0.5, 7, {"max_tokens": 9, "temperature": None})
-        endpoint.run(
-            log, [lambda session: session.ask([{"role": "user", "content": "a"}], "here", 2)], "asking", silent
-        )
+        asked_of(endpoint, log, lambda client: client.ask([{"role": "user", "content": "a"}], "here", 2))
     (body,) = chat.bodies
     assert body == {"model": "m", "messages": [{"role": "user", "content": "a"}], "seed": 9, "max_tokens": 9}
     assert chat.keys == [None]
@@ -346,7 +342,7 @@ def test_what_is_sent(log: AnswerLog) -> None:
 
 @pytest.mark.parametrize("case", ["answers", "refuses", "fails"])
 def test_the_key_is_sent_and_stands_nowhere_even_if_the_server_sends_it_back(
-    case: str, log: AnswerLog, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    case: str, log: AnswerLog, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MY_KEY", KEY)
     replies = {
@@ -362,7 +358,7 @@ def test_the_key_is_sent_and_stands_nowhere_even_if_the_server_sends_it_back(
             said = str(error)
     assert chat.keys == [f"Bearer {KEY}"]
     assert "[key]" in said
-    assert KEY not in said + log.path.read_text() + "".join(capfd.readouterr())
+    assert KEY not in said + (tmp_path / "log.jsonl").read_text() + "".join(capfd.readouterr())
     assert KEY not in repr(Endpoint(chat.url, "m", "MY_KEY")) + json.dumps(Endpoint(chat.url, "m", "MY_KEY").settings)
 
 
@@ -435,14 +431,6 @@ def test_why_a_reply_ended_is_scrubbed_and_short_as_well(log: AnswerLog, monkeyp
     assert len(reason) == 200
 
 
-@pytest.mark.parametrize("kind", ["pipe", "folder"])
-def test_a_log_that_is_no_file_is_refused(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
-    os.mkfifo(path) if kind == "pipe" else path.mkdir()
-    with pytest.raises(UserError, match=r"log.jsonl: is a .*, not a regular file"):
-        AnswerLog(path, SETTINGS)
-
-
 ESCAPED = {
     "JSON": lambda key: json.dumps(key)[1:-1],
     "JSON in JSON": lambda key: json.dumps(json.dumps(key))[1:-1],
@@ -509,7 +497,7 @@ def test_azure_takes_the_key_under_a_name_of_its_own(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("MY_KEY", KEY)
     url = "https://mine.openai.azure.com/openai/deployments/m?api-version=2024-10-21"
     endpoint = Endpoint(url, "m", "MY_KEY")
-    assert endpoint._headers() == {"api-key": KEY}
+    assert endpoint.headers() == {"api-key": KEY}
     assert endpoint.address == (
         "https://mine.openai.azure.com/openai/deployments/m/chat/completions?api-version=2024-10-21"
     )
@@ -554,70 +542,12 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None
 @given(st.none() | st.floats(0, 1000), st.integers(1, 20))
 def test_a_retry_waits_as_long_as_the_server_says_else_within_bounds(retry_after: float | None, attempt: int) -> None:
     options = EndpointOptions(first_delay=0.5, longest_delay=8.0)
-    session = Session(Endpoint("http://x/v1", "m", options=options), None, None)  # type: ignore[arg-type]
+    client = ChatClient(Endpoint("http://x/v1", "m", options=options))
     state = RetryCallState(AsyncRetrying(), None, (), {})
     state.attempt_number = attempt
     state.set_exception((_Failed, _Failed("busy", retry_after), None))
-    delay = session._delay(state)
+    delay = client._delay(state)
     if retry_after is None:
         assert 0 <= delay <= min(0.5 * 2 ** (attempt - 1), 8.0)
     else:
         assert delay == retry_after
-
-
-ENTRIES = st.lists(st.tuples(st.text(max_size=4), st.text(max_size=8)), max_size=6)
-
-
-@few_examples
-@given(ENTRIES, st.data())
-def test_a_log_cut_anywhere_gives_whole_entries_and_goes_on(
-    tmp_path_factory: pytest.TempPathFactory, entries: list[tuple[str, str]], data: st.DataObject
-) -> None:
-    path = tmp_path_factory.mktemp("log") / "log.jsonl"
-    log = AnswerLog(path, SETTINGS)
-    sizes = [(path.stat().st_size, {})]
-    for key, text in entries:
-        log.add(key, text, "here")
-        sizes.append((path.stat().st_size, dict(log.texts)))
-    log.close()
-    content = path.read_bytes()
-    cut = data.draw(st.integers(0, len(content)))
-    path.write_bytes(content[:cut])
-    whole = [texts for size, texts in sizes if size <= cut]
-    log = AnswerLog(path, SETTINGS)
-    assert log.texts == (whole[-1] if whole else {})
-    log.add("new", "one", "here")
-    log.close()
-    log = AnswerLog(path, SETTINGS)
-    assert log.texts == (whole[-1] if whole else {}) | {"new": "one"}
-    log.close()
-
-
-def test_a_log_of_other_settings_is_refused_and_says_what_differs(tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
-    AnswerLog(path, {"model": "m", "temperature": 0.0}).close()
-    AnswerLog(path, {"temperature": 0.0, "model": "m"}).close()  # the same in another order
-    before = path.read_bytes()
-    with pytest.raises(UserError, match=r"log.jsonl was begun with temperature 0.0, and this is 0.7"):
-        AnswerLog(path, {"model": "m", "temperature": 0.7})
-    with pytest.raises(UserError, match=r"was begun with seed null, and this is 1"):
-        AnswerLog(path, {"model": "m", "temperature": 0.0, "seed": 1})
-    assert path.read_bytes() == before
-
-
-DEEP = b'{"settings": {"model": ' + b"[" * 101 + b"]" * 101 + b"}}\n"
-NO_ENTRY = b'{"settings": {"model": "m"}}\n{"no": 1}\n'
-EARLIER = b'{"settings": {"model": "m"}}\n{"key": "a", "where": "b", "text": "c"}\n'  # without why it ended
-
-
-@pytest.mark.parametrize("content", [b"hello\n", b"[]\n", NO_ENTRY, b"5\n", EARLIER, DEEP])
-def test_a_file_that_is_no_log_is_refused(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "log.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match="is no log of an evaluation"):
-        AnswerLog(tmp_path / "log.jsonl", SETTINGS)
-    assert (tmp_path / "log.jsonl").read_bytes() == content
-
-
-def test_a_log_has_one_writer(log: AnswerLog) -> None:
-    with pytest.raises(UserError, match="being written by another evaluation"):
-        AnswerLog(log.path, SETTINGS)

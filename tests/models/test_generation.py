@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from datamodules.errors import UserError
 from datamodules.prompts import truncate
 from datamodules.tokenizer import train_tokenizer
-from models.generation import GeneratedAnswer, GrowingLayer, branch_problem, generate_answers
+from models.branches import GrowingLayer, branch_problem
+from models.generation import GeneratedAnswer, generate_answers
 from models.grammar import AnswerGrammar
 from tests.models.test_tree import FAMILIES, SMALL
 
@@ -146,7 +147,7 @@ def test_branches_and_traces_that_end_leave(
         keep(self, row_B, token_BK)
 
     monkeypatch.setattr(GrowingLayer, "keep", noted)
-    monkeypatch.setattr("models.generation.WASTE", waste)
+    monkeypatch.setattr("models.branches.WASTE", waste)
     for batch_size in (1, 2, 5):
         assert generated(llama, uneven_traces(), end_id=end_id, max_new_tokens=24, batch_size=batch_size) == expected
     assert bool(kept) == bool(waste)

@@ -1,20 +1,18 @@
 """A reward classifier as judge: it reads offers as it read rows in training, and weights are known by their content."""
 
+import asyncio
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from datamodules.errors import UserError
-from datamodules.traces import Offer, Trace
+from datamodules.traces import Pair, Trace
 from models.calibration import calibrated
-from models.endpoint import AnswerLog
 from models.judges import RewardJudge
 from models.weights import Tie, Weights, assign
 from tests.models.small import fit, probabilities, small_classifier, small_data
-from tests.models.test_endpoint import silent
 
 
 @pytest.fixture(scope="module")
@@ -25,19 +23,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Weights[Any], Any
     data = small_data(small_root(tmp_path_factory.mktemp("judge") / "root"), layout="auto", token_budget=512)
     classifier = small_classifier()
     fit(classifier, data)
-    return Weights.of(classifier, data.state_dict(), "here"), data
+    return Weights(classifier, data.state_dict(), "here"), data
 
 
-def test_offers_are_read_as_rows_are(trained: tuple[Weights[Any], Any], tmp_path: Path) -> None:
+def test_offers_are_read_as_rows_are(trained: tuple[Weights[Any], Any]) -> None:
     """All offers at once as trees, and each row by itself as in training, come to the same probability."""
     weights, data = trained
     rows = data.split.test
-    traces = {str(n): Trace(str(n), row.history, (False,) * len(row.history)) for n, row in enumerate(rows)}
-    judge = RewardJudge(dict.fromkeys(traces, weights), traces)
-    offers = [Offer(str(n), len(row.history) - 1, row.proposal) for n, row in enumerate(rows)]
-    log = AnswerLog(tmp_path / "log.jsonl", judge.settings)
-    verdicts = judge.judge(offers, log, silent)
-    log.close()
+    judge, counted = RewardJudge(weights), []
+    pairs = [Pair(row.history, row.proposal) for row in rows]
+    verdicts = asyncio.run(judge.judge(pairs, lambda: counted.append(None)))
+    assert len(counted) == len(rows)
     data.settle_layout(None)
     data.setup("test")
     batches = [micro_batch for step in data.test_dataloader() for micro_batch in step]
@@ -45,7 +41,7 @@ def test_offers_are_read_as_rows_are(trained: tuple[Weights[Any], Any], tmp_path
     probability_R = torch.cat([probabilities(weights.model, batch) for batch in batches])
     expected = calibrated(probability_R, weights.model.temperature)
     for row, probability in zip(row_R.tolist(), expected.tolist(), strict=True):
-        verdict = verdicts[offers[row]]
+        verdict = verdicts[row]
         assert verdict.probability == pytest.approx(probability, abs=1e-5)
         assert verdict.accepted is (verdict.probability > 0.5)
 

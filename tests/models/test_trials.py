@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from datamodules.batches import Inputs, TreeLayout
 from datamodules.errors import UserError
 from models.backbone import classify, last_states
-from models.generation import branch_problem
+from models.branches import branch_problem
 from models.reward import RewardClassifier
 from models.tree import choose_attention, tree_problem
 from models.trials import TOLERANCE, finely_tried, padding_problem, relative_difference
@@ -79,7 +79,7 @@ def alone(model: PreTrainedModel, ids: list[list[int]]) -> Tensor:
 @pytest.fixture(autouse=True)
 def by_trial_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No window is known by its name here."""
-    for module in ("models.tree", "models.generation"):
+    for module in ("models.tree", "models.branches"):
         monkeypatch.setattr(f"{module}.attention_window", lambda config: None)
 
 

@@ -13,7 +13,7 @@ from datamodules.sources import load_corpus
 from proactive import evaluate
 from tests.helpers import SMALL_RUN, command, start
 from tests.proactive.conftest import FinishedRun
-from tests.proactive.test_evaluate_agent import check_outputs, counts, metrics
+from tests.proactive.evaluation.test_agent_command import check_outputs, counts, metrics
 
 
 @pytest.fixture(scope="module")

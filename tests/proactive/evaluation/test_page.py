@@ -5,12 +5,20 @@ from typing import Any
 
 import pytest
 
-from callbacks.evaluation_record import JudgedEvent, acceptance, evaluation_record, figures, gated, judge_events, notes
-from callbacks.evaluation_report import evaluation_report
 from datamodules.records import Category, Event, TraceSplit
 from datamodules.sources import PUBLISHED_TRACES_DIGESTS, load_corpus
 from datamodules.traces import Candidate, Offer, Trace, read_recorded, root_traces, traces_digest
 from models.judges import Verdict
+from proactive.evaluation.judged_events import (
+    JudgedEvent,
+    acceptance,
+    evaluation_record,
+    figures,
+    gated,
+    judge_events,
+    notes,
+)
+from proactive.evaluation.page import evaluation_report
 from tests.callbacks.test_report import HOSTILE, Page, a_row
 from tests.helpers import PROACTIVEBENCH, needs_proactivebench
 

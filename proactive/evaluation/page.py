@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from callbacks.evaluation_record import OUTCOMES, JudgedEvent
 from callbacks.files import TEMPLATES
 from callbacks.plots import image, new_axes
+from proactive.evaluation.judged_events import OUTCOMES, JudgedEvent
 
 OUTCOME_WORDS = {
     "tp": "accepted offer",

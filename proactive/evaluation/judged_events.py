@@ -16,7 +16,7 @@ from datamodules.sources import PUBLISHED_TRACES_DIGESTS
 from datamodules.traces import Answers, Candidate, Offer, Trace, judged_steps, traces_digest
 from models.calibration import DECISION
 from models.gate import Gated
-from models.judges import Verdict, Verdicts
+from models.judges import Verdict
 from models.metrics import (
     BOOTSTRAP_RESAMPLES,
     NO_VERDICT,
@@ -34,6 +34,7 @@ PUBLISHED_COLUMNS = {
     "Accept Rate": "accept_rate",
     "Total Events": "events",
 }
+Verdicts = Mapping[Offer, Verdict]
 OUTCOMES = {(1, 1): "tp", (1, 0): "fp", (0, 1): "tn", (0, 0): "fn"}
 
 

@@ -1,0 +1,1 @@
+"""Evaluating an agent: prepare, carry out, record, show."""

@@ -1,0 +1,161 @@
+"""An evaluation of an agent, from its answers to the folder that shows them.
+
+Answers and verdicts are logged as they come, so a killed evaluation goes on in its folder.
+"""
+
+import collections
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from callbacks.files import METRICS_FILE, REPORT_FILE, write_atomically
+from datamodules.traces import Answers, Offer, Pair, Trace, traces_digest
+from models.agents import Agent, AlwaysPropose, NeverPropose
+from models.description import Advance, joint_record, joint_settings, shares
+from models.gate import gate_threshold
+from models.judges import Judge, Verdict
+from proactive.evaluation.judged_events import (
+    JudgedEvent,
+    Verdicts,
+    acceptance,
+    evaluation_record,
+    figures,
+    figures_csv,
+    gated,
+    judge_events,
+    judged_files,
+    notes,
+)
+from proactive.evaluation.page import evaluation_report
+from proactive.evaluation.specification import Evaluation
+
+ANSWERS_FILE = "answers.jsonl"
+VERDICTS_FILE = "verdicts.jsonl"
+FIGURES_FILE = "figures.csv"
+JUDGED = "judged"
+Counter = Callable[[str, int], AbstractContextManager[Advance]]  # label, total -> what counts one more
+
+
+async def carry_out(evaluation: Evaluation, folder: Path, count: Counter) -> dict[str, Any]:
+    """Ask, judge, and write the folder.
+
+    Args:
+        evaluation: What `prepare` made.
+        folder: Where to; what a former call asked is taken from there.
+        count: Shows progress.
+
+    Returns:
+        The record, as in the folder's metrics.json.
+    """
+    traces, gates = evaluation.traces, evaluation.gates
+    async with contextlib.AsyncExitStack() as stack:
+        for name, log, parts in (
+            (ANSWERS_FILE, evaluation.answers, evaluation.agents),
+            (VERDICTS_FILE, evaluation.verdicts, evaluation.judges),
+        ):
+            settings = {**joint_settings(parts), "traces": traces_digest(traces)}
+            stack.enter_context(log.opened(folder / name, settings))
+        for client in evaluation.clients:
+            await stack.enter_async_context(client)
+        answers = await _answers(evaluation.agents, traces, count)
+        baselines: dict[str, Answers] = {}
+        if all(judge.describe().weights for judge in evaluation.judges.values()):  # which judge more for nothing
+            others: dict[str, Agent] = {"always-propose": AlwaysPropose(answers), "never-propose": NeverPropose()}
+            baselines = {name: await other.answer(traces) for name, other in others.items()}
+        made, offers = _offers([answers]), _offers([answers, *baselines.values()])
+        if gates:
+            offers |= dict.fromkeys(offer._replace(proposal=None) for offer in offers)
+        verdicts = await _verdicts(evaluation.judges, traces, list(offers), count)
+        proposals = [offer for offer in made if offer.proposal is not None]
+        gate_says = await _verdicts(gates, traces, proposals, count) if gates else None
+
+    threshold = gate_threshold(evaluation.cost_ratio)
+    events = judge_events(traces, answers, verdicts, gate_says, threshold)
+    logs = {"agent": evaluation.answers, "judge": evaluation.verdicts}
+    record = {
+        **evaluation_record(events, evaluation.splits),
+        **evaluation.stamps.record(),
+        "acceptance": acceptance(verdicts, evaluation.people),
+        "agent": joint_record(evaluation.agents),
+        "judge": joint_record(evaluation.judges),
+        "unfinished": {who: collections.Counter(log.unfinished.values()) for who, log in logs.items()},
+        "baselines": {name: figures(judge_events(traces, one, verdicts)) for name, one in baselines.items()},
+        "gate": None,
+    }
+    if gates and gate_says is not None:
+        ungated = judge_events(traces, answers, verdicts, gate_says, 0.0)
+        record["gate"] = {
+            **joint_record(gates),
+            "cost_ratio": evaluation.cost_ratio,
+            "threshold": threshold,
+            "held_back": sum(bool(judgment.held_back) for event in events for judgment in event.judgments),
+            "without_gate": figures(ungated),
+            "curve": gated(ungated, verdicts).curve(),
+        }
+    record["notes"] = notes(record)
+    _write(folder, evaluation.stamps.suffix, record, events)
+    return record
+
+
+async def _answers(agents: Mapping[str, Agent], traces: Sequence[Trace], count: Counter) -> Answers:
+    """What the agent of each trace answers, in the order of the traces."""
+    described = agents[traces[0].name].describe()
+    total = sum(len(trace.events) for trace in traces) * (described.settings.get("candidates") or 1)
+    found: dict[str, Any] = {}
+    with _counted(count, described.doing, total) as advance:
+        for agent, own in (several := shares(agents, traces)):
+            found |= await agent.answer(own, advance)
+            if len(several) > 1:
+                agent.release()
+    return {trace.name: found[trace.name] for trace in traces}
+
+
+async def _verdicts(
+    judges: Mapping[str, Judge], traces: Sequence[Trace], offers: Sequence[Offer], count: Counter
+) -> Verdicts:
+    """What the judge of each trace says of the offers in it."""
+    found: dict[Offer, Verdict] = {}
+    with _counted(count, judges[traces[0].name].describe().doing, len(offers)) as advance:
+        for judge, own in (several := shares(judges, traces)):
+            by_name = {trace.name: trace for trace in own}
+            mine = [offer for offer in offers if offer.trace in by_name]
+            pairs = [
+                Pair(by_name[name].history(step), proposal, f"{name}, event {step + 1}")
+                for name, step, proposal in mine
+            ]
+            found |= zip(mine, await judge.judge(pairs, advance), strict=True)
+            if len(several) > 1:
+                judge.release()
+    return found
+
+
+@contextlib.contextmanager
+def _counted(count: Counter, doing: str | None, total: int) -> Iterator[Advance]:
+    if doing is None:
+        yield lambda: None
+        return
+    with count(doing, total) as advance:
+        yield advance
+
+
+def _offers(several: Sequence[Answers]) -> dict[Offer, None]:
+    """Every offer that is made, once each, in the order of traces and events."""
+    return {
+        Offer(name, step, candidate.proposal): None
+        for answers in several
+        for name, steps in answers.items()
+        for step, candidates in enumerate(steps)
+        for candidate in candidates
+    }
+
+
+def _write(folder: Path, suffix: str, record: Mapping[str, Any], events: Sequence[JudgedEvent]) -> None:
+    for name, steps in judged_files(events).items():
+        write_atomically(folder / f"{JUDGED}{suffix}" / name, json.dumps(steps, indent=1) + "\n")
+    figures_file = Path(FIGURES_FILE)
+    write_atomically(folder / f"{figures_file.stem}{suffix}{figures_file.suffix}", figures_csv(record))
+    write_atomically(folder / REPORT_FILE, evaluation_report(record, events))
+    write_atomically(folder / METRICS_FILE, json.dumps(record, indent=2) + "\n")

@@ -1,0 +1,240 @@
+"""From the options of `evaluate agent` to what they name: all is checked and loaded, nothing asked or written."""
+
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from callbacks.checkpoints import load_trained
+from datamodules.chat import ChatPrompt
+from datamodules.errors import UserError
+from datamodules.records import AnnotatedRow, scene_of
+from datamodules.sources import SPLITS_FILE, Corpus, load_corpus
+from datamodules.traces import Recorded, Trace, read_recorded, read_splits, root_traces
+from models.agent import ProactiveAgent
+from models.agents import (
+    Agent,
+    AlwaysPropose,
+    AnswerOptions,
+    EndpointAgent,
+    LocalAgent,
+    NeverPropose,
+    RecordedAgent,
+)
+from models.answer_log import AnswerLog
+from models.endpoint import ChatClient, Endpoint, EndpointOptions
+from models.gate import gate_threshold
+from models.judges import EndpointJudge, Judge, RecordedJudge, RewardJudge
+from models.reward import RewardClassifier
+from models.weights import Model, Tie, Weights, assign, one_for_each
+from proactive.evaluation.specification import Evaluation, Stamps
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+
+def prepare(options: "Namespace") -> Evaluation:
+    """Check the options and load what they name.
+
+    Raises:
+        UserError: Options contradict each other, a file does not fit, or a judge or gate may not be used.
+    """
+    _refuse_contradictions(options)
+    recorded = read_recorded(options.agent.traces) if options.agent.traces else None
+    agents = [_weights(ProactiveAgent, path, "--agent.checkpoint") for path in options.agent.checkpoint or ()]
+    judges = [_weights(RewardClassifier, path, "--judge.checkpoint") for path in options.judge.checkpoint or ()]
+    gates = [_weights(RewardClassifier, path, "--gate") for path in options.gate or ()]
+    states = [one.state for one in agents] + [one.state for one in (*judges, *gates)]
+    corpus = _corpus(options.data.root, states, needed=recorded is None)
+    namesakes = {trace.name: trace for trace in root_traces(corpus)} if corpus else {}
+    traces = recorded.traces if recorded else list(namesakes.values())
+    _refuse_empty(traces, corpus)
+    splits = read_splits(_splits_file(options.agent.traces, corpus), traces)
+    answered = _answerable(agents, traces, options.contaminated) if agents else traces
+    part = _Parts(options, answered, namesakes)
+    agent_by_trace = part.trained_agents(agents) if agents else part.other_agents(recorded)
+    judge_by_trace = part.classifiers(judges) if judges else part.other_judges(recorded)
+    gate_by_trace = part.gates(gates, judge_by_trace) if gates else None
+    left_out = [trace.name for trace in traces if trace not in answered]
+    return Evaluation(
+        traces=answered,
+        splits=splits,
+        agents=agent_by_trace,
+        judges=judge_by_trace,
+        gates=gate_by_trace,
+        cost_ratio=_cost_ratio(options),
+        stamps=Stamps(part.ties, left_out, part.gate_is_judge),
+        people=_rows_of(answered, namesakes, corpus) if corpus else None,
+        answers=part.answers,
+        verdicts=part.verdicts,
+        clients=part.clients,
+    )
+
+
+class _Parts:
+    """Makes agents, judges and gates as the options say, and notes what they have to do with the traces."""
+
+    def __init__(self, options: "Namespace", traces: Sequence[Trace], namesakes: Mapping[str, Trace]) -> None:
+        self.options = options
+        self.traces = traces
+        self.namesakes = namesakes
+        self.deadline = time.monotonic() + options.endpoint.time_limit if options.endpoint.time_limit else None
+        self.answers, self.verdicts = AnswerLog(), AnswerLog()
+        self.clients: list[ChatClient] = []
+        self.ties: dict[str, dict[str, Tie]] = {}
+        self.gate_is_judge = False
+
+    def trained_agents(self, weights: Sequence[Weights[ProactiveAgent]]) -> dict[str, Agent]:
+        """Each trace's by its own weights."""
+        options = self.options
+        assigned = self._assign("agent", weights, "--agent.checkpoint")
+        how = AnswerOptions(**options.agent.answers.as_dict())
+
+        def make(own: Weights[ProactiveAgent]) -> Agent:
+            return LocalAgent(own, how, options.candidates or 1, options.temperature, options.seed, log=self.answers)
+
+        return one_for_each(assigned, make)
+
+    def other_agents(self, recorded: Recorded | None) -> dict[str, Agent]:
+        """The same one for all. One more kind of agent is one more branch here."""
+        options = self.options
+        agent: Agent
+        if recorded is not None:
+            agent = RecordedAgent(recorded.answers, str(options.agent.traces), options.candidates)
+        elif options.agent.baseline:
+            agent = AlwaysPropose() if options.agent.baseline == "always-propose" else NeverPropose()
+        else:
+            prompt = ChatPrompt.read(options.agent.prompt, with_proposal=False)
+            agent = EndpointAgent(self._client("agent", options.temperature), prompt, options.candidates or 1)
+        return {trace.name: agent for trace in self.traces}
+
+    def classifiers(self, weights: Sequence[Weights[RewardClassifier]]) -> dict[str, Judge]:
+        """Each trace's judge by its own weights."""
+        return one_for_each(self._assign("judge", weights, "--judge.checkpoint"), RewardJudge)
+
+    def gates(self, weights: Sequence[Weights[RewardClassifier]], judges: Mapping[str, Judge]) -> dict[str, Judge]:
+        """Each trace's gate by its own weights, which do not judge it unless that is asked for."""
+        judging = {name: one.weights.digest for name, one in judges.items() if isinstance(one, RewardJudge)}
+        assigned = self._assign("gate", weights, "--gate", None if self.options.gate_is_judge else judging)
+        self.gate_is_judge = any(judging.get(name) == one.digest for name, one in assigned.items())
+        return one_for_each(assigned, partial(RewardJudge, doing="gating"))
+
+    def other_judges(self, recorded: Recorded | None) -> dict[str, Judge]:
+        """Recorded judgments, each trace's own, or a model behind an endpoint for all."""
+        options = self.options
+        if recorded and options.judge.recorded:
+            if not recorded.judgments:
+                raise UserError(f"--judge.recorded: {options.agent.traces} holds no judgment", "Give another judge.")
+            by_trace: dict[str, dict[tuple[int, str | None], bool]] = {trace.name: {} for trace in self.traces}
+            for (name, step, proposal), accepted in recorded.judgments.items():
+                by_trace[name][step + 1, proposal] = accepted
+            return {name: RecordedJudge(judgments) for name, judgments in by_trace.items()}
+        prompt = ChatPrompt.read(options.judge.prompt, with_proposal=True)
+        judge = EndpointJudge(self._client("judge", 0.0), prompt, options.judge.attempts)
+        return {trace.name: judge for trace in self.traces}
+
+    def _assign(
+        self,
+        role: str,
+        weights: Sequence[Weights[Model]],
+        option: str,
+        but_not: Mapping[str, str] | None = None,
+    ) -> dict[str, Weights[Model]]:
+        assigned, self.ties[role] = assign(
+            weights, self.traces, self.namesakes, option, self.options.contaminated, but_not
+        )
+        return assigned
+
+    def _client(self, role: str, temperature: float) -> ChatClient:
+        """What asks the endpoint of an agent or a judge; it keeps its log, and is opened with the evaluation."""
+        group = self.options[role]
+        if not group.model:
+            raise UserError(f"--{role}.model: an endpoint needs the model's name", f"Give it with --{role}.model.")
+        endpoint = Endpoint(
+            group.url,
+            group.model,
+            group.key_variable,
+            temperature,
+            self.options.seed,
+            dict(group.extra),
+            EndpointOptions(**self.options.endpoint.as_dict()),
+            self.deadline,
+        )
+        client = ChatClient(endpoint, self.answers if role == "agent" else self.verdicts)
+        self.clients.append(client)
+        return client
+
+
+def _answerable(weights: Sequence[Weights[ProactiveAgent]], traces: list[Trace], contaminated: bool) -> list[Trace]:
+    """The traces but those that all of the weights were trained on."""
+    if contaminated:
+        return traces
+    answered = [trace for trace in traces if any(one.tie(trace, None) != Tie.TRAINED for one in weights)]
+    if not answered:
+        raise UserError(
+            f"--agent.checkpoint: trained on all of the {len(traces)} traces that it is to answer",
+            "Train it with --data.split published or on folds, or give --contaminated to have it stamped.",
+        )
+    return answered
+
+
+def _refuse_contradictions(options: "Namespace") -> None:
+    who = _one_of(options.agent, "agent", ("checkpoint", "traces", "url", "baseline"))
+    _one_of(options.judge, "judge", ("checkpoint", "url", "recorded"))
+    if options.judge.recorded and who != "traces":
+        raise UserError("--judge.recorded: only recorded traces have judgments", "Give them with --agent.traces.")
+    if options.gate and options.judge.recorded:
+        raise UserError("--gate: nobody recorded what is thought of null in place of a proposal", "Give another judge.")
+    if options.cost_ratio is not None and not options.gate:
+        raise UserError("--cost-ratio: there is no gate", "Give a reward classifier with --gate.")
+    gate_threshold(_cost_ratio(options))
+
+
+def _cost_ratio(options: "Namespace") -> float:
+    return 1.0 if options.cost_ratio is None else options.cost_ratio
+
+
+def _one_of(group: "Namespace", name: str, choices: Sequence[str]) -> str:
+    given = [choice for choice in choices if group[choice]]
+    if len(given) != 1:
+        options = ", ".join(f"--{name}.{choice}" for choice in choices)
+        raise UserError(f"{name}: expected one of {options}, got {len(given)}", "Give exactly one of them.")
+    return given[0]
+
+
+def _weights(kind: type[Model], path: Path, option: str) -> Weights[Model]:
+    model, state, source = load_trained(kind, path, option)
+    return Weights(model, state, str(source))
+
+
+def _corpus(root: str | None, states: Sequence[Mapping[str, Any]], needed: bool) -> Corpus | None:
+    """The data root: the one given, else that of the first weights, else the embedded one where one is needed."""
+    seed = 0
+    if root is None and states:
+        trained = states[0]["hyperparameters"]
+        root, seed = trained["root"], trained["seed"]
+    if root is None and not needed:
+        return None
+    return load_corpus(root or "embedded", seed)
+
+
+def _rows_of(traces: Sequence[Trace], namesakes: Mapping[str, Trace], corpus: Corpus) -> list[AnnotatedRow]:
+    """The annotated rows of the traces' scenes; all rows where there are none."""
+    known = [*traces, *(namesakes[trace.name] for trace in traces if trace.name in namesakes)]
+    scenes = {scene_of(trace.events) for trace in known}
+    return [row for row in corpus.rows if row.scene in scenes] or corpus.rows
+
+
+def _splits_file(recorded: Path | None, corpus: Corpus | None) -> Path | None:
+    beside = recorded / Path(SPLITS_FILE).name if recorded else None
+    if beside and beside.exists():
+        return beside
+    return corpus.splits_file if corpus else None
+
+
+def _refuse_empty(traces: Sequence[Trace], corpus: Corpus | None) -> None:
+    if not traces:
+        raise UserError(f"data.root: {corpus.root if corpus else None} has no test traces", "Give another --data.root.")
+    if empty := [trace.name for trace in traces if not trace.events]:
+        raise UserError(f"{empty[0]} holds no event", "Take it out of the folder, or fill it.")
