@@ -12,6 +12,7 @@ from datamodules.errors import UserError
 from datamodules.reading import read_text, require_regular
 from datamodules.records import (
     Event,
+    History,
     PublishedStep,
     TestStep,
     TraceSplit,
@@ -68,9 +69,6 @@ class Candidate:
 
 
 Answers = Mapping[str, Sequence[Sequence[Candidate]]]  # by trace name: for each event, its candidates
-
-
-History = tuple[Event, ...]  # the first events of a session, oldest first
 
 
 class Pair(NamedTuple):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Protocol
 from annotated_types import Ge, Le
 
 from datamodules.agent import AgentDataModule
-from datamodules.answers import read_answer
+from datamodules.answers import Answer, read_answer
 from datamodules.chat import ChatPrompt
 from datamodules.errors import UserError
 from datamodules.ranges import FINITE, Count, refuse_unsound
@@ -235,13 +235,28 @@ class LocalAgent(Agent):
 
     def keep(self, log: AnswerLog, name: str, answer: GeneratedAnswer) -> bool:
         """Put an answer into a log; whether it was not there."""
-        step = answer.step - 1
-        key = answer_key(name, step, answer.candidate)
+        key = answer_key(name, answer.step - 1, answer.candidate)
         if key in log.texts:
             return False
         text = self.data.tokenizer.decode(answer.token_ids)
-        log.add(key, text, f"{name}, event {step + 1}", "stop" if answer.finished else "length")
+        log.add(key, text, f"{name}, event {answer.step}", "stop" if answer.finished else "length")
         return True
+
+    def read(self, answer: GeneratedAnswer) -> Answer | None:
+        """What was answered; None where it was cut off."""
+        return read_answer(self.data.tokenizer.decode(answer.token_ids)) if answer.finished else None
+
+    def stream(self, name: str) -> AnswerStream:
+        """What writes the answers of a new session of that name."""
+        return AnswerStream(
+            self.network(),
+            self.data.opening(),
+            self.writer,
+            candidates=self.candidates,
+            max_length=self.max_length,
+            stream=stream_of(name),
+            branched=self.branched,
+        )
 
     @cached_property
     def data(self) -> AgentDataModule:
@@ -320,23 +335,10 @@ class LocalSession(AgentSession):
         agent, step = self.agent, len(self._segments) - 1
         self._segments += agent.data.segments([event])[1:]
         if agent.missing(self.log, self.name, step):
-            for answer in self._answers().answer(self._segments):
+            self._stream = self._stream or agent.stream(self.name)
+            for answer in self._stream.answer(self._segments):
                 agent.keep(self.log, self.name, answer)
         return agent.kept(self.log, self.name, step)
-
-    def _answers(self) -> AnswerStream:
-        if self._stream is None:
-            agent = self.agent
-            self._stream = AnswerStream(
-                agent.network(),
-                agent.data.opening(),
-                agent.writer,
-                candidates=agent.candidates,
-                max_length=agent.max_length,
-                stream=stream_of(self.name),
-                branched=agent.branched,
-            )
-        return self._stream
 
 
 def answer_key(name: str, step: int, number: int) -> str:

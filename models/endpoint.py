@@ -241,6 +241,8 @@ class ChatClient:
         Raises:
             UserError: The endpoint refuses, or fails after all retries.
         """
+        if self._http is None:
+            raise RuntimeError("ask within `async with client`")
         key = hashlib.sha256(json.dumps([messages, attempt, temperature]).encode()).hexdigest()[:32]
         async with self._asked.setdefault(key, asyncio.Lock()):  # the same question by two tasks is asked once
             if key not in self.log.texts:
@@ -334,8 +336,7 @@ class ChatClient:
 
     async def _received(self, body: dict[str, Any], where: str) -> Received:
         """A whole response, unless it has more than `MOST_AT_ONCE` bytes: then no more of it is read or decoded."""
-        if self._http is None:
-            raise RuntimeError("ask within `async with client`")
+        assert self._http is not None
         async with self._http.stream("POST", self.endpoint.address, json=body) as response:
             coding = response.headers.get("content-encoding", "identity").strip().lower()
             if coding not in ("identity", "gzip", ""):

@@ -29,6 +29,8 @@ class PrefixCache:
         network: A causal model of transformers.
     """
 
+    chunk = 512  # tokens of a trunk that are read at once, or the mask of a long one would be large
+
     def __init__(self, network: "PreTrainedModel") -> None:
         self.network = network
         self._cache = Cache(layer_class_to_replicate=GrowingLayer)
@@ -44,6 +46,9 @@ class PrefixCache:
         for layer in self._cache.layers:
             layer.crop(known)
         with reading_branches(self.network):
+            while shared - known > self.chunk:
+                self._forward(known, trunk[known : known + self.chunk], [])
+                known += self.chunk
             states_QD = self._forward(known, trunk[known:], branches)
         self._read = trunk
         ends = [end - 1 for end in accumulate(map(len, branches), initial=shared - known)][1:]
@@ -56,8 +61,9 @@ class PrefixCache:
         token_Q = [*trunk, *(token for branch in branches for token in branch)]
         position_Q = [*range(known, shared), *(shared + place for length in lengths for place in range(length))]
         visible_QK = torch.ones(len(token_Q), known + len(token_Q), dtype=torch.bool, device=device).tril(known)
-        own_branch = torch.block_diag(*(torch.ones(length, length, device=device) for length in lengths)).bool()
-        visible_QK[len(trunk) :, shared:] &= own_branch
+        if branches:
+            own_branch = torch.block_diag(*(torch.ones(length, length, device=device) for length in lengths)).bool()
+            visible_QK[len(trunk) :, shared:] &= own_branch
         with uncompiled(network):
             output = network.base_model(
                 input_ids=torch.tensor([token_Q], device=device),

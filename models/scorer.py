@@ -56,7 +56,7 @@ class Scorer:
         """
         if not pairs:
             return []
-        model, rows = self.weights.model, [self._row(pair) for pair in pairs]
+        model, rows = self.weights.model, [self.row_of(pair) for pair in pairs]
         if model.network.device != self.device:  # type: ignore[union-attr]
             model.to(self.device)
         one_history = all(pair.history == pairs[0].history for pair in pairs)
@@ -76,7 +76,8 @@ class Scorer:
         self._cache = self._cache and PrefixCache(self._cache.network)
         self.weights.model.cpu()
 
-    def _row(self, pair: Pair) -> Integers:
+    def row_of(self, pair: Pair) -> Integers:
+        """The token ids that the network reads of a pair."""
         data = self.data
         recent = pair.history[-data.max_length :]  # an event has a token at least
         where = pair.where or f"a proposal after {len(pair.history)} events"

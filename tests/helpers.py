@@ -77,7 +77,12 @@ def no_more_memory_than(most: int) -> Iterator[None]:
 def command(module: str, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run `python -m module` to its end."""
     return subprocess.run(
-        _command_line(module, arguments), cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=HANG
+        _command_line(module, arguments),
+        cwd=cwd,
+        env=environment_of_commands(),
+        capture_output=True,
+        text=True,
+        timeout=HANG,
     )
 
 
@@ -86,7 +91,7 @@ def start(module: str, *arguments: str | Path, cwd: Path) -> subprocess.Popen[st
     return subprocess.Popen(
         _command_line(module, arguments),
         cwd=cwd,
-        env=_environment(),
+        env=environment_of_commands(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -97,7 +102,8 @@ def _command_line(module: str, arguments: Sequence[str | Path]) -> list[str]:
     return [sys.executable, "-m", module, *map(str, arguments)]
 
 
-def _environment() -> dict[str, str]:
+def environment_of_commands() -> dict[str, str]:
+    """What commands that tests start find in their environment."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "PROACTIVE_", "PYTEST_"))}
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "COLUMNS": "200"}

@@ -12,6 +12,7 @@ from models.fixed_branches import FixedBranchReader
 from tests.models.test_generation import (
     DRAWN,
     FAMILIES,
+    followed,
     generated,
     llama,  # noqa: F401 - fixtures
     network,
@@ -57,6 +58,17 @@ def test_room_ends_and_branches_leave(
     for batch_size in (1, 2, 5):
         options: dict[str, Any] = {"end_id": end_id, "max_new_tokens": 24, "batch_size": batch_size}
         assert generated(llama, uneven_traces(), **options, branched=True) == expected
+
+
+@pytest.mark.parametrize("options", [{}, DRAWN, {"max_length": 31}])
+def test_a_history_that_grows_is_answered_the_same(
+    llama: PreTrainedModel,  # noqa: F811
+    options: dict[str, Any],
+    fixed: Any,
+) -> None:
+    expected = generated(llama, uneven_traces(), **options)
+    fixed()
+    assert followed(llama, uneven_traces(), **options) == expected
 
 
 def test_branches_divide_into_candidates(llama: PreTrainedModel, fixed: Any) -> None:  # noqa: F811

@@ -16,7 +16,7 @@ from datamodules.errors import UserError
 from datamodules.prompts import truncate
 from datamodules.tokenizer import train_tokenizer
 from models.branches import GrowingLayer, branch_problem
-from models.generation import GeneratedAnswer, generate_answers
+from models.generation import AnswerStream, AnswerWriter, GeneratedAnswer, generate_answers
 from models.grammar import AnswerGrammar
 from tests.models.test_tree import FAMILIES, SMALL
 
@@ -386,3 +386,81 @@ def test_answers_held_to_json_are_those_of_generate_held_to_json() -> None:
     for options in ({"batch_size": 1}, {"batch_size": 4}, {"branched": False}):
         found = generated(model, traces, end_id=end_id, max_new_tokens=new, grammar=grammar, **options)
         assert found == closed
+
+
+def followed(model: PreTrainedModel, traces: Any, opening: Sequence[int] = OPENING, **options: Any) -> Answers:
+    """The answers of streams that are fed event by event, all traces at the same time."""
+    used = {"end_id": END, "new": NEW, "candidates": 1, "max_length": 10_000, "branched": True, **options}
+    writer = AnswerWriter(used["end_id"], used["new"], used.get("temperature", 0.0), used.get("seed", 0))
+    streams = [
+        AnswerStream(
+            model,
+            opening,
+            writer,
+            candidates=used["candidates"],
+            max_length=used["max_length"],
+            stream=number,
+            branched=used["branched"],
+        )
+        for number in range(len(traces))
+    ]
+    found: Answers = {}
+    for step in range(1, max(map(len, traces))):
+        for number, trace in enumerate(traces):
+            if step < len(trace):
+                for answer in streams[number].answer(trace[: step + 1]):
+                    at = (number, step, answer.candidate)
+                    found[at] = GeneratedAnswer(*at, answer.token_ids, answer.finished)
+    return found
+
+
+@pytest.mark.parametrize("branched", [True, False])
+@pytest.mark.parametrize(
+    ("opening", "options"),
+    [(OPENING, {}), ([], {}), (OPENING, {"max_length": 31}), (OPENING, DRAWN), ([], {**DRAWN, "max_length": 31})],
+)
+def test_a_history_that_grows_is_answered_as_the_whole_trace(
+    llama: PreTrainedModel, opening: list[int], options: dict[str, Any], branched: bool
+) -> None:
+    traces = uneven_traces()
+    assert followed(llama, traces, opening, branched=branched, **options) == generated(
+        llama, traces, opening, **options
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_follows_a_history(family: str) -> None:
+    model, traces = network(family), uneven_traces()
+    assert followed(model, traces) == generated(model, traces, branched=True)
+
+
+def test_of_a_history_that_grows_each_token_is_read_once(llama: PreTrainedModel) -> None:
+    trace = uneven_traces()[2]
+    given: list[int] = []
+    handle = llama.register_forward_pre_hook(
+        lambda module, arguments, inputs: given.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    try:
+        followed(llama, [trace], end_id=NO_END)
+    finally:
+        handle.remove()
+    assert sum(given) == sum(map(len, trace)) + (len(trace) - 1) * (len(OPENING) + NEW - 1)
+
+
+def test_another_history_and_the_same_one_again_are_answered_as_well(llama: PreTrainedModel) -> None:
+    traces = uneven_traces()
+    writer = AnswerWriter(END, NEW)
+    stream = AnswerStream(llama, OPENING, writer, candidates=1, max_length=10_000, stream=0, branched=True)
+    expected = generated(llama, traces)
+    for number, step in ((2, 7), (2, 3), (2, 3), (0, 5), (2, 4)):
+        (answer,) = stream.answer(traces[number][: step + 1])
+        assert answer.token_ids == expected[number, step, 0].token_ids
+
+
+def test_draws_follow_from_the_stream_and_not_from_the_index(llama: PreTrainedModel) -> None:
+    traces = uneven_traces()
+    alone = generated(llama, [traces[2]], **DRAWN, streams=[2])
+    together = generated(llama, traces, **DRAWN)
+    assert {at[1:]: answer.token_ids for at, answer in alone.items()} == {
+        at[1:]: answer.token_ids for at, answer in together.items() if at[0] == 2
+    }
