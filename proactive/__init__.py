@@ -1,21 +1,16 @@
-"""What a person runs: one module for each command."""
+"""What a person runs: one module for each command, the command `proactive` for all of them, and what a notebook calls."""
 
+import os
 import sys
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
 from typing import TYPE_CHECKING, Any
-
-from datamodules.errors import UserError
-from proactive.environment import refuse_impossible_place
-
-try:
-    refuse_impossible_place()  # before Lightning is imported, which would end in a traceback
-except UserError as mistake:
-    print(f"error: {mistake.what}\n  help: {mistake.hint}", file=sys.stderr)
-    sys.exit(2)
 
 if TYPE_CHECKING:
     from proactive.loading import load_agent, load_judge
 
 __all__ = ["load_agent", "load_judge"]
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
@@ -25,3 +20,27 @@ def __getattr__(name: str) -> Any:
 
         return getattr(loading, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _load(package: str) -> None:
+    """Load one of the other packages from the folder that this one lies in.
+
+    Python looks into the working folder first, where a person may have a `models` of their own.
+    """
+    spec = PathFinder.find_spec(package, [os.path.dirname(os.path.dirname(__file__))])
+    assert spec is not None, package
+    assert spec.loader is not None, package
+    assert spec.origin is not None, package
+    loaded = sys.modules.get(package)
+    if loaded is None:
+        sys.modules[package] = module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+    elif os.path.realpath(getattr(loaded, "__file__", None) or "") != os.path.realpath(spec.origin):
+        raise ImportError(
+            f"proactive needs its own package {package}, but {loaded!r} was imported before by that name; "
+            "rename that one, or use it in another process"
+        )
+
+
+for _package in ("datamodules", "models", "callbacks"):
+    _load(_package)

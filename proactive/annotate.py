@@ -1,5 +1,10 @@
 """`python -m proactive.annotate`: let people label proposals, and read what an agent did."""
 
+if __name__ == "__main__":
+    from proactive.commands import start
+
+    start("annotate")
+
 import contextlib
 import json
 import secrets
@@ -19,8 +24,9 @@ from datamodules.units import read_units, units_of_rows
 from proactive.annotation.export import Rule, export
 from proactive.annotation.figures import agreement_figures, interval, votes_of_project, votes_of_rows
 from proactive.annotation.store import Store
+from proactive.commands import program
 from proactive.parser import Parser
-from proactive.terminal import Table, run, say, show
+from proactive.terminal import Table, say, show
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -31,7 +37,7 @@ Port = Annotated[int, Ge(0), Le(65535), FINITE]
 
 def main(arguments: list[str]) -> None:
     """Parse, and carry out one of the subcommands."""
-    parser = Parser(prog="python -m proactive.annotate", description="Label proposals, and read what an agent did.")
+    parser = Parser(prog=program("annotate"), description="Label proposals, and read what an agent did.")
     subcommands = parser.add_subcommands()
     subcommands.add_subcommand("import", _import_parser(), help="traces into a project to label")
     subcommands.add_subcommand("serve", _serve_parser(), help="the pages that people label on")
@@ -183,7 +189,3 @@ def _agreement_table(name: str, figures: dict[str, dict[str, Any]]) -> Table:
         cells = [interval(found, statistic) for statistic in ("raw", "alpha", "kappa")]
         table.add_row(group, str(found["units"]), str(found["traces"]), *cells)
     return table
-
-
-if __name__ == "__main__":
-    run(main)

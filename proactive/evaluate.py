@@ -1,5 +1,10 @@
 """`python -m proactive.evaluate reward|agent`: measure a trained model and set it beside published rows."""
 
+if __name__ == "__main__":
+    from proactive.commands import start
+
+    start("evaluate")
+
 import inspect
 import json
 from pathlib import Path
@@ -19,9 +24,10 @@ from datamodules.reward import RewardDataModule
 from datamodules.rows import LayoutName
 from datamodules.splits import SplitName
 from models.reward import RewardClassifier
+from proactive.commands import program
 from proactive.evaluation.agent_command import agent_parser, evaluate_agent_command
 from proactive.parser import Parser
-from proactive.terminal import run, show, test_tables
+from proactive.terminal import show, test_tables
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -88,7 +94,7 @@ def evaluate_reward(
 
 def main(arguments: list[str]) -> None:
     """Parse, and carry out one of the subcommands."""
-    parser = Parser(prog="python -m proactive.evaluate", description="Measure a trained model.")
+    parser = Parser(prog=program("evaluate"), description="Measure a trained model.")
     subcommands = parser.add_subcommands()
     subcommands.add_subcommand("reward", _reward_parser(), help="a reward classifier")
     subcommands.add_subcommand("agent", agent_parser(), help="an agent, by what a judge makes of its proposals")
@@ -124,7 +130,3 @@ def _evaluate_reward_command(options: "Namespace") -> None:
         write_atomically(options.output, json.dumps(record, indent=2) + "\n")
     if not options.quiet:
         show(*test_tables(record))
-
-
-if __name__ == "__main__":
-    run(main)

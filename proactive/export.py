@@ -1,5 +1,10 @@
 """`python -m proactive.export`: the weights of a run or a checkpoint as one folder that transformers loads."""
 
+if __name__ == "__main__":
+    from proactive.commands import start
+
+    start("export")
+
 import json
 from pathlib import Path
 from typing import Any
@@ -8,9 +13,10 @@ from callbacks.checkpoints import checkpoint_task, load_trained
 from callbacks.export import export_model, is_export, refuse_other_folder
 from callbacks.files import METRICS_FILE
 from callbacks.shards import content_digest
+from proactive.commands import program
 from proactive.fit import TASKS
 from proactive.parser import Parser
-from proactive.terminal import run, say
+from proactive.terminal import say
 
 
 def export(checkpoint: Path, output: Path) -> Path:
@@ -41,14 +47,10 @@ def _record(source: Path) -> dict[str, Any] | None:
 
 def main(arguments: list[str]) -> None:
     """Parse, export, say where it is."""
-    parser = Parser(prog="python -m proactive.export", description=(export.__doc__ or "").splitlines()[0])
+    parser = Parser(prog=program("export"), description=(export.__doc__ or "").splitlines()[0])
     parser.add_function_arguments(export, as_group=False)
     parser.add_argument("--quiet", action="store_true", help="Print the folder alone.")
     parser.add_argument("--debug", action="store_true", help="Show tracebacks and the libraries' own messages.")
     options = parser.parse_args(arguments)
     source = export(options.checkpoint, options.output)
     say(options.output if options.quiet else f"{options.output} holds the weights of {source}")
-
-
-if __name__ == "__main__":
-    run(main)

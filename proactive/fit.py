@@ -1,5 +1,10 @@
 """`python -m proactive.fit`: train a reward classifier or an agent, test its best weights, leave a run folder."""
 
+if __name__ == "__main__":
+    from proactive.commands import start
+
+    start("fit")
+
 import argparse
 import contextlib
 import os
@@ -72,10 +77,11 @@ from datamodules.safe_yaml import NotYamlError, parse_yaml, read_yaml
 from models.agent import ProactiveAgent
 from models.reward import RewardClassifier
 from models.training import BackboneModule
+from proactive.commands import program
 from proactive.foreign import GROUPS, refuse_foreign
 from proactive.parser import Parser, best_reason
 from proactive.resume import KeepOptions, nothing_left, refuse_other_options
-from proactive.terminal import run, say, show, test_tables
+from proactive.terminal import say, show, test_tables
 
 TASKS: dict[str, tuple[type[BackboneModule], type[RowsDataModule]]] = {
     "reward": (RewardClassifier, RewardDataModule),
@@ -141,7 +147,7 @@ def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 class FitCLI(LightningCLI):
     """The options of a run, and the trainer that writes its folder."""
 
-    program = "python -m proactive.fit"
+    command = "fit"
 
     def __init__(self, task: str, arguments: list[str]) -> None:
         self.task = task
@@ -157,7 +163,7 @@ class FitCLI(LightningCLI):
             trainer_defaults=TRAINER_DEFAULTS,
             save_config_callback=None,
             auto_configure_optimizers=False,
-            parser_kwargs={"prog": self.program},
+            parser_kwargs={"prog": program(self.command)},
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -499,7 +505,3 @@ def _weights_to_test(trainer: Trainer, folder: Path) -> str | None:
     """The best weights; the last ones if no validation has picked any."""
     best = folder / CHECKPOINTS / BEST
     return str(best) if best.exists() else None
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,5 +1,10 @@
 """`python -m proactive.inspect`: what a data root holds, and what its splits give away."""
 
+if __name__ == "__main__":
+    from proactive.commands import start
+
+    start("inspect")
+
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -14,8 +19,9 @@ from datamodules.sources import Corpus, load_corpus
 from datamodules.splits import contamination, history_digests, split_by_scene
 from datamodules.tokenizer import SCRATCH, load_tokenizer, train_tokenizer
 from datamodules.tree import PrefixOrder
+from proactive.commands import program
 from proactive.parser import Parser
-from proactive.terminal import Table, run, show
+from proactive.terminal import Table, show
 
 VOCABULARY_SIZE = 4096
 
@@ -52,7 +58,7 @@ def inspect_root(root: str = "embedded", folds: Folds = 5, tokenizer: str = SCRA
 
 def main(arguments: list[str]) -> None:
     """Parse, count, print."""
-    parser = Parser(prog="python -m proactive.inspect", description=inspect_root.__doc__)
+    parser = Parser(prog=program("inspect"), description=inspect_root.__doc__)
     parser.add_function_arguments(inspect_root, as_group=False)
     parser.add_argument("--json", action="store_true", help="Print JSON in place of tables.")
     parser.add_argument("--quiet", action="store_true", help="Print nothing but errors.")
@@ -168,7 +174,3 @@ def _tables(figures: dict[str, Any]) -> list[Table]:
             f"occur in the training rows; {traces['scenes_outside_traces']} of {traces['scenes']} scenes lie outside"
         )
     return [rows, splits]
-
-
-if __name__ == "__main__":
-    run(main)

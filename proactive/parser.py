@@ -5,8 +5,9 @@ with --config; see `proactive.foreign` for a configuration that is read unasked.
 of a class: what calls them would run anything.
 """
 
+import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any, NoReturn, Protocol, get_args, get_origin
 
@@ -63,6 +64,12 @@ class Parser(ArgumentParser):
                     group._group_actions.remove(action)
             for option in action.option_strings:
                 self._option_string_actions.pop(option, None)
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """What to add to an error about a name that nothing has: the known name most like it, or nothing."""
+    found = difflib.get_close_matches(given, list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def takes_code(annotation: Any) -> bool:

@@ -1,5 +1,10 @@
 """`python -m proactive.plan`: what a run would take, in memory and time, before any weight is loaded."""
 
+if __name__ == "__main__":
+    from proactive.commands import start
+
+    start("plan")
+
 import json
 import os
 import re
@@ -33,7 +38,7 @@ from models.operations import (
 from models.training import BackboneModule
 from models.tree import attention_window, pair_cost
 from proactive.fit import FitCLI, task_of
-from proactive.terminal import Table, run, show
+from proactive.terminal import Table, show
 
 STEPS_COUNTED = 200  # of an epoch, at most; what a longer one has follows from them
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -42,7 +47,7 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 class PlanCLI(FitCLI):
     """The options of a run, without its trainer and its folder."""
 
-    program = "python -m proactive.plan"
+    command = "plan"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
@@ -307,7 +312,3 @@ def _tables(found: dict[str, Any]) -> list[Table]:
         title = f"seconds an epoch at a utilization of {found['utilization']:.0%} ({found['utilization_is']})"
         takes.add_row(title, f"{found['seconds_an_epoch']:,.0f}")
     return [memory, takes]
-
-
-if __name__ == "__main__":
-    run(main)

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from datamodules.errors import UserError, printable
 from datamodules.writing import no_room
+from proactive.environment import refuse_impossible_place
 from proactive.parser import one_line
 
 OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)  # of a stream, which has no name
@@ -49,7 +50,8 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     _open_closed_streams()
     before = signal.signal(signal.SIGTERM, _end)
     try:
-        _set_up_messages(debug, "--quiet" in arguments)
+        refuse_impossible_place()  # before a command imports Lightning, which would end in a traceback
+        set_up_messages(arguments)
         _refuse_no_text(arguments)
         main(arguments)
         sys.stdout.flush()  # what cannot be written is found now, and not while Python ends
@@ -109,11 +111,11 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
 
 def as_user_error(error: BaseException) -> UserError | None:
     """The user's mistake behind an exception, or None if it looks like one of ours."""
+    if isinstance(error, UserError):
+        return error
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from torch import OutOfMemoryError
 
-    if isinstance(error, UserError):
-        return error
     text = one_line(str(error))
     if isinstance(error, MemoryError):
         return UserError("out of memory, while data was read or prepared", "Give less data, or use a larger machine.")
@@ -292,12 +294,16 @@ class _Messages(logging.StreamHandler):
 
 def _rank() -> int:
     """This process's place among those that torchrun, Lightning or SLURM has started."""
-    return int(next((os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), 0))
+    found = (os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return next((int(rank) for rank in found if rank.isdecimal()), 0)
 
 
-def _set_up_messages(debug: bool, quiet: bool) -> None:
-    """Our own messages on standard output, those of libraries only where they warn of something new."""
-    rank = _rank()
+def set_up_messages(arguments: list[str]) -> None:
+    """Our own messages on standard output, those of libraries only where they warn of something new.
+
+    A library that is imported afterwards may set up its own.
+    """
+    debug, quiet, rank = "--debug" in arguments, "--quiet" in arguments, _rank()
     ours = logging.getLogger("proactive")
     ours.handlers = [_Messages(sys.stderr if quiet else sys.stdout)]
     ours.handlers[0].setFormatter(_OneLine())

@@ -1,0 +1,62 @@
+"""The command `proactive`, and where each of its commands begins.
+
+A command is a module of this package with a `main(arguments)`; `python -m proactive.NAME` starts it as well.
+"""
+
+import importlib
+import sys
+from typing import NoReturn
+
+from datamodules.errors import UserError
+from proactive import __version__
+from proactive.parser import did_you_mean
+from proactive.terminal import run, say, set_up_messages
+
+COMMANDS = {  # module: what it does
+    "fit": "train a reward classifier or an agent, and test it",
+    "evaluate": "measure a trained model and set it beside published figures",
+    "inspect": "show what data holds, and what its splits give away",
+    "plan": "reckon what a run would take in memory and time",
+    "export": "write the weights of a run as a folder that transformers loads",
+    "annotate": "let people label proposals, and measure how far they agree",
+}
+HELP = "\n".join(
+    [
+        "usage: proactive COMMAND [OPTION ...]",
+        "       proactive --version",
+        "",
+        "commands, each with a --help of its own:",
+        *(f"  {name:<{max(map(len, COMMANDS)) + 2}}{does}" for name, does in COMMANDS.items()),
+    ]
+)
+
+
+def start(command: str | None = None) -> NoReturn:
+    """Carry out a command on the process's arguments, and exit; without one, the first argument names it."""
+    run(lambda arguments: main([command, *arguments] if command else arguments))
+
+
+def program(command: str) -> str:
+    """How a command was started, for its help: `proactive fit`, or `python -m proactive.fit`."""
+    spec = sys.modules["__main__"].__spec__
+    by_module = spec is not None and spec.name == f"proactive.{command}"
+    return f"python -m proactive.{command}" if by_module else f"proactive {command}"
+
+
+def main(arguments: list[str]) -> None:
+    """Carry out the command that the first argument names."""
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        print(HELP)
+    elif name == "--version":
+        say(f"proactive {__version__}")
+    elif name in COMMANDS:
+        command = importlib.import_module(f"proactive.{name}")
+        set_up_messages(rest)  # again, for the libraries that were imported just now
+        command.main(rest)
+    else:
+        raise UserError(f"there is no command {name}{did_you_mean(name, COMMANDS)}", "See proactive --help.")
+
+
+if __name__ == "__main__":
+    start()

@@ -1,0 +1,113 @@
+"""The command `proactive` and how commands begin, whichever way they are started."""
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import proactive
+from proactive import commands
+from proactive.commands import COMMANDS
+from tests.helpers import ROOT, command
+from tests.patience import HANG
+from tests.proactive.conftest import Ended
+
+HEAVY = ("torch", "lightning", "transformers")
+
+
+def python(code: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a few lines in a process of their own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, timeout=HANG
+    )
+
+
+def test_help_lists_each_command_in_a_line(call: Callable[..., Ended]) -> None:
+    ended = call(commands.main, "--help")
+    assert (ended.code, ended.err) == (0, "")
+    lines = [line.split(maxsplit=1) for line in ended.out.partition("own:\n")[2].splitlines()]
+    assert [tuple(line) for line in lines] == list(COMMANDS.items())
+    assert call(commands.main).out == call(commands.main, "-h").out == ended.out
+    assert call(commands.main, "--version").out == f"proactive {proactive.__version__}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_is_a_module_with_a_main(name: str) -> None:
+    assert callable(importlib.import_module(f"proactive.{name}").main)
+
+
+@pytest.mark.parametrize(("given", "meant"), [("fitt", "fit"), ("evalute", "evaluate"), ("inspct", "inspect")])
+def test_an_unknown_command_is_one_line_that_names_what_was_meant(
+    given: str, meant: str, call: Callable[..., Ended]
+) -> None:
+    ended = call(commands.main, given, "--data.root=x")
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == f"error: there is no command {given}; did you mean {meant}?\n  help: See proactive --help.\n"
+
+
+def test_a_command_like_none_gets_no_proposal(call: Callable[..., Ended]) -> None:
+    assert call(commands.main, "zzz").err.splitlines()[0] == "error: there is no command zzz"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["fitt"]], ids=str)
+def test_what_needs_no_library_loads_none(arguments: list[str], tmp_path: Path) -> None:
+    code = f"""
+import sys
+from proactive.commands import start
+sys.argv[1:] = {arguments}
+try:
+    start()
+finally:
+    print([name for name in {HEAVY} if name in sys.modules])
+"""
+    assert python(code, tmp_path).stdout.splitlines()[-1] == "[]"
+
+
+def test_importing_the_package_loads_no_library_and_never_exits(tmp_path: Path) -> None:
+    code = f"import sys, proactive; print([name for name in {HEAVY} if name in sys.modules], proactive.__version__)"
+    for rank in ("0", "x"):
+        ended = python(code, tmp_path, RANK=rank)
+        assert (ended.returncode, ended.stderr) == (0, "")
+        assert ended.stdout == f"[] {proactive.__version__}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_refuses_a_rank_that_is_none_before_lightning_does(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "x")
+    for module, arguments in ((f"proactive.{name}", []), ("proactive", [name])):
+        ended = command(module, *arguments, cwd=tmp_path)
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert ended.stderr == "error: the environment variable RANK is no number: 'x'\n  help: unset RANK\n"
+
+
+def test_help_names_the_command_as_it_was_started(tmp_path: Path) -> None:
+    by_module = command("proactive.inspect", "--help", cwd=tmp_path)
+    by_command = command("proactive", "inspect", "--help", cwd=tmp_path)
+    assert (by_module.returncode, by_command.returncode) == (0, 0)
+    assert by_module.stdout.startswith("usage: python -m proactive.inspect [--root")
+    assert by_command.stdout.startswith("usage: proactive inspect [--root")
+
+
+@pytest.mark.parametrize("name", ["datamodules", "models", "callbacks"])
+@pytest.mark.parametrize("form", ["file", "package", "folder"])
+def test_another_package_of_the_same_name_that_is_loaded_already_is_named(form: str, name: str, tmp_path: Path) -> None:
+    if form == "file":
+        (tmp_path / f"{name}.py").touch()
+    else:
+        (tmp_path / name).mkdir()
+    if form == "package":
+        (tmp_path / name / "__init__.py").touch()
+    # Alone on the path, for a folder without __init__.py comes after any package of its name.
+    code = f"import sys; path = sys.path; sys.path = ['']; import {name}; sys.path = path; import proactive"
+    ended = python(code, tmp_path)
+    assert ended.returncode == 1
+    said = ended.stderr.splitlines()[-1]
+    assert said.startswith(f"ImportError: proactive needs its own package {name}, but <module '{name}'"), ended.stderr
+    assert said.endswith("was imported before by that name; rename that one, or use it in another process")

@@ -1,0 +1,140 @@
+"""A wheel and an editable installation in fresh virtual environments, used from folders that are in the way."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import proactive
+from proactive.commands import COMMANDS
+from tests.helpers import ROOT, SMALL_BACKBONE
+from tests.patience import HANG
+
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("pip", "hatchling")),
+    reason="pip and hatchling, which build the wheel without network, are not installed",
+)
+PACKAGES = ("proactive", "callbacks", "models", "datamodules")
+QUICK = [
+    f"--model.scratch={json.dumps(SMALL_BACKBONE)}",
+    "--data.vocabulary_size=400",
+    "--data.folds=3",
+    "--trainer.accelerator=cpu",
+    "--trainer.max_steps=1",
+    "--trainer.limit_val_batches=0",
+    "--trainer.limit_test_batches=2",
+    "--quiet",
+]
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A virtual environment with this project in it; the libraries are those that the tests run with."""
+
+    kind: str
+    venv: Path
+
+    def started(self, command: str) -> list[str]:
+        """How a command is started here, with the working folder first on the path: one way for each kind."""
+        return ["python", "-m", *(["proactive", command] if self.kind == "wheel" else [f"proactive.{command}"])]
+
+    def run(self, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        """Run one of the environment's programs."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST", "PL_"))}
+        environment = {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+        program = self.venv / "bin" / arguments[0]
+        return subprocess.run(
+            [program, *arguments[1:]], cwd=cwd, env=environment, capture_output=True, text=True, timeout=HANG
+        )
+
+
+@pytest.fixture(scope="module", params=["wheel", "editable"])
+def installation(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Installation:
+    place = tmp_path_factory.mktemp(request.param)
+    found = Installation(request.param, place / "venv")
+    made = subprocess.run([sys.executable, "-m", "venv", "--without-pip", found.venv], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    inner = Path(sysconfig.get_path("purelib", vars={"base": str(found.venv)}))
+    # The path alone: files like the .pth of this project's own installation there are not read.
+    (inner / "libraries.pth").write_text(f"{sysconfig.get_path('purelib')}\n{sysconfig.get_path('platlib')}\n")
+    # Processes are started as on macOS: a worker imports anew what it is given.
+    (inner / "spawn.pth").write_text("import multiprocessing; multiprocessing.set_start_method('spawn', force=True)\n")
+    pip = [sys.executable, "-m", "pip", "--python", str(found.venv / "bin" / "python")]
+    offline = ["--no-index", "--no-build-isolation", "--no-deps", "--quiet"]
+    if request.param == "wheel":
+        subprocess.run([*pip, "wheel", *offline, f"--wheel-dir={place}", str(ROOT)], check=True, timeout=HANG)
+        subprocess.run([*pip, "install", *offline, *place.glob("*.whl")], check=True, timeout=HANG)
+    else:
+        subprocess.run([*pip, "install", *offline, "--editable", str(ROOT)], check=True, timeout=HANG)
+    where = found.run("python", "-c", "import proactive; print(proactive.__file__)", cwd=place).stdout.strip()
+    assert Path(where).is_relative_to(found.venv if request.param == "wheel" else ROOT), where
+    return found
+
+
+@pytest.fixture(params=["packages", "folders", "files"])
+def in_the_way(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A working folder with other things by the names of our packages; all of them raise when they are imported."""
+    for name in ("callbacks", "models", "datamodules", "configs"):
+        if request.param == "files":
+            (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong one')\n")
+            continue
+        for path in (ROOT / name).glob("*.py"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            if path.name != "__init__.py" or request.param == "packages":
+                (tmp_path / name / path.name).write_text("raise SystemExit('the wrong one')\n")
+    return tmp_path
+
+
+def test_what_is_in_the_way_breaks_no_command(installation: Installation, in_the_way: Path) -> None:
+    ended = installation.run("python", "-m", "proactive.inspect", "--quiet", cwd=in_the_way)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("in_the_way", ["packages"], indirect=True)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_finds_our_packages(name: str, installation: Installation, in_the_way: Path) -> None:
+    ended = installation.run(*installation.started(name), "--help", cwd=in_the_way)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("usage: ")
+
+
+@pytest.mark.parametrize("in_the_way", ["packages"], indirect=True)
+def test_ranks_and_workers_of_a_run_find_our_packages(installation: Installation, in_the_way: Path) -> None:
+    more = ["--trainer.devices=2", *["--data.num_workers=1"] * (installation.kind == "wheel")]
+    ended = installation.run(*installation.started("fit"), *QUICK, *more, cwd=in_the_way)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == "runs/reward/0\n"
+    assert (in_the_way / "runs/reward/0/export/model.safetensors").is_file()
+
+
+def test_the_command_works_from_an_empty_folder(installation: Installation, tmp_path: Path) -> None:
+    ended = installation.run("proactive", "fit", *QUICK, cwd=tmp_path)
+    assert (ended.returncode, ended.stdout) == (0, "runs/reward/0\n"), ended.stderr
+    ended = installation.run("proactive", "--version", cwd=tmp_path)
+    assert (ended.stdout, ended.stderr) == (f"proactive {proactive.__version__}\n", "")
+
+
+def test_types_reach_a_consumer(installation: Installation, tmp_path: Path) -> None:
+    consumer = tmp_path / "consumer.py"
+    consumer.write_text(
+        f"import {', '.join(PACKAGES)}\n"
+        "from datamodules.errors import printable\n"
+        "reveal_type(proactive.__version__)\n"
+        "printable(5)\n"
+    )
+    checked = [sys.executable, "-m", "mypy", "--strict", "--python-executable", installation.venv / "bin" / "python"]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "MYPY"))}
+    ended = subprocess.run(
+        [*checked, consumer.name], cwd=tmp_path, env=kept, capture_output=True, text=True, timeout=HANG
+    )
+    assert ended.stdout.splitlines() == [
+        'consumer.py:3: note: Revealed type is "str"',
+        'consumer.py:4: error: Argument 1 to "printable" has incompatible type "int"; expected "str"  [arg-type]',
+        "Found 1 error in 1 file (checked 1 source file)",
+    ]
