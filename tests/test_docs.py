@@ -18,6 +18,7 @@ import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+import proactive
 from tests.helpers import ROOT
 
 PAGES = [
@@ -161,7 +162,7 @@ def test_changelog_has_the_headings_of_keep_a_changelog() -> None:
             assert groups == [group for group in order if group in groups]
 
 
-def test_citation_has_the_version_of_the_package() -> None:
+def test_citation_has_version_and_license_of_the_package() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    assert (citation["version"], citation["license"]) == (proactive.__version__, project["license"])
