@@ -1,4 +1,4 @@
-"""What a person runs: one module for each command, the command `proactive` for all of them, and what a notebook calls."""
+"""What a person runs: one module for each command, the command `proactive` for all, and what a notebook calls."""
 
 import os
 import sys
