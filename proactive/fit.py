@@ -19,10 +19,11 @@ import yaml
 from annotated_types import Ge, Le
 from jsonargparse import ActionConfigFile, Namespace
 from lightning import LightningModule, Trainer
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 
 from callbacks.checkpoints import (
     BEST,
@@ -79,7 +80,8 @@ from models.reward import RewardClassifier
 from models.training import BackboneModule
 from proactive.commands import program
 from proactive.foreign import GROUPS, refuse_foreign
-from proactive.parser import Parser, best_reason
+from proactive.parser import Parser, best_reason, did_you_mean
+from proactive.recipes import config_file, recipe_names
 from proactive.resume import KeepOptions, nothing_left, refuse_other_options
 from proactive.terminal import say, show, test_tables
 
@@ -128,7 +130,7 @@ class MergedConfigs(ActionConfigFile):
     @staticmethod
     def apply_config(parser: LightningArgumentParser, cfg: Namespace, dest: str, value: str) -> None:
         before = cfg.clone()
-        ActionConfigFile.apply_config(parser, cfg, dest, value)
+        ActionConfigFile.apply_config(parser, cfg, dest, config_file(value))
         for name, mapping in cfg.items():
             if isinstance(mapping, dict) and isinstance(before.get(name), dict):
                 cfg[name] = _merged(before[name], mapping)
@@ -168,7 +170,12 @@ class FitCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = FitParser(**kwargs)
-        parser.add_argument("-c", "--config", action=MergedConfigs, help="A YAML file of options; later ones count.")
+        parser.add_argument(
+            "-c",
+            "--config",
+            action=MergedConfigs,
+            help="A YAML file of options, or a recipe by its name, such as reward/tiny; later ones count.",
+        )
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -300,7 +307,9 @@ class FitCLI(LightningCLI):
             return super().instantiate_trainer(**given, **kwargs)
         except (ValueError, TypeError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise UserError(f"trainer: {reason}", "Change the trainer's options; see --help.") from error
+            raise UserError(
+                f"trainer: {reason}{_meant(reason)}", "Change the trainer's options; see --help."
+            ) from error
 
     def _other_loggers(self, given: Logger | Iterable[Logger] | bool | None) -> list[Logger]:
         """TensorBoard's, or those that the user gives in its place."""
@@ -309,6 +318,13 @@ class FitCLI(LightningCLI):
         if given is None or given is True:
             return [TensorBoardLogger(self.folder, "", LOGS)]
         return list(given or [])
+
+
+def _meant(reason: str) -> str:
+    """Which strategy or accelerator may have been meant, where Lightning says that it has none by a name."""
+    found = re.search(r"invalid (?:strategy|accelerator) name: `\w+='(?P<name>[^']*)'", reason)
+    known = [*StrategyRegistry.available_strategies(), *AcceleratorRegistry.available_accelerators()]
+    return did_you_mean(found["name"], known) if found else ""
 
 
 class FirstFiles(Callback):
@@ -425,7 +441,7 @@ def task_of(arguments: list[str]) -> str:
     named = [_read_config(config).get("task") for config in found.config]
     task = found.task or next((task for task in reversed(named) if task), DEFAULT_TASK)
     if task not in list(TASKS):  # a list, where a configuration gives one, is in no dict
-        raise UserError(f"task: there is no task {task}", f"Use {' or '.join(TASKS)}.")
+        raise UserError(f"task: there is no task {task}{did_you_mean(str(task), TASKS)}", f"Use {' or '.join(TASKS)}.")
     return task
 
 
@@ -458,24 +474,20 @@ def _with_config_of_resumed_run(arguments: list[str]) -> list[str]:
 
 
 def _read_config(given: str) -> dict[str, Any]:
-    """The options of a configuration: a file, or YAML itself. Of a file that is not there none; the parser names it.
+    """The options of a configuration: a file or a recipe, or YAML itself.
 
     Raises:
-        UserError: It is no YAML mapping.
+        UserError: It is no YAML mapping, or there is no such file or recipe.
     """
+    path = config_file(given)
     try:
-        if "\n" in given:
-            content = parse_yaml(given)
-        elif os.path.lexists(given):
-            content = read_yaml(Path(given))
-        else:
-            return {}
+        content = read_yaml(Path(path)) if os.path.lexists(path) else parse_yaml(path)
     except NotYamlError as error:
         raise UserError(
-            f"--config: {given} is not YAML: {error}", "Mend it, or start from a file in configs/."
+            f"--config: {given} is not YAML: {error}", f"Mend it, or start from a recipe: {', '.join(recipe_names())}."
         ) from error
     if not isinstance(content, dict):
-        raise UserError(f"--config: {given} holds no options", "Start from a file in configs/.")
+        raise UserError(f"--config: {given} holds no options", f"Start from a recipe: {', '.join(recipe_names())}.")
     for group in GROUPS:
         if not isinstance(content.get(group, {}), dict):
             raise UserError(

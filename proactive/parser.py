@@ -23,6 +23,14 @@ set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylis
 _OPTION = re.compile(r'Parser key "(?P<name>[^"]*)":\s*(?P<said>.*)', re.DOTALL)
 _OF_PYDANTIC = re.compile(r"^\s*(?P<said>.*\S) \[type=\w+, input_value=", re.MULTILINE)
 _GIVEN = re.compile(r"(?:.*\n\s*Given value|.*?\. Got value): (?P<given>.*)", re.DOTALL)
+_UNKNOWN = re.compile(
+    r"unrecognized arguments: (?P<argument>[^\s=]+).*"
+    r"|Group '(?P<group>[^']*)' does not accept option '(?P<inner>[^']*)'"
+    r"|Option '(?P<option>[^']*)' is not accepted",
+    re.DOTALL,
+)
+_NO_CHOICE = re.compile(r"invalid choice: '(?P<given>[^']*)'")
+_CHOICES = re.compile(r"(?:\(choose from |typing\.Literal\[|Input should be )([^][)]*)")
 
 
 class OptionError(UserError):
@@ -42,7 +50,18 @@ class Parser(ArgumentParser):
             if isinstance(cause, UserError):
                 raise cause
             cause = cause.__cause__ or cause.__context__
-        raise OptionError(_said(message), f"See {self.prog} --help.") from ex
+        raise OptionError(_said(message) + self._meant(message), f"See {self.prog} --help.") from ex
+
+    def _meant(self, message: str) -> str:
+        """Which option, or which value of the option, an error's may have been meant to be."""
+        if found := _UNKNOWN.fullmatch(message):
+            if found["argument"]:
+                return did_you_mean(found["argument"], self._option_string_actions)
+            name = f"{found['group']}.{found['inner']}" if found["group"] else found["option"]
+            return did_you_mean(name, [action.dest for action in self._actions])
+        value = _NO_CHOICE.search(message) or _GIVEN.search(message)
+        choices = re.findall(r"'([^']*)'", " ".join(_CHOICES.findall(message)))
+        return did_you_mean(value["given"], choices) if value else ""
 
     def add_class_arguments(self, *args: Any, **options: Any) -> list[str]:
         # Where a class can be given, no file of options is read in its place: it may lie there by the name of a value.
@@ -68,8 +87,10 @@ class Parser(ArgumentParser):
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """What to add to an error about a name that nothing has: the known name most like it, or nothing."""
-    found = difflib.get_close_matches(given, list(known), n=1)
-    return f"; did you mean {found[0]}?" if found else ""
+    alike = difflib.get_close_matches(given, list(known), n=10, cutoff=0.7)
+    last = given.rpartition(".")[2]  # that two options are of one group does not make them alike
+    meant = next((name for name in alike if difflib.get_close_matches(last, [name.rpartition(".")[2]])), None)
+    return f"; did you mean {meant}?" if meant else ""
 
 
 def takes_code(annotation: Any) -> bool:

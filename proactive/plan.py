@@ -38,6 +38,7 @@ from models.operations import (
 from models.training import BackboneModule
 from models.tree import attention_window, pair_cost
 from proactive.fit import FitCLI, task_of
+from proactive.parser import did_you_mean
 from proactive.terminal import Table, show
 
 STEPS_COUNTED = 200  # of an epoch, at most; what a longer one has follows from them
@@ -238,7 +239,10 @@ def _device(name: str | None) -> Device | None:
     if device is None:
         from models.operations import DEVICES
 
-        raise UserError(f"--device: {name} is not known", f"Give one of {', '.join(DEVICES)}, or --memory alone.")
+        raise UserError(
+            f"--device: {name} is not known{did_you_mean(name, DEVICES)}",
+            f"Give one of {', '.join(DEVICES)}, or --memory alone.",
+        )
     return device
 
 

@@ -19,6 +19,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 import proactive
+from proactive.commands import COMMANDS
 from tests.helpers import ROOT
 
 PAGES = [
@@ -27,7 +28,6 @@ PAGES = [
 ]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
-COMMANDS = ("fit", "plan", "evaluate", "export", "inspect", "annotate")
 HELPS = {
     "fit": [["--task=reward"], ["--task=agent"]],
     "plan": [["--task=reward"], ["--task=agent"]],

@@ -116,6 +116,9 @@ def test_ranks_and_workers_of_a_run_find_our_packages(installation: Installation
 def test_the_command_works_from_an_empty_folder(installation: Installation, tmp_path: Path) -> None:
     ended = installation.run("proactive", "fit", *QUICK, cwd=tmp_path)
     assert (ended.returncode, ended.stdout) == (0, "runs/reward/0\n"), ended.stderr
+    small = [option for option in QUICK if not option.startswith("--data.")]
+    ended = installation.run("proactive", "fit", "--config", "reward/tiny", *small, cwd=tmp_path)
+    assert (ended.returncode, ended.stdout) == (0, "runs/reward-tiny/0\n"), ended.stderr
     ended = installation.run("proactive", "--version", cwd=tmp_path)
     assert (ended.stdout, ended.stderr) == (f"proactive {proactive.__version__}\n", "")
 

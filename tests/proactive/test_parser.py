@@ -1,0 +1,70 @@
+"""What an error of the command line says of names that are spelled almost right."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proactive import annotate, evaluate, export, fit, inspect, plan
+from proactive.parser import did_you_mean
+from tests.proactive.conftest import Ended
+
+MISSPELLED: list[tuple[Any, list[str], str]] = [  # a command, its arguments, what was meant
+    (fit, ["--model.lerning_rate=1e-3"], "--model.learning_rate"),
+    (fit, ["--data.rooot", "x"], "--data.root"),
+    (fit, ["data.root=x"], "--data.root"),
+    (fit, ["--learning_rate=1"], "--model.learning_rate"),
+    (fit, ["--model.adapter.rnk=3"], "rank"),
+    (fit, ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.montor=x"], "monitor"),
+    (fit, ["--model.optimizer=adamww"], "adamw"),
+    (fit, ["--data.split=by_scenes"], "by_scene"),
+    (fit, ["--trainer.precision=bf16-mxed"], "bf16-mixed"),
+    (fit, ["--trainer.strategy=fully_shard"], "fully_sharded"),
+    (fit, ["--trainer.accelerator=cpuu"], "cpu"),
+    (fit, ["--run.monitor=validation/aurok"], "validation/auroc"),
+    (fit, ["--task=rewrd"], "reward"),
+    (fit, ["--config=reward/tinny"], "reward/tiny"),
+    (fit, ["--config=configs/agent/qlora.yaml"], "agent/qlora"),
+    (fit, ["--config={data: {roott: x}}"], "data.root"),
+    (fit, ["--config={dat: {root: x}}"], "data.root"),
+    (fit, ["--config={model: {adapter: {rnk: 3}}}"], "rank"),
+    (fit, ["--config={model: {optimizer: adamww}}"], "adamw"),
+    (plan, ["--memry=4GiB"], "--memory"),
+    (plan, ["--config=agent/tinny"], "agent/tiny"),
+    (plan, ["--device=h10"], "h100"),
+    (evaluate, ["agnt"], "agent"),
+    (evaluate, ["reward", "--data.roott=x", "--checkpoint=x"], "--data.root"),
+    (evaluate, ["agent", "--judge.chekpoint=x"], "--judge.checkpoint"),
+    (inspect, ["--jsn"], "--json"),
+    (export, ["--chekpoint=x"], "--checkpoint"),
+    (annotate, ["exprt"], "export"),
+]
+
+
+@pytest.mark.parametrize(("module", "arguments", "meant"), MISSPELLED, ids=[" ".join(case[1]) for case in MISSPELLED])
+def test_a_name_spelled_almost_right_is_answered_with_what_was_meant(
+    module: Any, arguments: list[str], meant: str, call: Callable[..., Ended], tmp_path: Path
+) -> None:
+    ended = call(module.main, *arguments)
+    assert (ended.code, ended.out) == (2, "")
+    error, help_line = ended.err.splitlines()
+    assert error.endswith(f"; did you mean {meant}?")
+    assert help_line.startswith("  help: ")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--zzz=1"], ["--trainer.foo=1"], ["--data.split=tomorrow"], ["--config={nothing: 1}"], ["--config=zzz"]],
+    ids=str,
+)
+def test_a_name_like_none_is_answered_with_none(arguments: list[str], call: Callable[..., Ended]) -> None:
+    ended = call(fit.main, *arguments)
+    assert ended.code == 2
+    assert "did you mean" not in ended.err
+
+
+def test_the_name_most_alike_is_meant() -> None:
+    assert did_you_mean("epoch", ["epochs", "epoc", "depth"]) == "; did you mean epochs?"
+    assert did_you_mean("epoch", []) == did_you_mean("", ["epochs"]) == ""
