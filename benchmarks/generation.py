@@ -27,11 +27,12 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
-from datamodules.prompts import SegmentTokenizer, render_event
-from datamodules.records import Event
-from datamodules.reward import RewardDataModule
-from models.generation import GeneratedAnswer, generate_answers
-from models.grammar import AnswerGrammar
+from datamodules.batching.reward_rows import RewardDataModule
+from datamodules.corpus.records import Event
+from datamodules.prompting.segments import SegmentTokenizer
+from datamodules.prompting.templates import render_event
+from models.decoding.generation import GeneratedAnswer, generate_answers
+from models.decoding.grammar import AnswerGrammar
 
 BACKBONE = {**tree_batches.BACKBONE, "max_position_embeddings": 4096}
 INSTRUCTIONS = "You watch what somebody does at a computer. Offer a task that helps, or nothing.\n"

@@ -35,11 +35,11 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
 
-from callbacks.files import write_atomically
-from datamodules.reward import RewardDataModule
-from models.adamw_8bit import AdamW8bit
-from models.branches import branch_problem
-from models.reward import RewardClassifier
+from datamodules.batching.reward_rows import RewardDataModule
+from datamodules.files.writing import write_atomically
+from models.decoding.branches import branch_problem
+from models.learning.adamw_8bit import AdamW8bit
+from models.learning.reward_classifier import RewardClassifier
 
 PACKAGES = ("torch", "transformers", "lightning", "triton", "bitsandbytes", "torchao", "flashoptim", "peft")
 GIB = 2**30

@@ -29,15 +29,15 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from torch.profiler import ProfilerActivity, profile
 
-from callbacks.checkpoints import SeedEachStep
-from callbacks.sharded import FullySharded
+from callbacks.fully_sharded import FullySharded
+from callbacks.seeding import SeedEachStep
 from callbacks.throughput import peak_memory
-from datamodules.batches import BatchSize, batch_size
-from datamodules.reward import RewardDataModule
-from models.adapters import AdapterOptions
-from models.memory import MemoryPlan, Setting
-from models.operations import Operations, weight_count
-from models.reward import RewardClassifier
+from datamodules.batching.reward_rows import RewardDataModule
+from datamodules.batching.steps import BatchSize, batch_size
+from models.learning.reward_classifier import RewardClassifier
+from models.networks.adapters import AdapterOptions
+from models.networks.operations import Operations, weight_count
+from models.planning.memory import MemoryPlan, Setting
 
 ROOT = Path(__file__).parents[1]
 SHAPE = ROOT / "benchmarks" / "shapes" / "llama_3_1_8b.yaml"

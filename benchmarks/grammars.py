@@ -19,9 +19,9 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
-from datamodules.answers import ANSWER_SCHEMA, read_answer
-from datamodules.tokenizer import train_tokenizer
-from models.grammar import AnswerGrammar
+from datamodules.corpus.answers import ANSWER_SCHEMA, read_answer
+from datamodules.prompting.tokenizers import train_tokenizer
+from models.decoding.grammar import AnswerGrammar
 
 ANSWERS, TOKENS = 64, 64
 
@@ -37,7 +37,7 @@ class Library(Protocol):
 
 
 class LLGuidance:
-    """As `models.grammar` uses it."""
+    """As `models.decoding.grammar` uses it."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.width = len(tokenizer)

@@ -22,9 +22,9 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
-from datamodules.records import AnnotatedRow, TestStep
-from datamodules.simulator import simulate
-from datamodules.sources import TEST_FILE, TRACES, TRAIN_FILE
+from datamodules.corpus.records import AnnotatedRow, TestStep
+from datamodules.corpus.simulator import simulate
+from datamodules.corpus.sources import TEST_FILE, TRACES, TRAIN_FILE
 
 Part = Literal["inspect", "first step", "judge", "agent"]
 ROOT = Path(__file__).parents[1]

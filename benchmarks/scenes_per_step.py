@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from datamodules.reward import RewardDataModule
-from models.reward import RewardClassifier
+from datamodules.batching.reward_rows import RewardDataModule
+from models.learning.reward_classifier import RewardClassifier
 
 BACKBONE = {
     "model_type": "llama",

@@ -19,14 +19,14 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
-from datamodules.records import Event
-from datamodules.reward import RewardDataModule
-from datamodules.sources import load_corpus
-from datamodules.traces import Pair, root_traces
-from models.backbone import build_network
-from models.reward import RewardClassifier
-from models.scorer import Scorer
-from models.weights import Weights
+from datamodules.batching.reward_rows import RewardDataModule
+from datamodules.corpus.records import Event
+from datamodules.corpus.sources import load_corpus
+from datamodules.corpus.traces import Pair, root_traces
+from models.judging.scorer import Scorer
+from models.judging.weights import Weights
+from models.learning.reward_classifier import RewardClassifier
+from models.networks.backbone import build_network
 
 CONFIG = Path(__file__).parents[1] / "configs" / "reward" / "tiny.yaml"
 PROPOSAL = "Offer to run the tests and to show the first one that fails."

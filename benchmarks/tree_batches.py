@@ -28,12 +28,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from datamodules.records import AnnotatedRow
-from datamodules.reward import RewardDataModule
-from datamodules.rows import LayoutName
-from datamodules.sources import Corpus
-from datamodules.splits import Split
-from models.reward import RewardClassifier
+from datamodules.batching.reward_rows import RewardDataModule
+from datamodules.batching.rows import LayoutName
+from datamodules.corpus.records import AnnotatedRow
+from datamodules.corpus.sources import Corpus
+from datamodules.corpus.splits import Split
+from models.learning.reward_classifier import RewardClassifier
 
 BACKBONE = {
     "model_type": "llama",

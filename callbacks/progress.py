@@ -10,7 +10,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 
-from datamodules.errors import printable
+from datamodules.escaping import printable
 
 
 def progress_callback(quiet: bool) -> Callback | None:

@@ -8,8 +8,8 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from callbacks.files import as_cell, of_cell
-from models.agent import ProactiveAgent
+from datamodules.escaping import as_cell, of_cell
+from models.learning.proactive_agent import ProactiveAgent
 
 SAMPLES = "answers.csv"
 COLUMNS = ("epoch", "step", "history", "event", "help_needed", "answer", "valid")

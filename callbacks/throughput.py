@@ -11,9 +11,9 @@ from lightning.fabric.utilities.throughput import Throughput
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
 
-from datamodules.batches import BatchSize
-from models.operations import GIB, Operations, find_device
-from models.training import BackboneModule
+from datamodules.batching.steps import BatchSize
+from models.learning.training import BackboneModule
+from models.networks.operations import GIB, Operations, find_device
 
 WINDOW = 10  # steps that a rate is the mean over
 

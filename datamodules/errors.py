@@ -5,17 +5,9 @@ import shlex
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from datamodules.escaping import printable, shortened
+
 LONGEST_MESSAGE = 1000  # characters of what went wrong; a name or value in it may have any length
-
-
-def printable(text: str) -> str:
-    """Text on one line that a terminal shows, and does not obey: other characters arrive escaped."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
-
-
-def shortened(text: str, most: int) -> str:
-    """The first characters of a text, `most` at most."""
-    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 class UserError(Exception):

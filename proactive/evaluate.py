@@ -14,16 +14,17 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
-from callbacks.checkpoints import Interrupted, LastCheckpoint, load_trained
-from callbacks.files import write_atomically
 from callbacks.progress import progress_callback
-from callbacks.record import tested_record
+from callbacks.saving import Interrupted, LastCheckpoint
+from datamodules.batching.reward_rows import RewardDataModule
+from datamodules.batching.rows import LayoutName
+from datamodules.corpus.splits import SplitName
 from datamodules.errors import UserError
+from datamodules.files.writing import write_atomically
 from datamodules.ranges import Count, CountOrNone, Folds, Workers
-from datamodules.reward import RewardDataModule
-from datamodules.rows import LayoutName
-from datamodules.splits import SplitName
-from models.reward import RewardClassifier
+from models.learning.checkpoint_files import load_trained
+from models.learning.reward_classifier import RewardClassifier
+from models.reporting.run_record import tested_record
 from proactive.commands import program
 from proactive.evaluation.agent_command import agent_parser, evaluate_agent_command
 from proactive.parser import Parser

@@ -9,10 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from callbacks.checkpoints import checkpoint_task, load_trained
-from callbacks.export import export_model, is_export, refuse_other_folder
-from callbacks.files import METRICS_FILE
-from callbacks.shards import content_digest
+from datamodules.files.run_folders import METRICS_FILE
+from models.learning.checkpoint_files import checkpoint_task, load_trained
+from models.learning.sharded_files import content_digest
+from models.reporting.exports import export_model, is_export, refuse_other_folder
 from proactive.commands import program
 from proactive.fit import TASKS
 from proactive.parser import Parser

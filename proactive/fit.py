@@ -25,17 +25,22 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 
-from callbacks.checkpoints import (
-    BEST,
-    LAST,
-    BestCheckpoint,
-    Interrupted,
-    LastCheckpoint,
-    SafeCheckpointIO,
-    SeedEachStep,
-)
-from callbacks.export import ExportModel
-from callbacks.files import (
+from callbacks.checkpoint_io import SafeCheckpointIO
+from callbacks.export_model import ExportModel
+from callbacks.fully_sharded import FullySharded
+from callbacks.html_report import HtmlReport
+from callbacks.metrics_file import MetricsFile
+from callbacks.progress import progress_callback
+from callbacks.samples import SampledAnswers
+from callbacks.saving import BestCheckpoint, Interrupted, LastCheckpoint
+from callbacks.seeding import SeedEachStep
+from callbacks.throughput import ThroughputLog
+from callbacks.watch_ranks import WatchRanks, following_parent
+from datamodules.batching.answer_rows import AgentDataModule
+from datamodules.batching.reward_rows import RewardDataModule
+from datamodules.batching.rows import RowsDataModule
+from datamodules.errors import UserError
+from datamodules.files.run_folders import (
     CHECKPOINTS,
     CONFIG_FILE,
     EXPORT,
@@ -50,18 +55,9 @@ from callbacks.files import (
     missing_folders,
     new_run_folder,
     remove_empty,
-    write_atomically,
 )
-from callbacks.progress import progress_callback
-from callbacks.ranks import WatchRanks, following_parent
-from callbacks.record import MetricsFile, tested_record
-from callbacks.report import HtmlReport
-from callbacks.samples import SampledAnswers
-from callbacks.sharded import FullySharded
-from callbacks.shards import is_sharded, settled
-from callbacks.throughput import ThroughputLog
-from datamodules.agent import AgentDataModule
-from datamodules.errors import UserError
+from datamodules.files.safe_yaml import NotYamlError, parse_yaml, read_yaml
+from datamodules.files.writing import write_atomically
 from datamodules.ranges import (
     FINITE,
     Count,
@@ -72,12 +68,12 @@ from datamodules.ranges import (
     Share,
     refuse_unsound,
 )
-from datamodules.reward import RewardDataModule
-from datamodules.rows import RowsDataModule
-from datamodules.safe_yaml import NotYamlError, parse_yaml, read_yaml
-from models.agent import ProactiveAgent
-from models.reward import RewardClassifier
-from models.training import BackboneModule
+from models.learning.checkpoint_files import BEST, LAST
+from models.learning.proactive_agent import ProactiveAgent
+from models.learning.reward_classifier import RewardClassifier
+from models.learning.sharded_files import is_sharded, settled
+from models.learning.training import BackboneModule
+from models.reporting.run_record import tested_record
 from proactive.commands import program
 from proactive.foreign import GROUPS, refuse_foreign
 from proactive.parser import Parser, best_reason, did_you_mean

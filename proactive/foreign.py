@@ -15,7 +15,7 @@ from datamodules.errors import UserError
 # none takes a function.
 ALLOWED_CLASSES = frozenset(
     [
-        "callbacks.sharded.FullySharded",
+        "callbacks.fully_sharded.FullySharded",
         "lightning.pytorch.callbacks.DeviceStatsMonitor",
         "lightning.pytorch.callbacks.EarlyStopping",
         "lightning.pytorch.callbacks.LearningRateMonitor",

@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
-from datamodules.agreement import nominal_alpha
-from datamodules.prompts import DEFAULT_PROMPT, PromptTemplate, SegmentTokenizer, render, training_text
+from datamodules.batching.prefix_tree import PrefixOrder
+from datamodules.corpus.agreement import nominal_alpha
+from datamodules.corpus.records import AnnotatedRow, Category
+from datamodules.corpus.sources import Corpus, load_corpus
+from datamodules.corpus.splits import contamination, history_digests, split_by_scene
+from datamodules.prompting.segments import SegmentTokenizer
+from datamodules.prompting.templates import DEFAULT_PROMPT, PromptTemplate, render, training_text
+from datamodules.prompting.tokenizers import SCRATCH, load_tokenizer, train_tokenizer
 from datamodules.ranges import Folds, Seed
-from datamodules.records import AnnotatedRow, Category
-from datamodules.sources import Corpus, load_corpus
-from datamodules.splits import contamination, history_digests, split_by_scene
-from datamodules.tokenizer import SCRATCH, load_tokenizer, train_tokenizer
-from datamodules.tree import PrefixOrder
 from proactive.commands import program
 from proactive.parser import Parser
 from proactive.terminal import Table, show

@@ -4,16 +4,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import overload
 
-from callbacks.checkpoints import load_trained
-from datamodules.answers import Answer
+from datamodules.corpus.answers import Answer
+from datamodules.corpus.records import Event, validate
+from datamodules.corpus.traces import Pair
 from datamodules.errors import UserError
-from datamodules.records import Event, validate
-from datamodules.traces import Pair
-from models.agent import ProactiveAgent
-from models.agents import AnswerOptions, LocalAgent
-from models.reward import RewardClassifier
-from models.scorer import Scorer
-from models.weights import Model, Weights
+from models.judging.agents import AnswerOptions, LocalAgent
+from models.judging.scorer import Scorer
+from models.judging.weights import Model, Weights
+from models.learning.checkpoint_files import load_trained
+from models.learning.proactive_agent import ProactiveAgent
+from models.learning.reward_classifier import RewardClassifier
 
 EventLike = str | Mapping[str, str] | Sequence[object] | Event
 EVENTS_HINT = "Give each event as text, as {'time': ..., 'event': ...}, or as a pair of time and text."

@@ -17,15 +17,15 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
-from callbacks.files import write_atomically
-from datamodules.batches import BatchSize, batch_size
+from datamodules.batching.rows import RowsDataModule
+from datamodules.batching.steps import BatchSize, batch_size
 from datamodules.errors import UserError
+from datamodules.files.writing import write_atomically
+from datamodules.prompting.tokenizers import SCRATCH
 from datamodules.ranges import Count, PositiveShare
-from datamodules.rows import RowsDataModule
-from datamodules.tokenizer import SCRATCH
-from models.backbone import network_config, reads_last_token
-from models.memory import Change, Memory, MemoryPlan, Setting, Sharing, cheapest_fit
-from models.operations import (
+from models.learning.training import BackboneModule
+from models.networks.backbone import network_config, reads_last_token
+from models.networks.operations import (
     ASSUMED_UTILIZATION,
     GIB,
     MEASURED_UTILIZATION,
@@ -35,8 +35,8 @@ from models.operations import (
     trained_count,
     weight_count,
 )
-from models.training import BackboneModule
-from models.tree import attention_window, pair_cost
+from models.networks.tree_reading import attention_window, pair_cost
+from models.planning.memory import Change, Memory, MemoryPlan, Setting, Sharing, cheapest_fit
 from proactive.fit import FitCLI, task_of
 from proactive.parser import did_you_mean
 from proactive.terminal import Table, show
@@ -237,7 +237,7 @@ def _device(name: str | None) -> Device | None:
         return find_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     device = find_device(name)
     if device is None:
-        from models.operations import DEVICES
+        from models.networks.operations import DEVICES
 
         raise UserError(
             f"--device: {name} is not known{did_you_mean(name, DEVICES)}",

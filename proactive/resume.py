@@ -12,10 +12,10 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from callbacks.checkpoints import checkpoint_problem, load_run, refuse_damaged
+from datamodules.batching.rows import RowsDataModule
 from datamodules.errors import UserError, refuse_changes
-from datamodules.rows import RowsDataModule
-from models.training import BackboneModule
+from models.learning.checkpoint_files import checkpoint_problem, load_run, refuse_damaged
+from models.learning.training import BackboneModule
 
 OPTIONS = "options"  # where a checkpoint has them
 TRAINER_MAY_CHANGE = (

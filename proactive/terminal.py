@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from datamodules.errors import UserError, printable
-from datamodules.writing import no_room
+from datamodules.errors import UserError
+from datamodules.escaping import printable
+from datamodules.files.writing import no_room
 from proactive.environment import refuse_impossible_place
 from proactive.parser import one_line
 

@@ -16,8 +16,8 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from datamodules.records import AnnotatedRow
-from datamodules.simulator import simulate
+from datamodules.corpus.records import AnnotatedRow
+from datamodules.corpus.simulator import simulate
 from tests.patience import HANG
 
 ROOT = Path(__file__).parents[1]

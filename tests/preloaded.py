@@ -3,5 +3,5 @@
 import transformers
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-import models.agent
-import models.reward  # noqa: F401
+import models.learning.proactive_agent
+import models.learning.reward_classifier  # noqa: F401

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from callbacks.files import RUN_FOLDER_VARIABLE
+from datamodules.files.run_folders import RUN_FOLDER_VARIABLE
 from proactive.fit import TASKS, FitCLI, task_of
 from tests.helpers import ROOT
 

@@ -5,11 +5,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
+from datamodules.corpus.records import AnnotatedRow
+from datamodules.corpus.sources import TRAIN_FILE
+from datamodules.corpus.units import majority_rows, published_rows
 from datamodules.errors import UserError
-from datamodules.records import AnnotatedRow
-from datamodules.sources import TRAIN_FILE
-from datamodules.units import majority_rows, published_rows
-from datamodules.writing import Unfinished, sync
+from datamodules.files.writing import Unfinished, sync
 from proactive.annotation.store import Item, Label, Store
 
 PROVENANCE_FILE = "provenance.jsonl"
@@ -23,7 +23,7 @@ def export(store: Store, output: Path, rule: Rule, drop_ties: bool) -> dict[str,
         store: The project.
         output: The folder to make, with annotated rows in the published layout, and a file that says of each unit who
             made its proposals and who answered what, when, and in how many seconds.
-        rule: How answers become rows; see `datamodules.units`.
+        rule: How answers become rows; see `datamodules.corpus.units`.
         drop_ties: Whether what is tied is left out; refused otherwise.
 
     Returns:

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datamodules.agreement import agreement
-from datamodules.records import AnnotatedRow, Category
-from datamodules.units import decide
+from datamodules.corpus.agreement import agreement
+from datamodules.corpus.records import AnnotatedRow, Category
+from datamodules.corpus.units import decide
 from proactive.annotation.store import Store
 
 
@@ -69,7 +69,7 @@ def agreement_figures(votes: Sequence[Votes], names: bool = True) -> dict[str, d
         names: Whether annotators are told apart.
 
     Returns:
-        By group, what `datamodules.agreement.agreement` says.
+        By group, what `datamodules.corpus.agreement.agreement` says.
     """
     groups: dict[str, list[Votes]] = {
         "all": list(votes),

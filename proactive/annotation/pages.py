@@ -12,9 +12,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
-from callbacks.files import TEMPLATES
-from datamodules.clock import moments
-from datamodules.units import UnitAnswer
+from datamodules.corpus.clock import moments
+from datamodules.corpus.units import UnitAnswer
+from models.reporting.templates_folder import TEMPLATES
 from proactive.annotation.store import Item, Label, Store
 
 HERE = Path(__file__).parent

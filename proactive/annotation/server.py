@@ -16,8 +16,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from callbacks.files import TEMPLATES
 from datamodules.errors import UserError
+from models.reporting.templates_folder import TEMPLATES
 from proactive.annotation.guard import Guard
 from proactive.annotation.labelling import Labelling
 from proactive.annotation.overview import Overview

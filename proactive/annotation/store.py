@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from datamodules.corpus.records import Event, history_digests_of
+from datamodules.corpus.units import Unit, UnitAnswer, decide
 from datamodules.errors import UserError
-from datamodules.reading import require_regular
-from datamodules.records import Event, history_digests_of
-from datamodules.units import Unit, UnitAnswer, decide
+from datamodules.files.reading import require_regular
 
 APPLICATION = 0x50524F41  # marks the file as one of these, for `file` and for us
 VERSION = 1

@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from callbacks.files import METRICS_FILE, REPORT_FILE, missing_folders, new_run_folder, remove_empty
 from callbacks.progress import counted
-from datamodules.chat import AGENT_PROMPT, JUDGE_PROMPT
 from datamodules.errors import UserError
+from datamodules.files.run_folders import METRICS_FILE, REPORT_FILE, missing_folders, new_run_folder, remove_empty
+from datamodules.prompting.chat_prompts import AGENT_PROMPT, JUDGE_PROMPT
 from datamodules.ranges import NotNegative, Seed, Temperature, Tries
-from models.agents import AnswerOptions
-from models.endpoint import EndpointOptions
+from models.judging.agents import AnswerOptions
+from models.judging.endpoint import EndpointOptions
 from proactive.evaluation.carry_out import ANSWERS_FILE, VERDICTS_FILE, carry_out
 from proactive.evaluation.prepare import prepare
 from proactive.parser import Parser

@@ -11,12 +11,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from callbacks.files import METRICS_FILE, REPORT_FILE, write_atomically
-from datamodules.traces import Answers, Offer, Pair, Trace, traces_digest
-from models.agents import Agent, AlwaysPropose, NeverPropose
-from models.description import Advance, joint_record, joint_settings, shares
-from models.gate import gate_threshold
-from models.judges import Judge, Verdict
+from datamodules.corpus.traces import Answers, Offer, Pair, Trace, traces_digest
+from datamodules.files.run_folders import METRICS_FILE, REPORT_FILE
+from datamodules.files.writing import write_atomically
+from models.judging.agents import Agent, AlwaysPropose, NeverPropose
+from models.judging.description import Advance, joint_record, joint_settings, shares
+from models.judging.gate import gate_threshold
+from models.judging.judges import Judge, Verdict
 from proactive.evaluation.judged_events import (
     JudgedEvent,
     Verdicts,

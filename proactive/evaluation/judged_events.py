@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from callbacks.files import as_cell
-from callbacks.record import intervals_note, versions
-from datamodules.records import AnnotatedRow, TraceSplit
-from datamodules.sources import PUBLISHED_TRACES_DIGESTS
-from datamodules.traces import Answers, Candidate, Offer, Trace, judged_steps, traces_digest
-from models.calibration import DECISION
-from models.gate import Gated
-from models.judges import Verdict
-from models.metrics import (
+from datamodules.corpus.records import AnnotatedRow, TraceSplit
+from datamodules.corpus.sources import PUBLISHED_TRACES_DIGESTS
+from datamodules.corpus.traces import Answers, Candidate, Offer, Trace, judged_steps, traces_digest
+from datamodules.escaping import as_cell
+from models.judging.gate import Gated
+from models.judging.judges import Verdict
+from models.learning.calibration import DECISION
+from models.learning.metrics import (
     BOOTSTRAP_RESAMPLES,
     NO_VERDICT,
     PUBLISHED_AGENT_ROWS,
     AgentMetrics,
     deciding_candidate,
 )
+from models.reporting.run_record import intervals_note, versions
 
 PUBLISHED_COLUMNS = {
     "Recall": "recall",

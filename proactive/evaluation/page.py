@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from callbacks.files import TEMPLATES
-from callbacks.plots import image, new_axes
+from models.reporting.plots import image, new_axes
+from models.reporting.templates_folder import TEMPLATES
 from proactive.evaluation.judged_events import OUTCOMES, JudgedEvent
 
 OUTCOME_WORDS = {

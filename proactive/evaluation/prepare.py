@@ -6,14 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from callbacks.checkpoints import load_trained
-from datamodules.chat import ChatPrompt
+from datamodules.corpus.records import AnnotatedRow, scene_of
+from datamodules.corpus.sources import SPLITS_FILE, Corpus, load_corpus
+from datamodules.corpus.traces import Recorded, Trace, read_recorded, read_splits, root_traces
 from datamodules.errors import UserError
-from datamodules.records import AnnotatedRow, scene_of
-from datamodules.sources import SPLITS_FILE, Corpus, load_corpus
-from datamodules.traces import Recorded, Trace, read_recorded, read_splits, root_traces
-from models.agent import ProactiveAgent
-from models.agents import (
+from datamodules.prompting.chat_prompts import ChatPrompt
+from models.judging.agents import (
     Agent,
     AlwaysPropose,
     AnswerOptions,
@@ -22,12 +20,14 @@ from models.agents import (
     NeverPropose,
     RecordedAgent,
 )
-from models.answer_log import AnswerLog
-from models.endpoint import ChatClient, Endpoint, EndpointOptions
-from models.gate import gate_threshold
-from models.judges import EndpointJudge, Judge, RecordedJudge, RewardJudge
-from models.reward import RewardClassifier
-from models.weights import Model, Tie, Weights, assign, one_for_each
+from models.judging.answer_log import AnswerLog
+from models.judging.endpoint import ChatClient, Endpoint, EndpointOptions
+from models.judging.gate import gate_threshold
+from models.judging.judges import EndpointJudge, Judge, RecordedJudge, RewardJudge
+from models.judging.weights import Model, Tie, Weights, assign, one_for_each
+from models.learning.checkpoint_files import load_trained
+from models.learning.proactive_agent import ProactiveAgent
+from models.learning.reward_classifier import RewardClassifier
 from proactive.evaluation.specification import Evaluation, Stamps
 
 if TYPE_CHECKING:

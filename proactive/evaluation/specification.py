@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from datamodules.records import AnnotatedRow, TraceSplit
-from datamodules.traces import Trace
-from models.agents import Agent
-from models.answer_log import AnswerLog
-from models.endpoint import ChatClient
-from models.judges import Judge
-from models.weights import Tie
+from datamodules.corpus.records import AnnotatedRow, TraceSplit
+from datamodules.corpus.traces import Trace
+from models.judging.agents import Agent
+from models.judging.answer_log import AnswerLog
+from models.judging.endpoint import ChatClient
+from models.judging.judges import Judge
+from models.judging.weights import Tie
 
 ROLES = ("agent", "judge", "gate")
 STAMPS = {Tie.TRAINED: "trained_on", Tie.VALIDATED: "validated_on", Tie.UNKNOWN: "validation_unknown"}

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from datamodules.sources import load_corpus
+from datamodules.corpus.sources import load_corpus
 from tests.helpers import ROOT, SMALL_BACKBONE, small_root
 
 SCRIPTS = sorted(p for p in (ROOT / "benchmarks").glob("*.py") if "__main__" in p.read_text(encoding="utf-8"))

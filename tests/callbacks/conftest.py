@@ -7,12 +7,12 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from callbacks.checkpoints import LastCheckpoint
-from callbacks.export import ExportModel
-from callbacks.record import MetricsFile
-from callbacks.report import HtmlReport
-from datamodules.reward import RewardDataModule
-from models.reward import RewardClassifier
+from callbacks.export_model import ExportModel
+from callbacks.html_report import HtmlReport
+from callbacks.metrics_file import MetricsFile
+from callbacks.saving import LastCheckpoint
+from datamodules.batching.reward_rows import RewardDataModule
+from models.learning.reward_classifier import RewardClassifier
 from tests.helpers import small_root
 from tests.models.small import small_classifier, small_data, small_trainer
 

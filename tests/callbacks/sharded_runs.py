@@ -13,12 +13,13 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
-from callbacks import shards
-from callbacks.checkpoints import Interrupted, LastCheckpoint, SeedEachStep
-from callbacks.sharded import FullySharded
+from callbacks.fully_sharded import FullySharded
+from callbacks.saving import Interrupted, LastCheckpoint
+from callbacks.seeding import SeedEachStep
 from datamodules.errors import UserError
-from models.reward import RewardClassifier
-from models.sharding import blocks, gather
+from models.learning import sharded_files as shards
+from models.learning.reward_classifier import RewardClassifier
+from models.networks.sharding import blocks, gather
 from tests.models.small import LLAMA, fit, small_classifier, small_data, small_trainer
 
 STEP = {"max_steps": 1, "num_sanity_val_steps": 0, "limit_val_batches": 0}

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from callbacks.samples import COLUMNS, SampledAnswers, read_samples
-from models.agent import ProactiveAgent
+from models.learning.proactive_agent import ProactiveAgent
 
 
 def sample(history: str, answer: str) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from callbacks import shards
-from callbacks.checkpoints import checkpoint_problem, load_checkpoint, load_run
 from datamodules.errors import UserError
+from models.learning import sharded_files as shards
+from models.learning.checkpoint_files import checkpoint_problem, load_checkpoint, load_run
 from tests.callbacks.sharded_runs import disk_full_on_one_rank, fitted_to, killed_while_saving
 from tests.helpers import small_root
 from tests.models.small import LLAMA

@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from callbacks.throughput import ThroughputLog, peak_memory
-from datamodules.batches import BatchSize, batch_size
-from models.operations import Operations, find_device, weight_count
+from datamodules.batching.steps import BatchSize, batch_size
+from models.networks.operations import Operations, find_device, weight_count
 from tests.models.small import fit, small_classifier, small_data
 
 NAMES = {"rows_per_second", "tokens_per_second", "effective_tokens_per_second", "peak_memory_gib"}

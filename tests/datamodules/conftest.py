@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from datamodules.records import AnnotatedRow
-from datamodules.sources import Corpus, load_corpus
+from datamodules.corpus.records import AnnotatedRow
+from datamodules.corpus.sources import Corpus, load_corpus
 from tests.helpers import small_root
 
 if TYPE_CHECKING:
@@ -83,8 +83,8 @@ def tokenizers(embedded: Corpus) -> "dict[str, PreTrainedTokenizerFast]":
     Made from scratch; a chat model's; an encoder's, with words around a text; and those whose model has its control
     tokens among its words: Unigram (as T5 and XLM-R have), WordLevel, and WordPiece that splits at white space alone.
     """
-    from datamodules.prompts import DEFAULT_PROMPT, PromptTemplate, training_text
-    from datamodules.tokenizer import train_tokenizer
+    from datamodules.prompting.templates import DEFAULT_PROMPT, PromptTemplate, training_text
+    from datamodules.prompting.tokenizers import train_tokenizer
 
     text = training_text(PromptTemplate.read(DEFAULT_PROMPT), embedded.train[:300])
     return {"scratch": train_tokenizer(text, 500), "chat": _chat_tokenizer(text), "encoder": _encoder_tokenizer()} | {
@@ -98,7 +98,7 @@ def _chat_tokenizer(text: Sequence[str]) -> "PreTrainedTokenizerFast":
     """Marks turns with a special token, and tool calls with an added token that is not called special."""
     from tokenizers import AddedToken
 
-    from datamodules.tokenizer import train_tokenizer
+    from datamodules.prompting.tokenizers import train_tokenizer
 
     tokenizer = train_tokenizer(text, 300)
     tokenizer.add_tokens([AddedToken("<|eot_id|>", special=True), AddedToken("<tool_call>", special=False)])

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamodules.errors import LONGEST_MESSAGE, UserError, printable
+from datamodules.errors import LONGEST_MESSAGE, UserError
+from datamodules.escaping import printable
 from tests.datamodules.conftest import few_examples
 
 ANY_TEXT = st.text(st.characters(codec=None), max_size=20)

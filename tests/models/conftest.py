@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.backbone import network_from_config
+from models.networks.backbone import network_from_config
 from tests.helpers import small_root
 from tests.models.small import LLAMA, small_data
 

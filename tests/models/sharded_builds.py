@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from datamodules.errors import UserError
-from datamodules.tokenizer import train_tokenizer
-from models.backbone import Head, build_network
-from models.sharding import build_sharded_network, gather
+from datamodules.prompting.tokenizers import train_tokenizer
+from models.networks.backbone import Head, build_network
+from models.networks.sharding import build_sharded_network, gather
 
 TEXT = ["At 9:14 the user opens a file and reads the report about the printer."] * 20
 

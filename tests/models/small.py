@@ -9,10 +9,10 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from callbacks.checkpoints import SafeCheckpointIO
-from datamodules.batches import RewardBatch
-from datamodules.reward import RewardDataModule
-from models.reward import RewardClassifier
+from callbacks.checkpoint_io import SafeCheckpointIO
+from datamodules.batching.reward_rows import RewardDataModule
+from datamodules.batching.steps import RewardBatch
+from models.learning.reward_classifier import RewardClassifier
 
 SIZES = {
     "hidden_size": 16,

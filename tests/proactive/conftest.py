@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from callbacks.files import RUN_FOLDER_VARIABLE
+from datamodules.files.run_folders import RUN_FOLDER_VARIABLE
 from proactive.terminal import run
 from tests.helpers import SMALL_RUN, command, small_root
 

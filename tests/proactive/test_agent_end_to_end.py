@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from datamodules.answers import read_answer
-from datamodules.sources import load_corpus
+from datamodules.corpus.answers import read_answer
+from datamodules.corpus.sources import load_corpus
 from proactive import evaluate
 from tests.helpers import SMALL_RUN, command, start
 from tests.proactive.conftest import FinishedRun

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.records import AnnotatedRow, history_digest, read_jsonl
-from datamodules.units import UnitAnswer, units_of_rows
+from datamodules.corpus.records import AnnotatedRow, history_digest, read_jsonl
+from datamodules.corpus.units import UnitAnswer, units_of_rows
 from proactive import annotate, fit
 from proactive.annotation.store import Store
 from tests.helpers import PROACTIVEBENCH, SMALL_RUN, needs_proactivebench, small_root
@@ -193,7 +193,7 @@ def test_it_starts_without_what_trains(subcommand: str, tmp_path: Path) -> None:
 import contextlib, sys
 from proactive import annotate
 from proactive.annotation.store import Store
-from datamodules.units import UnitAnswer
+from datamodules.corpus.units import UnitAnswer
 annotate.main({command[1:]!r})
 with contextlib.closing(Store(__import__("pathlib").Path("p.sqlite"))) as store:
     one = store.annotator(store.invite("me"))

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from datamodules.records import AnnotatedRow
-from datamodules.sources import load_corpus
-from datamodules.splits import split_by_scene
-from models.metrics import PUBLISHED_REWARD_ROWS
+from datamodules.corpus.records import AnnotatedRow
+from datamodules.corpus.sources import load_corpus
+from datamodules.corpus.splits import split_by_scene
+from models.learning.metrics import PUBLISHED_REWARD_ROWS
 from proactive import evaluate
 from tests.helpers import command, small_root
 from tests.proactive.conftest import FinishedRun

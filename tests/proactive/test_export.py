@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from callbacks.checkpoints import SafeCheckpointIO, load_checkpoint
-from models.training import EXPORT_STATE
+from callbacks.checkpoint_io import SafeCheckpointIO
+from models.learning.checkpoint_files import load_checkpoint
+from models.learning.training import EXPORT_STATE
 from proactive import export
 from tests.proactive.conftest import FinishedRun
 

@@ -15,13 +15,13 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from datamodules.reward import RewardDataModule
-from datamodules.rows import RowsDataModule
-from datamodules.sources import load_corpus
-from datamodules.splits import split_by_scene
-from datamodules.tokenizer import tokenizer_from_state
-from models.reward import RewardClassifier
-from models.training import BackboneModule
+from datamodules.batching.reward_rows import RewardDataModule
+from datamodules.batching.rows import RowsDataModule
+from datamodules.corpus.sources import load_corpus
+from datamodules.corpus.splits import split_by_scene
+from datamodules.prompting.tokenizers import tokenizer_from_state
+from models.learning.reward_classifier import RewardClassifier
+from models.learning.training import BackboneModule
 from tests.helpers import ROOT
 from tests.patience import HANG
 from tests.proactive.conftest import FinishedRun

@@ -120,7 +120,7 @@ def test_what_the_command_line_gives_takes_the_place_of_the_files(tmp_path: Path
 
 def test_what_a_run_writes_itself_is_read(finished_run: FinishedRun) -> None:
     content = yaml.safe_load((finished_run.folder / "config.yaml").read_text())
-    strategy = {"class_path": "callbacks.sharded.FullySharded", "init_args": {"replicas": 2}}
+    strategy = {"class_path": "callbacks.fully_sharded.FullySharded", "init_args": {"replicas": 2}}
     logger = of_class("lightning.pytorch.loggers.TensorBoardLogger", save_dir="a/b.c", name="", default_hp_metric=True)
     for option, value in (
         ("trainer.strategy", strategy),

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.records import AnnotatedRow
-from datamodules.simulator import simulate
+from datamodules.corpus.records import AnnotatedRow
+from datamodules.corpus.simulator import simulate
 from proactive import inspect
 from tests.helpers import PROACTIVEBENCH, needs_proactivebench, small_root
 

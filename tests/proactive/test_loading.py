@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 import proactive
+from datamodules.corpus.records import Event
+from datamodules.corpus.traces import Pair
 from datamodules.errors import UserError
-from datamodules.records import Event
-from datamodules.traces import Pair
-from models.judges import RewardJudge
+from models.judging.judges import RewardJudge
 from proactive.loading import LoadedAgent, events_of
 from tests.helpers import ROOT, environment_of_commands
-from tests.models.test_local_agent import weights_of
+from tests.models.judging.test_local_agent import weights_of
 from tests.proactive.conftest import FinishedRun
 
 TEXTS = ["The user opens editor.py", "The user runs the tests", "Two tests fail"]

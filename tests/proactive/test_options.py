@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from callbacks.files import EmptyFolderGuard
+from datamodules.files.run_folders import EmptyFolderGuard
 from proactive import fit
 from proactive.fit import task_of
 from tests.helpers import SMALL_RUN
@@ -56,7 +56,7 @@ def test_a_later_configuration_changes_fields_of_a_mapping_as_the_command_line_d
     call: Callable, tmp_path: Path
 ) -> None:
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
-    strategy = {"class_path": "callbacks.sharded.FullySharded", "init_args": {"replicas": 2}}
+    strategy = {"class_path": "callbacks.fully_sharded.FullySharded", "init_args": {"replicas": 2}}
     model = {
         "adapter": {"rank": 4, "targets": ["q_proj"]},
         "scratch": {"model_type": "llama", "hidden_size": 32, "rope_parameters": {"rope_type": "default", "a": 1}},

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from callbacks.sharded import FullySharded
+from callbacks.fully_sharded import FullySharded
 from proactive import plan
 from tests.helpers import ROOT, SMALL_RUN, small_root
 

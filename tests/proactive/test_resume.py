@@ -16,9 +16,9 @@ import torch
 import yaml
 from lightning import Trainer
 
-from callbacks.report import read_curves
-from datamodules.rows import RowsDataModule
-from models.training import BackboneModule
+from datamodules.batching.rows import RowsDataModule
+from models.learning.training import BackboneModule
+from models.reporting.run_page import read_curves
 from proactive import evaluate, fit
 from proactive.fit import TASKS
 from proactive.resume import TRAINER_MAY_CHANGE

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from callbacks.checkpoints import load_run
+from models.learning.checkpoint_files import load_run
 from proactive import evaluate, export, fit
 from tests.helpers import SMALL_BACKBONE, SMALL_RUN, command, small_root
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.training import BackboneModule
+from models.learning.training import BackboneModule
 from proactive import evaluate, fit, inspect
 from proactive.terminal import MISTAKE
 from tests.helpers import ROOT, SMALL_BACKBONE, SMALL_RUN, command, small_root

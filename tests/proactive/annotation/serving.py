@@ -10,8 +10,8 @@ from html import unescape
 from pathlib import Path
 from urllib.parse import urlencode, urlsplit
 
-from datamodules.records import Event
-from datamodules.units import Unit
+from datamodules.corpus.records import Event
+from datamodules.corpus.units import Unit
 from proactive.annotation.store import Store
 from tests.helpers import start
 from tests.patience import HANG

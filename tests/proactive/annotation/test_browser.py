@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from datamodules.units import UnitAnswer
+from datamodules.corpus.units import UnitAnswer
 from proactive.annotation.store import Store
 from tests.patience import HANG
 from tests.proactive.annotation.conftest import chromium, page_of
@@ -216,8 +216,8 @@ def test_the_order_is_the_annotators_own_and_later_events_are_hidden(tmp_path: P
 
 
 def test_a_script_in_an_event_stays_text(tmp_path: Path, browser: Any) -> None:
-    from datamodules.records import Event
-    from datamodules.units import Unit
+    from datamodules.corpus.records import Event
+    from datamodules.corpus.units import Unit
 
     file = project(tmp_path / "p.sqlite", 0, 1)
     with contextlib.closing(Store(file)) as store:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from datamodules.corpus.records import Event
+from datamodules.corpus.units import Unit, UnitAnswer
 from datamodules.errors import UserError
-from datamodules.records import Event
-from datamodules.units import Unit, UnitAnswer
 from proactive.annotation.store import CLAIM_SECONDS, RefusedError, Store
 
 YES = UnitAnswer((True, False), True)

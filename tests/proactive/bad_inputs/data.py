@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from datamodules.reading import MOST_AT_ONCE, MOST_ROWS
+from datamodules.files.reading import MOST_AT_ONCE, MOST_ROWS
 from tests.proactive.bad_inputs.case import Case, Place, write
 
 TRAIN, TEST, TRACE, SPLITS = (

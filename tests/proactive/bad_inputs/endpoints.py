@@ -5,7 +5,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from datamodules.reading import MOST_AT_ONCE
+from datamodules.files.reading import MOST_AT_ONCE
 from tests.chat_server import ChatServer, Reply
 from tests.proactive.bad_inputs.case import Case, Place
 from tests.proactive.bad_inputs.data import ESCAPES, root

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from callbacks import shards
+from models.learning import sharded_files as shards
 from tests.proactive.bad_inputs.case import Case, Place
 from tests.proactive.bad_inputs.checkpoints import BAD, Edit, Payload, put, take
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from datamodules.records import AnnotatedRow
-from datamodules.sources import load_corpus
-from datamodules.splits import split_by_scene
-from models.agents import GENERIC_PROPOSAL
+from datamodules.corpus.records import AnnotatedRow
+from datamodules.corpus.sources import load_corpus
+from datamodules.corpus.splits import split_by_scene
+from models.judging.agents import GENERIC_PROPOSAL
 from proactive import evaluate
 from tests.chat_server import Body, ChatServer, Reply, chat_server
 from tests.helpers import start

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from datamodules.records import Category, Event, TraceSplit
-from datamodules.sources import PUBLISHED_TRACES_DIGESTS, load_corpus
-from datamodules.traces import Candidate, Offer, Trace, read_recorded, root_traces, traces_digest
-from models.judges import Verdict
+from datamodules.corpus.records import Category, Event, TraceSplit
+from datamodules.corpus.sources import PUBLISHED_TRACES_DIGESTS, load_corpus
+from datamodules.corpus.traces import Candidate, Offer, Trace, read_recorded, root_traces, traces_digest
+from models.judging.judges import Verdict
 from proactive.evaluation.judged_events import (
     JudgedEvent,
     acceptance,
@@ -19,8 +19,8 @@ from proactive.evaluation.judged_events import (
     notes,
 )
 from proactive.evaluation.page import evaluation_report
-from tests.callbacks.test_report import HOSTILE, Page, a_row
 from tests.helpers import PROACTIVEBENCH, needs_proactivebench
+from tests.models.reporting.test_run_page import HOSTILE, Page, a_row
 
 NAME = "$x_{1}$ <b>.json"  # neither a formula of the plot's nor a tag
 

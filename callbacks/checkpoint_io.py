@@ -1,0 +1,36 @@
+"""Checkpoints that are written atomically and loaded without running code."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from datamodules.files.writing import Unfinished, sync
+from models.learning import sharded_files as shards
+from models.learning.checkpoint_files import load_run
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Atomic saves, loads with weights_only, and errors that say what to do.
+
+    Args:
+        task: Which kind of run's checkpoints to load.
+    """
+
+    def __init__(self, task: str = "reward") -> None:
+        super().__init__()
+        self.task = task
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        target = Path(path)
+        with Unfinished(target) as unfinished:
+            with unfinished.path.open("wb") as file:
+                torch.save(checkpoint, file)
+                sync(file)
+            shards.put_in_place(unfinished.path, target)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        return load_run(Path(path), self.task)

@@ -1,0 +1,1 @@
+"""From token ids to batches: prefix trees, layouts, steps, and the data modules."""

@@ -1,0 +1,90 @@
+"""RewardDataModule: annotated rows as micro-batches for a reward classifier."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from datamodules.batching.bag_of_words import marked_words
+from datamodules.batching.prefix_tree import Integers
+from datamodules.batching.rows import Encoded, RowsDataModule, Stage, log
+from datamodules.corpus.records import AnnotatedRow
+from datamodules.corpus.sources import PUBLISHED_TEST_DIGEST, Corpus, test_digest
+from datamodules.corpus.splits import Split, split_by_scene, split_published
+from datamodules.prompting.segments import Segment
+from datamodules.prompting.templates import PromptTemplate, render_proposal, training_text
+
+
+class RewardDataModule(RowsDataModule):
+    """Annotated rows: a history, a proposal, and whether it was accepted.
+
+    Args:
+        balance: "category" draws training rows so that all categories are equally frequent.
+        options: See RowsDataModule.
+    """
+
+    template_class = PromptTemplate
+    template: PromptTemplate
+    branch_name = "proposal"
+
+    def __init__(self, balance: Literal["none", "category"] = "none", **options: Any) -> None:
+        super().__init__(**options)
+        self.balance = balance
+
+    def divide(self, corpus: Corpus) -> Split:
+        if self.split_name == "published":
+            return split_published(corpus, self.validation_fraction, self.seed)
+        return split_by_scene(corpus, self.folds, self.fold, self.seed)
+
+    def decisions(self, rows: Sequence[AnnotatedRow]) -> list[tuple[str, bool]]:
+        """Whether a proposal is accepted."""
+        return [(marked_words(row.history, row.proposal), row.accepted) for row in rows]
+
+    @property
+    def tests_published_rows(self) -> bool:
+        """Whether the test rows are those that the published figures are of."""
+        return self.split_name == "published" and test_digest(self.split.test) == PUBLISHED_TEST_DIGEST
+
+    def training_text(self) -> list[str]:
+        return training_text(self.template, self.split.train)
+
+    def branch(self, row: AnnotatedRow) -> list[Segment]:
+        return [render_proposal(self.template, row.proposal)]
+
+    @property
+    def end(self) -> list[int]:
+        return self.segmenter.suffix
+
+    def encode(self, stage: Stage) -> Encoded:
+        rows: list[AnnotatedRow] = getattr(self.split, stage)
+        found = self.tokenize(stage, rows)
+        frequency = Counter(row.category for row in rows)
+        return Encoded(
+            input_ids=self._without_padding_at_the_end(stage, list(found.rows.with_format("numpy")["input_ids"][:])),
+            scenes=[row.scene for row in rows],
+            digest=found.digest,
+            columns={
+                "label": torch.tensor([int(row.accepted) for row in rows], dtype=torch.int64),
+                "category": torch.tensor([row.category.number for row in rows], dtype=torch.int64),
+            },
+            odds=[1 / frequency[row.category] for row in rows] if self.balance == "category" else None,
+        )
+
+    def without_padding_at_the_end(self, row: Integers) -> Integers:
+        """A row as far as transformers reads it: its classifiers read a row's last token that is no padding token.
+
+        Where the end token also pads, a prompt may end in it; a row of an exported model is then read before it.
+        """
+        return row[: np.flatnonzero(row != self.tokenizer.pad_token_id)[-1] + 1]
+
+    def _without_padding_at_the_end(self, stage: Stage, rows: list[Integers]) -> list[Any]:
+        kept = [self.without_padding_at_the_end(row) for row in rows]
+        shorter = sum(len(row) < len(whole) for row, whole in zip(kept, rows, strict=True))
+        if shorter and stage == "train":
+            log.info(
+                f"data.prompt: {shorter} of {len(rows)} train rows end in {self.tokenizer.pad_token}, which is also "
+                "the padding token; they are read at the token before it, as transformers reads them"
+            )
+        return kept

@@ -1,0 +1,1 @@
+"""What the data says: records, their readers and sources, splits, traces, the simulator. No torch, no Lightning."""

@@ -1,0 +1,174 @@
+"""Conversation files in the published format: read one at a time, tokenized turn by turn, kept on disk.
+
+A file is a JSON list, or JSON lines, of {"conversations": [{"role": ..., "content": ...}, ...]}. What an assistant says
+is learned. Conversations that begin alike share what they share, as all rows do.
+"""
+
+import hashlib
+import json
+import mmap
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, model_validator
+from pydantic_core import PydanticCustomError
+
+from datamodules.corpus.records import Text, parse_json, validate
+from datamodules.errors import UserError
+from datamodules.files.reading import MOST_AT_ONCE, not_utf8, open_file, refuse_long, text_lines
+
+if TYPE_CHECKING:
+    pass
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+SHORTEST_TELLTALE = 20  # characters: what is shorter may stand in any conversation by chance
+PAGE = "docs/how-to/conversations.md"
+# Where a JSON text's values begin and end; a string is one mark, whatever stands in it.
+_JSON_MARKS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{},]', re.DOTALL)
+_NOT_BLANK = re.compile(rb"\S")
+
+# Formats of other projects, by the fields that tell them: what they are, and what to do.
+OTHER_FORMATS: tuple[tuple[set[str], str, str], ...] = (
+    ({"messages"}, 'OpenAI\'s "messages"', "Rename it, as in jq -c '{conversations: .messages}'"),
+    (
+        {"instruction", "output"},
+        'Alpaca\'s "instruction" and "output"',
+        "Make a user turn and an assistant turn of them",
+    ),
+    ({"chosen", "rejected"}, 'pairs of "chosen" and "rejected"', "Make conversations of those that were chosen"),
+    ({"prompt", "completion"}, '"prompt" and "completion"', "Make a user turn and an assistant turn of them"),
+    ({"obs", "pred_task"}, "an annotated row", "Give the folder of such rows with --data.root"),
+    ({"observation", "agent_response"}, "a step of a trace", "Give the folder of such traces with --data.root"),
+    ({"text"}, '"text"', "Divide the text into turns of role and content"),
+)
+
+
+class Message(BaseModel):
+    """One turn."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    role: Literal["system", "user", "assistant"]
+    content: Text
+
+
+class Conversation(BaseModel):
+    """Turns, one of them an assistant's after another one."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    page: ClassVar[str] = PAGE
+
+    conversations: Annotated[
+        tuple[Message, ...],
+        FailFast(),
+        BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+    ]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_of_no_other_format(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "conversations" not in data:
+            for fields, what, hint in OTHER_FORMATS:
+                if fields <= data.keys():
+                    raise _other_format(f'expected the field "conversations", got {what}', hint)
+        turns = data.get("conversations") if isinstance(data, dict) else None
+        for place, turn in enumerate(turns if isinstance(turns, list) else ()):
+            if isinstance(turn, dict):
+                _refuse_other_turns(f"conversations[{place}]", turn)
+        return data
+
+    @model_validator(mode="after")
+    def _has_an_answer(self) -> "Conversation":
+        if not any(message.role == "assistant" for message in self.conversations[1:]):
+            raise ValueError("expected an assistant's turn after another one")
+        return self
+
+    @property
+    def scene(self) -> str:
+        """A name that conversations share whose first two turns are the same: 16 hexadecimal digits."""
+        turns = [[message.role, message.content] for message in self.conversations[:2]]
+        return hashlib.blake2b(json.dumps(turns).encode(), digest_size=8).hexdigest()
+
+
+def _refuse_other_turns(place: str, turn: dict[str, Any]) -> None:
+    calls = [name for name in ("tool_calls", "function_call", "tool_call_id") if turn.get(name)]
+    if {"from", "value"} <= turn.keys():
+        raise _other_format(
+            f'{place}: expected "role" and "content", got ShareGPT\'s "from" and "value"',
+            "Rename these fields, human to user, and gpt to assistant",
+        )
+    if calls or turn.get("role") in ("tool", "function"):
+        raise _other_format(
+            f"{place}: expected a turn of text, got a call of tools ({calls[0] if calls else turn['role']})",
+            "Leave turns that call tools or answer calls out, or write them as content of the assistant and the user",
+        )
+    if isinstance(turn.get("content"), list):
+        raise _other_format(f"{place}: expected content in one text, got a list of parts", "Join the parts of text")
+
+
+def _other_format(what: str, hint: str) -> PydanticCustomError:
+    return PydanticCustomError("other_format", what, {"hint": f"{hint}; {PAGE} shows the format."})
+
+
+def read_conversations(path: Path) -> Iterator[Conversation]:
+    """The conversations of a file; one at a time is in memory.
+
+    Raises:
+        UserError: The file cannot be read, or a record does not fit.
+    """
+    with open_file(path, None, "data.conversations") as file:
+        start = file.read(4096)
+        file.seek(0)
+        is_list = start.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
+        lines = ((where, line) for where, line in text_lines(file, path) if line.strip())
+        for where, text in _items_of_list(path, file) if is_list else lines:
+            yield validate(parse_json(text, where), Conversation, where)
+
+
+def _items_of_list(path: Path, file: IO[bytes]) -> Iterator[tuple[str, str]]:
+    """Each item's text, behind where it stands; the file is mapped into memory, not read into it."""
+    content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    depth = index = start = place = 0
+    while True:
+        where, limit = f"{path}, index {index}", start + MOST_AT_ONCE + 1
+        mark = _JSON_MARKS.search(content, place, limit)
+        place = mark.end() if mark else min(limit, len(content))
+        refuse_long(where, place - start)
+        if mark is None:
+            raise UserError(
+                f"{where}: expected JSON: the file ends within the list", "Mend that text, or end the list."
+            )
+        sign = mark[0]
+        depth += (sign in (b"[", b"{")) - (sign in (b"]", b"}"))
+        if depth == 1 and sign == b"[" and not start:
+            start = mark.end()
+        elif depth == 0 or (depth == 1 and sign == b","):
+            text = content[start : mark.start()]
+            if depth or index or text.strip():  # the list is not empty
+                yield where, _item(text, where)
+            index, start = index + 1, mark.end()
+        if depth == 0:
+            break
+    if _NOT_BLANK.search(content, start):
+        raise UserError(f"{path}: expected JSON: more follows the list", "Leave one list, or one record a line.")
+
+
+def _item(text: bytes, where: str) -> str:
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise not_utf8(where) from error
+
+
+def telltale_pattern(events: Collection[str]) -> re.Pattern[str] | None:
+    """What finds the text of events in a conversation, as it is or as a JSON string; None if there is none to find."""
+    texts = {text for text in events if len(text) >= SHORTEST_TELLTALE}
+    quoted = {json.dumps(text, ensure_ascii=ascii_only)[1:-1] for text in texts for ascii_only in (True, False)}
+    return re.compile("|".join(map(re.escape, sorted(texts | quoted)))) if texts else None
+
+
+def mentions(conversation: Conversation, pattern: re.Pattern[str] | None) -> bool:
+    """Whether a turn contains one of the events of `telltale_pattern`."""
+    return pattern is not None and any(pattern.search(message.content) for message in conversation.conversations)

@@ -1,0 +1,447 @@
+"""Validated records of ProactiveBench's files, and the readers that turn a file into them.
+
+Nothing is dropped or coerced in silence: a record that does not fit is refused with its file, its line (or
+index) and its field. What the published files really contain is tolerated on purpose, and only that: both
+spellings of judgment, times in words, the text "null" for no proposal, `other_infomation`, a UTF-8 byte
+order mark, CRLF line ends and a blank last line.
+"""
+
+import hashlib
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from datamodules.errors import UserError
+from datamodules.escaping import shortened
+from datamodules.files.reading import MOST_AT_ONCE, MOST_DEPTH, MOST_ROWS, is_deep, open_file, read_text, text_lines
+
+
+class Category(StrEnum):
+    """What an annotated row shows, from its proposal, its judgment and whether help was needed."""
+
+    MISSED_NEED = "missed_need"  # null proposed although help was needed: null is wrong
+    NON_RESPONSE = "non_response"  # null proposed and no help needed: null is right
+    CORRECT_DETECTION = "correct_detection"  # a proposal in text that was accepted
+    FALSE_ALARM = "false_alarm"  # a proposal in text that was rejected
+
+    @property
+    def number(self) -> int:
+        """The position of this category in `list(Category)`: how a batch names it, 0 to 3."""
+        return list(Category).index(self)
+
+
+PUBLISHED_CATEGORIES = {
+    "Missed-Need (MN)": Category.MISSED_NEED,
+    "Correct-Rejection (CR)": Category.NON_RESPONSE,
+    "Non-Response (NR)": Category.NON_RESPONSE,
+    "Correct-Detection (CD)": Category.CORRECT_DETECTION,
+    "False-Alarm (FA)": Category.FALSE_ALARM,
+}
+_PUBLISHED_NAMES = {category: name for name, category in reversed(PUBLISHED_CATEGORIES.items())}  # the files' own
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """In place of a value that JSON does not have: no field takes it, and the one that refuses it is named."""
+
+    why: str
+
+    def __str__(self) -> str:
+        return self.why
+
+
+def _unicode(value: Any) -> Any:
+    """Text that UTF-8 can write. JSON and YAML can escape half a surrogate pair, which nothing else takes."""
+    if isinstance(value, str) and not _is_unicode(value):
+        try:  # YAML leaves the halves of a pair apart
+            return value.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            raise ValueError("expected text, got half a surrogate pair") from None
+    return value
+
+
+def _text(value: Any) -> Any:
+    value = _unicode(value)
+    if isinstance(value, str) and all(c.isspace() or unicodedata.category(c) == "Cf" for c in value):  # or invisible
+        raise ValueError("expected text, got a blank")
+    return value
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def json_object(value: Any) -> Any:
+    """An object of any content that JSON can write."""
+    if isinstance(value, dict):
+        try:
+            sound = _is_unicode(json.dumps(value, ensure_ascii=False, allow_nan=False))
+        except (TypeError, ValueError, RecursionError):
+            sound = False
+        if not sound:
+            raise ValueError("expected JSON")
+    return value
+
+
+def _proposal(value: Any) -> Any:
+    """The published files write "no proposal" both as null and as the text "null"."""
+    return None if isinstance(value, str) and value.strip().lower() == "null" else _text(value)
+
+
+def _proposals(*kinds: type, with_null: bool = False) -> Callable[[Any], Any]:
+    """Proposals of some kinds, with or without those that are null; a bad one is named by its place in the file."""
+
+    def kept(value: Any) -> Any:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError("expected a list of proposals")
+        proposals = []
+        for index, item in enumerate(value):
+            try:
+                if item is not None and not isinstance(item, kinds):
+                    raise ValueError(f"expected a proposal, got {_shorten(item)}")
+                proposals.append(json_object(_proposal(item)))
+            except ValueError as error:
+                raise ValueError(f"index {index}: {error}") from None
+        return tuple(proposal for proposal in proposals if proposal is not None or with_null)
+
+    return kept
+
+
+def _judgment(value: Any) -> Any:
+    verdicts = {"accepted": True, "rejected": False}
+    if isinstance(value, str):
+        if value.strip().lower() not in verdicts:
+            raise ValueError('expected true, false, "accepted" or "rejected"')
+        return verdicts[value.strip().lower()]
+    return value
+
+
+def _judgments(value: Any) -> Any:
+    """The judgments of several proposals; that of a single one may stand alone."""
+    return tuple(_judgment(item) for item in value) if isinstance(value, (list, tuple)) else (_judgment(value),)
+
+
+def _category(value: Any) -> Any:
+    known = PUBLISHED_CATEGORIES | {category.value: category for category in Category}
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"expected one of {', '.join(known)}")
+    return known[value]
+
+
+def _tuple(value: Any) -> Any:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError("expected a list")
+    return tuple(value)
+
+
+def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    counts = Counter(names)
+    if len(counts) < len(names):
+        raise ValueError(f"expected each name once, got {_shorten(counts.most_common(1)[0][0])} twice")
+    return names
+
+
+Unicode = Annotated[str, BeforeValidator(_unicode)]
+Text = Annotated[str, BeforeValidator(_text)]  # not blank, either
+Proposal = Annotated[str | None, BeforeValidator(_proposal)]
+Judgment = Annotated[bool, BeforeValidator(_judgment)]
+JUDGMENT_SPELLINGS = ("valid", "judgment", "judgement")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, populate_by_name=False)
+    page: ClassVar[str] = "docs/how-to/own-data.md"  # where every field is shown
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_spelling_of_judgment(cls, data: Any) -> Any:
+        spellings = [key for key in JUDGMENT_SPELLINGS if isinstance(data, dict) and key in data]
+        if len(spellings) > 1:
+            raise ValueError(f"expected one of the fields {', '.join(JUDGMENT_SPELLINGS)}, got {', '.join(spellings)}")
+        return data
+
+
+class Event(_Record):
+    """One line of what the user did; `time` is epoch seconds as text, or words."""
+
+    time: Text
+    event: Text
+
+
+# Only the first mistake is told, and millions of them would fill the memory.
+History = Annotated[tuple[Event, ...], FailFast(), BeforeValidator(_tuple)]
+
+
+class AnnotatedRow(_Record):
+    """A history, one proposal made after it, and what people said of that proposal.
+
+    `annotation` holds the single annotators' answers; `category` and `help_needed` may be left out where the
+    other fields settle them, and must agree with those fields where they are given.
+    """
+
+    history: History = Field(validation_alias="obs")
+    proposal: Proposal = Field(validation_alias="pred_task")
+    accepted: Judgment = Field(validation_alias=AliasChoices(*JUDGMENT_SPELLINGS))
+    help_needed: bool | None = None
+    annotation: Annotated[tuple[bool, ...], FailFast(), BeforeValidator(_tuple)] = ()
+    stated_category: Annotated[Category | None, BeforeValidator(_category)] = Field(
+        default=None, validation_alias="category"
+    )
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if self.stated_category not in (None, self.category):
+            raise ValueError(
+                f"field category: expected {self.category} for "
+                f"{'a proposal of null' if self.proposal is None else 'a proposal in text'} that was "
+                f"{'accepted' if self.accepted else 'rejected'}, got {self.stated_category}"
+            )
+        if self.proposal is None and self.help_needed is self.accepted:
+            raise ValueError(
+                f"field help_needed: expected {not self.accepted} for a proposal of null that was "
+                f"{'accepted' if self.accepted else 'rejected'}, got {self.help_needed}"
+            )
+        return self
+
+    @property
+    def category(self) -> Category:
+        if self.proposal is None:
+            return Category.NON_RESPONSE if self.accepted else Category.MISSED_NEED
+        return Category.CORRECT_DETECTION if self.accepted else Category.FALSE_ALARM
+
+    @cached_property
+    def history_digest(self) -> int:
+        """As `history_digest` gives it."""
+        return history_digest(self.history)
+
+    @cached_property
+    def scene(self) -> str:
+        """As `scene_of` gives it."""
+        return scene_of(self.history)
+
+    def published(self) -> dict[str, Any]:
+        """The row as the published files write it."""
+        return {
+            "obs": [event.model_dump() for event in self.history],
+            "pred_task": self.proposal,
+            "valid": self.accepted,
+            "help_needed": self.help_needed,
+            "annotation": list(self.annotation),
+            "category": _PUBLISHED_NAMES[self.category],
+        }
+
+
+class TraceProposals(_Record):
+    """The reference proposals of one step of the agent's test set."""
+
+    candidate_task: Annotated[tuple[str, ...], BeforeValidator(_proposals(str))]
+
+
+class TestStep(_Record):
+    """One step of a test trace: an event and what could have been offered after it."""
+
+    __test__ = False  # not a test class, whatever pytest makes of the name
+
+    observation: Event
+    agent_response: TraceProposals
+    task_status: bool
+    judgment: Judgment | None = Field(default=None, validation_alias=AliasChoices(*JUDGMENT_SPELLINGS))
+
+
+class PublishedStep(_Record):
+    """One step of a trace that an agent answered, and, once it is judged, a judgment for each of its proposals.
+
+    No proposal in `agent_response` means null. One may also be an operation with its arguments, as an object.
+    """
+
+    page: ClassVar[str] = "docs/how-to/evaluate-an-endpoint.md"
+
+    observation: Event
+    agent_response: Annotated[
+        tuple[str | dict[str, Any] | None, ...], BeforeValidator(_proposals(str, dict, with_null=True))
+    ]
+    task_status: bool
+    judgment: Annotated[tuple[bool, ...], FailFast(), BeforeValidator(_judgments)] = Field(
+        default=(), validation_alias=AliasChoices(*JUDGMENT_SPELLINGS)
+    )
+    other_information: Annotated[dict[str, Any], BeforeValidator(json_object)] = Field(
+        default_factory=dict, validation_alias=AliasChoices("other_infomation", "other_information")
+    )
+
+    @model_validator(mode="after")
+    def _no_judgment_without_its_proposal(self) -> Self:
+        if len(self.judgment) > max(len(self.agent_response), 1):
+            raise ValueError(
+                f"field judgement: expected one for each of {len(self.agent_response)} proposals, "
+                f"got {len(self.judgment)}"
+            )
+        return self
+
+
+class TraceSplit(_Record):
+    """Some of a root's test traces, by their file names, each once."""
+
+    theme: Text | None = None
+    files: Annotated[tuple[Text, ...], FailFast(), BeforeValidator(_tuple), AfterValidator(_distinct)]
+
+
+RecordType = TypeVar("RecordType", bound=BaseModel)
+
+
+def read_jsonl(path: Path, record: type[RecordType]) -> list[RecordType]:
+    """Read one record a line.
+
+    Raises:
+        UserError: The file cannot be read, or a line is not such a record.
+    """
+    records: list[RecordType] = []
+    blank = ""  # where a line without a record is, which may be the last one only
+    with open_file(path, MOST_ROWS) as file:
+        for where, line in text_lines(file, path):
+            if blank:
+                parse_json("", blank)
+            if line.strip():
+                records.append(validate(parse_json(line, where), record, where))
+            else:
+                blank = where
+    return records
+
+
+def read_json(path: Path, record: type[RecordType], most: int = MOST_AT_ONCE) -> tuple[RecordType, Any]:
+    """Read a file that is one JSON object, of `most` bytes at most, as a record and as it stands.
+
+    Raises:
+        UserError: The file cannot be read, is no JSON, or is not such a record.
+    """
+    content = parse_json(read_text(path, most), str(path))
+    return validate(content, record, str(path)), content
+
+
+def read_json_list(path: Path, record: type[RecordType]) -> list[RecordType]:
+    """Read a file that is one JSON list of records.
+
+    Raises:
+        UserError: The file cannot be read, is no JSON list, or an item is not such a record.
+    """
+    items = parse_json(read_text(path), str(path))
+    if not isinstance(items, list):
+        raise UserError(f"{path}: expected a JSON list, got {_shorten(items)}", "Wrap the records in [ ].")
+    return [validate(item, record, f"{path}, index {index}") for index, item in enumerate(items)]
+
+
+def read_json_mapping(path: Path, record: type[RecordType]) -> dict[str, RecordType]:
+    """Read a file that is one JSON object of records by name.
+
+    Raises:
+        UserError: The file cannot be read, is no JSON object, or a value is not such a record.
+    """
+    items = parse_json(read_text(path), str(path))
+    if not isinstance(items, dict):
+        raise UserError(f"{path}: expected a JSON object, got {_shorten(items)}", "Name each record in { }.")
+    if unsound := [name for name in items if not _is_unicode(name)]:
+        raise UserError(f"{path}: {_shorten(unsound[0])} holds half a surrogate pair", "Give it another name.")
+    return {name: validate(item, record, f"{path}, {shortened(name, 80)}") for name, item in items.items()}
+
+
+def validate(item: Any, record: type[RecordType], where: str) -> RecordType:
+    """Make a record of a parsed JSON value.
+
+    Raises:
+        UserError: The value does not fit; the message names `where`, the field and what was expected. What to do is the
+            `hint` of the error's context, else to look at the `page` of the record's class.
+    """
+    try:
+        return record.model_validate(item)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+        expected = first["msg"].removeprefix("Value error, ")
+        got = "" if first["type"] == "missing" or "got" in expected else f", got {_shorten(first['input'])}"
+        raise UserError(
+            f"{where}{f', field {shortened(field, 200)}' if field else ''}: {expected}{got}",
+            first.get("ctx", {}).get("hint") or _hint(record),
+        ) from error
+
+
+def _hint(record: type[BaseModel]) -> str:
+    return getattr(record, "hint", None) or f"Mend that record; {record.page} shows every field."  # type: ignore[attr-defined]
+
+
+def history_digest(events: Iterable[Event]) -> int:
+    """A 64-bit digest of a history, signed so that an int64 tensor holds it."""
+    text = json.dumps([[event.time, event.event] for event in events])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)
+
+
+def history_digests_of(events: Iterable[Event]) -> Iterator[int]:
+    """The digest of each history of a trace, the shortest first, as `history_digest` gives it, in linear time."""
+    digest = hashlib.blake2b(b"[", digest_size=8)
+    for number, event in enumerate(events):
+        digest.update(f"{', ' if number else ''}{json.dumps([event.time, event.event])}".encode())
+        ended = digest.copy()
+        ended.update(b"]")
+        yield int.from_bytes(ended.digest(), signed=True)
+
+
+def scene_of(events: Sequence[Event]) -> str:
+    """The session that a history or trace belongs to, named by its first event: histories of a session share it."""
+    return format(history_digest(events[:1]) & (2**64 - 1), "016x")
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text, in which no field is there twice and no number is none.
+
+    Raises:
+        UserError: It is no JSON, or nested too deeply; the message names `where`.
+    """
+    if is_deep(text):
+        raise UserError(
+            f"{where}: expected JSON of at most {MOST_DEPTH} lists and objects within one another", "Mend that text."
+        )
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Refused:
+        record = dict(pairs)
+        if len(record) < len(pairs):
+            names = [name for name, _ in pairs]
+            return _Refused(f"an object with twice the field {next(n for n in names if names.count(n) > 1)}")
+        return record
+
+    def refuse(constant: str) -> _Refused:
+        return _Refused(f"{constant}, which is not JSON")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{where}: expected JSON: {error}", "Mend that text; each record is one JSON object."
+        ) from error
+
+
+def _shorten(value: Any, limit: int = 80) -> str:
+    try:
+        text = str(value) if isinstance(value, _Refused) else json.dumps(value, ensure_ascii=False, default=str)
+    except (TypeError, ValueError, RecursionError):  # names that are no text, or what holds itself
+        text = f"a {type(value).__name__}"
+    return shortened(text, limit)

@@ -1,0 +1,194 @@
+"""What a model's reply concludes: behind its thoughts, and of several JSON objects the one that counts.
+
+Nothing that is not final counts: no thought, no example that the prompt gave, nothing that was cut off. Where a reply
+holds several answers that differ and none is clearly the last word, it has none.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Generic, TypeVar
+
+from datamodules.files.reading import is_deep
+
+Value = TypeVar("Value")
+
+MOST_FAILURES = 1000  # braces that begin no JSON object; a reply of more of them holds no answer
+UNREADABLE = object()  # the decision of an answer that does not say what it decides
+CUT_OFF = object()  # in place of an object that the reply ends in
+TWICE = object()  # in place of the value of a field that stands twice in an object, with two values
+
+# The marks of thoughts: <think> of most models, with <thinking>, <reasoning>, <seed:think> or <|begin_of_thought|> as
+# its like; Mistral's [THINK]; Kimi's ◁think▷; the channels of gpt-oss, also where a server dropped their special
+# tokens; Gemma's.
+_NAMES = r"(?:think(?:ing)?|thoughts?|reason(?:ing)?(?:_content)?|reflection|analysis|scratchpad|inner_monologue)"
+_CLOSE = "|".join(
+    (
+        rf"[<◁]\|?(?:/|end_(?:of_)?)(?:\w+[:_])?{_NAMES}\|?\s*[>▷]",
+        r"\[/THINK\]",
+        r"<\|channel\|>\s*final\b[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>",
+        r"\bassistantfinal",
+        r"<channel\|>",
+        r"<unused95>",
+    )
+)
+_OPEN = "|".join(
+    (
+        rf"[<◁]\|?(?:\w+[:_])?{_NAMES}\|?(?:\s[^<>]*)?[>▷]",
+        r"\[THINK\]",
+        r"<\|channel\|>",
+        r"\A(?-i:analysis(?=[A-Z\"{]))",
+        r"<\|channel>(?!\s*final)",
+        r"<unused94>",
+    )
+)
+_THOUGHT_ENDS = re.compile(_CLOSE, re.IGNORECASE)
+_MARKS = re.compile(rf"(?P<object>\{{)|(?P<close>{_CLOSE})|(?P<open>{_OPEN})", re.IGNORECASE)
+# What may stand around an answer on lines of its own: fences, emphasis, tags, special tokens.
+_MARKUP = re.compile(r"(?:\s|`++\w*+|</?\w++>|<\|\w++\|>|[*_.])*+")
+_TAIL = re.compile(r"[\w.+-]*\s*")  # of a text that was cut off within a number, true, false or null, or before a sign
+_DESCRIPTION = re.compile(r"""^[\s{*-]*["'`]?(\w[\w ]*?)["'`]?\s*:\s*["'`]?(.+?)["'`]?,?[\s}]*$""", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Found(Generic[Value]):
+    """An answer in a reply: `decision`, by which answers agree or differ, and all that it says."""
+
+    decision: Any
+    value: Value | None = None
+
+
+def conclusion(text: str, read: Callable[[dict[str, Any]], Found[Value] | None]) -> Found[Value] | None:
+    """The answer that a reply comes to; None if it holds none. Raises nothing, whatever the text.
+
+    Answers that agree are one. Of several that differ, those count that stand on lines of their own; if these differ
+    as well, the last one, provided that it ends the reply.
+
+    Args:
+        text: What the model wrote.
+        read: The answer that a JSON object is; None for an object that is none.
+    """
+    spoken = behind_thoughts(text)
+    if spoken is None:
+        return None
+    objects = _objects(spoken)
+    if objects is None:
+        return Found(UNREADABLE)
+    answers = [(found, start, end) for content, start, end in objects for found in _answers(content, read)]
+    if not answers:
+        return None
+    alone = [answer for answer in answers if _is_alone(spoken, *answer[1:])]
+    for some in (answers, alone):
+        if some and all(found.decision == some[0][0].decision for found, _, _ in some):
+            return some[-1][0]
+    last, _, end = answers[-1]
+    return last if _MARKUP.fullmatch(spoken, end) else Found(UNREADABLE)
+
+
+def _is_alone(text: str, start: int, end: int) -> bool:
+    """Whether nothing but markup stands beside a part of a text, on its lines."""
+    line_start, line_end = text.rfind("\n", 0, start) + 1, text.find("\n", end)
+    after = text[end:] if line_end < 0 else text[end:line_end]
+    return bool(_MARKUP.fullmatch(text, line_start, start) and _MARKUP.fullmatch(after))
+
+
+def behind_thoughts(text: str) -> str | None:
+    """What a model says beside its thoughts; None if it was cut off within one.
+
+    What stands before the end of a thought that has no beginning is a thought too: some prompts begin it. Marks within
+    a JSON object are text.
+    """
+    spoken = ""
+    begin = place = failures = 0
+    while mark := _MARKS.search(text, place):
+        place = mark.end()
+        if mark.lastgroup == "object":
+            decoded = _decode(text, mark.start()) if failures < MOST_FAILURES else None
+            failures += not isinstance(decoded, tuple)
+            place = decoded[1] if isinstance(decoded, tuple) else place
+        elif mark.lastgroup == "close":
+            spoken, begin = "", place
+        elif (closed := _THOUGHT_ENDS.search(text, place)) is None:
+            return None
+        else:
+            spoken += text[begin : mark.start()] + "\n"
+            begin = place = closed.end()
+    return spoken + text[begin:]
+
+
+@lru_cache(maxsize=16)
+def examples(prompt: str) -> Mapping[str, frozenset[str]]:
+    """By field, in lower case: what a prompt says or shows that stands in it, as `_plain` gives it."""
+    found: dict[str, set[str]] = {}
+    shown = [item for content, _, _ in _objects(prompt) or () for item in content.items()]
+    for name, value in [*shown, *_DESCRIPTION.findall(prompt)]:
+        if isinstance(value, str):
+            found.setdefault(_plain(name), set()).update({_plain(value), _plain(re.split("[,;(]", value)[0])})
+    return {name: frozenset(values) for name, values in found.items()}
+
+
+def is_example(texts: Mapping[str, str], prompt: str) -> bool:
+    """Whether an answer's texts, by field, all stand in the prompt as what belongs in that field."""
+    known = examples(prompt)
+    given = {name: text for name, text in texts.items() if text.strip()}
+    return bool(given) and all(_plain(text) in known.get(_plain(name), ()) for name, text in given.items())
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split()).strip(" .!\"'`") or text
+
+
+def _objects(text: str) -> list[tuple[dict[str, Any], int, int]] | None:
+    """The JSON objects in a text, from left to right, with where they begin and end; none within another one.
+
+    None if the text ends within an object, or holds too many braces that begin none.
+    """
+    objects: list[tuple[dict[str, Any], int, int]] = []
+    failures, start = 0, text.find("{")
+    while start >= 0:
+        decoded = _decode(text, start)
+        if isinstance(decoded, tuple):
+            objects.append((decoded[0], start, decoded[1]))
+        failures += decoded is None
+        if decoded is CUT_OFF or failures > MOST_FAILURES:
+            return None
+        start = text.find("{", decoded[1] if isinstance(decoded, tuple) else start + 1)
+    return objects
+
+
+def _decode(text: str, start: int) -> Any:
+    """The JSON object that begins at a place and where it ends; None if none does, `CUT_OFF` if the text ends in it."""
+    try:
+        content, end = _DECODER.raw_decode(text, start)
+        return None if is_deep(text[start:end]) else (content, end)
+    except json.JSONDecodeError as error:
+        return CUT_OFF if error.msg.startswith("Unterminated") or _TAIL.fullmatch(text, error.pos) else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for name, value in pairs:
+        content[name] = TWICE if name in content and content[name] != value else value
+    return content
+
+
+_DECODER = json.JSONDecoder(strict=False, object_pairs_hook=_unique)
+
+
+def _answers(content: dict[str, Any], read: Callable[[dict[str, Any]], Found[Value] | None]) -> list[Found[Value]]:
+    """The answer that an object is, or those that it holds."""
+    answers: list[Found[Value]] = []
+    within: list[Any] = [content]
+    for value in within:
+        if isinstance(value, list):
+            within.extend(value)
+        elif isinstance(value, dict) and not value.keys() & {"$schema", "properties"}:  # a schema is none
+            if (found := read(value)) is not None:
+                answers.append(found)
+            else:
+                within.extend(value.values())
+    return answers

@@ -1,0 +1,158 @@
+"""Where the rows come from: the embedded simulator, a local directory, or the published files by download."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from datamodules.corpus.records import AnnotatedRow, TestStep, read_json_list, read_jsonl
+from datamodules.errors import UserError
+from datamodules.files.reading import open_file
+
+PUBLISHED_COMMIT = "86383616ee530e9bcd1e9fe2269703ef3e3d8478"
+PUBLISHED_URL = f"https://raw.githubusercontent.com/thunlp/ProactiveAgent/{PUBLISHED_COMMIT}/dataset"
+PUBLISHED_SHA256 = {
+    "reward_data/test_data.jsonl": "1ce3c041f6ed5e4de1122ef18e71fa151b340b23247737ee7991b00c83978224",
+    "reward_data/train_data.jsonl": "e3a7303c469f5a6de4ca28cbeea31adc7232353767fd29de87c914bb4e5b0c53",
+    "test_data/code_11.json": "c5c4f0635a207df8248a190760c23af3f23096fc67edaa9e4ec15b934e99bdd7",
+    "test_data/code_12.json": "416028bc0fb747b3322592950f718933dac81ed8cae05aa53d71f972ebaf62aa",
+    "test_data/code_13.json": "cd6fb734b318272a2f711648b97f0602bf57c237903d8605db2c967f6200214e",
+    "test_data/code_14.json": "c2e1810639846588bd026ed3e0470f0a55dfdc6f8cfa3b9eeb56b5401e306c1b",
+    "test_data/code_15.json": "de4b9e93c91e969d6094dac159ec5eb9b325c68e2b823f6ba129cc706fe38087",
+    "test_data/code_16.json": "0f8feeff9c7755884df8f0753fe58d42b4f00d141ca11d990694e7dc7e9670ad",
+    "test_data/splits.json": "8ab113d862e0e5210564a3ac4d11dcce84682540b31f91c05bf4230a3fe98b3d",
+    "test_data/writing_11.json": "8033aeef485660a37e36974ff1706c436a02b45db9376d553df5e125882ff074",
+    "test_data/writing_12.json": "8d94eb9a5e39a94e129d3ad53b49e1ff2bead571d07fcb04b1c489abc74d0667",
+    "test_data/writing_13.json": "35440bb20735c510ec2301a1968472a305dfbff99b75ef2cb8204f754683bb75",
+    "test_data/writing_14.json": "3f289083738febd44d9f212a5c3d08c916ea6f56744ac52165bd5028cacd5858",
+    "test_data/writing_15.json": "5d5cfa5e45894469458614bb8b260458b84c07a67033082a667f7026e06b14ec",
+    "test_data/writing_16.json": "0f97f544da9353e55fe17e7ea5e1cb6d27dd50f2ff1fd74a729a2782d879c213",
+}
+# Of the rows of test_data.jsonl, by `test_digest`, and of the 12 test traces, by `traces_digest`: as the test set has
+# them, and as they are recorded with the agents' answers.
+PUBLISHED_TEST_DIGEST = "cdeaba8419002d90"
+PUBLISHED_TRACES_DIGESTS = ("4345087ce462c492", "62505f22097c41fe")
+TRAIN_FILE = "reward_data/train_data.jsonl"
+TEST_FILE = "reward_data/test_data.jsonl"
+TRACES = "test_data"
+SPLITS_FILE = "test_data/splits.json"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Everything one root holds: annotated rows in two files, and the agent's test traces by file name.
+
+    `splits_file` divides the traces; it is read by who needs it.
+    """
+
+    root: str
+    train: list[AnnotatedRow]
+    test: list[AnnotatedRow]
+    traces: dict[str, list[TestStep]] = field(default_factory=dict)
+    splits_file: Path | None = None
+
+    @cached_property  # 100,000 rows are read thousands of times
+    def rows(self) -> list[AnnotatedRow]:
+        """The rows of both files."""
+        return self.train + self.test
+
+
+def load_corpus(root: str, seed: int = 0) -> Corpus:
+    """Load the rows of `root`: "embedded", "published", or a directory in the published layout.
+
+    Args:
+        root: Where the data is.
+        seed: Which embedded data; without effect on files.
+
+    Raises:
+        UserError: A file is missing or a record does not fit.
+    """
+    if root == "embedded":
+        from datamodules.corpus.simulator import simulate
+
+        return Corpus(root, *simulate(seed))
+    if root == "published":
+        return read_directory(download_published(), root)
+    if not Path(root).is_dir():
+        raise UserError(
+            f"data.root: {root} is not a directory",
+            f'Give "embedded", "published" or a directory with {TRAIN_FILE}.',
+        )
+    paths = {path.relative_to(root).as_posix(): path for path in sorted(Path(root).glob(f"{TRACES}/*.json"))}
+    paths |= {name: path for name in (TRAIN_FILE, TEST_FILE) if (path := Path(root, name)).exists()}
+    if TRAIN_FILE not in paths:
+        raise UserError(
+            f"data.root: {root} has no {TRAIN_FILE}", "Put the annotated rows there, one JSON object a line."
+        )
+    return read_directory(paths, root)
+
+
+def test_digest(rows: Sequence[AnnotatedRow]) -> str:
+    """A digest of some annotated rows, 16 hexadecimal digits."""
+    content = [[row.history_digest, row.proposal, row.accepted] for row in rows]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def read_directory(paths: Mapping[str, Path], root: str) -> Corpus:
+    """Read the files of a published layout, given each one's path by its name in that layout."""
+    traces = {
+        Path(name).name: read_json_list(path, TestStep)
+        for name, path in paths.items()
+        if name.startswith(f"{TRACES}/") and name != SPLITS_FILE
+    }
+    train = read_jsonl(paths[TRAIN_FILE], AnnotatedRow)
+    if not train:
+        raise UserError(f"{paths[TRAIN_FILE]}: holds no row", "Put the annotated rows there, one JSON object a line.")
+    test = read_jsonl(paths[TEST_FILE], AnnotatedRow) if TEST_FILE in paths else []
+    return Corpus(root, train, test, traces, paths.get(SPLITS_FILE))
+
+
+def download_published(
+    url: str = PUBLISHED_URL, sha256: Mapping[str, str] = PUBLISHED_SHA256, cache: Path | None = None
+) -> dict[str, Path]:
+    """Fetch the published files through the `datasets` cache and check each one's digest.
+
+    Args:
+        url: The address of the folder that holds reward_data/ and test_data/.
+        sha256: The expected digest of each file, by its name below `url`.
+        cache: Where to keep the files; the `datasets` download cache if None.
+
+    Returns:
+        The path in the cache of each file, by name.
+
+    Raises:
+        UserError: A file cannot be had, or is not the one that the digest names.
+    """
+    from datasets import DownloadConfig, DownloadManager, are_progress_bars_disabled
+    from datasets.utils.logging import set_verbosity_error
+
+    set_verbosity_error()
+    manager = DownloadManager(
+        download_config=DownloadConfig(
+            cache_dir=cache,
+            max_retries=3,
+            disable_tqdm=are_progress_bars_disabled(),
+            use_etag=False,  # the digest says which file it is: what is cached needs no network
+        ),
+        record_checksums=False,
+    )
+    try:
+        paths = {name: Path(path) for name, path in manager.download({n: f"{url}/{n}" for n in sha256}).items()}
+    except Exception as error:  # the HTTP client has errors of its own, which `datasets` lets through
+        reason = re.sub(r"\s+", " ", str(error)) or type(error).__name__
+        raise UserError(
+            f"cannot fetch the published data from {url}: {reason}",
+            "Check the network, or give --data.root a directory that holds reward_data/ and test_data/.",
+        ) from error
+    for name, path in paths.items():
+        with open_file(path, None) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != sha256[name]:
+            raise UserError(
+                f"{url}/{name} has SHA-256 {digest}, expected {sha256[name]}: it is not the published file",
+                f"Delete {path} and try again; if it stays so, do not use that source.",
+            )
+    return paths

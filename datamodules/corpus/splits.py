@@ -1,0 +1,167 @@
+"""Which rows train, which validate, which test; and how much of the test the training rows give away."""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from datamodules.corpus.records import AnnotatedRow, scene_of
+from datamodules.corpus.sources import TEST_FILE, TRACES, Corpus
+from datamodules.errors import UserError
+
+SplitName = Literal["published", "by_scene"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Three disjoint lists of rows."""
+
+    train: list[AnnotatedRow]
+    validation: list[AnnotatedRow]
+    test: list[AnnotatedRow]
+
+
+@dataclass(frozen=True)
+class Contamination:
+    """How many test rows have a history that also occurs in the training rows, and how many in the validation rows.
+
+    `validated_rows` is None where an old checkpoint does not say what it was validated on.
+    """
+
+    test_rows: int
+    contaminated_rows: int
+    validated_rows: int | None = 0
+
+    @property
+    def fraction(self) -> float:
+        return self.contaminated_rows / self.test_rows if self.test_rows else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.contaminated_rows} of {self.test_rows} test rows ({self.fraction:.0%}) "
+            f"have a history that also occurs in the training rows; {self.validation}"
+        )
+
+    @property
+    def validation(self) -> str:
+        """What is known of the validation rows, in words."""
+        if self.validated_rows is None:
+            return "how many have one of the validation rows is unknown: the checkpoint does not say"
+        return f"{self.validated_rows} have one of the validation rows"
+
+
+def split_published(corpus: Corpus, validation_fraction: float, seed: int = 0) -> Split:
+    """Test on the root's own test file; validate on a part of its training rows, drawn within each category.
+
+    Raises:
+        UserError: The root has no test file, or too few rows of a category to validate on.
+    """
+    from sklearn.model_selection import train_test_split
+
+    if not corpus.test:
+        raise UserError(
+            f"data.split: published needs {TEST_FILE}, and {corpus.root} has none",
+            "Add it, or use --data.split by_scene.",
+        )
+    categories = [row.category.value for row in corpus.train]
+    try:
+        train, validation = train_test_split(
+            corpus.train, test_size=validation_fraction, stratify=categories, random_state=seed
+        )
+    except ValueError as error:
+        raise UserError(
+            f"data.validation_fraction: cannot hold out {validation_fraction} of {len(corpus.train)} rows: {error}",
+            "Use another fraction, or more rows of each category.",
+        ) from error
+    return Split(train, validation, corpus.test)
+
+
+def split_outside_traces(corpus: Corpus, validation_fraction: float, seed: int = 0) -> Split:
+    """Test on the scenes of the root's test traces; train and validate on whole scenes outside them.
+
+    Args:
+        corpus: What a root holds.
+        validation_fraction: The part of the scenes that validates, at least one.
+        seed: Which ones.
+
+    Raises:
+        UserError: The root has no test traces or no rows of their scenes, or fewer than two scenes outside them.
+    """
+    tested = {scene_of([step.observation for step in steps]) for steps in corpus.traces.values()}
+    known = {row.scene for row in corpus.rows}
+    others = sorted(known - tested)
+    if not tested:
+        raise UserError(
+            f"data.split: published needs the traces of {TRACES}/, and {corpus.root} has none",
+            "Add them, or use --data.split by_scene.",
+        )
+    if not tested & known:
+        raise UserError(
+            f"data.split: published would test nothing: none of {corpus.root}'s annotated rows begins as one of its "
+            f"traces in {TRACES}/ does",
+            "Use --data.split by_scene, or add annotated rows of the traces.",
+        )
+    if len(others) < 2:
+        raise UserError(
+            f"data.split: {len(others)} scenes lie outside the test traces, too few to train and to validate on",
+            "Use --data.split by_scene, or add annotated rows of other scenes.",
+        )
+    number = min(max(round(validation_fraction * len(others)), 1), len(others) - 1)
+    held_out = set(np.random.default_rng(seed).permutation(others)[:number].tolist())
+    parts = (set(others) - held_out, held_out, tested)
+    return Split(*([row for row in corpus.rows if row.scene in scenes] for scenes in parts))
+
+
+def split_by_scene(corpus: Corpus, folds: int, fold: int, seed: int = 0) -> Split:
+    """Hold whole scenes out: fold `fold` of all rows tests, the next fold validates, the rest trains.
+
+    Scenes are spread over the folds so that each fold has each category about equally often.
+
+    Raises:
+        UserError: There are fewer scenes than folds, or no such fold.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    scenes = [row.scene for row in corpus.rows]
+    if not 3 <= folds <= len(set(scenes)):
+        raise UserError(
+            f"data.folds: {folds} folds of {len(set(scenes))} scenes",
+            "Use at least 3 folds and no more than scenes.",
+        )
+    if not 0 <= fold < folds:
+        raise UserError(f"data.fold: there is no fold {fold} of {folds}", f"Use 0 to {folds - 1}.")
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    categories = [row.category.value for row in corpus.rows]
+    try:
+        with warnings.catch_warnings():
+            # Also a category that is rarer than folds is spread as far as it goes.
+            warnings.filterwarnings("ignore", message="The least populated class in y has only", category=UserWarning)
+            held_out = [list(test) for _, test in splitter.split(scenes, categories, scenes)]
+    except ValueError as error:
+        raise UserError(
+            f"data.folds: cannot divide {len(scenes)} rows into {folds} folds: {error}",
+            "Use fewer folds, or more rows of each category.",
+        ) from error
+    test_rows, validation_rows = held_out[fold], held_out[(fold + 1) % folds]
+    train_rows = sorted(set(range(len(scenes))) - set(test_rows) - set(validation_rows))
+    return Split(*([corpus.rows[index] for index in indices] for indices in (train_rows, validation_rows, test_rows)))
+
+
+def history_digests(rows: Iterable[AnnotatedRow]) -> list[int]:
+    """The distinct histories of some rows, as sorted digests."""
+    return sorted({row.history_digest for row in rows})
+
+
+def contamination(
+    training_digests: Iterable[int], test: Sequence[AnnotatedRow], validation_digests: Iterable[int] | None = ()
+) -> Contamination:
+    """Count the test rows whose history was trained on, and validated on; None for the latter if that is unknown."""
+
+    def count(digests: Iterable[int]) -> int:
+        known = set(digests)
+        return sum(row.history_digest in known for row in test)
+
+    validated = None if validation_digests is None else count(validation_digests)
+    return Contamination(len(test), count(training_digests), validated)

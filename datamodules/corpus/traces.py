@@ -1,0 +1,251 @@
+"""The agent's traces: events with what was proposed after each, read as recorded and laid out as judged."""
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datamodules.corpus.answers import Answer
+from datamodules.corpus.records import (
+    Event,
+    History,
+    PublishedStep,
+    TestStep,
+    TraceSplit,
+    history_digests_of,
+    parse_json,
+    read_json_list,
+    read_json_mapping,
+    scene_of,
+)
+from datamodules.corpus.sources import SPLITS_FILE, Corpus
+from datamodules.errors import UserError
+from datamodules.files.reading import read_text, require_regular
+
+PUBLISHED_NOTES = {"Purpose": "purpose", "Thoughts": "thoughts", "Response": "response"}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The events of one session, and whether the user was done with a task at each.
+
+    `name` is the name of its file, by which split files know it.
+    """
+
+    name: str
+    events: tuple[Event, ...]
+    task_status: tuple[bool, ...]
+
+    def history(self, step: int, longest: int | None = None) -> tuple[Event, ...]:
+        """What is known at a step, counted from 0; of that the last `longest` events, or all."""
+        return self.events[0 if longest is None else max(step + 1 - longest, 0) : step + 1]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One answer of an agent.
+
+    Attributes:
+        proposal: What is offered; None for nothing.
+        written: The proposal as files show it; some recorded ones are operations with arguments.
+        notes: Purpose, Thoughts and Response, and whatever else a recorded step holds.
+        parsed: Whether the agent's text could be read; if not, it counts as no proposal.
+    """
+
+    proposal: str | None
+    written: str | dict[str, Any] | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    parsed: bool = True
+
+    @classmethod
+    def of(cls, answer: Answer | None) -> "Candidate":
+        """The candidate that an agent's answer is; None is an answer that could not be read."""
+        if answer is None:
+            return cls(None, parsed=False)
+        notes = {name: getattr(answer, field) for name, field in PUBLISHED_NOTES.items() if getattr(answer, field)}
+        return cls(answer.proposal, answer.proposal, notes)
+
+
+Answers = Mapping[str, Sequence[Sequence[Candidate]]]  # by trace name: for each event, its candidates
+
+
+class Pair(NamedTuple):
+    """A proposal, or None for none, after a history; `where` says in words which, for messages and logs."""
+
+    history: History
+    proposal: str | None
+    where: str = ""
+
+
+class Offer(NamedTuple):
+    """A proposal, or None for none, after the event `step` (from 0) of a trace."""
+
+    trace: str
+    step: int
+    proposal: str | None
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Traces with what an agent answered, and the judgments that stand beside it, if any do."""
+
+    traces: list[Trace]
+    answers: dict[str, list[list[Candidate]]]
+    judgments: dict[Offer, bool]
+
+    def add(self, name: str, steps: Sequence[PublishedStep]) -> None:
+        """Take a trace in; of two judgments on one offer the first counts."""
+        self.traces.append(Trace(name, tuple(s.observation for s in steps), tuple(s.task_status for s in steps)))
+        self.answers[name] = [_candidates(step) for step in steps]
+        for number, step in enumerate(steps):
+            # What has no response is not counted by the published scoring, whatever its judgment.
+            judged = zip(self.answers[name][number], step.judgment, strict=False) if step.agent_response else ()
+            for candidate, accepted in judged:
+                self.judgments.setdefault(Offer(name, number, candidate.proposal), accepted)
+
+
+def root_traces(corpus: Corpus) -> list[Trace]:
+    """The test traces of a data root."""
+    return [
+        Trace(name, tuple(step.observation for step in steps), tuple(step.task_status for step in steps))
+        for name, steps in corpus.traces.items()
+    ]
+
+
+def traces_digest(traces: Sequence[Trace]) -> str:
+    """A digest of the names and events of some traces, 16 hexadecimal digits."""
+    content = [[trace.name, [event.model_dump() for event in trace.events]] for trace in traces]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def read_recorded(folder: Path) -> Recorded:
+    """Read a folder of recorded or judged traces.
+
+    Raises:
+        UserError: The folder holds no trace, or a step does not fit; the message names file, place and field.
+    """
+    files = [path for path in sorted(folder.glob("*.json")) if path.name != Path(SPLITS_FILE).name]
+    if not files:
+        raise UserError(f"{folder} holds no recorded traces", "Give a folder of JSON files, one a trace.")
+    recorded = Recorded([], {}, {})
+    for path in files:
+        recorded.add(path.name, read_json_list(path, PublishedStep))
+    return recorded
+
+
+def trace_files(path: Path) -> list[Path]:
+    """The files of a trace, of a folder of traces, or of a folder that has such a folder for each agent.
+
+    Raises:
+        UserError: There is no trace.
+    """
+    if not path.is_dir():
+        require_regular(path)
+        return [path]
+    found = (file for pattern in ("*.json", "*/*.json") for file in path.glob(pattern))
+    files = sorted(file for file in found if file.name != Path(SPLITS_FILE).name and not file.name.startswith("."))
+    if not files:
+        raise UserError(f"{path} holds no traces", "Give a JSON file, or a folder of JSON files, one a trace.")
+    return files
+
+
+def read_traces(path: Path) -> dict[str, Recorded]:
+    """Read traces of either layout, with what an agent answered or with the test set's reference proposals.
+
+    Args:
+        path: As `trace_files` takes it.
+
+    Returns:
+        By the name of the folder that they lie in, which is that of the agent where there are several.
+
+    Raises:
+        UserError: There is no trace, or a step does not fit; the message names file, place and field.
+    """
+    found: dict[str, Recorded] = {}
+    for file in trace_files(path):
+        recorded = found.setdefault(file.resolve().parent.name, Recorded([], {}, {}))
+        items = parse_json(read_text(file), str(file))
+        if isinstance(items, list) and any(isinstance(_response(item), dict) for item in items[:1]):
+            steps = [
+                PublishedStep.model_construct(
+                    observation=step.observation,
+                    agent_response=step.agent_response.candidate_task,
+                    task_status=step.task_status,
+                )
+                for step in read_json_list(file, TestStep)
+            ]
+        else:
+            steps = read_json_list(file, PublishedStep)
+        recorded.add(file.name, steps)
+    return found
+
+
+def judged_steps(trace: Trace, decided: Sequence[tuple[Candidate, bool | None]]) -> list[dict[str, Any]]:
+    """A trace in the published judged layout, one proposal and its judgment a step.
+
+    The published scoring takes each of a step's proposals for an event of its own, so only the candidate that
+    counts is listed. A step without a verdict has no judgment, and is not counted by that scoring either.
+
+    Args:
+        trace: The trace.
+        decided: For each event the candidate that counts, and the verdict on it, None if there is none.
+    """
+    return [
+        {
+            "observation": event.model_dump(),
+            "agent_response": [candidate.written],
+            "task_status": done,
+            "judgement": [] if accepted is None else [accepted],
+            "other_infomation": dict(candidate.notes),
+        }
+        for event, done, (candidate, accepted) in zip(trace.events, trace.task_status, decided, strict=True)
+    ]
+
+
+def read_splits(path: Path | None, traces: Sequence[Trace]) -> dict[str, TraceSplit]:
+    """Which traces make up which split; all of them are one where there is no file.
+
+    Raises:
+        UserError: The file does not fit; the message names it and the field.
+    """
+    if path is None:
+        return {"all": TraceSplit(files=tuple(trace.name for trace in traces))}
+    return read_json_mapping(path, TraceSplit)
+
+
+def is_known(trace: Trace, namesake: Trace | None, scenes: Collection[str] | None, histories: Collection[int]) -> bool:
+    """Whether a model trained on these scenes and histories has seen a trace.
+
+    Recorded traces may be another cut of a root's test traces: the same session, known by its file name, with
+    another first event. So the root's trace of that name counts as well.
+
+    Args:
+        trace: What is to be judged.
+        namesake: The root's own trace of the same name, if it has one.
+        scenes: The scenes trained on; None where an old checkpoint does not say.
+        histories: Digests of the histories trained on.
+    """
+    return any(
+        (scenes is not None and scene_of(one.events) in scenes)
+        or any(digest in histories for digest in history_digests_of(one.events))
+        for one in (trace, namesake)
+        if one is not None
+    )
+
+
+def _response(step: Any) -> Any:
+    return step.get("agent_response") if isinstance(step, dict) else None
+
+
+def _candidates(step: PublishedStep) -> list[Candidate]:
+    return [
+        Candidate(_as_text(response), response, step.other_information) for response in step.agent_response or (None,)
+    ]
+
+
+def _as_text(response: str | dict[str, Any] | None) -> str | None:
+    if response is None or isinstance(response, str):
+        return response
+    return json.dumps(response, ensure_ascii=False)

@@ -1,0 +1,1 @@
+"""Files of users and of runs: bounded reading, atomic writing, run folders."""

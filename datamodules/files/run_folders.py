@@ -1,0 +1,159 @@
+"""Run folders, and writing a file so that it is there whole or not at all."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+from datamodules.errors import UserError
+from datamodules.files.writing import remove_leftovers, write_atomically
+
+CHECKPOINTS = "checkpoints"
+LOGS = "logs"
+EXPORT = "export"
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.json"
+REPORT_FILE = "report.html"
+LOCK = ".lock"
+AGREED_AFTER = 120  # seconds at most, between the starts of a job's first and last rank
+RUN_FOLDER_VARIABLE = "PROACTIVE_RUN_FOLDER"  # by it the processes that rank 0 starts know their run's folder
+
+
+def new_run_folder(root: Path, name: str) -> Path:
+    """Make and return `root/name/n` for the smallest n that comes after every other one."""
+    parent = root / name
+    try:
+        while True:
+            parent.mkdir(parents=True, exist_ok=True)
+            folder = parent / str(max((number(path) for path in parent.iterdir()), default=-1) + 1)
+            try:
+                folder.mkdir()
+            except (FileExistsError, FileNotFoundError):  # another run took it, or removed the parent, in this moment
+                continue
+            return folder
+    except OSError as error:
+        raise UserError(
+            f"cannot make a run folder in {parent}: {error.strerror}", "Choose another place with --run.root."
+        ) from error
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """A folder and those that it lies in, as far as they do not exist; the innermost first."""
+    return [one for one in (folder, *folder.parents) if not one.exists()]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders in their order, up to the first that is not empty."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+class EmptyFolderGuard:
+    """Removes a run's folder if it holds its lock alone when this process ends, however that is, and others behind it.
+
+    A run's number is taken by making its folder, so that runs that start together get different ones; but nothing is
+    written there before the weights are loaded, and a process that is killed until then cannot remove the folder. So
+    another one waits for its end.
+    """
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        script = f"""cat > /dev/null
+            [ "$(ls -A "$1")" != {LOCK} ] || rm "$1/{LOCK}"
+            for folder; do rmdir "$folder" 2> /dev/null || exit; done"""
+        self._waiting = subprocess.Popen(  # noqa: S603 - the command is ours; the folders are arguments of it
+            ["/bin/sh", "-c", script, "sh", *(str(folder.absolute()) for folder in folders)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is sent to all processes of a session
+        )
+
+    def end(self) -> None:
+        """Remove the folders as far as they hold nothing but a lock, and wait no longer."""
+        assert self._waiting.stdin is not None
+        self._waiting.stdin.close()
+        self._waiting.wait()
+
+
+def agreed_folder(parent: Path, choose: Callable[[], Path]) -> Path:
+    """The folder that rank 0 chooses, on every rank of a job whose ranks torchrun or SLURM has started.
+
+    They have to agree on it before they are connected: by the store that torchrun keeps, or by a file named by SLURM's
+    job. In any other process it is its own choice.
+    """
+    environment = os.environ
+    if "TORCHELASTIC_RUN_ID" in environment:
+        from torch.distributed import TCPStore
+
+        address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=AGREED_AFTER))
+        key = f"proactive/run_folder/{environment['TORCHELASTIC_RESTART_COUNT']}"
+        if environment["RANK"] == "0":
+            store.set(key, str(choose()))
+        return Path(store.get(key).decode())
+    if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:
+        names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+        note = parent / f".slurm-{'-'.join(environment.get(name, '0') for name in names)}"
+        if environment["SLURM_PROCID"] == "0":
+            write_atomically(note, str(choose()))
+        end = time.monotonic() + AGREED_AFTER
+        while not note.is_file():
+            if time.monotonic() > end:
+                raise UserError(f"rank 0 has left no {note}", "Put --run.root where all nodes see the same files.")
+            time.sleep(0.2)
+        return Path(note.read_text(encoding="utf-8"))
+    return choose()
+
+
+def latest_run_folder(root: Path, name: str) -> Path:
+    """The run folder with the greatest number.
+
+    Raises:
+        UserError: There is none.
+    """
+    parent = root / name
+    runs = [path for path in parent.iterdir() if number(path) >= 0] if parent.is_dir() else []
+    if not runs:
+        raise UserError(f"--ckpt_path last: there is no run in {parent}", "Start one without --ckpt_path.")
+    return max(runs, key=number)
+
+
+def number(path: Path) -> int:
+    """The number that a run folder is named by; -1 if it is none."""
+    return int(path.name) if path.name.isdecimal() else -1
+
+
+class RunLock:
+    """Keeps a run folder for this process and the others of its job, until it ends, however that is.
+
+    Args:
+        folder: The run folder.
+
+    Raises:
+        UserError: Another process has it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        self._file = os.fdopen(descriptor, "w")
+        try:
+            # One of the process, and not of the open file: workers that outlive a killed process do not keep it.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise UserError(
+                    f"{folder / LOCK}: {error.strerror}", "Put --run.root where files can be locked."
+                ) from error
+            raise UserError(
+                f"{folder} is in use: another process is training there",
+                "Wait for its end, or start a new run without --ckpt_path.",
+            ) from error
+        for place in (folder, folder / CHECKPOINTS):
+            remove_leftovers(place)

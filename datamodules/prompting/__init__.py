@@ -1,0 +1,1 @@
+"""From records to token ids: prompt templates, chats, tokenizers."""

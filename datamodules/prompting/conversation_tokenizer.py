@@ -1,0 +1,141 @@
+"""Conversations to token ids, by a tokenizer's chat template."""
+
+import re
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+from datamodules.corpus.conversations import Conversation, Message
+from datamodules.errors import UserError
+from datamodules.escaping import on_one_line
+from datamodules.prompting.segments import Data, SegmentTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class ConversationTokenizer:
+    """Token ids of conversations in a tokenizer's own chat format, or in a plain one where it has none.
+
+    Every turn is tokenized on its own, so conversations that begin alike share their token ids, and special tokens
+    come from the chat's format alone. An assistant's turn is learned with the end token that follows it, as the format
+    writes it: many trim its text, some cut a part of it.
+
+    Args:
+        tokenizer: Whose chat format.
+        max_length: The greatest number of tokens of a conversation.
+
+    Attributes:
+        rewritten: Conversations of which the chat format changed a text.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", max_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.rewritten = 0
+        self._segmenter = SegmentTokenizer(tokenizer)
+        self._special = set(tokenizer.get_added_vocab().values())
+        self._prefix = [] if tokenizer.chat_template else self._segmenter.prefix  # a chat format has its own
+
+    def encode(self, conversation: Conversation) -> tuple[list[int], list[int]] | None:
+        """Token ids, and which of them are learned, counted from 0; what follows the last answer is left out.
+
+        Of a conversation of more than `max_length` tokens a later part is encoded as if it were the whole: a system's
+        turn at its beginning, and all from the earliest user's turn that leaves room. None if there is none. Nothing is
+        learned if the chat format leaves nothing of the last answer.
+
+        Raises:
+            UserError: The tokenizer's chat format does not take such turns, or changes them.
+        """
+        messages = conversation.conversations
+        messages = messages[: max(place for place, turn in enumerate(messages) if turn.role == "assistant") + 1]
+        ids, learned, starts = self._encode(messages)
+        if len(ids) <= self.max_length:
+            return ids, learned
+        system = messages[:1] if messages[0].role == "system" else ()
+        for place in range(len(system) + 1, len(messages)):
+            if messages[place].role == "user" and len(ids) - starts[place] <= self.max_length:
+                part, learned, _ = self._encode((*system, *messages[place:]))
+                if len(part) <= self.max_length:
+                    return part, learned
+        return None
+
+    def _encode(self, messages: Sequence[Message]) -> tuple[list[int], list[int], list[int]]:
+        """Token ids of a whole conversation, which of them are learned, and where each turn's text begins."""
+        pieces, texts = self._format(messages)
+        *before, end = self._segmenter.encode([(piece,) for piece in pieces])
+        contents = self._segmenter.encode([(Data(text),) for text in texts])
+        ids = list(self._prefix)
+        learned: list[int] = []
+        starts: list[int] = []
+        follows_answer = False
+        for message, opening, content, text in zip(messages, before, contents, texts, strict=True):
+            if follows_answer and opening and opening[0] in self._special:
+                learned.append(len(ids))
+            ids += opening
+            starts.append(len(ids))
+            follows_answer = message.role == "assistant" and bool(text.strip())
+            learned += range(len(ids), len(ids) + len(content)) if follows_answer else ()
+            ids += content
+        learned.append(len(ids))
+        ids.append(end[0] if end and end[0] in self._special else self.tokenizer.eos_token_id)
+        return ids, learned if follows_answer else [], starts
+
+    def _format(self, messages: Sequence[Message]) -> tuple[list[str], list[str]]:
+        """What the format puts before each turn's text and after the last one, and what it makes of each text."""
+        texts = [message.content for message in messages]
+        if not self.tokenizer.chat_template:
+            end = {"assistant": f"{self.tokenizer.eos_token}\n"}
+            closings = ["", *(end.get(message.role, "\n") for message in messages)]
+            openings = [*(f"{message.role}: " for message in messages), ""]
+            pieces = [closing + opening for closing, opening in zip(closings, openings, strict=True)]
+            return pieces, [on_one_line(text) for text in texts]
+        stand_ins = [f"CONTENT-{number}-OF-TURN" for number in range(len(messages))]
+        with_stand_ins = self._apply(messages, stand_ins)
+        pieces = re.split("|".join(stand_ins), with_stand_ins)
+        if re.findall("|".join(stand_ins), with_stand_ins) != stand_ins:
+            raise UserError(
+                "data.conversations: the tokenizer's chat format leaves turns out, repeats or rewrites them",
+                "Use another backbone, or one whose tokenizer has no chat format.",
+            )
+        whole = self._apply(messages, texts)
+        if whole != _joined(pieces, texts):
+            texts = [self._as_written(messages, stand_ins, pieces, place) for place in range(len(messages))]
+            self.rewritten += 1
+            if whole != _joined(pieces, texts):
+                raise _unclear_format(messages[-1])
+        return pieces, texts
+
+    def _as_written(self, messages: Sequence[Message], stand_ins: list[str], pieces: list[str], place: int) -> str:
+        """What the format makes of one turn's text; the others' stand-ins stay in place."""
+        mixed = [*stand_ins[:place], messages[place].content, *stand_ins[place + 1 :]]
+        text = self._apply(messages, mixed)
+        before = _joined(pieces[: place + 1], stand_ins[:place])
+        after = _joined(pieces[place + 1 :], stand_ins[place + 1 :])
+        if len(text) < len(before) + len(after) or not (text.startswith(before) and text.endswith(after)):
+            raise _unclear_format(messages[place])
+        return text[len(before) : len(text) - len(after)]
+
+    def _apply(self, messages: Sequence[Message], texts: Sequence[str]) -> str:
+        turns = [{"role": turn.role, "content": text} for turn, text in zip(messages, texts, strict=True)]
+        try:
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False))
+        except Exception as error:  # a template raises what it likes
+            raise UserError(
+                f"data.conversations: the tokenizer's chat format refuses turns of {[m.role for m in messages]}: "
+                f"{' '.join(str(error).split())[:200]}",
+                "Bring the conversations into an order that the backbone knows.",
+            ) from error
+
+
+def _joined(pieces: Sequence[str], texts: Sequence[str]) -> str:
+    """Pieces and texts in turn, a piece first."""
+    return "".join(part for pair in zip_longest(pieces, texts, fillvalue="") for part in pair)
+
+
+def _unclear_format(message: Message) -> UserError:
+    turn = on_one_line(f"{message.role}: {message.content[:60]}")
+    return UserError(
+        f"data.conversations: the tokenizer's chat format changes more than the text of a turn: {turn}",
+        "Take what the format treats on its own, such as a <think> block, out of the turns.",
+    )

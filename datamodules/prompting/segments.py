@@ -1,0 +1,157 @@
+"""Segments of a prompt and their token ids, with text from the data that stays data."""
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from datamodules.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Text that came from the data: never special tokens."""
+
+    text: str
+
+
+Segment = tuple[str | Data, ...]  # the template's own text as str, in turn with text from the data
+
+
+class SegmentTokenizer:
+    """Token ids of segments under one tokenizer, each distinct text tokenized once.
+
+    Special tokens come from the template alone. `prefix` and `suffix` are what the tokenizer itself puts
+    around a text: [CLS] and [SEP], a beginning-of-text token, or nothing.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
+        from tokenizers import Tokenizer
+
+        self.tokenizer = tokenizer
+        # Without this, "<tool_call>" in the data would become a token of its own: not every added one is special.
+        plain = json.loads(tokenizer.backend_tokenizer.to_str())
+        plain["added_tokens"] = [{**token, "special": True} for token in plain["added_tokens"]]
+        self._plain = Tokenizer.from_str(json.dumps(plain))
+        self._plain.no_padding()
+        self._plain.no_truncation()
+        self._plain.encode_special_tokens = True  # means: take them apart
+        special = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        self._special = re.compile(f"({'|'.join(map(re.escape, special))})") if special else None
+        self._control, self._spelled = _control_tokens(tokenizer)
+        self._ids: dict[str, list[int]] = {}
+        bare = self._tokenize(["a"])[0]
+        full = list(tokenizer("a").input_ids)
+        start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+        self.prefix, self.suffix = full[:start], full[start + len(bare) :]
+
+    def encode(self, segments: Iterable[Segment]) -> list[list[int]]:
+        """Token ids of each segment, without prefix and suffix."""
+        split = [self._split(segment) for segment in segments]
+        unknown = list({p for parts in split for p in parts if isinstance(p, str) and p not in self._ids})
+        if unknown:
+            self._ids.update(zip(unknown, self._tokenize(unknown), strict=True))
+        return [[i for p in parts for i in (self._ids[p] if isinstance(p, str) else [p])] for parts in split]
+
+    def _split(self, segment: Segment) -> list[str | int]:
+        """Texts and special token ids in turn; a text may join the template's words with the data's."""
+        parts: list[str | int] = []
+
+        def add_text(text: str) -> None:
+            if parts and isinstance(parts[-1], str):
+                parts[-1] += text
+            elif text:
+                parts.append(text)
+
+        for part in segment:
+            if isinstance(part, Data) or self._special is None:
+                add_text(part.text if isinstance(part, Data) else part)
+                continue
+            for index, piece in enumerate(self._special.split(part)):
+                if index % 2:
+                    parts.append(self.tokenizer.convert_tokens_to_ids(piece))
+                else:
+                    add_text(piece)
+        return parts
+
+    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of plain texts, none of them a control token.
+
+        Unigram, WordLevel and some WordPiece models have their control tokens among their words, so a text that spells
+        one, also in full-width letters, would become it. Such a text is cut within that word, and its parts are
+        tokenized on their own.
+        """
+        encodings = self._plain.encode_batch(list(texts), add_special_tokens=False)
+        return [self._without_control(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+
+    def _without_control(self, text: str, encoding: Any) -> list[int]:
+        spans = zip(encoding.ids, encoding.offsets, strict=True)
+        taken = [span for token, span in spans if self._is_control(token, text[slice(*span)])]
+        if not taken:
+            return list(encoding.ids)
+        alone = {begin: end for begin, end in taken if end - begin == 1}  # characters that cannot be cut
+        cuts = sorted({0, len(text), *alone.values(), *((begin + end) // 2 for begin, end in taken)})
+        parts = [_escaped(text[a:b]) if a in alone else text[a:b] for a, b in pairwise(cuts)]
+        return [token for ids in self._tokenize(parts) for token in ids]
+
+    def _is_control(self, token: int, written: str) -> bool:
+        if token in self._spelled:
+            return self._spelled[token] in unicodedata.normalize("NFKC", written).casefold()
+        return token in self._control
+
+
+def _control_tokens(tokenizer: "PreTrainedTokenizerFast") -> tuple[set[int], dict[int, str]]:
+    """The tokens that no text from the data may become.
+
+    Returns:
+        The ids that no text gives: special tokens, and added ones that are no mere white space. And by id the spelling
+        of those that other texts give by right: the token of unknown words, and bytes such as <0x0A>.
+    """
+    added = {token: number for token, number in tokenizer.get_added_vocab().items() if token.strip(" \t\r\n\u2581")}
+    control = {*added.values(), *tokenizer.all_special_ids}
+    spelled = {number: token.casefold() for token, number in tokenizer.get_vocab().items() if _BYTE.fullmatch(token)}
+    if tokenizer.unk_token is not None:
+        spelled[tokenizer.unk_token_id] = str(tokenizer.unk_token).casefold()
+    return control, spelled
+
+
+def _escaped(character: str) -> str:
+    """A character that is a control token by itself, as JSON may write it."""
+    if character in r"\u0123456789abcdef":
+        raise UserError(f"the tokenizer has {character!r} as a special token", "Use a tokenizer without it.")
+    return f"\\u{ord(character):04x}"
+
+
+def truncate(segments_ids: Sequence[Sequence[int]], limit: int, branch_length: int = 0) -> tuple[list[int], int]:
+    """Join the token ids of a row's segments within `limit` tokens, dropping the oldest events first.
+
+    Args:
+        segments_ids: Token ids of the instructions, of each event in time order, and of the proposal.
+        limit: The greatest number of tokens; instructions and proposal are kept even where they exceed it.
+        branch_length: Tokens that are kept free for the proposal, however short it is: so all rows of a history whose
+            proposals are no longer than that keep the same events.
+
+    Returns:
+        The joined ids and the number of events dropped.
+    """
+    first, *events, last = segments_ids
+    room = limit - len(first) - max(len(last), branch_length)
+    dropped = len(events)
+    while dropped and len(events[dropped - 1]) <= room:
+        dropped -= 1
+        room -= len(events[dropped])
+    return [token for part in (first, *events[dropped:], last) for token in part], dropped
+
+
+def plain_text(segment: Segment) -> str:
+    """A segment's text, whether the template's or the data's."""
+    return "".join(part.text if isinstance(part, Data) else part for part in segment)

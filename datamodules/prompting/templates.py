@@ -1,0 +1,157 @@
+"""Rows to segments to token ids: the prompt templates, and a rendering that text from the data cannot break.
+
+A prompt is a list of segments in a fixed order (instructions, events, then the proposal with its verdict slot or the
+agent's answer), each tokenized on its own: so rows that share a history share its token ids, and truncation can take
+whole events.
+Text from the data stays on one line and is never read as a special token, whatever it looks like.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from datamodules.corpus.records import AnnotatedRow, Event, Unicode
+from datamodules.errors import UserError
+from datamodules.escaping import on_one_line
+from datamodules.files.reading import read_text
+from datamodules.files.safe_yaml import NotYamlError, parse_yaml
+from datamodules.prompting.segments import Data, Segment, plain_text
+
+if TYPE_CHECKING:
+    pass
+
+MOST_PROMPT = 2**20  # bytes of a prompt file
+PROMPT_HINT = "Give the path of a prompt file."
+DEFAULT_PROMPT = Path(__file__).with_name("reward_prompt.yaml")
+DEFAULT_AGENT_PROMPT = Path(__file__).with_name("agent_prompt.yaml")
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+
+
+class Template(BaseModel):
+    """The parts that every prompt has; `placeholders` names what stands for text from the data in each part."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    default: ClassVar[Path]
+    placeholders: ClassVar[dict[str, set[str]]] = {"event": {"time", "event"}}
+
+    instructions: Unicode
+    event: Unicode
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a template from a YAML file.
+
+        Raises:
+            UserError: The file cannot be read, lacks a part, or names an unknown part or placeholder.
+        """
+        try:
+            return cls.parse(parse_yaml(read_text(path, MOST_PROMPT, "data.prompt", PROMPT_HINT)), str(path))
+        except NotYamlError as error:
+            raise UserError(f"data.prompt: {path} is not YAML: {error}", f"Start from {cls.default}.") from error
+
+    @classmethod
+    def parse(cls, parts: Any, where: str) -> Self:
+        """Make a template of the parts in a mapping; see `read` for what is raised."""
+        try:
+            template = cls.model_validate(parts)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            part, problem = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+            raise UserError(
+                f"data.prompt: {where}, part {part or 'top level'}: {problem}",
+                f"Start from {cls.default}.",
+            ) from error
+        for part in cls.model_fields:
+            names = cls.placeholders.get(part, set())
+            known = names | {f"{name}_json" for name in names}
+            found = set(_PLACEHOLDER.findall(getattr(template, part)))
+            for name in sorted(found):
+                if name not in known:
+                    raise UserError(
+                        f"data.prompt: {where}, part {part}: unknown placeholder {{{name}}}",
+                        f"Use {', '.join(f'{{{name}}}' for name in sorted(known)) or 'no placeholder'} there.",
+                    )
+            if part in names and not found & {part, f"{part}_json"}:
+                raise UserError(
+                    f"data.prompt: {where}, part {part}: does not say where the {part} stands",
+                    f"Write {{{part}}} or {{{part}_json}} there.",
+                )
+        return template
+
+
+class PromptTemplate(Template):
+    """How a judge reads a row; `reward_prompt.yaml` explains each part."""
+
+    default = DEFAULT_PROMPT
+    placeholders: ClassVar[dict[str, set[str]]] = {**Template.placeholders, "proposal": {"proposal"}}
+
+    proposal: Unicode
+    no_proposal: Unicode
+
+
+class AgentTemplate(Template):
+    """How an agent reads a history; `agent_prompt.yaml` explains each part."""
+
+    default = DEFAULT_AGENT_PROMPT
+
+    answer: Unicode
+
+
+def render(template: PromptTemplate, row: AnnotatedRow) -> list[Segment]:
+    """The segments of a row: instructions, each event in time order, the proposal with its verdict slot."""
+    return [*render_history(template, row.history), render_proposal(template, row.proposal)]
+
+
+def render_proposal(template: PromptTemplate, proposal: str | None) -> Segment:
+    """The segment of a proposal, with its verdict slot."""
+    return _fill(template.no_proposal, {}) if proposal is None else _fill(template.proposal, {"proposal": proposal})
+
+
+def render_history(template: Template, history: Iterable[Event]) -> list[Segment]:
+    """The segments of a history: instructions, and each event in the order given."""
+    return [_fill(template.instructions, {}), *(render_event(template, event) for event in history)]
+
+
+def render_event(template: Template, event: Event) -> Segment:
+    """The segment of one event."""
+    return _event_segment(template.event, event.time, event.event)
+
+
+@lru_cache(maxsize=2**16)  # rows of a scene share their events
+def _event_segment(text: str, time: str, event: str) -> Segment:
+    return _fill(text, {"time": time, "event": event})
+
+
+def history_key(template: Template, history: Iterable[Event]) -> bytes:
+    """A digest of what `render_history` gives."""
+    events = (_event_key(template.event, event.time, event.event) for event in history)
+    return hashlib.sha256(b"".join((repr(_fill(template.instructions, {})).encode(), *events))).digest()
+
+
+@lru_cache(maxsize=2**16)
+def _event_key(text: str, time: str, event: str) -> bytes:
+    return hashlib.sha256(repr(_event_segment(text, time, event)).encode()).digest()
+
+
+def _fill(text: str, values: Mapping[str, str]) -> Segment:
+    parts: list[str | Data] = []
+    for index, piece in enumerate(_PLACEHOLDER.split(text)):
+        if index % 2 == 0:
+            parts.append(piece)
+        elif piece.endswith("_json"):
+            quoted = json.dumps(values[piece.removesuffix("_json")], ensure_ascii=False)
+            parts.append(Data(on_one_line(quoted)))
+        else:
+            parts.append(Data(on_one_line(values[piece])))
+    return tuple(part for part in parts if part)
+
+
+def training_text(template: PromptTemplate, rows: Iterable[AnnotatedRow]) -> list[str]:
+    """Every distinct segment of some rows as plain text, in order of appearance: what a tokenizer is trained on."""
+    return list(dict.fromkeys(plain_text(segment) for row in rows for segment in render(template, row)))

@@ -1,0 +1,109 @@
+"""Tokenizers: trained on the run's own text, loaded by name, and carried inside a checkpoint as plain text."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datamodules.errors import UserError
+from datamodules.files.reading import require_regular_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# A tokenizer's training takes quadratic time in the length of a word.
+_LONG_RUN = re.compile(r"(\S{1000}|\s{1000})")
+SCRATCH = "scratch"  # in place of a backbone's name: everything is made new from the run's own text
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> "PreTrainedTokenizerFast":
+    """Train a byte-level BPE tokenizer, so that every text can be written in it.
+
+    Args:
+        texts: What to train on.
+        vocabulary_size: The greatest number of tokens, at least 259: every byte and three special tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    if vocabulary_size < len(alphabet) + len(special):
+        raise UserError(
+            f"data.vocabulary_size: {vocabulary_size} is too small",
+            f"Use at least {len(alphabet) + len(special)}.",
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=list(special.values()),
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((piece for text in texts for piece in _LONG_RUN.split(text)), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerFast":
+    """Load the tokenizer of a hub id or a local path, with a padding token and padding on the right.
+
+    Raises:
+        UserError: There is none, or it is not of the `tokenizers` kind.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        if Path(name).is_dir():
+            require_regular_files(Path(name), "model.backbone")
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"cannot load the tokenizer of {name}: {' '.join(str(error).split())[:200]}",
+            "Give a folder that save_pretrained wrote, or a hub id that this machine can reach.",
+        ) from error
+    if not tokenizer.is_fast:
+        raise UserError(f"the tokenizer of {name} is not a fast one", "Use a backbone that has a tokenizer.json.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise UserError(f"the tokenizer of {name} has neither a padding nor an end token", "Set its pad_token.")
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def tokenizer_state(tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
+    """Everything needed to rebuild a tokenizer, in plain types that a checkpoint may hold."""
+    return {
+        "json": tokenizer.backend_tokenizer.to_str(),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
+        "chat_template": tokenizer.chat_template,
+    }
+
+
+def tokenizer_from_state(state: dict[str, Any]) -> "PreTrainedTokenizerFast":
+    """The tokenizer that `tokenizer_state` described.
+
+    Raises:
+        UserError: It describes none, or names a special token that the tokenizer does not have.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        kept = Tokenizer.from_str(state["json"])
+        if unknown := [token for token in state["special"].values() if token and kept.token_to_id(token) is None]:
+            raise ValueError(f"there is no token {unknown[0]}")
+        return PreTrainedTokenizerFast(
+            tokenizer_object=kept,
+            padding_side="right",
+            chat_template=state.get("chat_template"),  # older checkpoints have none
+            **state["special"],
+        )
+    except Exception as error:  # whatever a damaged description makes the library say
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"tokenizer: cannot be read: {reason}", "Give a checkpoint that is undamaged.") from error

@@ -1,0 +1,1 @@
+"""Writing answers: branches of one cache, prefix caches, grammars."""

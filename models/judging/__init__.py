@@ -1,0 +1,1 @@
+"""Agents and judges: local, recorded, and behind endpoints."""

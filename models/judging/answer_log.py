@@ -1,0 +1,113 @@
+"""What models answered, kept the moment it is there, so that nothing is asked or written twice."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+from datamodules.errors import UserError
+from datamodules.escaping import shortened
+from datamodules.files.reading import MOST_ROWS, is_deep, require_regular
+
+OTHER_OUTPUT = "Give another --output."
+# Why a reply ended that is a whole one, in the words of several servers; others are length, content_filter, tool_calls.
+FINAL = ("stop", "end_turn", "stop_sequence", "eos", "eos_token", "complete", "completed")
+LONGEST_VALUE = 200  # characters of a setting in a message
+
+
+class AnswerLog:
+    """Texts by key; on a file, which grows line by line and outlives a kill, once it is opened there.
+
+    The first line says with which settings the texts came about. A last line that was cut short is dropped.
+    `unfinished` says of each text that is no whole reply why it ended.
+    """
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+        self.unfinished: dict[str, str] = {}
+        self._file: BinaryIO | None = None
+
+    @contextlib.contextmanager
+    def opened(self, path: Path, settings: dict[str, Any]) -> Iterator[Self]:
+        """Within it, texts are kept in a file; those that it holds are taken from it.
+
+        Raises:
+            UserError: The file was written with other settings, is no such log, or another process writes it.
+        """
+        if path.exists() and require_regular(path, hint=OTHER_OUTPUT) > MOST_ROWS:
+            raise UserError(f"{path}: holds more than the limit of {MOST_ROWS:,} bytes", OTHER_OUTPUT)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(
+                    f"{path} is being written by another evaluation", "Wait for it, or give another --output."
+                ) from error
+            self._file = file
+            try:
+                self._read(path, file, json.loads(json.dumps(settings)))
+                yield self
+            finally:
+                self._file = None
+
+    def add(self, key: str, text: str, where: str, finish_reason: str | None = None) -> None:
+        """Keep a text and why it ended, if that is known; when this returns, the file has it, if there is one."""
+        self._note(key, text, finish_reason)
+        self._append({"key": key, "where": where, "text": text, "finish_reason": finish_reason})
+
+    def final(self, key: str) -> str | None:
+        """The text of a key; None if it is no whole reply, which nothing may be read out of."""
+        return None if key in self.unfinished else self.texts[key]
+
+    def _note(self, key: str, text: str, finish_reason: str | None) -> None:
+        self.texts[key] = text
+        if finish_reason and finish_reason.lower() not in FINAL:
+            self.unfinished[key] = finish_reason
+
+    def _read(self, path: Path, file: BinaryIO, settings: dict[str, Any]) -> None:
+        file.seek(0)
+        content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        lines = whole.splitlines()
+        if not lines:
+            file.truncate(0)
+            fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+            self._append({"fingerprint": fingerprint, "settings": settings})
+            return
+        try:
+            before = _parsed(lines[0])["settings"]
+            for line in lines[1:]:
+                entry = _parsed(line)
+                self._note(entry["key"], entry["text"], entry["finish_reason"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is no log of an evaluation, or an older one's", OTHER_OUTPUT) from error
+        for name in sorted(set(before) | set(settings)):
+            if (then := before.get(name)) != (now := settings.get(name)):
+                raise UserError(
+                    f"{path} was begun with {name} {_value(then)}, and this is {_value(now)}",
+                    "Go on with the same options, or give another --output.",
+                )
+        file.truncate(len(whole))
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        if self._file is None:
+            return
+        self._file.write(json.dumps(entry).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _parsed(line: bytes) -> Any:
+    text = line.decode()
+    if is_deep(text):
+        raise ValueError("nested too deeply")
+    return json.loads(text)
+
+
+def _value(value: Any) -> str:
+    return shortened(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), LONGEST_VALUE)

@@ -1,0 +1,131 @@
+"""What a chat endpoint's response says: a model's text, an error wherever the server put it, or how long to wait."""
+
+import email.utils
+import json
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
+
+from datamodules.files.reading import is_deep
+
+TRY_AGAIN = (408, 409, 425, 429)  # and all from 500
+ERROR_FIELDS = ("error", "errors", "message", "detail", "msg", "error_message", "error_msg")
+
+
+@dataclass(frozen=True)
+class Received:
+    """A server's response, whole and decoded; the names of `headers` are in lower case."""
+
+    status_code: int
+    reason_phrase: str
+    headers: Mapping[str, str]
+    content: bytes
+
+    @property
+    def text(self) -> str:
+        return self.content.decode("utf-8", "replace")
+
+
+class _Message(BaseModel):
+    content: str | dict[str, Any] | list[str | dict[str, Any]] | None = None
+
+
+class _Choice(BaseModel):
+    message: _Message
+    finish_reason: str | None = None
+
+
+class Completion(BaseModel):
+    """The part of a server's answer that is read."""
+
+    choices: Annotated[list[_Choice], Field(min_length=1)]
+
+
+def text_of(content: str | dict[str, Any] | list[str | dict[str, Any]] | None) -> str:
+    """The text of a message, which may be in parts; those that are thoughts, pictures or calls are left out."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    text = ""
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, str):
+            text += part
+        elif part.get("type", "text") in ("text", "output_text") and not part.get("thought"):
+            value = part.get("text")
+            text += value if isinstance(value, str) else ""
+    return text
+
+
+def json_of(content: bytes) -> Any:
+    """The JSON that a server sent; None if it is none, or nested too deeply."""
+    try:
+        text = content.decode(json.detect_encoding(content), "surrogatepass")
+        return None if is_deep(text) else json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def error_of(content: Any) -> str | None:
+    """The sentence of an error that a server sent, wherever it put it; None if it sent none."""
+    if isinstance(content, list):
+        return next((found for item in content if (found := error_of(item))), None)
+    if not isinstance(content, dict):
+        return None
+    choices = content.get("choices")
+    if isinstance(choices, list) and choices and not content.get("error"):
+        first = choices[0]
+        return _sentence(first["error"]) if isinstance(first, dict) and first.get("error") else None
+    return next((_sentence(content[name]) for name in ERROR_FIELDS if content.get(name)), None)
+
+
+def _sentence(error: Any) -> str:
+    if isinstance(error, list):
+        return _sentence(error[0]) if error else ""
+    if not isinstance(error, dict):
+        return error if isinstance(error, str) else json.dumps(error)
+    found = next((_sentence(error[name]) for name in ERROR_FIELDS if error.get(name)), json.dumps(error))
+    return f"{found} ({error['code']})" if error.get("code") else found
+
+
+def is_refusal(response: Received, content: Any) -> bool:
+    """Whether to ask again is of no use: by the status, or by the code of an error that came with status 200."""
+    code = response.status_code
+    if code == 200 and isinstance(content, dict) and error_of(content):
+        error = content.get("error")
+        said = str((error if isinstance(error, dict) else content).get("code"))
+        code = int(said) if re.fullmatch("[1-5][0-9]{2}", said) else 500
+    return code != 200 and code < 500 and code not in TRY_AGAIN
+
+
+def streams(response: Received) -> bool:
+    """Whether a server sent a stream: server-sent events, or one JSON object a line."""
+    kind = response.headers.get("content-type", "").lower()
+    lines = [line for line in response.content.splitlines() if line.strip()]
+    return (
+        kind.startswith(("text/event-stream", "application/x-ndjson", "application/jsonl"))
+        or (bool(lines) and lines[0].startswith((b"data:", b"event:", b": ")))
+        or (len(lines) > 1 and all(isinstance(json_of(line), dict) for line in lines[:2]))
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that shows them best."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size or (unit == "hours" and seconds >= size):
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} seconds"
+
+
+def retry_after(value: str | None) -> float | None:
+    """Seconds from a Retry-After header, which gives them or a date (RFC 9110, section 10.2.3)."""
+    if value is None:
+        return None
+    if value.strip().isdecimal():
+        return float(value)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError, OverflowError):
+        return None

@@ -1,0 +1,138 @@
+"""Judges: whatever says of a proposal after a history whether the user accepts it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+from datamodules.corpus.traces import Pair
+from datamodules.errors import UserError
+from datamodules.prompting.chat_prompts import ChatPrompt, read_judgment
+from models.judging.description import Advance, Description, uncounted
+from models.judging.endpoint import ChatClient
+from models.judging.scorer import Scorer
+from models.judging.weights import Weights
+from models.learning.calibration import DECISION
+from models.learning.reward_classifier import RewardClassifier
+
+RETRY_TEMPERATURE = 0.5  # an unreadable verdict is asked for again with some chance in it, or it would come again
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge makes of a proposal.
+
+    `accepted` is None where the judge gave no readable verdict; `probability` is P(accepted) where it says so, and
+    `thought` its reason where it gives one.
+    """
+
+    accepted: bool | None
+    probability: float | None = None
+    thought: str = ""
+
+
+class Judge(Protocol):
+    """Accepts or rejects proposals. One more judge is one more class with these methods."""
+
+    def describe(self) -> Description:
+        """What it is."""
+        ...
+
+    async def judge(self, pairs: Sequence[Pair], advance: Advance = uncounted) -> list[Verdict]:
+        """A verdict on each pair of a history and a proposal, in order; `advance` is called after each."""
+        ...
+
+    def release(self) -> None:
+        """Free a device's memory until the next call; most have none."""
+        return
+
+
+class RecordedJudge(Judge):
+    """Repeats judgments that were recorded; on anything else it has no verdict.
+
+    Args:
+        judgments: By the number of events of a history, and the proposal after it: those of a single trace.
+    """
+
+    def __init__(self, judgments: Mapping[tuple[int, str | None], bool]) -> None:
+        self.judgments = judgments
+
+    def describe(self) -> Description:
+        return Description({"judge": "recorded"})
+
+    async def judge(self, pairs: Sequence[Pair], advance: Advance = uncounted) -> list[Verdict]:
+        return [Verdict(self.judgments.get((len(pair.history), pair.proposal))) for pair in pairs]
+
+
+class EndpointJudge(Judge):
+    """A generative reward model behind an endpoint.
+
+    Args:
+        client: Asks the model.
+        prompt: What it is told.
+        attempts: How often it is asked, at most, until its verdict can be read.
+    """
+
+    def __init__(self, client: ChatClient, prompt: ChatPrompt, attempts: int = 3) -> None:
+        if attempts < 1:
+            raise UserError(f"--judge.attempts: expected 1 or more, got {attempts}", "Give a greater one.")
+        self.client = client
+        self.prompt = prompt
+        self.attempts = attempts
+
+    def describe(self) -> Description:
+        endpoint, prompt = self.client.endpoint, self.prompt.model_dump()
+        settings = {"judge": "endpoint", **endpoint.settings, "attempts": self.attempts, "prompt": prompt}
+        return Description(settings, f"judging with {endpoint.model}", source=endpoint.url)
+
+    async def judge(self, pairs: Sequence[Pair], advance: Advance = uncounted) -> list[Verdict]:
+        return await self.client.gather(self._verdict(pair, advance) for pair in pairs)
+
+    async def _verdict(self, pair: Pair, advance: Advance) -> Verdict:
+        messages = self.prompt.messages(pair.history, pair.proposal)
+        where = pair.where or f"event {len(pair.history)}"
+        found = Verdict(None)
+        for attempt in range(self.attempts):
+            temperature = max(self.client.endpoint.temperature, RETRY_TEMPERATURE) if attempt else None
+            text = await self.client.ask(messages, where, attempt, temperature)
+            accepted, thought = read_judgment(text or "", self.prompt.text)
+            if accepted is not None:
+                found = Verdict(accepted, thought=thought)
+                break
+        advance()
+        return found
+
+
+class RewardJudge(Judge):
+    """A trained reward classifier: it accepts where P(accepted), calibrated, is above `DECISION`.
+
+    Args:
+        weights: The classifier.
+        doing: What it does, for the progress shown.
+    """
+
+    def __init__(self, weights: Weights[RewardClassifier], doing: str = "judging") -> None:
+        self.weights = weights
+        self.doing = doing
+        self.scorer = Scorer(weights)
+
+    def describe(self) -> Description:
+        calibration = self.weights.model.calibration
+        return Description(
+            {"judge": "reward classifier", "accepts_above": DECISION},
+            self.doing,
+            self.weights.digest,
+            self.weights.source,
+            {
+                "calibration": None if calibration is None else asdict(calibration),
+                "truncated_rows": self.scorer.truncated,
+            },
+        )
+
+    async def judge(self, pairs: Sequence[Pair], advance: Advance = uncounted) -> list[Verdict]:
+        verdicts = [Verdict(probability > DECISION, probability) for probability in self.scorer.score(pairs)]
+        for _ in verdicts:
+            advance()
+        return verdicts
+
+    def release(self) -> None:
+        self.scorer.release()

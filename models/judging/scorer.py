@@ -1,0 +1,118 @@
+"""P(accepted) of proposals after histories, from trained weights and without a Trainer.
+
+Shape legend: R rows, D hidden size, C classes.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datamodules.batching.layouts import Inputs
+from datamodules.batching.prefix_tree import Integers
+from datamodules.batching.reward_rows import RewardDataModule
+from datamodules.batching.steps import EvaluationSampler
+from datamodules.corpus.traces import Pair
+from datamodules.errors import UserError
+from datamodules.prompting.templates import render_proposal
+from models.decoding.prefix_cache import PrefixCache, cache_problem
+from models.judging.weights import Weights, best_device
+from models.learning.calibration import calibrated
+from models.learning.reward_classifier import RewardClassifier
+from models.networks.backbone import classify_states
+
+
+class Scorer:
+    """A trained reward classifier that stays on its device, ready for the next proposal.
+
+    Proposals after many histories are computed as in training, as prefix trees where the backbone allows it. Those
+    after a single history go on from a cache of what was read for the call before: along a session, each event is read
+    once.
+
+    Args:
+        weights: A trained reward classifier and the state of its data module.
+        device: Where to compute; a GPU if there is one, if None.
+
+    Attributes:
+        truncated: How many of the rows so far lost their oldest events to `data.max_length`.
+    """
+
+    def __init__(self, weights: Weights[RewardClassifier], device: torch.device | None = None) -> None:
+        self.weights = weights
+        self.device = device or best_device()
+        weights.model.eval()
+        self.data = RewardDataModule.from_state(weights.state)
+        self.truncated = 0
+        self._layout = self.data.layout
+        self._settled_for = (0, 0)  # tokens of the longest row and of the largest tree that were tried
+        self._cache: PrefixCache | None = None
+
+    def score(self, pairs: Sequence[Pair]) -> list[float]:
+        """P(accepted), calibrated, of each pair of a history and a proposal.
+
+        Raises:
+            UserError: Instructions and a proposal are longer than the network reads.
+        """
+        if not pairs:
+            return []
+        model, rows = self.weights.model, [self.row_of(pair) for pair in pairs]
+        if model.network.device != self.device:  # type: ignore[union-attr]
+            model.to(self.device)
+        one_history = all(pair.history == pairs[0].history for pair in pairs)
+        self._settle(rows, one_history)
+        with torch.inference_mode():
+            logits_RC = self._after_one_history(rows) if one_history and self._cache else self._batched(rows)
+            probability_R = logits_RC.float().double().softmax(-1)[:, 1].cpu()
+        if not torch.isfinite(probability_R).all():
+            raise UserError(
+                f"{self.weights.source}: a probability is no number",
+                "Use a checkpoint from before its weights went wrong.",
+            )
+        return calibrated(probability_R, model.temperature).tolist()
+
+    def release(self) -> None:
+        """Free the device's memory; the next call takes it again."""
+        self._cache = self._cache and PrefixCache(self._cache.network)
+        self.weights.model.cpu()
+
+    def row_of(self, pair: Pair) -> Integers:
+        """The token ids that the network reads of a pair."""
+        data = self.data
+        recent = pair.history[-data.max_length :]  # an event has a token at least
+        where = pair.where or f"a proposal after {len(pair.history)} events"
+        found = data.row_ids(recent, [render_proposal(data.template, pair.proposal)], where)
+        self.truncated += found.truncated or len(recent) < len(pair.history)
+        return data.without_padding_at_the_end(np.array(found.input_ids))
+
+    def _settle(self, rows: Sequence[Integers], one_history: bool) -> None:
+        """Try how the network reads rows and trees as large as these, or, where a history will grow, as they get."""
+        longest, largest = max(map(len, rows)), min(self.data.token_budget, sum(map(len, rows)))
+        if longest <= self._settled_for[0] and largest <= self._settled_for[1]:
+            return
+        if one_history or any(self._settled_for):
+            longest, largest = self.data.max_length, self.data.token_budget
+        self._settled_for = longest, largest
+        model, data = self.weights.model, self.data
+        assert model.network is not None, "a loaded model has weights"
+        data.layout = self._layout
+        model.settle_layout(data, longest, largest)
+        extends = data.layout == "tree" and cache_problem(model.network, longest) is None
+        self._cache = PrefixCache(model.network) if extends else None
+
+    def _after_one_history(self, rows: Sequence[Integers]) -> Tensor:
+        assert self._cache is not None
+        return classify_states(self._cache.network, self._cache.states([row.tolist() for row in rows]))
+
+    def _batched(self, rows: Sequence[Integers]) -> Tensor:
+        """Logits (R, C) in the micro-batches of an evaluation."""
+        layout = self.data.layout_of(cast("Sequence[Sequence[int]]", rows))
+        parts: list[Tensor] = []
+        order: list[int] = []
+        for (micro_batch,) in EvaluationSampler(layout, len(rows)):
+            laid_out = layout.lay_out(micro_batch.rows)
+            inputs = {name: value.to(self.device) for name, value in cast("dict[str, Tensor]", laid_out.inputs).items()}
+            parts.append(self.weights.model(cast(Inputs, inputs)))
+            order += laid_out.rows
+        return torch.cat(parts)[torch.tensor(order, device=self.device).argsort()]

@@ -1,0 +1,1 @@
+"""The LightningModules, their optimizers and metrics, and their checkpoints."""

@@ -1,0 +1,252 @@
+"""What checkpoints and exports hold, as records: of a file nothing is used before it has been compared with them.
+
+Files of this project can be damaged, and those of others can hold anything. So plain values have to fit a record, as
+rows have to, and tensors have to be those of the network that the plain values describe, each by its name.
+"""
+
+import inspect
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from functools import cache
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, Self, Union
+
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    create_model,
+    model_validator,
+)
+
+from datamodules.corpus.records import json_object, validate
+from models.learning.calibration import TEMPERATURE_RANGE
+from models.networks.weight_files import HINT, FileName, checked_configuration, checked_implementation
+
+
+def _configuration_text(value: str) -> str:
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError("expected the text of a JSON object")
+    checked_configuration(json_object(found))
+    return value
+
+
+def _without_private(value: Any) -> Any:
+    """Without what Lightning notes for itself."""
+    if isinstance(value, dict):
+        return {name: option for name, option in value.items() if not str(name).startswith("_")}
+    return value
+
+
+Plain = Annotated[dict[str, Any], AfterValidator(json_object)]
+Digest = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Count = Annotated[int, Field(ge=0)]
+ShardName = Annotated[str, Field(pattern=r"^(weights|optimizer)/[\w.-]+\.safetensors$")]
+State = dict[str, Any]
+
+
+class Content(BaseModel):
+    """A record whose further fields are nobody's concern."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False, populate_by_name=False)
+    hint: ClassVar[str] = HINT
+
+
+class FittedCalibration(Content):
+    """What `Calibration` keeps; older files say `threshold`, and not how many rows."""
+
+    temperature: float = Field(ge=TEMPERATURE_RANGE[0] * 0.999, le=TEMPERATURE_RANGE[1] * 1.001)
+    f1_threshold: float = Field(ge=0, le=1, validation_alias=AliasChoices("f1_threshold", "threshold"))
+    rows: Count | None = None
+    of_rows: Count | None = None
+
+
+class SpecialTokens(Content):
+    """The tokens that a tokenizer names; the one that pads is always there."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    pad_token: str
+    bos_token: str | None = None
+    eos_token: str | None = None
+    unk_token: str | None = None
+    sep_token: str | None = None
+    cls_token: str | None = None
+    mask_token: str | None = None
+
+
+class KeptTokenizer(Content):
+    """See `datamodules.prompting.tokenizers.tokenizer_state`; older files have no chat template."""
+
+    text: str = Field(validation_alias="json")
+    special: SpecialTokens
+    chat_template: str | None = None
+
+
+class DataOptions(Content):
+    """The options of a data module that others than itself read."""
+
+    root: str
+    seed: Count
+
+
+class KeptData(Content):
+    """The state of a data module: what its model was trained on is always known, else nothing could be measured."""
+
+    hyperparameters: DataOptions
+    prompt: Plain
+    tokenizer: KeptTokenizer
+    branch_length: Count = 0
+    training_histories: list[Digest] = Field(min_length=1)
+    training_scenes: list[str] = Field(min_length=1)
+    validation_histories: list[Digest] = []
+    validation_scenes: list[str] = []
+    training_rows: str
+    order_seed: Count = 0
+
+
+class AdapterBase(Content):
+    """Which backbone an adapter is for."""
+
+    backbone: str
+    digest: str
+
+
+class ExportContent(Content):
+    """What proactive.json holds."""
+
+    task: Literal["reward", "agent"]
+    model: Plain
+    calibration: FittedCalibration | None
+    data: KeptData
+    base: AdapterBase | None = None
+    backbone_config: Annotated[Plain, AfterValidator(checked_configuration)] | None = None
+    files: list[FileName] = []
+
+
+class OptimizerContent(Content):
+    """The state of an optimizer, as PyTorch keeps it."""
+
+    class Group(Content):
+        params: list[int | str]
+
+    state: dict[int | str, Any]
+    param_groups: list[Group]
+
+
+class ScheduleContent(Content):
+    """The state of a schedule, as PyTorch keeps it."""
+
+    last_epoch: Count
+    base_lrs: list[float]
+    lr_lambdas: list[dict[str, Any] | None]
+    step_count: Count = Field(validation_alias="_step_count")
+    last_lr: list[float] = Field(validation_alias="_last_lr")
+
+
+class RunOptions(Content):
+    """The options of a run, by group."""
+
+    seed_everything: Any
+    model: Plain
+    data: Plain
+    trainer: Plain
+    run: Plain
+
+
+class CheckpointContent(Content):
+    """What a checkpoint of a run holds, and values.pt of one that ranks wrote together."""
+
+    task: Literal["reward", "agent"]
+    version: str = Field(validation_alias="pytorch-lightning_version", pattern=r"^2\.\d+(\.\w+)*$")
+    epoch: Count
+    global_step: Count
+    state_dict: dict[str, Any]
+    hyper_parameters: Annotated[Plain, BeforeValidator(_without_private)]
+    backbone_config: Annotated[str, AfterValidator(_configuration_text)]
+    calibration: FittedCalibration | None
+    base: AdapterBase | None = None
+    options: RunOptions | None = None
+    loops: dict[str, State] = {}
+    callbacks: dict[str, State] = {}
+    optimizer_states: list[OptimizerContent] = []
+    lr_schedulers: list[ScheduleContent] = []
+
+    @model_validator(mode="after")
+    def _each_optimizer_has_its_schedule(self) -> Self:
+        groups = [len(optimizer.param_groups) for optimizer in self.optimizer_states]
+        if groups != [len(schedule.lr_lambdas) for schedule in self.lr_schedulers]:
+            raise ValueError("expected a schedule for each group of optimizer_states in lr_schedulers")
+        return self
+
+
+class RewardCheckpoint(CheckpointContent):
+    """That of a reward classifier, with the state of its data module under the name that Lightning gives it."""
+
+    data: KeptData = Field(validation_alias="RewardDataModule")
+
+
+class AgentCheckpoint(CheckpointContent):
+    """The same of an agent."""
+
+    data: KeptData = Field(validation_alias="AgentDataModule")
+
+
+class ShardFiles(Content):
+    """What values.pt holds of the files beside it, whose checksums it has, and of weights with several names."""
+
+    files: dict[ShardName, Count]
+    aliases: dict[str, str]
+
+
+CHECKPOINTS: dict[str, type[CheckpointContent]] = {"reward": RewardCheckpoint, "agent": AgentCheckpoint}
+
+
+@cache
+def options_record(kind: type) -> type[BaseModel]:
+    """A record of the options that a class's constructor takes, with those that it hands on to its bases."""
+    fields: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        # Those of libraries take no options, and may be wrapped while memory is tracked or weights are left out.
+        if base.__module__.partition(".")[0] in ("builtins", "torch", "lightning") or "__init__" not in vars(base):
+            continue
+        constructor = vars(base)["__init__"]
+        hints = typing.get_type_hints(constructor, include_extras=True)
+        for name, parameter in inspect.signature(constructor).parameters.items():
+            if name in hints and parameter.kind == parameter.POSITIONAL_OR_KEYWORD:
+                default = ... if parameter.default is parameter.empty else parameter.default
+                fields[name] = (_plain_type(hints[name]), default)
+    if "attn_implementation" in fields:
+        fields["attn_implementation"] = (Annotated[str | None, AfterValidator(checked_implementation)], None)
+    settings = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    record: type[BaseModel] = create_model(f"{kind.__name__}Options", __config__=settings, **fields)
+    record.hint = Content.hint  # type: ignore[attr-defined]
+    return record
+
+
+def _plain_type(annotation: Any) -> Any:
+    """The type as JSON has it, where a dataclass is an object."""
+    if typing.get_origin(annotation) in (Union, UnionType):
+        return Union[tuple(map(_plain_type, typing.get_args(annotation)))]  # noqa: UP007 - of a computed tuple
+    return options_record(annotation) if isinstance(annotation, type) and is_dataclass(annotation) else annotation
+
+
+def refuse_options(kind: type, options: Mapping[str, Any], where: str) -> None:
+    """Refuse options that a class does not have, or that are of other types.
+
+    Raises:
+        UserError: There are such; it names `where`.
+    """
+    validate(dict(options), options_record(kind), where)
+
+
+# Tensors

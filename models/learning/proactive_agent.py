@@ -1,0 +1,151 @@
+"""ProactiveAgent: reads a history, and writes an answer: a proposal, or null to stay silent.
+
+Shape legend: R rows, L distinct tokens of their answers, N probes.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from datamodules.batching.answer_rows import AnswerKind
+from datamodules.batching.steps import AgentBatch
+from datamodules.corpus.answers import read_answer
+from datamodules.corpus.records import history_digest
+from datamodules.errors import UserError
+from datamodules.ranges import CountOrNone, NotNegative
+from models.decoding.branches import can_branch
+from models.decoding.generation import generate_answers
+from models.learning.answer_metrics import AnswerLosses, answer_losses, decision_figures, decisions, probed_rows
+from models.learning.training import BackboneModule
+from models.networks.backbone import language_problem, position_room, token_losses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SAMPLED_TOKENS = 64
+
+
+class ProactiveAgent(BackboneModule):
+    """A causal language model that learns the tokens of answers.
+
+    Args:
+        null_weight: Factor on the loss of null answers, which are short: a step's loss is the mean over its tokens.
+        sampled_answers: After how many validation histories to write an answer at each validation, so that one can
+            read them; the share that is valid JSON is logged.
+        options: See BackboneModule.
+    """
+
+    task = "agent"
+    head = "language model"
+    logged_figures = ("validation/loss", "validation/f1", "validation/auroc", "validation/json_validity")
+
+    def __init__(self, null_weight: NotNegative = 1.0, sampled_answers: CountOrNone = 8, **options: Any) -> None:
+        super().__init__(**options)
+        self.answers = AnswerLosses()
+        self.samples: list[dict[str, Any]] = []  # of the last validation
+        self._can_branch: bool | None = None  # found out at the first one
+
+    def refuse_network(self, network: "PreTrainedModel") -> None:
+        if problem := language_problem(network):
+            raise UserError(
+                f"model.backbone: {self.hparams['backbone']} cannot be trained as an agent: {problem}",
+                "Use a decoder; Llama, Qwen, Mistral, Gemma and Phi are known to serve.",
+            )
+
+    def row_losses(self, batch: AgentBatch) -> Tensor:
+        """The summed cross-entropy of each row's answer, (R,) float32."""
+        assert self.network is not None, "configure_model makes the network"
+        answers = batch["answers"]
+        loss_L = token_losses(self.network, batch["inputs"], answers["predicted_at"], answers["target"])
+        none_R = torch.zeros(len(batch["row"]), dtype=loss_L.dtype, device=loss_L.device)
+        return none_R.index_add(0, answers["pair_row"], loss_L[answers["pair_token"]])
+
+    def loss(self, batch: AgentBatch) -> Tensor:
+        weight_R = torch.where(batch["kind"] == AnswerKind.NULL, self.hparams["null_weight"], 1.0)
+        return (self.row_losses(batch) * weight_R * batch["weight"]).sum()
+
+    def on_validation_epoch_start(self) -> None:
+        self.answers.reset()
+
+    def validation_step(self, batch: list[AgentBatch], batch_idx: int) -> None:
+        self._collect(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the figures, and calibrate."""
+        rows = self.answers.rows()
+        if not torch.isfinite(rows["loss"]).all():
+            raise self.not_finite("an answer's loss in validation", float(rows["loss"].sum()))
+        figures = answer_losses(rows)
+        offers_N, needed_N = decisions(rows)
+        if len(needed_N):
+            self.calibrate(offers_N, needed_N)
+            figures |= decision_figures(offers_N, needed_N)
+        self.samples = self._write_samples()
+        if self.samples:
+            valid = [sample["valid"] for sample in self.samples]
+            figures["json_validity"] = torch.tensor(sum(valid) / len(valid))
+        self.log_dict({f"validation/{name}": value.float() for name, value in figures.items()}, prog_bar=True)
+
+    def on_test_epoch_start(self) -> None:
+        self.answers.reset()
+
+    def test_step(self, batch: list[AgentBatch], batch_idx: int) -> None:
+        self._collect(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Put the probes of all ranks in `test_rows` and the figures in `test_figures`."""
+        rows = self.answers.rows()
+        offers_N, needed_N = decisions(rows)
+        scene_N = self.scenes_of("test", probed_rows(rows))
+
+        def figures(probability_N: Tensor, threshold: float) -> dict[str, Tensor]:
+            return answer_losses(rows) | decision_figures(probability_N, needed_N, threshold, scene_N)
+
+        columns = {"probability": offers_N, "target": needed_N, "row": probed_rows(rows), "scene": scene_N}
+        self.note_test(columns, figures, len(rows["row"]))
+
+    def _write_samples(self) -> list[dict[str, Any]]:
+        """Greedy answers, without a grammar's help, after validation histories from all over the split."""
+        assert self.network is not None
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        probes = [example for example in data.rows("validation") if example.kind == AnswerKind.PROBE]
+        number = min(self.hparams["sampled_answers"], len(probes))
+        chosen = [probes[place * len(probes) // number] for place in range(number)]
+        max_length = min(data.prompt_length + SAMPLED_TOKENS, position_room(self.network.config))
+        if self._can_branch is None and chosen:
+            self._can_branch = can_branch(self.network, max_length)
+        generated = generate_answers(
+            self.network,
+            [data.segments(example.history) for example in chosen],
+            data.opening(),
+            end_id=data.tokenizer.eos_token_id,
+            max_new_tokens=SAMPLED_TOKENS,
+            max_length=max_length,
+            branched=self._can_branch,
+            wanted={(place, len(example.history)) for place, example in enumerate(chosen)},
+        )
+        texts = {answer.trace: data.tokenizer.decode(answer.token_ids) for answer in generated}
+        return [
+            {
+                "history": f"{history_digest(example.history) % 2**64:016x}",
+                "event": example.history[-1].event,
+                "help_needed": example.help_needed,
+                "answer": texts[place],
+                "valid": read_answer(texts[place]) is not None,
+            }
+            for place, example in enumerate(chosen)
+        ]
+
+    def _collect(self, batch: list[AgentBatch]) -> None:
+        for micro_batch in batch:
+            real_R = micro_batch["weight"] > 0
+            tokens_R = torch.bincount(micro_batch["answers"]["pair_row"], minlength=len(real_R))
+            columns = (
+                self.row_losses(micro_batch),
+                tokens_R,
+                micro_batch["kind"],
+                micro_batch["help_needed"],
+                micro_batch["row"],
+            )
+            self.answers.update(*(column[real_R] for column in columns))

@@ -1,0 +1,70 @@
+"""The reports' plots, as PNG in base64."""
+
+import base64
+import io
+from typing import Any
+
+from torch import Tensor
+
+from models.learning.calibration import DECISION
+
+CALIBRATION_BINS = 10
+
+
+def loss_plot(curves: dict[str, dict[int, float]]) -> str:
+    """Training and validation loss by optimizer step, from `read_curves`."""
+    axes = new_axes("optimizer step", "cross-entropy")
+    for name, style in (("train/loss", {"alpha": 0.7}), ("validation/loss", {"marker": "o"})):
+        if points := curves.get(name):
+            axes.plot(list(points), list(points.values()), label=name, **style)
+    axes.set_ylim(bottom=0)
+    return image(axes)
+
+
+def precision_recall_plot(rows: dict[str, Tensor], record: dict[str, Any]) -> str:
+    """Precision and recall at every threshold, from a model's `test_rows`, and the two decisions of its record."""
+    from torchmetrics.functional.classification import binary_precision_recall_curve
+
+    precision, recall, _ = binary_precision_recall_curve(rows["probability"], rows["target"])
+    axes = new_axes("recall", "precision")
+    axes.plot(recall, precision, drawstyle="steps-post", label="all thresholds")
+    for name, label, marker in (("raw", f"above {DECISION:g}", "o"), ("f1_optimal", "greatest F1 in validation", "s")):
+        if figures := record["test"].get(name):
+            axes.plot(figures["recall"], figures["precision"], marker, label=f"{label}: F1 {figures['f1']:.3f}")
+    accepted = float(rows["target"].double().mean())
+    axes.axhline(accepted, color="grey", linestyle=":", label="all")
+    axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
+    return image(axes)
+
+
+def reliability_plot(rows: dict[str, Tensor]) -> str:
+    """How often what a model's `test_rows` call so probable was so."""
+    axes = new_axes("probability, mean of bin", "share of rows")
+    axes.plot([0, 1], [0, 1], color="grey", linestyle=":")
+    for column, label in (("probability", "raw"), ("calibrated", "calibrated")):
+        bins = (rows[column] * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+        filled = bins.unique().tolist()
+        means = [float(rows[column][bins == number].mean()) for number in filled]
+        shares = [float(rows["target"][bins == number].double().mean()) for number in filled]
+        axes.plot(means, shares, marker="o", label=label)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    return image(axes)
+
+
+def new_axes(x_label: str, y_label: str) -> Any:
+    """Empty axes of a small figure."""
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+
+    axes = Figure(figsize=(5, 3.6), layout="constrained").add_subplot()
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.grid(alpha=0.3)
+    return axes
+
+
+def image(axes: Any) -> str:
+    """The figure as PNG in base64."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small")
+    content = io.BytesIO()
+    axes.figure.savefig(content, format="png", dpi=120)
+    return base64.b64encode(content.getvalue()).decode()

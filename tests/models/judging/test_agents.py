@@ -1,0 +1,93 @@
+"""Sessions of agents without weights give what whole traces give."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from datamodules.corpus.answers import AGENT_PROMPT
+from datamodules.corpus.records import Event
+from datamodules.corpus.traces import Candidate, Trace
+from datamodules.errors import UserError
+from datamodules.prompting.chat_prompts import ChatPrompt
+from models.judging.agents import GENERIC_PROPOSAL, Agent, AlwaysPropose, EndpointAgent, NeverPropose, RecordedAgent
+from models.judging.description import joint_record, joint_settings
+from models.judging.endpoint import ChatClient, Endpoint
+from tests.chat_server import Body, Reply, chat_server
+
+TRACES = [
+    Trace(name, tuple(Event(time=str(n), event=f"{name} does {n}") for n in range(events)), (False,) * events)
+    for name, events in (("a.json", 3), ("b.json", 1), ("c.json", 2))
+]
+RECORDED = {
+    "a.json": [[Candidate("x", "x"), Candidate("y", "y")], [Candidate(None)], [Candidate(None), Candidate("z", "z")]],
+    "b.json": [[Candidate(None)]],
+    "c.json": [[Candidate("u", "u")], [Candidate("v", "v")]],
+}
+
+
+async def observed(agent: Agent) -> dict[str, Any]:
+    sessions = {trace.name: agent.session(trace.name) for trace in TRACES}
+    return {trace.name: [await sessions[trace.name].observe(event) for event in trace.events] for trace in TRACES}
+
+
+def plain(answers: Any) -> dict[str, Any]:
+    return {name: [list(step) for step in steps] for name, steps in answers.items()}
+
+
+@pytest.mark.parametrize(
+    "agent",
+    [
+        RecordedAgent(RECORDED, "here"),
+        RecordedAgent(RECORDED, "here", 1),
+        NeverPropose(),
+        AlwaysPropose(),
+        AlwaysPropose(RECORDED),
+    ],
+)
+def test_sessions_give_what_whole_traces_give(agent: Agent) -> None:
+    answers = plain(asyncio.run(agent.answer(TRACES)))
+    assert [len(answers[trace.name]) for trace in TRACES] == [3, 1, 2]
+    assert asyncio.run(observed(agent)) == answers
+
+
+def test_always_propose_takes_anothers_first_offer_else_a_generic_one() -> None:
+    answers = asyncio.run(AlwaysPropose(RECORDED).answer(TRACES))
+    assert [[c.proposal for c in step] for step in answers["a.json"]] == [["x"], [GENERIC_PROPOSAL], ["z"]]
+    assert asyncio.run(AlwaysPropose().session("live").observe(TRACES[0].events[0]))[0].proposal == GENERIC_PROPOSAL
+
+
+def test_a_model_behind_an_endpoint_is_told_the_same_in_a_session() -> None:
+    def answer(body: Body, before: int) -> Reply:
+        return Reply(json.dumps({"proposal": f"{body['seed']} {hash(body['messages'][-1]['content'])}"}))
+
+    prompt = ChatPrompt.read(AGENT_PROMPT, with_proposal=False)
+
+    async def both() -> None:
+        with chat_server(answer) as chat:
+            async with ChatClient(Endpoint(chat.url, "m", temperature=0.5)) as client:
+                agent = EndpointAgent(client, prompt, candidates=2)
+                counted: list[None] = []
+                answers = await agent.answer(TRACES, lambda: counted.append(None))
+                assert len(counted) == len(chat.bodies) == 12
+                assert await observed(agent) == plain(answers)
+                assert len(chat.bodies) == 12, "nothing is asked twice"
+                described = agent.describe()
+                assert (described.source, described.doing) == (chat.url, "asking m")
+                assert "url" not in joint_settings({"a.json": agent}), "a server may come back under another address"
+                assert joint_record({"a.json": agent})["url"] == chat.url
+
+    asyncio.run(both())
+
+
+def test_an_endpoint_is_asked_within_its_clients_time() -> None:
+    client = ChatClient(Endpoint("http://127.0.0.1:1/v1", "m"))
+    with pytest.raises(RuntimeError, match="ask within"):
+        asyncio.run(client.ask([], "here"))
+
+
+def test_several_candidates_that_would_be_the_same_are_refused() -> None:
+    client = ChatClient(Endpoint("http://127.0.0.1:1/v1", "m"))
+    with pytest.raises(UserError, match="2 candidates at temperature 0"):
+        EndpointAgent(client, ChatPrompt.read(AGENT_PROMPT, with_proposal=False), candidates=2)

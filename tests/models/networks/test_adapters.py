@@ -1,0 +1,400 @@
+"""LoRA and QLoRA: what is trained, kept, refused and exported, and that the self-tests see through it."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from callbacks.saving import LastCheckpoint
+from callbacks.seeding import SeedEachStep
+from datamodules.batching.answer_rows import AgentDataModule
+from datamodules.batching.reward_rows import RewardDataModule
+from datamodules.errors import UserError
+from models.learning.checkpoint_files import load_trained
+from models.learning.proactive_agent import ProactiveAgent
+from models.learning.reward_classifier import RewardClassifier
+from models.learning.training import BackboneModule
+from models.networks.adapters import (
+    AdapterOptions,
+    Quantization,
+    add_adapter,
+    linear_layers,
+    merged_state,
+    target_layers,
+    trained_names,
+)
+from models.networks.backbone import Head, language_problem, network_from_config, weightless_network
+from models.networks.operations import weight_count
+from models.networks.tree_reading import pair_cost, tree_problem
+from tests.models.small import FAMILIES, LLAMA, fit, probabilities, small_data, small_trainer
+
+KINDS: tuple[Quantization, ...] = ("none", "int8", "nf4")
+LAYER = {"none": torch.nn.Linear, "int8": Linear8bitLt, "nf4": Linear4bit}
+
+
+def classifier(base: Path, quantization: Quantization = "nf4", **options: Any) -> RewardClassifier:
+    adapter = AdapterOptions(**{"rank": 4, "alpha": 8, "dropout": 0.0, **options.pop("adapter", {})})
+    return RewardClassifier(
+        backbone=str(base), adapter=adapter, quantization=quantization, **{"learning_rate": 1e-2, **options}
+    )
+
+
+def reward_data(root: Path, base: Path, **options: Any) -> RewardDataModule:
+    return small_data(root, tokenizer=str(base), layout="tree", token_budget=400, **options)
+
+
+def a_batch(data: RewardDataModule) -> Any:
+    return next(iter(data.train_dataloader()))[0]
+
+
+def trained(module: BackboneModule) -> dict[str, Tensor]:
+    names = trained_names(module)
+    return {name: weight.clone() for name, weight in module.state_dict().items() if name in names}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_and_the_new_head_are_all_that_is_trained(root: Path, base: Path, kind: Quantization) -> None:
+    model, data = classifier(base, kind), reward_data(root, base)
+    fit(model, data, limit_train_batches=1, limit_val_batches=0)
+    network = model.network
+    assert network is not None
+    layers = network.base_model.layers
+    assert type(layers[0].mlp.up_proj.get_base_layer()) is LAYER[kind]
+    names = trained_names(network)
+    assert "score.weight" in names
+    assert all("lora_" in name for name in names - {"score.weight"})
+    assert len(names) == 1 + 2 * 7 * 2
+    assert {network.get_parameter(name).dtype for name in names} == {torch.float32}
+    assert data.layout == "tree"
+    assert tree_problem(network, 160) is None
+
+
+def test_what_a_quantized_backbone_costs_is_what_it_cost_before(root: Path, base: Path) -> None:
+    counts, costs = [], []
+    for kind in KINDS:
+        model = classifier(base, kind, adapter={"rank": 1})
+        fit(model, reward_data(root, base), limit_train_batches=0, limit_val_batches=0)
+        assert model.network is not None
+        counts.append(weight_count(model.network))
+        costs.append(pair_cost(model.network))
+    assert len(set(counts)) == len(set(costs)) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_agent_learns_with_adapters(root: Path, base: Path, kind: Quantization) -> None:
+    options: dict[str, Any] = {"folds": 3, "max_length": 200, "batch_size": 8, "token_budget": 400, "cache": False}
+    data = AgentDataModule(root=str(root), tokenizer=str(base), layout="tree", **options)
+    adapter = AdapterOptions(rank=4, dropout=0.0)
+    agent = ProactiveAgent(
+        backbone=str(base), adapter=adapter, quantization=kind, learning_rate=1e-2, sampled_answers=0
+    )
+    losses: list[float] = []
+    torch.manual_seed(0)
+    trainer = small_trainer(max_epochs=3)
+    original = agent.on_validation_epoch_end
+
+    def noting() -> None:
+        original()
+        losses.append(float(trainer.callback_metrics["validation/loss"]))
+
+    agent.on_validation_epoch_end = noting  # type: ignore[method-assign]
+    trainer.fit(agent, data)
+    assert agent.network is not None
+    assert all("lora_" in name for name in trained_names(agent.network)), "the head is the base's own"
+    assert language_problem(agent.network) is None
+    assert losses[-1] < 0.97 * losses[0]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_fit_on_a_quantized_backbone_reduces_the_loss(root: Path, base: Path, kind: Quantization) -> None:
+    model, data = classifier(base, kind), reward_data(root, base)
+    fit(model, data, max_epochs=1, limit_train_batches=0, limit_val_batches=0)
+
+    def mean_loss() -> float:
+        model.eval()
+        with torch.no_grad():
+            return sum(float(model.loss(micro)) for step in data.train_dataloader() for micro in step)
+
+    before = mean_loss()
+    model.train()
+    fit(model, data, max_epochs=20, limit_val_batches=0)
+    assert mean_loss() < 0.95 * before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_goes_on_bit_for_bit(root: Path, base: Path, tmp_path: Path, kind: Quantization) -> None:
+    def run(folder: Path, *callbacks: Callback, checkpoint: Path | None = None) -> RewardClassifier:
+        model = classifier(base, kind, adapter={"dropout": 0.1})
+        torch.manual_seed(0)
+        trainer = small_trainer(SeedEachStep(), LastCheckpoint(folder, every_n_steps=2), *callbacks, max_epochs=2)
+        with contextlib.suppress(KilledError):
+            trainer.fit(model, reward_data(root, base), ckpt_path=checkpoint, weights_only=True)
+        return model
+
+    whole = run(tmp_path / "whole")
+    stopped = run(tmp_path / "parts", KillAfter(step=9))
+    resumed = run(tmp_path / "parts", checkpoint=tmp_path / "parts" / "last.ckpt")
+    expected, found, early = trained(whole), trained(resumed), trained(stopped)
+    assert not any(torch.equal(weight, early[name]) for name, weight in expected.items())
+    assert all(torch.equal(weight, found[name]) for name, weight in expected.items())
+
+
+class KilledError(Exception):
+    """Stands for the end of a process."""
+
+
+class KillAfter(Callback):
+    """Ends the run, without a save, after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.global_step == self.step:
+            raise KilledError
+
+
+@pytest.fixture(scope="module")
+def fitted(root: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Trained classifiers by quantization and dtype, with their data and checkpoint; each is trained once."""
+    made: dict[tuple[str, str], Any] = {}
+
+    def get(kind: Quantization, dtype: str = "float32") -> Any:
+        if (kind, dtype) not in made:
+            folder = tmp_path_factory.mktemp("run")
+            model, data = classifier(base, kind, dtype=dtype), reward_data(root, base)
+            fit(model, data, LastCheckpoint(folder), limit_val_batches=0)
+            made[kind, dtype] = (model, data, folder / "last.ckpt")
+        return made[kind, dtype]
+
+    return get
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_holds_what_is_trained_alone(fitted: Callable[..., Any], kind: Quantization) -> None:
+    model, data, path = fitted(kind)
+    checkpoint = torch.load(path, weights_only=True)
+    assert set(checkpoint["state_dict"]) == trained_names(model)
+    again, _, _ = load_trained(RewardClassifier, path, "--checkpoint")
+    batch = a_batch(data)
+    assert torch.allclose(probabilities(again, batch), probabilities(model, batch), rtol=1e-5)  # attends otherwise
+
+
+def test_an_adapter_without_its_base_says_so(fitted: Callable[..., Any], base: Path, tmp_path: Path) -> None:
+    _, _, path = fitted("nf4")
+    away = base.rename(tmp_path / "away")
+    try:
+        with pytest.raises(UserError, match="adapter alone, and its base is missing"):
+            load_trained(RewardClassifier, path, "--checkpoint")
+        torch.manual_seed(2)
+        config = json.loads((away / "config.json").read_text())
+        network_from_config("language model", config, "float32", None).save_pretrained(base)
+        with pytest.raises(UserError, match="has other weights now"):
+            load_trained(RewardClassifier, path, "--checkpoint")
+    finally:
+        for file in base.glob("*"):
+            file.unlink()
+        base.rmdir()
+        away.rename(base)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exported_adapter_is_what_peft_loads(
+    fitted: Callable[..., Any], base: Path, tmp_path: Path, kind: Quantization
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    model, data, _ = fitted(kind)
+    model.export(tmp_path, data.state_dict())
+    assert not (tmp_path / "model.safetensors").exists()
+    again, _ = RewardClassifier.from_export(tmp_path)
+    batch = a_batch(data)
+    expected = probabilities(model, batch)
+    assert torch.allclose(probabilities(again, batch), expected, rtol=1e-5)  # attends otherwise
+    if kind == "none":
+        plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+        rows = a_batch(reward_rows(data, base))
+        with torch.no_grad():
+            logits = PeftModel.from_pretrained(plain, tmp_path).eval()(
+                input_ids=rows["inputs"]["input_ids"], attention_mask=rows["inputs"]["attention_mask"]
+            )[0]
+        assert torch.allclose(logits.double().softmax(-1)[:, 1], probabilities(model, rows), atol=1e-5)
+
+
+def reward_rows(data: RewardDataModule, base: Path) -> RewardDataModule:
+    rows = small_data(Path(data.root), tokenizer=str(base), layout="rows")
+    rows.setup("fit")
+    return rows
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-3)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merged_export_is_adapter_plus_base(
+    fitted: Callable[..., Any], tmp_path: Path, kind: Quantization, dtype: str, tolerance: float
+) -> None:
+    model, data, _ = fitted(kind, dtype)
+    unmerged = model.adapter
+    model.adapter = AdapterOptions(**{**vars(unmerged), "merge": True})
+    model.export(tmp_path, data.state_dict())
+    model.adapter = unmerged
+    again, _ = RewardClassifier.from_export(tmp_path)
+    assert again.adapter is None
+    assert not any("lora" in name for name in again.state_dict())
+    if kind == "int8":
+        return  # its layers round what they read as well, which a plain layer does not
+    batch = a_batch(data)
+    assert torch.allclose(probabilities(again, batch), probabilities(model, batch), rtol=0, atol=tolerance)
+
+
+def test_what_does_not_go_together_is_refused_before_any_weight_is_loaded(
+    root: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusal(model: RewardClassifier, **options: Any) -> str:
+        trainer = small_trainer(**options)
+        with pytest.raises(UserError) as caught:
+            trainer.fit(model, reward_data(root, base))
+        assert model.network is None
+        return str(caught.value)
+
+    assert "in nf4 cannot be trained" in refusal(RewardClassifier(backbone=str(base), quantization="nf4"))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert 'pip install -e ".[adapters]"' in refusal(classifier(base, "none"))
+
+
+def test_a_sharded_backbone_is_refused(base: Path) -> None:
+    from models.networks.adapters import refuse_unfit
+
+    with pytest.raises(UserError, match="the strategy is ModelParallelStrategy"):
+        refuse_unfit(AdapterOptions(), "nf4", ModelParallelStrategy())
+
+
+def test_impossible_options_are_refused() -> None:
+    with pytest.raises(UserError, match="rank"):
+        AdapterOptions(rank=0)
+    with pytest.raises(UserError, match="dropout"):
+        AdapterOptions(dropout=1.0)
+
+
+def weightless(kind: str, head: Head, **options: Any) -> Any:
+    config = AutoConfig.for_model(kind, **{**FAMILIES[kind], "vocab_size": 300, "pad_token_id": 0, **options})
+    if head == "classifier":
+        config.num_labels = 2
+    return weightless_network(head, kind, config, dtype="float32", attn_implementation=None, trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "target", "message"),
+    [
+        ("llama", "classifier", "nothing_proj", "LlamaForSequenceClassification has no such layer"),
+        ("llama", "classifier", "proj", "has no such layer"),  # the end of a name, not a name
+        ("llama", "classifier", "score", "score is in the new head, which is trained whole"),
+        ("roberta", "classifier", "out_proj", "out_proj is in the new head"),
+        ("roberta", "classifier", "dense", "dense is in the new head"),  # as well as under it
+        ("deberta-v2", "classifier", "pooler", "pooler is in the new head"),
+        ("llama", "classifier", "embed_tokens", "embed_tokens are embeddings"),
+        ("llama", "language model", "embed_tokens", "embed_tokens are embeddings"),
+        ("gpt2", "language model", "wpe", "wpe are embeddings"),
+        ("bert", "classifier", "word_embeddings", "word_embeddings are embeddings"),
+        ("llama", "language model", "input_layernorm", "is no linear layer but LlamaRMSNorm"),
+        ("llama", "language model", "self_attn", "is no linear layer but LlamaAttention"),
+        ("gpt2", "language model", "lm_head", "lm_head shares its weights with the embeddings"),
+        ("gemma3_text", "language model", "lm_head", "lm_head shares its weights with the embeddings"),
+    ],
+)
+def test_targets_that_cannot_be_right_are_refused(kind: str, head: Head, target: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        target_layers(weightless(kind, head), head, AdapterOptions(targets=[target]))
+    assert caught.value.what.startswith(f"model.adapter.targets: {target}")
+    assert "Use all-linear, or some of" in caught.value.hint
+
+
+def test_targets_are_looked_at_before_weights_load(root: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = classifier(base, adapter={"targets": ["q_proj", "score"]})
+    monkeypatch.setattr("models.learning.training.build_network", lambda *_, **__: pytest.fail("weights are loaded"))
+    with pytest.raises(UserError, match="score is in the new head"):
+        fit(model, reward_data(root, base))
+
+
+def test_an_output_layer_of_its_own_may_have_an_adapter() -> None:
+    """Merged, the network gives the same logits, and embeddings stay what they were."""
+    config = AutoConfig.for_model(**{**LLAMA, "vocab_size": 300, "pad_token_id": 0, "tie_word_embeddings": False})
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_config(config)
+    embeddings = network.get_input_embeddings().weight.clone()
+    add_adapter(network, "language model", AdapterOptions(rank=2, targets=["q_proj", "lm_head"]))
+    for name, weight in network.named_parameters():
+        if ".lora_" in name:
+            weight.data.normal_(std=0.1)
+    network.eval()
+    plain = AutoModelForCausalLM.from_config(config).eval()
+    plain.load_state_dict(merged_state(network, "none"))
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, network(ids).logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(plain.get_input_embeddings().weight, embeddings)
+
+
+def test_a_merge_of_plain_adapters_needs_no_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**LLAMA, "vocab_size": 300}))
+    add_adapter(network, "language model", AdapterOptions(rank=2))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "bitsandbytes"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    state = merged_state(network, "none")
+    assert not any("lora" in name for name in state)
+    with pytest.raises(ImportError):
+        merged_state(network, "nf4")
+
+
+MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 8, "vocab_size": 300}
+
+
+def test_what_is_left_out_is_said_with_its_share(caplog: pytest.LogCaptureFixture) -> None:
+    network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MIXTRAL))
+    total = sum(weight.numel() for weight in network.parameters())
+    experts = sum(weight.numel() for name, weight in network.named_parameters() if ".experts." in name)
+    embeddings = network.get_input_embeddings().weight.numel()
+    linear = sum(layer.weight.numel() for layer in linear_layers(network).values())
+    targets = 2 * 2 * 64 * 64  # q_proj and o_proj of two layers
+    with caplog.at_level("INFO", "proactive"):
+        add_adapter(network, "language model", AdapterOptions(rank=2, targets=["q_proj", "o_proj"]), "nf4")
+    packed = sum(2 * layer.weight.numel() for layer in network.modules() if isinstance(layer, Linear4bit))
+    assert packed == linear
+    said, quantized, warning = (record.getMessage() for record in caplog.records)
+    assert said.startswith(
+        f"model.adapter: adapters on 4 layers, which hold {targets / total:.1%} of the weights; not "
+    )
+    assert quantized.startswith(f"model.quantization: {linear / total:.1%} of the weights are kept in nf4; not ")
+    assert f"embed_tokens.weight {embeddings / total:.1%}" in quantized
+    assert "MixtralExperts.gate_up_proj, MixtralExperts.down_proj are no linear layers" in warning
+    assert f"{experts / total:.1%} of the weights get no adapter and are not quantized" in warning
+    assert [record.levelname for record in caplog.records] == ["INFO", "INFO", "WARNING"]
+
+
+def test_where_nothing_large_is_left_out_nothing_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**LLAMA, "vocab_size": 300}))
+    with caplog.at_level("INFO", "proactive"):
+        add_adapter(network, "language model", AdapterOptions(rank=2))
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+
+
+def test_a_base_from_scratch_is_made_anew(root: Path, tmp_path: Path) -> None:
+    model = RewardClassifier(scratch=LLAMA, adapter=AdapterOptions(rank=2), quantization="nf4")
+    data = small_data(root, layout="tree", token_budget=400)
+    fit(model, data, LastCheckpoint(tmp_path), limit_val_batches=0)
+    torch.manual_seed(7)
+    again, _, _ = load_trained(RewardClassifier, tmp_path / "last.ckpt", "--checkpoint")
+    batch = a_batch(data)
+    assert torch.allclose(probabilities(again, batch), probabilities(model, batch), rtol=1e-5)  # attends otherwise

@@ -1,0 +1,494 @@
+"""Backbones of many families: what is read, what padding may not change, what is refused, and no code from a folder.
+
+Shape legend: B rows, T tokens, D hidden size, C classes.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from datamodules.batching.layouts import Inputs
+from datamodules.errors import UserError
+from datamodules.prompting.tokenizers import load_tokenizer, train_tokenizer
+from models.networks.backbone import (
+    LABELS,
+    SCRATCH_CONFIG,
+    Head,
+    Pooling,
+    build_network,
+    classify,
+    load_network,
+    network_config,
+    network_from_config,
+    position_room,
+    quiet,
+    read_out,
+    weightless_network,
+)
+from models.networks.sharding import WeightFiles
+from tests.models.small import DECODERS, ENCODERS, FAMILIES, SMALL_LLAMA
+
+LENGTHS = (9, 5, 1)  # rows of one batch: none, some and nearly all of it padding
+READ_OUT = dict.fromkeys(DECODERS, "score") | dict.fromkeys(ENCODERS, "classifier") | {"roberta": "classifier.out_proj"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(["The user opens a file.", "Offer: run the tests."], 280)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A small Llama-type classifier with its tokenizer, as save_pretrained writes them."""
+    folder = tmp_path_factory.mktemp("saved")
+    with quiet():
+        build_network("classifier", "scratch", tokenizer, SMALL_LLAMA).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy of `saved` for a test to spoil."""
+    return Path(shutil.copytree(saved, tmp_path / "backbone"))
+
+
+def build(family: str, tokenizer: PreTrainedTokenizerFast, **options: Any) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    return build_network(
+        "classifier", "scratch", tokenizer, {"model_type": family, **FAMILIES[family]}, **options
+    ).eval()
+
+
+def padded_batch(tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+    ids_BT = torch.randint(5, 200, (len(LENGTHS), max(LENGTHS)), generator=torch.Generator().manual_seed(0))
+    mask_BT = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
+    return ids_BT.masked_fill(mask_BT == 0, tokenizer.pad_token_id), mask_BT
+
+
+@pytest.mark.parametrize("pooling", get_args(Pooling))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_is_read_as_by_hand_and_padding_changes_nothing(
+    family: str, pooling: Pooling, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = build(family, tokenizer)
+    ids_BT, mask_BT = padded_batch(tokenizer)
+    head = model.get_submodule(READ_OUT[family])
+    with torch.no_grad():
+        logits_BC = classify(model, Inputs(input_ids=ids_BT, attention_mask=mask_BT), pooling)
+        for row, length in enumerate(LENGTHS):
+            alone = {"input_ids": ids_BT[row : row + 1, :length], "attention_mask": mask_BT[row : row + 1, :length]}
+            hidden_TD = model.base_model(**alone).last_hidden_state[0]
+            if pooling == "auto" and family in ENCODERS:
+                expected_C = model(**alone).logits[0]
+            else:
+                read_D = {"cls": hidden_TD[0], "mean": hidden_TD.mean(0)}.get(pooling, hidden_TD[-1])
+                expected_C = head.weight @ read_D + (0 if head.bias is None else head.bias)
+            torch.testing.assert_close(logits_BC[row], expected_C, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_plain_transformers_class_pools_as_auto_does(family: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """So an exported model gives the same probabilities where this project is not installed."""
+    model = build(family, tokenizer)
+    ids_BT, mask_BT = padded_batch(tokenizer)
+    with torch.no_grad():
+        plain_BC = model(input_ids=ids_BT, attention_mask=mask_BT).logits
+        torch.testing.assert_close(
+            classify(model, Inputs(input_ids=ids_BT, attention_mask=mask_BT), "auto"), plain_BC, atol=2e-6, rtol=1e-4
+        )
+
+
+def test_a_padding_token_inside_the_text_does_not_end_it(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Models without a padding token of their own pad with the end token, which a prompt may contain."""
+    model = build("llama", tokenizer)
+    ids_BT, mask_BT = padded_batch(tokenizer)
+    ids_BT[1, 4] = tokenizer.pad_token_id
+    with torch.no_grad():
+        together = classify(model, Inputs(input_ids=ids_BT, attention_mask=mask_BT), "auto")[1]
+        hidden_TD = model.base_model(ids_BT[1:2, :5], mask_BT[1:2, :5]).last_hidden_state[0]
+        torch.testing.assert_close(together, model.score.weight @ hidden_TD[-1], atol=2e-6, rtol=1e-4)
+
+
+def test_scratch_is_a_llama_of_a_few_million_parameters(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build_network("classifier", "scratch", tokenizer)
+    assert SCRATCH_CONFIG["model_type"] == model.config.model_type == "llama"
+    assert 1e6 < sum(parameter.numel() for parameter in model.parameters()) < 5e6
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.config.id2label == LABELS == {0: "rejected", 1: "accepted"}
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize("load", ["build", "load"])
+def test_a_local_folder_gives_back_its_weights(load: str, saved: Path) -> None:
+    path = str(saved)
+    model = (
+        build_network("classifier", path, load_tokenizer(path)) if load == "build" else load_network("classifier", path)
+    )
+    weights = load_file(saved / "model.safetensors")
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in weights.items())
+
+
+def test_a_backbone_without_a_head_is_given_one(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    body = build("bert", tokenizer).base_model
+    with quiet():
+        body.save_pretrained(tmp_path)
+    model = build_network("classifier", str(tmp_path), tokenizer)
+    found, wanted = (part.embeddings.word_embeddings.weight for part in (model.base_model, body))
+    assert torch.equal(found, wanted)
+    assert read_out(model).out_features == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "roberta"])
+@pytest.mark.parametrize("classes", [1, 3])
+def test_a_head_of_another_number_of_classes_is_replaced(
+    family: str, classes: int, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Reward models end in one class, entailment in three; the backbone's own weights stay, in shards as well."""
+    config = transformers.AutoConfig.for_model(
+        family, **FAMILIES[family], vocab_size=len(tokenizer), pad_token_id=0, num_labels=classes
+    )
+    with quiet():
+        saved = transformers.AutoModelForSequenceClassification.from_config(config)
+        saved.save_pretrained(tmp_path)
+    with caplog.at_level(logging.INFO, "proactive"):
+        model = build_network("classifier", str(tmp_path), tokenizer)
+    assert read_out(model).out_features == model.config.num_labels == 2
+    assert model.config.id2label == LABELS
+    head = READ_OUT[family]
+    kept = {name for name in saved.state_dict() if not name.startswith(head)}
+    assert all(torch.equal(model.state_dict()[name], saved.state_dict()[name]) for name in kept)
+    assert 0 < float(read_out(model).weight.detach().std()) < 0.1
+    assert f"has the shape ({classes}, 16), not (2, 16): the head is a new one, of 2 classes" in caplog.text
+    meta = weightless_network(
+        "classifier",
+        str(tmp_path),
+        network_config("classifier", str(tmp_path), tokenizer),
+        dtype="float32",
+        attn_implementation=None,
+        trust_remote_code=False,
+    )
+    files = WeightFiles.of(meta, "classifier", str(tmp_path))
+    assert set(files.keys) == set(files.files) == kept
+
+
+PICTURES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+MULTIMODAL: dict[str, dict[str, Any]] = {
+    "gemma3": {"vision_config": {**PICTURES, "image_size": 28, "patch_size": 14}},
+    "llava": {"vision_config": {**PICTURES, "model_type": "clip_vision_model", "image_size": 28, "patch_size": 14}},
+    "mistral3": {"vision_config": {**PICTURES, "model_type": "pixtral", "image_size": 28, "patch_size": 14}},
+    "smolvlm": {"vision_config": {**PICTURES, "image_size": 28, "patch_size": 14}},
+}
+TEXT_TYPES = {"gemma3": "gemma3_text", "llava": "llama", "mistral3": "mistral", "smolvlm": "llama"}
+
+
+@pytest.mark.parametrize("head", get_args(Head))
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_of_a_network_for_text_and_pictures_the_part_that_reads_text_serves(
+    family: str, head: Head, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    text_type = TEXT_TYPES[family]
+    text = {**FAMILIES[text_type], "model_type": text_type, "vocab_size": len(tokenizer), "pad_token_id": 0}
+    tied = {"tie_word_embeddings": False}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, text_config=text | tied, **MULTIMODAL[family], **tied)
+    with quiet():
+        whole = transformers.AutoModelForImageTextToText.from_config(config).eval()
+        whole.save_pretrained(tmp_path / "whole")
+    model = build_network(head, str(tmp_path / "whole"), tokenizer).eval()
+    assert model.config.model_type == text_type
+    ids_1T = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        expected_TD = getattr(whole.model, "language_model", None) or whole.model.text_model
+        torch.testing.assert_close(
+            model.base_model(ids_1T).last_hidden_state, expected_TD(input_ids=ids_1T).last_hidden_state
+        )
+        if head == "language model":
+            torch.testing.assert_close(model(ids_1T).logits, whole(input_ids=ids_1T).logits)
+    with quiet():
+        model.save_pretrained(tmp_path / "text")
+    assert load_file(tmp_path / "text" / "model.safetensors").keys() == model.state_dict().keys()
+    again = load_network(head, str(tmp_path / "text"))
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in again.state_dict().items())
+
+
+def configure(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def cut_short(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def drop_a_layer(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    left = {name: weight for name, weight in weights.items() if ".layers.1." not in name}
+    save_file(left, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def pickle_only(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def pickle_behind_an_index(folder: Path) -> None:
+    """An index of safetensors that names a pickle file."""
+    pickle_only(folder)
+    names = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "pytorch_model.bin")}
+    torch.save({"payload": Payload(folder.parent / "executed")}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+class Payload:
+    """Leaves a file behind when a pickle that holds it is loaded with trust."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda folder: shutil.rmtree(folder), id="missing"),
+        pytest.param(lambda folder: (folder / "model.safetensors").unlink(), id="no weights"),
+        pytest.param(lambda folder: (folder / "config.json").write_text("{"), id="configuration cut short"),
+        pytest.param(lambda folder: configure(folder, model_type="no-such-type"), id="unknown type"),
+        pytest.param(lambda folder: configure(folder, intermediate_size=48), id="weights of another shape"),
+        pytest.param(lambda folder: configure(folder, vocab_size=100), id="fewer embeddings than tokens"),
+        pytest.param(lambda folder: configure(folder, hidden_size="big"), id="wrong kind of value"),
+        pytest.param(cut_short, id="weights cut short"),
+        pytest.param(drop_a_layer, id="a layer is missing"),
+        pytest.param(pickle_only, id="pickle only"),
+        pytest.param(pickle_behind_an_index, id="pickle behind an index"),
+    ],
+)
+def test_a_folder_that_cannot_serve_is_the_users_mistake(
+    spoil: Callable[[Path], None], folder: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    spoil(folder)
+    with pytest.raises(UserError) as error:
+        build_network("classifier", str(folder), tokenizer)
+    assert str(folder) in error.value.what
+    assert error.value.hint
+    assert "\n" not in error.value.what + error.value.hint
+    assert not (folder.parent / "executed").exists()
+
+
+@pytest.mark.parametrize("spoil", [cut_short, pickle_only, pickle_behind_an_index])
+def test_an_export_that_cannot_be_read_is_refused(spoil: Callable[[Path], None], folder: Path) -> None:
+    spoil(folder)
+    with pytest.raises(UserError, match="backbone"):
+        load_network("classifier", str(folder))
+    assert not (folder.parent / "executed").exists()
+
+
+def test_a_hub_id_that_cannot_be_reached_is_named(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # what no network looks like, at once
+    with pytest.raises(UserError, match="nobody/no-such-model"):
+        build_network("classifier", "nobody/no-such-model", tokenizer)
+
+
+def test_a_network_for_pictures_cannot_classify_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with quiet():
+        transformers.ViTForImageClassification(transformers.ViTConfig(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=str(tmp_path)):
+        build_network("classifier", str(tmp_path), tokenizer)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "no-such-type"},
+        {"model_type": "mamba"},
+        {"hidden_size": "big"},
+        {"num_attention_heads": 3},
+        {"vocab_size": 20},
+    ],
+    ids=["unknown type", "no classifier of this type", "wrong kind of value", "sizes do not fit", "small vocabulary"],
+)
+def test_a_scratch_configuration_that_cannot_be_is_the_users_mistake(
+    changes: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(UserError):
+        build_network("classifier", "scratch", tokenizer, SMALL_LLAMA | changes)
+
+
+def test_attention_that_does_not_exist_is_the_users_mistake(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match="attn_implementation"):
+        build_network("classifier", "scratch", tokenizer, SMALL_LLAMA, attn_implementation="no-such-attention")
+
+
+CODE = """
+from pathlib import Path
+from torch import nn
+from transformers import LlamaConfig, LlamaModel, PreTrainedModel, PreTrainedTokenizerFast
+Path({marker!r}).touch()
+class Config(LlamaConfig):
+    model_type = {model_type!r}
+class Model(PreTrainedModel):
+    config_class = Config
+    base_model_prefix = "model"
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+class Tokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def with_code(folder: Path, model_type: str) -> Path:
+    """Let a folder name code of its own for configuration, model and tokenizer; returns what that code would touch."""
+    marker = folder.parent / "executed"
+    (folder / "custom.py").write_text(CODE.format(marker=str(marker), model_type=model_type))
+    parts = {"AutoConfig": "custom.Config", "AutoModelForSequenceClassification": "custom.Model"}
+    configure(folder, model_type=model_type, auto_map=parts)
+    file = folder / "tokenizer_config.json"
+    own = {"tokenizer_class": "Tokenizer", "auto_map": {"AutoTokenizer": [None, "custom.Tokenizer"]}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    return marker
+
+
+LOADERS: dict[str, Callable[[Path, PreTrainedTokenizerFast], object]] = {
+    "backbone": lambda folder, tokenizer: build_network("classifier", str(folder), tokenizer),
+    "export": lambda folder, tokenizer: load_network("classifier", str(folder)),
+    "checkpoint": lambda folder, tokenizer: network_from_config(
+        "classifier", json.loads((folder / "config.json").read_text()), "float32", None
+    ),
+    "tokenizer": lambda folder, tokenizer: load_tokenizer(str(folder)),
+}
+
+
+@pytest.mark.parametrize("model_type", ["own-type", "llama"])
+@pytest.mark.parametrize("loader", LOADERS)
+def test_code_in_a_folder_is_not_run_unless_asked_for(
+    loader: str, model_type: str, folder: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Where the type is one that transformers knows, its own code serves; where not, the folder is refused."""
+    marker = with_code(folder, model_type)
+    try:
+        LOADERS[loader](folder, tokenizer)
+    except UserError:
+        assert model_type == "own-type" or loader == "tokenizer"
+    else:
+        assert model_type == "llama" or loader == "tokenizer"
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("loader", ["backbone", "tokenizer"])
+def test_code_in_a_folder_is_run_where_asked_for(
+    loader: str, folder: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also shows that the test above would see code run."""
+    marker = with_code(folder, "own-type")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder.parent / "modules"))
+    monkeypatch.syspath_prepend(str(folder.parent / "modules"))
+    if loader == "backbone":
+        model = build_network("classifier", str(folder), tokenizer, trust_remote_code=True)
+        assert type(model).__name__ == "Model"
+    else:
+        load_tokenizer(str(folder), trust_remote_code=True)
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "distilbert", "deberta-v2", "modernbert"])
+def test_dropout_reaches_all_that_the_backbone_has(family: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    ids_BT, mask_BT = padded_batch(tokenizer)
+    for dropout in (0.0, 0.4):
+        model = build(family, tokenizer, dropout=dropout).train()
+        layers = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+        assert set(layers) <= {dropout}
+        with torch.no_grad():
+            one, two = (classify(model, Inputs(input_ids=ids_BT, attention_mask=mask_BT), "auto") for _ in range(2))
+        assert torch.equal(one, two) == (dropout == 0.0)
+
+
+def test_dropout_stays_as_configured_if_not_given(tokenizer: PreTrainedTokenizerFast) -> None:
+    scratch = {"model_type": "bert", **ENCODERS["bert"], "hidden_dropout_prob": 0.3}
+    model = build_network("classifier", "scratch", tokenizer, scratch)
+    assert model.config.hidden_dropout_prob == 0.3
+    assert model.config.attention_probs_dropout_prob == 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_are_stored_in_the_dtype_asked_for(dtype: Any, saved: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    for model in (
+        build_network("classifier", "scratch", tokenizer, SMALL_LLAMA, dtype=dtype),
+        build_network("classifier", str(saved), tokenizer, dtype=dtype),
+        network_from_config("classifier", json.loads((saved / "config.json").read_text()), dtype, None),
+    ):
+        assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_attention_can_be_chosen_and_computes_the_same(family: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    ids_BT, mask_BT = padded_batch(tokenizer)
+    logits = []
+    for attention in ("eager", "sdpa"):
+        model = build(family, tokenizer, attn_implementation=attention)
+        assert model.config._attn_implementation == attention
+        with torch.no_grad():
+            logits.append(classify(model, Inputs(input_ids=ids_BT, attention_mask=mask_BT), "mean"))
+    torch.testing.assert_close(*logits, atol=2e-6, rtol=1e-4)
+
+
+def test_decoders_and_encoders_are_told_apart_by_what_they_read(tokenizer: PreTrainedTokenizerFast) -> None:
+    """By itself a decoder reads its last real token, and no encoder does."""
+    ids_BT, mask_BT = padded_batch(tokenizer)
+    with torch.no_grad():
+        for family in FAMILIES:
+            model = build(family, tokenizer)
+            auto, last = (
+                classify(model, Inputs(input_ids=ids_BT, attention_mask=mask_BT), pooling)
+                for pooling in ("auto", "last")
+            )
+            assert torch.equal(auto, last) == (family in DECODERS), family
+
+
+@pytest.mark.parametrize(
+    ("positions", "rotary", "room"),
+    [
+        (512, {"rope_type": "default"}, 512),
+        (512, {"rope_type": "yarn", "factor": 4.0}, 2048),  # as Qwen 2.5 has it
+        (512, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+        (2048, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),  # as DeepSeek
+        (512, {"rope_type": "linear", "factor": 2.0}, 1024),
+        (512, {"rope_type": "dynamic", "factor": 2.0}, 1024),
+        (4096, {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 512}, 4096),
+    ],
+)  # fmt: skip
+def test_stretched_rotary_positions_reach_as_far_as_they_are_stretched(
+    positions: int, rotary: dict[str, Any], room: int
+) -> None:
+    options = {**SMALL_LLAMA, "max_position_embeddings": positions, "rope_parameters": {"rope_theta": 1e4, **rotary}}
+    assert position_room(transformers.AutoConfig.for_model(**options)) == room
+
+
+def test_a_folder_with_a_pipe_is_no_backbone(tmp_path: Path) -> None:
+    """To read it would wait for ever."""
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(UserError, match=r"model.backbone: .*config.json: is a named pipe"):
+        network_config("classifier", str(tmp_path), None)  # type: ignore[arg-type]

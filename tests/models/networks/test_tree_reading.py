@@ -1,0 +1,418 @@
+"""Trees against rows: the same loss and the same gradient of every parameter, or a refusal that says why."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+from datamodules.batching.layouts import Layout, RowsLayout, TreeLayout
+from datamodules.batching.prefix_tree import ancestors
+from datamodules.batching.reward_rows import RewardDataModule
+from datamodules.batching.steps import EncodedRows, StepSampler, share
+from datamodules.errors import UserError
+from models.learning.reward_classifier import RewardClassifier
+from models.learning.training import BackboneModule
+from models.networks.attention import BLOCKWISE, QUERIES, tree_blocks
+from models.networks.tree_reading import attention_window, choose_attention, pair_cost, tree_mask, tree_problem
+from tests.helpers import PROACTIVEBENCH, SMALL_BACKBONE, needs_proactivebench
+from tests.models.small import EVERY_FAMILY, VOCABULARY
+
+SMALL: dict[str, Any] = {
+    **EVERY_FAMILY,
+    **dict.fromkeys(("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout"), 0.0),
+}
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt2", "gpt_neox"]
+TRUNK = [5, 6, 7, 8, 9]
+CASES = {
+    "a scene": [[*TRUNK, 10, 11], [*TRUNK, 10, 12, 13], [*TRUNK, 14], [*TRUNK, 14, 15, 16, 17], [*TRUNK, 18]],
+    "one row": [[*TRUNK, 10, 11]],
+    "one row a tree": [[1, 2, 3], [4, 5, 6, 7], [8, 9]],
+    "identical rows": [[*TRUNK, 10], [*TRUNK, 10], [*TRUNK, 11], [*TRUNK, 10]],
+    "empty history": [[5, 20, 21], [5, 22], [5, 6, 7, 20, 21]],
+    "a proposal that begins another": [[*TRUNK, 10], [*TRUNK, 10, 11], [*TRUNK, 10, 11, 12]],
+    "truncated histories": [[5, 6, 7, 8, 20], [5, 7, 8, 9, 21], [5, 8, 9, 10, 22], [5, 6, 7, 8, 23]],
+}
+Gradients = dict[str, Tensor]
+
+
+def network(family: str, attention: str | None = None, **settings: Any) -> PreTrainedModel:
+    """A small backbone with an attention of transformers, or with the one that trees have on a CPU."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SMALL, **settings})
+    made = AutoModelForSequenceClassification.from_config(config, attn_implementation=attention).train()
+    if attention is None:
+        choose_attention(made, "cpu", longest=1024)
+    return made
+
+
+def branches(trunk: int, number: int, length: int, seed: int = 0) -> list[list[int]]:
+    """Rows that leave a trunk at random places."""
+    random = np.random.default_rng(seed)
+    shared = random.integers(1, VOCABULARY, trunk).tolist()
+    leave = [*sorted(random.integers(1, trunk + 1, number - 1).tolist()), trunk]
+    return [[*shared[:place], *random.integers(1, VOCABULARY, length).tolist()] for place in leave]
+
+
+def classifier(backbone: PreTrainedModel, **options: Any) -> RewardClassifier:
+    made = RewardClassifier(**options)
+    made.network = backbone
+    return made
+
+
+@dataclass
+class Result:
+    """Of one optimizer step."""
+
+    loss: float
+    gradients: Gradients
+    parts: dict[str, float]  # the norms of the micro-batches' gradients, added up: what they are before they cancel
+
+
+def step(model: RewardClassifier, layout: Layout, rows: Sequence[int], number: int) -> Result:
+    """Loss and gradients; labels and categories follow from the rows' places."""
+    data = EncodedRows(layout, {"label": torch.arange(number) % 2, "category": torch.arange(number) % 4})
+    return result_of(model, data[share(layout.split(rows, 1), 0, 1, len(rows))])
+
+
+def result_of(model: BackboneModule, micro_batches: Sequence[Any]) -> Result:
+    """Loss and gradients of a step's micro-batches."""
+    result = Result(0.0, {}, {})
+    for micro_batch in micro_batches:
+        model.zero_grad()
+        loss = model.loss(micro_batch)
+        loss.backward()
+        result.loss += float(loss.detach())
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                result.gradients[name] = result.gradients.get(name, 0) + parameter.grad
+                result.parts[name] = result.parts.get(name, 0.0) + float(parameter.grad.norm())
+    return result
+
+
+def assert_same(found: Result, expected: Result, scale: dict[str, float]) -> None:
+    """Relative difference below 1e-5.
+
+    Gradients of rows may cancel, their rounding does not; so the measure is their norms before they are added. A
+    gradient that is zero but for rounding, as that of a key's bias, is held against a thousandth of the longest.
+    """
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert found.gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        difference = float((found.gradients[name] - gradient).norm())
+        assert difference <= 1e-5 * max(scale[name], 1e-3 * max(scale.values())), name
+
+
+def assert_tree_is_rows(model: RewardClassifier, ids: list[list[int]], rows: Sequence[int], budget: int = 2048) -> None:
+    """Tree against rows one at a time, and against padded rows."""
+    tree = step(model, TreeLayout(ids, budget), rows, len(ids))
+    alone, padded = (step(model, RowsLayout(ids, 0, size), rows, len(ids)) for size in (1, 4))
+    assert_same(tree, alone, alone.parts)
+    assert_same(tree, padded, alone.parts)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_the_same_loss_and_gradients(family: str) -> None:
+    backbone = network(family)
+    assert tree_problem(backbone, longest=1024) is None
+    model = classifier(backbone)
+    for ids in CASES.values():
+        assert_tree_is_rows(model, ids, range(len(ids)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tree_of_several_blocks_gives_the_same(family: str) -> None:
+    """A trunk longer than a block, and branches over several blocks more."""
+    backbone = network(family)
+    assert backbone.config._attn_implementation == (BLOCKWISE if family != "gemma2" else "eager")
+    ids = branches(QUERIES + 20, 12, 20)
+    assert_tree_is_rows(classifier(backbone), ids, range(len(ids)))
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        branches(2 * QUERIES, 2, 1),  # the last block has one query
+        branches(10, 3 * QUERIES, 1),  # many tiny branches
+        branches(3, 5, QUERIES + 1, seed=1),  # no branch in one block
+        [[1, 2, *[3] * length] for length in range(QUERIES - 3, QUERIES + 3)],  # rows that begin the next ones
+    ],
+)
+def test_blocks_of_any_shape_give_the_same(llama: RewardClassifier, ids: list[list[int]]) -> None:
+    assert_tree_is_rows(llama, ids, range(len(ids)))
+
+
+def test_blocks_hide_what_the_mask_hides_and_little_else() -> None:
+    ids = branches(QUERIES + 20, 30, 20)
+    inputs = TreeLayout(ids, 4096).lay_out(range(len(ids))).inputs
+    end, read = inputs["subtree_end"][0], inputs["read_out"]
+    blocks = tree_blocks(end, read)
+    for part in (blocks.every, blocks.read):
+        visible = torch.zeros(len(end), len(end), dtype=torch.bool)
+        keys = part.keys.split([mask.shape[-1] for mask in part.masks])
+        for query, key, mask in zip(part.queries.split(QUERIES), keys, part.masks, strict=True):
+            visible[query[:, None], key] = mask[0, 0]
+            assert mask[0, 0].any(0).sum() >= len(key) - len(query)  # a key that none sees is one of the block's own
+        assert torch.equal(visible[part.queries], ancestors(end)[part.queries])
+    assert sum(mask.numel() for mask in blocks.every.masks) < len(end) ** 2 / 2
+
+
+def test_a_backbone_that_takes_no_blocks_keeps_its_attention() -> None:
+    backbone = network("llama", "sdpa")
+    inner = backbone.model.forward
+
+    def forward(input_ids: Tensor, position_ids: Any = None, attention_mask: Any = None, use_cache: Any = None) -> Any:
+        return inner(input_ids, attention_mask, position_ids, use_cache=use_cache)
+
+    backbone.model.forward = forward
+    choose_attention(backbone, "cpu", longest=1024)
+    assert backbone.config._attn_implementation == "sdpa"
+    assert_tree_is_rows(classifier(backbone), CASES["a scene"], range(5))
+
+
+def test_a_backbone_that_drops_the_blocks_reads_by_its_mask() -> None:
+    backbone = network("llama")
+    inner = backbone.model.forward
+    backbone.model.forward = lambda tree_blocks=None, **inputs: inner(**inputs)
+    assert tree_problem(backbone, longest=1024) is None
+    assert_tree_is_rows(classifier(backbone), CASES["a scene"], range(5))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attentions_that_take_a_mask_give_the_same(attention: str) -> None:
+    backbone = network("llama", attention)
+    assert tree_problem(backbone, longest=1024) is None
+    assert_tree_is_rows(classifier(backbone), CASES["a scene"], range(5))
+
+
+def test_category_weights_and_gradient_checkpointing_give_the_same() -> None:
+    backbone = network("llama")
+    backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    model = classifier(backbone, category_weights={"missed_need": 2.0, "false_alarm": 0.25})
+    for ids in (CASES["a scene"], branches(QUERIES, 6, 20)):
+        assert_tree_is_rows(model, ids, range(len(ids)))
+
+
+@pytest.fixture(scope="module")
+def llama() -> RewardClassifier:
+    return classifier(network("llama"))
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=9), min_size=1, max_size=8),
+    st.integers(9, 40),
+    st.data(),
+)
+def test_random_trees_give_the_same(
+    llama: RewardClassifier, ids: list[list[int]], budget: int, data: st.DataObject
+) -> None:
+    """Any rows, any of them in a step, some twice, in as many micro-batches as the budget makes."""
+    assert llama.network is not None
+    assert llama.network.config._attn_implementation == BLOCKWISE
+    rows = data.draw(st.lists(st.integers(0, len(ids) - 1), min_size=1, max_size=10))
+    assert_tree_is_rows(llama, ids, rows, budget)
+
+
+@needs_proactivebench
+@pytest.mark.parametrize("max_length", [1024, 180])  # none, and most, of the rows lose their oldest events
+def test_a_real_scene_gives_the_same(max_length: int) -> None:
+    data = RewardDataModule(root=str(PROACTIVEBENCH), split="published", max_length=max_length, vocabulary_size=1000)
+    data.setup("fit")
+    assert (data.truncated["train"] > 400) == (max_length == 180)
+    scenes = [row.scene for row in data.split.train]
+    ids = [row.tolist() for row in data._encoded["train"].input_ids]
+    rows = [place for place, scene in enumerate(scenes) if scene == scenes[0]][:24]
+    rows.append(scenes.index(next(scene for scene in scenes if scene != scenes[0])))
+    model = classifier(network("qwen2", vocab_size=len(data.tokenizer)))
+    for budget in (4096, max_length):  # one tree, and several
+        assert_tree_is_rows(model, ids, rows, budget)
+
+
+class Losses(Callback):
+    """The logged loss of every step."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self.values.append(float(trainer.callback_metrics["train/loss"]))
+
+
+@needs_proactivebench
+def test_an_epoch_on_the_real_rows_has_the_same_loss_curve() -> None:
+    curves = []
+    for layout in ("tree", "rows"):
+        torch.manual_seed(0)
+        losses = Losses()
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            callbacks=[losses],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
+        scratch = {**SMALL_BACKBONE, "attention_dropout": 0.0}
+        data = RewardDataModule(root=str(PROACTIVEBENCH), split="published", layout=layout, vocabulary_size=1000)
+        trainer.fit(RewardClassifier(scratch=scratch), data)
+        assert data.layout == layout
+        curves.append(losses.values)
+    assert len(curves[0]) == -(-len(data.split.train) // 32)
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings_", "reason"),
+    [
+        ("bert", {}, "depend on what follows"),
+        ("mistral", {"sliding_window": 100}, "see 100 tokens back, and rows have up to 101"),
+        ("gemma3_text", {"sliding_window": 64}, "see 64 tokens back"),
+        ("bloom", {}, "it refuses them"),
+        ("qwen3_next", {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "num_experts": 2}, "it refuses them"),
+    ],
+)
+def test_what_cannot_read_trees_is_found_out(family: str, settings_: dict[str, Any], reason: str) -> None:
+    assert reason in str(tree_problem(network(family, **settings_), longest=101))
+
+
+def test_a_window_as_long_as_the_longest_row_is_none() -> None:
+    assert tree_problem(network("mistral", sliding_window=101), longest=101) is None
+    assert attention_window(network("llama").config) is None
+
+
+def test_a_backbone_that_drops_the_mask_is_found_out() -> None:
+    """The self-test looks at what comes out: here branches see each other, as they must not."""
+    backbone = network("llama", "sdpa")
+    inner = backbone.model.forward
+
+    def forward(**inputs: Any) -> Any:
+        tokens = inputs["input_ids"].shape[1]
+        return inner(**{**inputs, "attention_mask": torch.ones(1, 1, tokens, tokens, dtype=torch.bool).tril()})
+
+    backbone.model.forward = forward
+    assert "depends on the other rows" in str(tree_problem(backbone, longest=64))
+
+
+def test_a_backbone_that_drops_the_positions_is_found_out() -> None:
+    backbone = network("gpt2")
+    inner = backbone.transformer.forward
+
+    def forward(**inputs: Any) -> Any:
+        return inner(**{**inputs, "position_ids": None})
+
+    backbone.transformer.forward = forward
+    assert "gives other states" in str(tree_problem(backbone, longest=64))
+
+
+def test_an_attention_without_masks_is_named() -> None:
+    backbone = network("llama")
+    backbone.config._attn_implementation = "flash_attention_2"
+    assert tree_problem(backbone, longest=64) == "attention flash_attention_2 takes no mask of our own"
+
+
+def fit_one_step(layout: str, **options: Any) -> RewardDataModule:
+    data = RewardDataModule(layout=layout, vocabulary_size=300, folds=8)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(RewardClassifier(**options), data)
+    return data
+
+
+def test_auto_falls_back_to_rows_and_says_so_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder["max_position_embeddings"] = 1024
+    monkeypatch.setattr(logging.getLogger("proactive"), "propagate", True)
+    with caplog.at_level(logging.INFO, "proactive"):
+        assert fit_one_step("auto", scratch=encoder).layout == "rows"
+    assert sum("data.layout: rows" in message for message in caplog.messages) == 1
+    with pytest.raises(UserError, match=r"data\.layout: tree does not serve here"):
+        fit_one_step("tree", scratch=encoder)
+
+
+def test_auto_is_tree_for_a_decoder() -> None:
+    assert fit_one_step("auto", scratch=SMALL_BACKBONE).layout == "tree"
+    assert fit_one_step("auto", scratch=SMALL_BACKBONE, pooling="mean").layout == "rows"
+
+
+def test_pair_cost_counts_the_layers_alone() -> None:
+    """2 x layers x hidden size over the layers' weights: here 4 projections of 32 x 32 and 3 of 32 x 48 each."""
+    backbone = network("llama", "sdpa", num_key_value_heads=4)
+    weights = 2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32
+    assert pair_cost(backbone) == pytest.approx(2 * 2 * 32 / weights)
+    choose_attention(backbone, "cpu", longest=1024)
+    assert pair_cost(backbone) == 0
+
+
+def test_a_block_mask_hides_what_the_mask_hides() -> None:
+    """The mask alone, without the attention that reads it: that one has no backward on a CPU."""
+    layout = TreeLayout(CASES["a scene"], 64)
+    end = layout.lay_out(range(5)).inputs["subtree_end"][0]
+    block_mask = tree_mask(end, "flex_attention", torch.float32)
+    places = torch.arange(len(end))
+    visible = block_mask.mask_mod(0, 0, places[:, None], places[None, :])
+    assert torch.equal(visible, ancestors(end))
+    assert block_mask.shape[-2:] == (128, 128)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="FlexAttention has no backward on a CPU, and there is no CUDA device"
+)
+def test_flex_attention_gives_the_same_and_compiles_once() -> None:
+    from torch._dynamo.utils import counters
+
+    backbone = network("llama", hidden_size=128, head_dim=32).cuda()
+    masked = network("llama", "sdpa", hidden_size=128, head_dim=32).cuda()
+    backbone.set_attn_implementation("flex_attention")
+    assert tree_problem(backbone, longest=1024) is None
+    counters.clear()
+    for case in ("a scene", "identical rows", "one row a tree"):
+        ids = [row * 40 for row in CASES[case]]  # over several blocks, each case of another shape
+        results = []
+        for model in (classifier(backbone), classifier(masked)):
+            layout = TreeLayout(ids, 4096)
+            data = EncodedRows(
+                layout, {name: torch.zeros(len(ids), dtype=torch.int64) for name in ("label", "category")}
+            )
+            model.to("cuda").zero_grad()
+            for micro_batch in data[share(layout.split(range(len(ids)), 1), 0, 1, len(ids))]:
+                moved = {k: v.cuda() for k, v in micro_batch.items() if k != "inputs"}
+                inputs = {k: v.cuda() for k, v in micro_batch["inputs"].items()}
+                model.loss({**moved, "inputs": inputs}).backward()
+            results.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        assert float((results[0] - results[1]).norm() / results[1].norm()) < 1e-3
+    assert sum(counters["graph_break"].values()) == 0
+    assert counters["stats"]["unique_graphs"] <= 2  # the first shape, then one graph for every other
+
+
+def test_steps_are_the_same_in_both_layouts() -> None:
+    ids = CASES["a scene"] * 4
+    samplers = [
+        StepSampler(layout, [f"{row % 3}" for row in range(len(ids))], 8, 2, seed=3)
+        for layout in (TreeLayout(ids, 64), RowsLayout(ids, 0, 2))
+    ]
+    rows = [[sorted(row for part in share_ for row in part.rows) for share_ in sampler] for sampler in samplers]
+    assert rows[0] == rows[1]
