@@ -9,18 +9,19 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from datamodules.files.writing import Unfinished, sync
 from models.learning import sharded_files as shards
 from models.learning.checkpoint_files import load_run
+from models.learning.training import BackboneModule
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
     """Atomic saves, loads with weights_only, and errors that say what to do.
 
     Args:
-        task: Which kind of run's checkpoints to load.
+        kind: The class of the model whose checkpoints are loaded.
     """
 
-    def __init__(self, task: str = "reward") -> None:
+    def __init__(self, kind: type[BackboneModule]) -> None:
         super().__init__()
-        self.task = task
+        self.kind = kind
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         target = Path(path)
@@ -33,4 +34,4 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
-        return load_run(Path(path), self.task)
+        return load_run(Path(path), self.kind)

@@ -110,7 +110,7 @@ class FullySharded(ModelParallelStrategy):
         assert self.lightning_module is not None
         assert isinstance(self.lightning_module, BackboneModule)
         sharded = shards.is_sharded(path)
-        values = load_run(path, self.lightning_module.task, checked=True, whole=False)
+        values = load_run(path, type(self.lightning_module), checked=True, whole=False)
         self._load_weights(values.pop("state_dict"), path / shards.WEIGHTS if sharded else None, values)
         optimizers = values.pop("optimizer_states", [])
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:

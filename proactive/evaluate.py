@@ -28,7 +28,7 @@ from models.reporting.run_record import tested_record
 from proactive.commands import program
 from proactive.evaluation.agent_command import agent_parser, evaluate_agent_command
 from proactive.parser import Parser
-from proactive.terminal import show, test_tables
+from proactive.terminal import reward_tables, show
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -130,4 +130,4 @@ def _evaluate_reward_command(options: "Namespace") -> None:
     if options.output:
         write_atomically(options.output, json.dumps(record, indent=2) + "\n")
     if not options.quiet:
-        show(*test_tables(record))
+        show(*reward_tables(record))

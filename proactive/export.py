@@ -14,8 +14,8 @@ from models.learning.checkpoint_files import checkpoint_task, load_trained
 from models.learning.sharded_files import content_digest
 from models.reporting.exports import export_model, is_export, refuse_other_folder
 from proactive.commands import program
-from proactive.fit import TASKS
 from proactive.parser import Parser
+from proactive.tasks import TASKS
 from proactive.terminal import say
 
 
@@ -30,9 +30,9 @@ def export(checkpoint: Path, output: Path) -> Path:
         The file or folder that the weights came from.
     """
     refuse_other_folder(output)
-    model_class, data_class = TASKS[checkpoint_task(checkpoint, "--checkpoint")]
-    model, state, source = load_trained(model_class, checkpoint, "--checkpoint")
-    export_model(model, data_class.from_state(state), _record(source), output)
+    kind = TASKS[checkpoint_task(checkpoint, "--checkpoint", TASKS)].module
+    model, state, source = load_trained(kind, checkpoint, "--checkpoint")
+    export_model(model, kind.data_class.from_state(state), _record(source), output)
     return source
 
 

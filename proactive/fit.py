@@ -31,14 +31,10 @@ from callbacks.fully_sharded import FullySharded
 from callbacks.html_report import HtmlReport
 from callbacks.metrics_file import MetricsFile
 from callbacks.progress import progress_callback
-from callbacks.samples import SampledAnswers
 from callbacks.saving import BestCheckpoint, Interrupted, LastCheckpoint
 from callbacks.seeding import SeedEachStep
 from callbacks.throughput import ThroughputLog
 from callbacks.watch_ranks import WatchRanks, following_parent
-from datamodules.batching.answer_rows import AgentDataModule
-from datamodules.batching.reward_rows import RewardDataModule
-from datamodules.batching.rows import RowsDataModule
 from datamodules.errors import UserError
 from datamodules.files.run_folders import (
     CHECKPOINTS,
@@ -69,23 +65,16 @@ from datamodules.ranges import (
     refuse_unsound,
 )
 from models.learning.checkpoint_files import BEST, LAST
-from models.learning.proactive_agent import ProactiveAgent
-from models.learning.reward_classifier import RewardClassifier
 from models.learning.sharded_files import is_sharded, settled
-from models.learning.training import BackboneModule
 from models.reporting.run_record import tested_record
 from proactive.commands import program
 from proactive.foreign import GROUPS, refuse_foreign
 from proactive.parser import Parser, best_reason, did_you_mean
 from proactive.recipes import config_file, recipe_names
 from proactive.resume import KeepOptions, nothing_left, refuse_other_options
-from proactive.terminal import say, show, test_tables
+from proactive.tasks import DEFAULT_TASK, TASKS
+from proactive.terminal import say, show
 
-TASKS: dict[str, tuple[type[BackboneModule], type[RowsDataModule]]] = {
-    "reward": (RewardClassifier, RewardDataModule),
-    "agent": (ProactiveAgent, AgentDataModule),
-}
-DEFAULT_TASK = "reward"
 TRAINER_DEFAULTS = {
     "max_epochs": 5,
     "log_every_n_steps": 5,
@@ -148,12 +137,11 @@ class FitCLI(LightningCLI):
     command = "fit"
 
     def __init__(self, task: str, arguments: list[str]) -> None:
-        self.task = task
+        self.task = TASKS[task]
         self.kept_options = KeepOptions()
-        model_class, data_class = TASKS[task]
         super().__init__(
-            model_class,
-            data_class,
+            self.task.module,
+            self.task.data,
             run=False,
             # The task last, whatever several configurations say; and what prints options after what sets them.
             args=sorted([*arguments, f"--task={task}"], key=lambda argument: argument.startswith("--print_config")),
@@ -175,10 +163,12 @@ class FitCLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        figures = TASKS[self.task][0].logged_figures
+        figures = self.task.module.logged_figures
         parser.add_argument("--task", choices=list(TASKS), default=DEFAULT_TASK, help="Which model to train.")
         parser.add_argument("--run.root", type=str, default="runs", help="Where run folders are made.")
-        parser.add_argument("--run.name", type=FolderName, default=self.task, help="Runs of one name are numbered.")
+        parser.add_argument(
+            "--run.name", type=FolderName, default=self.task.module.task, help="Runs of one name are numbered."
+        )
         parser.add_argument(
             "--run.checkpoint_every_n_steps",
             type=Count,
@@ -213,7 +203,7 @@ class FitCLI(LightningCLI):
         if self.checkpoint is not None:
             options = _options(self.parser, self.config)
             path = settled(Path(self.checkpoint))
-            self.resumed_after = refuse_other_options(path, options, TASKS[self.task], run_folder)
+            self.resumed_after = refuse_other_options(path, options, self.task.module, run_folder)
         leads = RUN_FOLDER_VARIABLE not in os.environ and _rank() == "0"  # the others of a job share its lock
         around = missing_folders(Path(self.config.run.root, self.config.run.name))
         self.folder, self.folder_is_new = _run_folder(self.config.run, self.config.ckpt_path)
@@ -278,15 +268,14 @@ class FitCLI(LightningCLI):
             LastCheckpoint(folder / CHECKPOINTS, settings.checkpoint_every_n_steps),
             MetricsFile(folder),
             ExportModel(folder),
-            HtmlReport(folder),
+            HtmlReport(folder, self.task.page),
+            *self.task.callbacks(folder),
         ]
-        if self.task == "agent":
-            callbacks.append(SampledAnswers(folder / LOGS))
         if progress := progress_callback(self.config.quiet):
             callbacks.append(progress)
         given: dict[str, Any] = {
             "callbacks": callbacks,
-            "plugins": [*(options.plugins or []), SafeCheckpointIO(self.task)],
+            "plugins": [*(options.plugins or []), SafeCheckpointIO(self.task.module)],
         }
         if isinstance(options.strategy, ModelParallelStrategy) and not isinstance(options.strategy, FullySharded):
             raise UserError(
@@ -387,7 +376,7 @@ def _fit_and_test(cli: FitCLI) -> None:
     if not trainer.is_global_zero:
         return
     if not cli.config.quiet:
-        show(*test_tables(tested_record(trainer, cli.model)))
+        show(*cli.task.tables(tested_record(trainer, cli.model)))
         say(f"figures {METRICS_FILE}, report {REPORT_FILE} and weights {EXPORT}/ are in the run folder:")
     say(folder)
 
@@ -461,7 +450,7 @@ def _with_config_of_resumed_run(arguments: list[str]) -> list[str]:
     found = _scan(arguments)
     if found.ckpt_path is None or found.config:
         return arguments
-    folder = _resumed_folder(found.root, found.name or found.task or "reward", found.ckpt_path)
+    folder = _resumed_folder(found.root, found.name or found.task or DEFAULT_TASK, found.ckpt_path)
     config = folder / CONFIG_FILE if folder else None
     if config is None or not config.is_file():
         return arguments

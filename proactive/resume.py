@@ -12,7 +12,6 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from datamodules.batching.rows import RowsDataModule
 from datamodules.errors import UserError, refuse_changes
 from models.learning.checkpoint_files import checkpoint_problem, load_run, refuse_damaged
 from models.learning.training import BackboneModule
@@ -41,7 +40,7 @@ class KeepOptions(Callback):
 def refuse_other_options(
     path: Path,
     options: Mapping[str, Any],
-    classes: tuple[type[BackboneModule], type[RowsDataModule]],
+    kind: type[BackboneModule],
     run_folder: Path | None,
 ) -> int:
     """Compare the options given with those of a checkpoint's run.
@@ -49,7 +48,7 @@ def refuse_other_options(
     Args:
         path: The checkpoint.
         options: All options of the run that goes on, by group.
-        classes: Of model and data.
+        kind: The class of the model.
         run_folder: The folder that the run goes on in; None if it begins a new one.
 
     Returns:
@@ -58,20 +57,19 @@ def refuse_other_options(
     Raises:
         UserError: The checkpoint cannot be read, does not know its options, or an option differs that may not.
     """
-    model_class, data_class = classes
     run_may_change = set(RUN_MAY_CHANGE)
     if run_folder is None:
         run_may_change |= {"root", "name"}
     elif run_folder.resolve().is_relative_to(Path(options["run"]["root"]).resolve()):
         run_may_change.add("root")  # the same folder in other words
     may_change = {
-        "model": model_class.may_change,
-        "data": data_class.may_change,
+        "model": kind.may_change,
+        "data": kind.data_class.may_change,
         "trainer": TRAINER_MAY_CHANGE,
         "run": run_may_change,
     }
     try:
-        checkpoint = load_run(path, model_class.task, checked=True, whole=False)  # is checked when weights are read
+        checkpoint = load_run(path, kind, checked=True, whole=False)  # is checked when weights are read
         if OPTIONS not in checkpoint:
             raise UserError(
                 f"{path} does not say with which options it was trained: an earlier version wrote it",

@@ -140,13 +140,13 @@ def as_user_error(error: BaseException) -> UserError | None:
     return None
 
 
-def test_tables(record: dict[str, Any]) -> list[Table]:
-    """What a test found out, for a person to read."""
-    return [_judge_table(record), _agreement_table(record)] if record["task"] == "reward" else [_decision_table(record)]
+def reward_tables(record: dict[str, Any]) -> list[Table]:
+    """What the test of a reward classifier found out."""
+    return [_judge_table(record), _agreement_table(record)]
 
 
-def _decision_table(record: dict[str, Any]) -> Table:
-    """A tested agent's decisions to propose."""
+def decision_tables(record: dict[str, Any]) -> list[Table]:
+    """What the test of an agent found out: its decisions to propose."""
     table = Table(
         title=f"{_tested(record)}: the decision to propose after {record['test']['raw']['histories']:.0f} histories",
         caption=_caption(record),
@@ -169,7 +169,7 @@ def _decision_table(record: dict[str, Any]) -> Table:
     table.add_section()
     for name, figures in record["baselines"].items():
         add(name, figures)
-    return table
+    return [table]
 
 
 def _tested(record: dict[str, Any]) -> str:

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from datamodules.files.run_folders import RUN_FOLDER_VARIABLE
-from proactive.fit import TASKS, FitCLI, task_of
+from proactive.fit import FitCLI, task_of
+from proactive.tasks import TASKS
 from tests.helpers import ROOT
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -57,11 +58,11 @@ def test_config_is_instantiated_without_weights(path: Path, tmp_path: Path) -> N
         arguments.append("--trainer.accelerator=cpu")
         del given["trainer.accelerator"]
     cli = instantiate(arguments, tmp_path)
-    model_class, data_class = TASKS[path.parent.name]
-    assert isinstance(cli.model, model_class)
+    task = TASKS[path.parent.name]
+    assert isinstance(cli.model, task.module)
     assert cli.model.network is None
     assert not list(cli.model.parameters())
-    assert isinstance(cli.datamodule, data_class)
+    assert isinstance(cli.datamodule, task.data)
     with pytest.raises(RuntimeError, match="setup"):  # no row has been read
         _ = cli.datamodule.split
     assert given

@@ -43,7 +43,7 @@ class RewardDataModule(RowsDataModule):
         return [(marked_words(row.history, row.proposal), row.accepted) for row in rows]
 
     @property
-    def tests_published_rows(self) -> bool:
+    def tests_published_rows(self) -> bool:  # type: ignore[override]
         """Whether the test rows are those that the published figures are of."""
         return self.split_name == "published" and test_digest(self.split.test) == PUBLISHED_TEST_DIGEST
 

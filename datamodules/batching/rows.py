@@ -191,6 +191,7 @@ class RowsDataModule(LightningDataModule):
         self._pair_cost = 0.0
         self._refuse_impossible_sizes()
 
+    tests_published_rows = False  # whether the test rows are those that published metrics are of
     contamination_allowed = False  # whether the user asked for training on what is tested
 
     # What the kinds of rows differ in

@@ -208,9 +208,6 @@ class ShardFiles(Content):
     aliases: dict[str, str]
 
 
-CHECKPOINTS: dict[str, type[CheckpointContent]] = {"reward": RewardCheckpoint, "agent": AgentCheckpoint}
-
-
 @cache
 def options_record(kind: type) -> type[BaseModel]:
     """A record of the options that a class's constructor takes, with those that it hands on to its bases."""

@@ -8,20 +8,17 @@
 
 import pickle
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from datamodules.batching.answer_rows import AgentDataModule
-from datamodules.batching.reward_rows import RewardDataModule
-from datamodules.batching.rows import RowsDataModule
 from datamodules.corpus.records import validate
 from datamodules.errors import UserError
 from datamodules.files.reading import require_regular_files
 from datamodules.files.run_folders import CHECKPOINTS
 from models.learning import sharded_files as shards
-from models.learning.checkpoint_contents import CHECKPOINTS as RECORDS
 from models.learning.checkpoint_contents import ShardFiles, refuse_options
 from models.learning.training import EXPORT_STATE, BackboneModule, export_state
 from models.networks.backbone import refuse_unfit_tokenizer
@@ -29,7 +26,6 @@ from models.networks.weight_files import naming
 
 LAST = "last.ckpt"
 BEST = "best.ckpt"
-DATA: dict[str, type[RowsDataModule]] = {"reward": RewardDataModule, "agent": AgentDataModule}
 
 Model = TypeVar("Model", bound=BackboneModule)
 
@@ -89,17 +85,22 @@ def _joined(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "state_dict": state, "optimizer_states": optimizers}
 
 
-def load_run(path: Path, task: str, **options: bool) -> dict[str, Any]:
-    """Load a checkpoint that `python -m proactive.fit --task ...` wrote; for the options see `load_checkpoint`.
+def load_run(path: Path, kind: type[BackboneModule], **options: bool) -> dict[str, Any]:
+    """Load a checkpoint that a run of `python -m proactive.fit` wrote.
+
+    Args:
+        path: The checkpoint.
+        kind: The class of its model.
+        options: See `load_checkpoint`.
 
     Raises:
         UserError: As `load_checkpoint`, or it is something else, or of another task.
     """
     checkpoint = load_checkpoint(path, **options)
     found = checkpoint.get("task")
-    if isinstance(found, str) and found in DATA and found != task:
-        raise UserError(f"{path} is of task {found}, not {task}", f"Give a checkpoint of task {task}.")
-    validate(checkpoint, RECORDS[task], str(path))
+    if isinstance(found, str) and found != kind.task:
+        raise UserError(f"{path} is of task {found}, not {kind.task}", f"Give a checkpoint of task {kind.task}.")
+    validate(checkpoint, kind.checkpoint_record, str(path))
     return checkpoint
 
 
@@ -117,7 +118,6 @@ def load_trained(kind: type[Model], target: Path, option: str) -> tuple[Model, d
     Raises:
         UserError: There is no such model there.
     """
-    data_kind = DATA[kind.task]
     if (shards.settled(target) / EXPORT_STATE).is_file():
         require_regular_files(target, option)
         with naming(target):
@@ -125,26 +125,31 @@ def load_trained(kind: type[Model], target: Path, option: str) -> tuple[Model, d
     else:
         target = _checkpoint_of(target, option)
         with naming(target):
-            checkpoint = load_run(target, kind.task)
-            model, state = kind.from_checkpoint(checkpoint), checkpoint[data_kind.__qualname__]
+            checkpoint = load_run(target, kind)
+            model, state = kind.from_checkpoint(checkpoint), checkpoint[kind.data_class.__qualname__]
     with naming(target):
-        refuse_options(data_kind, state["hyperparameters"], "hyperparameters")
-        data = data_kind.from_state(state)
+        refuse_options(kind.data_class, state["hyperparameters"], "hyperparameters")
+        data = kind.data_class.from_state(state)
         refuse_unfit_tokenizer(model.network, data.tokenizer)
     return model, state, target
 
 
-def checkpoint_task(target: Path, option: str) -> str:
-    """Which kind of model a run folder, a checkpoint or an export folder holds.
+def checkpoint_task(target: Path, option: str, tasks: Collection[str]) -> str:
+    """Which task a run folder, a checkpoint or an export folder names.
+
+    Args:
+        target: Where it is.
+        option: What the user gave `target` as.
+        tasks: Those that there are.
 
     Raises:
-        UserError: As `load_trained`.
+        UserError: As `load_trained`, or it names no such task.
     """
     if (shards.settled(target) / EXPORT_STATE).is_file():
         task = export_state(target).get("task")
     else:
         task = load_checkpoint(_checkpoint_of(target, option), whole=False).get("task")
-    if not isinstance(task, str) or task not in DATA:
+    if not isinstance(task, str) or task not in tasks:
         raise UserError(
             f"{option}: {target} is no checkpoint of a run: it names no task",
             "Give one that python -m proactive.fit wrote.",

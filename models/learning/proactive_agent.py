@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from datamodules.batching.answer_rows import AnswerKind
+from datamodules.batching.answer_rows import AgentDataModule, AnswerKind
 from datamodules.batching.steps import AgentBatch
 from datamodules.corpus.answers import read_answer
 from datamodules.corpus.records import history_digest
@@ -17,6 +17,7 @@ from datamodules.ranges import CountOrNone, NotNegative
 from models.decoding.branches import can_branch
 from models.decoding.generation import generate_answers
 from models.learning.answer_metrics import AnswerLosses, answer_losses, decision_figures, decisions, probed_rows
+from models.learning.checkpoint_contents import AgentCheckpoint
 from models.learning.training import BackboneModule
 from models.networks.backbone import language_problem, position_room, token_losses
 
@@ -37,6 +38,10 @@ class ProactiveAgent(BackboneModule):
     """
 
     task = "agent"
+    data_class = AgentDataModule
+    checkpoint_record = AgentCheckpoint
+    pipeline = "text-generation"
+    constant_decisions = ("propose always", "never")
     head = "language model"
     logged_figures = ("validation/loss", "validation/f1", "validation/auroc", "validation/json_validity")
 
@@ -52,6 +57,9 @@ class ProactiveAgent(BackboneModule):
                 f"model.backbone: {self.hparams['backbone']} cannot be trained as an agent: {problem}",
                 "Use a decoder; Llama, Qwen, Mistral, Gemma and Phi are known to serve.",
             )
+
+    def decision_metrics(self, probability_N: Tensor, rows: dict[str, Tensor], threshold: float) -> dict[str, Tensor]:
+        return decision_figures(probability_N, rows["target"], threshold, rows["scene"])
 
     def row_losses(self, batch: AgentBatch) -> Tensor:
         """The summed cross-entropy of each row's answer, (R,) float32."""

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.batching.layouts import Inputs
+from datamodules.batching.reward_rows import RewardDataModule
 from datamodules.batching.steps import RewardBatch
 from datamodules.corpus.records import Category
 from datamodules.ranges import NotNegative
+from models.learning.checkpoint_contents import RewardCheckpoint
 from models.learning.metrics import RewardMetrics, reward_figures
 from models.learning.training import BackboneModule
 from models.networks.backbone import Pooling, classify, read_out, reads_last_token
@@ -34,6 +36,11 @@ class RewardClassifier(BackboneModule):
 
     task = "reward"
     head = "classifier"
+    data_class = RewardDataModule
+    checkpoint_record = RewardCheckpoint
+    pipeline = "text-classification"
+    card_tags = ("reward-model",)
+    constant_decisions = ("accept everything", "reject everything")
     logged_figures = ("validation/auroc", "validation/loss", "validation/accuracy", "validation/f1")
     category_weight: Tensor
 
@@ -62,6 +69,9 @@ class RewardClassifier(BackboneModule):
     def refuse_network(self, network: "PreTrainedModel") -> None:
         if self.hparams["pooling"] != "auto":
             read_out(network)
+
+    def decision_metrics(self, probability_N: Tensor, rows: dict[str, Tensor], threshold: float) -> dict[str, Tensor]:
+        return reward_figures(probability_N, rows["target"], rows["category"], threshold, rows["scene"])
 
     def read_rows(self, network: "PreTrainedModel", inputs: Inputs) -> Tensor:
         return classify(network, inputs, self.hparams["pooling"])

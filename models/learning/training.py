@@ -22,7 +22,7 @@ from datamodules.errors import UserError
 from datamodules.prompting.tokenizers import SCRATCH
 from datamodules.ranges import NotNegative, Positive, Share, refuse_unsound
 from models.learning.calibration import DECISION, Calibration, calibrated
-from models.learning.checkpoint_contents import ExportContent, refuse_options
+from models.learning.checkpoint_contents import CheckpointContent, ExportContent, refuse_options
 from models.learning.finite_check import FiniteCheck
 from models.learning.optimizers import (
     SHARDED,
@@ -120,6 +120,11 @@ class BackboneModule(LightningModule):
     )
     task: ClassVar[str]  # as --task names it
     head: ClassVar[Head]
+    data_class: ClassVar[type[RowsDataModule]]
+    checkpoint_record: ClassVar[type[CheckpointContent]]  # what its checkpoints hold
+    pipeline: ClassVar[str]  # of transformers, for the model card
+    card_tags: ClassVar[tuple[str, ...]] = ()
+    constant_decisions: ClassVar[tuple[str, str]]  # what to decide always, and never, is called
     logged_figures: ClassVar[tuple[str, ...]]  # by which --run.monitor may pick the best weights; the first by default
     test_rows: dict[str, Tensor]  # once a test has run: what it was about, see `note_test`
     test_figures: dict[str, dict[str, float]]  # once a test has run: its figures, see `note_test`
@@ -177,6 +182,16 @@ class BackboneModule(LightningModule):
     def tree_problem(self, network: "PreTrainedModel") -> str | None:
         """What of the model itself, whatever its backbone can, keeps it from reading trees; None if nothing does."""
         return None
+
+    def decision_metrics(self, probability_N: Tensor, rows: dict[str, Tensor], threshold: float) -> dict[str, Tensor]:
+        """The metrics of decisions about test rows, such as those of a baseline.
+
+        Args:
+            probability_N: (N,) float64, of the positive class.
+            rows: As `test_rows` has them.
+            threshold: The probability above which the positive class is decided.
+        """
+        raise NotImplementedError
 
     def refuse_network(self, network: "PreTrainedModel") -> None:
         """Say what keeps a new network from being trained for the task; nothing here.

@@ -23,8 +23,6 @@ DOWNLOADED = re.compile(
 LONG_LINE = 10_000  # of characters: no value takes two lines
 OWN_DATA = ("embedded", "published")  # both under the Apache License 2.0
 LICENSE_FIELDS = ("license", "license_name", "license_link")
-PIPELINES = {"reward": "text-classification", "agent": "text-generation"}
-TAGS = {"reward": ["reward-model"], "agent": []}
 
 
 def model_card(model: BackboneModule, data: RowsDataModule, record: dict[str, Any] | None) -> str:
@@ -84,12 +82,12 @@ def _metadata(model: BackboneModule, data: RowsDataModule) -> dict[str, Any]:
     """What https://huggingface.co/docs/hub/model-cards names."""
     backbone = str(model.hparams["backbone"])
     base = {} if backbone == SCRATCH else {"base_model": shown_name(backbone)}
-    tags = [*TAGS[model.task], "proactive-assistant", "proactivebench", *(["lora"] if model.exports_adapter else [])]
+    tags = [*model.card_tags, "proactive-assistant", "proactivebench", *(["lora"] if model.exports_adapter else [])]
     return {
         **base,
         **_license(backbone, data),
         "library_name": "peft" if model.exports_adapter else "transformers",
-        "pipeline_tag": PIPELINES[model.task],
+        "pipeline_tag": model.pipeline,
         "tags": tags,
     }
 

@@ -16,10 +16,10 @@ WORST_MISTAKES = 12
 EVENTS_SHOWN = 6
 
 
-def read_curves(files: Sequence[Path]) -> dict[str, dict[int, float]]:
-    """Logged figures by name and step; where files overlap, as after a resume, the later one counts."""
+def read_curves(folder: Path) -> dict[str, dict[int, float]]:
+    """Logged metrics by name and step; where files overlap, as after a resume, the later one counts."""
     curves: dict[str, dict[int, float]] = {}
-    for path in sorted(files, key=lambda file: file.stat().st_mtime):
+    for path in sorted(sorted(folder.glob("metrics*.csv")), key=lambda file: file.stat().st_mtime):
         with path.open(newline="") as file:
             for line in csv.DictReader(file):
                 if not (line.get("step") or "").isdecimal():
@@ -30,7 +30,7 @@ def read_curves(files: Sequence[Path]) -> dict[str, dict[int, float]]:
     return {name: dict(sorted(points.items())) for name, points in curves.items()}
 
 
-def report(
+def reward_report(
     record: dict[str, Any],
     rows: dict[str, Tensor],
     test: Sequence[AnnotatedRow],

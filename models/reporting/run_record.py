@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 
-from datamodules.batching.reward_rows import RewardDataModule
 from datamodules.batching.rows import RowsDataModule
 from datamodules.corpus.records import Category
-from models.learning.answer_metrics import decision_figures
 from models.learning.calibration import DECISION, fit_threshold
-from models.learning.metrics import FEW_GROUPS, PUBLISHED_REWARD_ROWS, reward_figures
+from models.learning.metrics import FEW_GROUPS, PUBLISHED_REWARD_ROWS
 from models.learning.sharded_files import content_digest
 from models.learning.training import BackboneModule
 
@@ -41,7 +39,7 @@ def run_record(model: BackboneModule, data: RowsDataModule, source: str) -> dict
     found = data.contamination
     rows = data.row_counts
     partial = model.test_count < rows["test"]
-    published = isinstance(data, RewardDataModule) and data.tests_published_rows and not partial
+    published = data.tests_published_rows and not partial
     record = {
         "task": model.task,
         "weights": source,
@@ -114,15 +112,13 @@ def intervals_note(groups: int, what: str) -> str:
 
 def _one_sided(record: Mapping[str, Any]) -> list[str]:
     """Which kinds of rows are all decided alike though people decided them differently."""
-    if record["task"] != "reward":
-        return []
     figures = record["test"].get("calibrated", record["test"]["raw"])
     said = []
     for what, rejected, accepted in (
         ("silence", Category.MISSED_NEED, Category.NON_RESPONSE),
         ("proposal", Category.FALSE_ALARM, Category.CORRECT_DETECTION),
     ):
-        if not figures[f"rows_{rejected}"] or not figures[f"rows_{accepted}"]:
+        if not figures.get(f"rows_{rejected}") or not figures.get(f"rows_{accepted}"):  # an agent has no categories
             continue
         share = figures[f"rows_{rejected}"] / (figures[f"rows_{rejected}"] + figures[f"rows_{accepted}"])
         agreement = figures[f"agreement_{rejected}"], figures[f"agreement_{accepted}"]
@@ -141,9 +137,7 @@ def _baselines(model: BackboneModule, data: RowsDataModule) -> dict[str, dict[st
     place_N = rows["row"] - (data.row_counts["test"] - data.decision_count("test"))
     words_N = scores.test[place_N]
     threshold = fit_threshold(scores.validation, scores.validation_target) if len(scores.validation) else DECISION
-    always, never = (
-        ("accept everything", "reject everything") if model.task == "reward" else ("propose always", "never")
-    )
+    always, never = model.constant_decisions
     judges = {
         f"majority of training rows: {always if scores.majority else never}": (
             torch.full_like(words_N, scores.majority),
@@ -155,10 +149,7 @@ def _baselines(model: BackboneModule, data: RowsDataModule) -> dict[str, dict[st
     }
     found = {}
     for name, (score_N, above) in judges.items():
-        if model.task == "reward":
-            figures = reward_figures(score_N, rows["target"], rows["category"], above, rows["scene"])
-        else:
-            figures = decision_figures(score_N, rows["target"], above, rows["scene"])
+        figures = model.decision_metrics(score_N, rows, above)
         found[name] = {figure: float(value) for figure, value in figures.items()}
     return found
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from tests.callbacks.sharded_runs import compiled, mixed_precision, steps, stored_in_bfloat16
-from tests.helpers import small_root
 from tests.models.small import LLAMA
 from tests.ranks import on_ranks
 
@@ -22,11 +21,6 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     # Blocks of a matrix's rows, a head of 2 rows, and vectors whose parts are no whole blocks.
     ("llama", {"scratch": LLAMA, "optimizer": "adamw_8bit"}, {"layout": "tree", "token_budget": 160}),
 ]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_root(tmp_path_factory.mktemp("root"))
 
 
 @pytest.fixture(scope="module")

@@ -10,15 +10,10 @@ import torch
 from datamodules.errors import UserError
 from models.learning import sharded_files as shards
 from models.learning.checkpoint_files import checkpoint_problem, load_checkpoint, load_run
+from models.learning.reward_classifier import RewardClassifier
 from tests.callbacks.sharded_runs import disk_full_on_one_rank, fitted_to, killed_while_saving
-from tests.helpers import small_root
 from tests.models.small import LLAMA
 from tests.ranks import on_ranks
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_root(tmp_path_factory.mktemp("root"))
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +93,7 @@ def test_a_full_disk_on_one_rank_is_told_by_all_and_loses_no_checkpoint(root: Pa
     assert len(said) == 2
     for what in said:
         assert what == f"cannot write {tmp_path / 'last.ckpt'}: File too large (rank 1)"
-    assert load_run(tmp_path / "last.ckpt", "reward")["global_step"] == 1
+    assert load_run(tmp_path / "last.ckpt", RewardClassifier)["global_step"] == 1
 
 
 def test_every_damage_is_found(of_four: tuple[Path, Any], tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,7 +9,6 @@ from hypothesis import HealthCheck, settings
 
 from datamodules.corpus.records import AnnotatedRow
 from datamodules.corpus.sources import Corpus, load_corpus
-from tests.helpers import small_root
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -68,12 +66,6 @@ def row_of(
 @pytest.fixture(scope="session")
 def embedded() -> Corpus:
     return load_corpus("embedded")
-
-
-@pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data root of 9 scenes; tests only read it."""
-    return small_root(tmp_path_factory.mktemp("data") / "root")
 
 
 @pytest.fixture(scope="session")

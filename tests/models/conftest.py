@@ -6,14 +6,7 @@ import pytest
 import torch
 
 from models.networks.backbone import network_from_config
-from tests.helpers import small_root
 from tests.models.small import LLAMA, small_data
-
-
-@pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data root with a few rows of nine simulated scenes."""
-    return small_root(tmp_path_factory.mktemp("root"))
 
 
 @pytest.fixture(scope="session")

@@ -92,7 +92,7 @@ def small_trainer(*callbacks: Callback, **options: Any) -> Trainer:
         "max_epochs": 1,
         "logger": False,
         "callbacks": list(callbacks),
-        "plugins": [SafeCheckpointIO()],
+        "plugins": [SafeCheckpointIO(RewardClassifier)],
         "use_distributed_sampler": False,
         "enable_checkpointing": any(hasattr(callback, "path") for callback in callbacks),
         "enable_progress_bar": False,

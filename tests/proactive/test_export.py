@@ -10,6 +10,7 @@ import torch
 
 from callbacks.checkpoint_io import SafeCheckpointIO
 from models.learning.checkpoint_files import load_checkpoint
+from models.learning.reward_classifier import RewardClassifier
 from models.learning.training import EXPORT_STATE
 from proactive import export
 from tests.proactive.conftest import FinishedRun
@@ -49,7 +50,7 @@ def test_other_weights_under_the_same_name_do_not_get_the_figures(
     weights = checkpoint["state_dict"]
     name = next(name for name, weight in weights.items() if weight.ndim > 1)
     weights[name] = torch.zeros_like(weights[name])
-    SafeCheckpointIO().save_checkpoint(checkpoint, best)
+    SafeCheckpointIO(RewardClassifier).save_checkpoint(checkpoint, best)
     assert call(export.main, "--checkpoint", run, "--output", "after").code == 0
     cards = [(tmp_path / name / "README.md").read_text(encoding="utf-8") for name in ("before", "after")]
     assert ["## Figures" in card for card in cards] == [True, False]

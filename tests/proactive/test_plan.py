@@ -9,14 +9,9 @@ import pytest
 
 from callbacks.fully_sharded import FullySharded
 from proactive import plan
-from tests.helpers import ROOT, SMALL_RUN, small_root
+from tests.helpers import ROOT, SMALL_RUN
 
 SHAPE = ROOT / "benchmarks" / "shapes" / "llama_3_1_8b.yaml"
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_root(tmp_path_factory.mktemp("root"))
 
 
 @pytest.fixture

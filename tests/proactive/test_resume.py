@@ -20,8 +20,8 @@ from datamodules.batching.rows import RowsDataModule
 from models.learning.training import BackboneModule
 from models.reporting.run_page import read_curves
 from proactive import evaluate, fit
-from proactive.fit import TASKS
 from proactive.resume import TRAINER_MAY_CHANGE
+from proactive.tasks import TASKS
 from tests.helpers import SMALL_RUN, command
 from tests.proactive.conftest import FinishedRun
 
@@ -313,7 +313,7 @@ def test_a_run_is_not_resumed_with_other_rows(finished_run: FinishedRun, copied_
 
 @pytest.mark.parametrize("task", TASKS)
 def test_what_may_change_is_among_the_options(task: str) -> None:
-    model_class, data_class = TASKS[task]
+    model_class, data_class = TASKS[task].module, TASKS[task].data
     cli_options = {
         "model": {*signature(BackboneModule).parameters, *signature(model_class).parameters},
         "data": {*signature(RowsDataModule).parameters, *signature(data_class).parameters},

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from models.learning.checkpoint_files import load_run
+from models.learning.reward_classifier import RewardClassifier
 from proactive import evaluate, export, fit
 from tests.helpers import SMALL_BACKBONE, SMALL_RUN, command, small_root
 
@@ -43,7 +44,7 @@ def test_a_killed_rank_ends_the_job_and_the_resumed_one_is_as_one_device(tmp_pat
     assert (ended.returncode, ended.stdout) == (0, "runs/two/0\n"), ended.stderr
     assert command("proactive.fit", *options, "--run.name=one", cwd=tmp_path).returncode == 0
     one, two = tmp_path / "runs" / "one" / "0", tmp_path / "runs" / "two" / "0"
-    checkpoints = [load_run(folder / "checkpoints" / "last.ckpt", "reward") for folder in (one, two)]
+    checkpoints = [load_run(folder / "checkpoints" / "last.ckpt", RewardClassifier) for folder in (one, two)]
     assert [checkpoint["global_step"] for checkpoint in checkpoints] == [12, 12]
     for name, weight in checkpoints[0]["state_dict"].items():
         found = checkpoints[1]["state_dict"][name]

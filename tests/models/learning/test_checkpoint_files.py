@@ -23,6 +23,8 @@ from callbacks.saving import Interrupted, LastCheckpoint
 from callbacks.seeding import SeedEachStep
 from datamodules.errors import UserError
 from models.learning.checkpoint_files import load_checkpoint
+from models.learning.proactive_agent import ProactiveAgent
+from models.learning.reward_classifier import RewardClassifier
 from tests.helpers import ROOT, SignalAtStep
 from tests.models.small import fit, small_classifier, small_data
 from tests.patience import HANG
@@ -75,7 +77,7 @@ class Unpicklable:
 
 
 def save(path: Path, content: dict[str, Any] = CONTENT) -> Path:
-    SafeCheckpointIO().save_checkpoint(content, path)
+    SafeCheckpointIO(RewardClassifier).save_checkpoint(content, path)
     return path
 
 
@@ -91,22 +93,22 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     content = run_content("reward")
     path = save(tmp_path / "new" / "folder" / "last.ckpt", content)
     assert same(load_checkpoint(path), content)
-    assert same(SafeCheckpointIO().load_checkpoint(path), content)
+    assert same(SafeCheckpointIO(RewardClassifier).load_checkpoint(path), content)
     assert [entry.name for entry in path.parent.iterdir()] == ["last.ckpt"]
 
 
 def test_a_checkpoint_of_something_else_is_told_apart_from_a_runs(tmp_path: Path) -> None:
     path = save(tmp_path / "last.ckpt")
     with pytest.raises(UserError, match="field task"):
-        SafeCheckpointIO().load_checkpoint(path)
+        SafeCheckpointIO(RewardClassifier).load_checkpoint(path)
 
 
 def test_a_run_of_the_other_task_is_refused(tmp_path: Path) -> None:
     content = run_content("agent")
     path = save(tmp_path / "last.ckpt", content)
-    assert same(SafeCheckpointIO("agent").load_checkpoint(path), content)
+    assert same(SafeCheckpointIO(ProactiveAgent).load_checkpoint(path), content)
     with pytest.raises(UserError, match="is of task agent, not reward"):
-        SafeCheckpointIO().load_checkpoint(path)
+        SafeCheckpointIO(RewardClassifier).load_checkpoint(path)
 
 
 def test_a_save_that_fails_keeps_the_former_file(tmp_path: Path) -> None:
@@ -120,11 +122,12 @@ def test_a_save_that_fails_keeps_the_former_file(tmp_path: Path) -> None:
 FULL_DISK = """
 import resource, sys, torch
 from pathlib import Path
-from models.learning.checkpoint_files import SafeCheckpointIO
+from callbacks.checkpoint_io import SafeCheckpointIO
+from models.learning.reward_classifier import RewardClassifier
 from datamodules.errors import UserError
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 try:
-    SafeCheckpointIO().save_checkpoint({"weight": torch.ones(1_000_000)}, sys.argv[1])
+    SafeCheckpointIO(RewardClassifier).save_checkpoint({"weight": torch.ones(1_000_000)}, sys.argv[1])
 except UserError as error:
     print(error.what, "|", error.hint)
 """

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from datamodules.corpus.records import AnnotatedRow, Category
 from models.learning.metrics import reward_figures
-from models.reporting.run_page import WORST_MISTAKES, read_curves, report
+from models.reporting.run_page import WORST_MISTAKES, read_curves, reward_report
 from models.reporting.run_record import run_record
 from tests.callbacks.conftest import Run
 
@@ -68,7 +68,7 @@ def made_of(probability: list[float], rows: list[AnnotatedRow], run: Run, **chan
     plain = {name: float(value) for name, value in figures.items()}
     record["test"] = {"raw": plain, "calibrated": plain, "f1_optimal": plain}
     curves = changes.pop("curves", {"train/loss": {1: 0.7, 2: 0.6}, "validation/loss": {2: 0.65}})
-    return report(record | changes, columns, rows, curves)
+    return reward_report(record | changes, columns, rows, curves)
 
 
 def test_the_page_needs_nothing_else(run: Run) -> None:

@@ -1,4 +1,4 @@
-"""One trained and tested classifier with its run folder, which most tests of callbacks read."""
+"""One trained and tested classifier with its run folder, which the tests of reports read."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from callbacks.metrics_file import MetricsFile
 from callbacks.saving import LastCheckpoint
 from datamodules.batching.reward_rows import RewardDataModule
 from models.learning.reward_classifier import RewardClassifier
-from tests.helpers import small_root
+from proactive.tasks import TASKS
 from tests.models.small import small_classifier, small_data, small_trainer
 
 
@@ -22,12 +22,6 @@ class Run:
     folder: Path
     classifier: RewardClassifier
     data: RewardDataModule
-
-
-@pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data root with a few rows of nine simulated scenes."""
-    return small_root(tmp_path_factory.mktemp("root"))
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +34,7 @@ def run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         LastCheckpoint(folder / "checkpoints"),
         MetricsFile(folder),
         ExportModel(folder),
-        HtmlReport(folder),
+        HtmlReport(folder, TASKS["reward"].page),
         max_epochs=2,
         logger=CSVLogger(folder, "", "logs"),
         log_every_n_steps=1,
