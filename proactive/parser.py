@@ -8,6 +8,7 @@ of a class: what calls them would run anything.
 import difflib
 import re
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NoReturn, Protocol, get_args, get_origin
 
@@ -37,8 +38,20 @@ class OptionError(UserError):
     """A parser refuses a value; what it says begins with the name of the option, or of the argument of a class."""
 
 
+class _Built(BaseException):
+    """Takes a parser out of the command that has built it."""
+
+
+_taken_out = ContextVar("_taken_out", default=False)
+
+
 class Parser(ArgumentParser):
     """A parser whose errors take one line each, and that gives classes no functions."""
+
+    def parse_args(self, *args: Any, **options: Any) -> Any:
+        if _taken_out.get():
+            raise _Built(self)
+        return super().parse_args(*args, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         cause: BaseException | None = ex
@@ -83,6 +96,18 @@ class Parser(ArgumentParser):
                     group._group_actions.remove(action)
             for option in action.option_strings:
                 self._option_string_actions.pop(option, None)
+
+
+def parser_of(main: Callable[[list[str]], None], *arguments: str) -> Parser:
+    """The parser that a command builds for some arguments; nothing is parsed."""
+    before = _taken_out.set(True)
+    try:
+        main(list(arguments))
+    except _Built as built:
+        return built.args[0]
+    finally:
+        _taken_out.reset(before)
+    raise TypeError(f"{main} parses nothing")
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
