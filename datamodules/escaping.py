@@ -18,6 +18,11 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
+def error_text(error: BaseException, most: int) -> str:
+    """An exception's message on one line, `most` characters at most."""
+    return shortened(" ".join(str(error).split()), most)
+
+
 FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")  # of a cell that spreadsheets compute instead of showing it
 
 

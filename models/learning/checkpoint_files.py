@@ -16,6 +16,7 @@ import torch
 
 from datamodules.corpus.records import validate
 from datamodules.errors import UserError
+from datamodules.escaping import error_text
 from datamodules.files.reading import require_regular_files
 from datamodules.files.run_folders import CHECKPOINTS
 from models.learning import sharded_files as shards
@@ -63,7 +64,7 @@ def load_checkpoint(path: Path, *, checked: bool = False, whole: bool = True) ->
             "Use a checkpoint that this project wrote.",
         ) from error
     except Exception as error:  # whatever a foreign or damaged archive makes the reader say
-        reason = " ".join(str(error).split())[:200]
+        reason = error_text(error, 200)
         raise UserError(f"{path}: no checkpoint ({reason})", "Use a checkpoint that this project wrote.") from error
     if not isinstance(checkpoint, dict):
         raise UserError(
@@ -198,7 +199,7 @@ def _shards_problem(folder: Path) -> str | None:
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
     except Exception as error:  # whatever a foreign archive makes the reader say
-        return f"no checkpoint ({' '.join(str(error).split())[:200]})"
+        return f"no checkpoint ({error_text(error, 200)})"
 
 
 def _file_problem(path: Path) -> str | None:
@@ -212,4 +213,4 @@ def _file_problem(path: Path) -> str | None:
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
     except Exception as error:  # zipfile raises a dozen kinds on a damaged table of contents
-        return f"truncated, damaged or no checkpoint ({' '.join(str(error).split())[:200]})"
+        return f"truncated, damaged or no checkpoint ({error_text(error, 200)})"

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.errors import UserError
+from datamodules.escaping import error_text
 from datamodules.files.writing import checksum, remove
 
 VALUES = "values.pt"
@@ -144,7 +145,7 @@ def _readable(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever a foreign or damaged file makes the reader say
-        reason = " ".join(str(error).split())[:200]
+        reason = error_text(error, 200)
         raise UserError(f"{folder}: no shards of a checkpoint ({reason})", "Give another checkpoint.") from error
 
 

@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from torch import Tensor, nn
 
 from datamodules.errors import UserError
+from datamodules.escaping import error_text
 from datamodules.ranges import FINITE, Count, ShareBelowOne, refuse_unsound
 from models.networks.backbone import Head, reads_last_token
 from models.networks.weight_files import naming, refuse_other_tensors
@@ -85,7 +86,7 @@ def _installed(package: str, option: str, hint: str) -> None:
     try:
         importlib.import_module(package)
     except Exception as error:  # bitsandbytes' import fails in many ways where its native library does not load
-        reason = " ".join(str(error).split())[:200]
+        reason = error_text(error, 200)
         raise UserError(f"{option}: {package} does not load: {reason}", hint) from error
 
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from datamodules.batching.layouts import Inputs
 from datamodules.corpus.records import read_json
 from datamodules.errors import UserError
+from datamodules.escaping import error_text
 from datamodules.files.reading import require_regular_files
 from datamodules.prompting.tokenizers import SCRATCH
 from models.networks.forward import as_forward
@@ -540,7 +541,7 @@ def _clear_errors(head: Head, name: str) -> Iterator[None]:
     except (UserError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # whatever a foreign or damaged configuration, or file, makes transformers say
-        reason = " ".join(str(error).split())[:300]
+        reason = error_text(error, 300)
         raise UserError(
             f"model.backbone: cannot make a {head} of {name}: {reason}",
             "Give a hub id that this machine can reach, or a folder that save_pretrained wrote as safetensors.",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from datamodules.batching.layouts import Inputs, RowsLayout
 from datamodules.errors import UserError
+from datamodules.escaping import error_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +42,7 @@ def tried(model: "PreTrainedModel", what: str, trial: Callable[[], str | None]) 
     except torch.OutOfMemoryError:
         raise
     except REFUSALS as error:
-        return f"it refuses {what} ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+        return f"it refuses {what} ({type(error).__name__}: {error_text(error, 120)})"
     finally:
         model.train(training)
 

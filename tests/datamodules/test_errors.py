@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datamodules.errors import LONGEST_MESSAGE, UserError
-from datamodules.escaping import printable
+from datamodules.escaping import error_text, printable
 from tests.datamodules.conftest import few_examples
 
 ANY_TEXT = st.text(st.characters(codec=None), max_size=20)
@@ -47,3 +47,9 @@ def test_a_message_is_short_however_long_a_name_is() -> None:
     assert len(error.what) == LONGEST_MESSAGE
     assert error.what.endswith("…")
     assert error.hint == "a command " * 1000, "which must be whole to be of use"
+
+
+def test_an_exceptions_message_becomes_one_short_line() -> None:
+    error = ValueError("no such file:\n  config.json\n\n  is missing")
+    assert error_text(error, 100) == "no such file: config.json is missing"
+    assert error_text(error, 10) == "no such f…"
