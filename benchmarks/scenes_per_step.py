@@ -51,6 +51,7 @@ def fit(run: Run) -> dict[str, float]:
     data = RewardDataModule(
         root=root, fold=fold, scenes_per_step=None if scenes == "all" else int(scenes), layout="tree"
     )
+    data.order_seed = seed
     model = RewardClassifier(scratch=BACKBONE, learning_rate=2e-3)
     with tempfile.TemporaryDirectory() as folder:
         best = ModelCheckpoint(folder, monitor="validation/auroc", mode="max")

@@ -238,6 +238,7 @@ class FitCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         with self.without_empty_folder():
+            self.datamodule.order_seed = self.run_seed
             self.config.model.learning_rate = self.model.hparams["learning_rate"]  # its default follows from the others
             self.kept_options.options = _options(self.parser, self.config)
 
@@ -254,6 +255,11 @@ class FitCLI(LightningCLI):
                 remove_empty(self.new_folders[1:])
             raise
 
+    @property
+    def run_seed(self) -> int:
+        """What LightningCLI called seed_everything with; 0 if seed_everything is false."""
+        return int(self.config.seed_everything)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self.config_init["trainer"]
         settings, folder = self.config_init["run"], self.folder
@@ -262,7 +268,7 @@ class FitCLI(LightningCLI):
             *(options.callbacks or []),
             WatchRanks(folder),
             self.kept_options,
-            SeedEachStep(),
+            SeedEachStep(self.run_seed),
             ThroughputLog(),  # before the others: what they do at a step's end counts as the next step's
             BestCheckpoint(folder / CHECKPOINTS, settings.monitor),
             LastCheckpoint(folder / CHECKPOINTS, settings.checkpoint_every_n_steps),

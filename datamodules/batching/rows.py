@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -177,6 +176,7 @@ class RowsDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.cache = cache
         self.seed = seed
+        self.order_seed = 0  # the order of training rows follows from it; `fit` sets it to seed_everything
         self.truncated: dict[Stage, int] = {}
         self._tokenizer: PreTrainedTokenizerFast | None = None
         self._trained_on: dict[str, list[Any]] | None = None  # a checkpoint's, where this data only evaluates it
@@ -416,7 +416,7 @@ class RowsDataModule(LightningDataModule):
             **self.trained_on,
             **self.validated_on,
             "training_rows": self.training_digest,
-            "order_seed": _order_seed(),
+            "order_seed": self.order_seed,
         }
 
     @property
@@ -486,7 +486,7 @@ class RowsDataModule(LightningDataModule):
             encoded.scenes,
             self.batch_size,
             self.scenes_per_step,
-            seed=_order_seed(),
+            seed=self.order_seed,
             rank=rank,
             world_size=world_size,
             odds=encoded.odds,
@@ -604,8 +604,3 @@ class RowsDataModule(LightningDataModule):
             return None
         self._folder = self._folder or tempfile.TemporaryDirectory()
         return Path(self._folder.name)
-
-
-def _order_seed() -> int:
-    """What seed_everything was called with: it settles the order of rows."""
-    return int(os.environ.get("PL_GLOBAL_SEED", 0))

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,11 @@ from datamodules.batching.rows import RowsDataModule
 from datamodules.corpus.sources import load_corpus
 from datamodules.corpus.splits import split_by_scene
 from datamodules.prompting.tokenizers import tokenizer_from_state
+from models.learning.checkpoint_files import load_checkpoint
 from models.learning.reward_classifier import RewardClassifier
 from models.learning.training import BackboneModule
-from tests.helpers import ROOT
+from proactive import fit
+from tests.helpers import ROOT, SMALL_RUN
 from tests.patience import HANG
 from tests.proactive.conftest import FinishedRun
 
@@ -149,6 +152,13 @@ def test_the_configuration_is_complete(finished_run: FinishedRun) -> None:
     assert config["seed_everything"] == 0
     assert (config["data"]["root"], config["data"]["batch_size"]) == (str(finished_run.root), 8)
     assert (config["trainer"]["max_epochs"], config["model"]["gradient_clip_norm"]) == (2, 1.0)
+
+
+def test_the_order_of_rows_follows_seed_everything(finished_run: FinishedRun, tmp_path: Path, call: Callable) -> None:
+    options = [*SMALL_RUN, f"--data.root={finished_run.root}", "--trainer.max_steps=1", "--seed_everything=3"]
+    assert call(fit.main, *options, "--quiet").code == 0
+    checkpoint = load_checkpoint(tmp_path / "runs" / "reward" / "0" / "checkpoints" / "last.ckpt")
+    assert checkpoint["RewardDataModule"]["order_seed"] == 3
 
 
 def test_the_export_gives_the_same_probabilities_without_this_project(

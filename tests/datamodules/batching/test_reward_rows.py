@@ -36,7 +36,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-        patch.delenv("PL_GLOBAL_SEED", raising=False)
         yield folder
 
 
@@ -113,12 +112,13 @@ def test_batches_hold_every_row_once_as_its_prompt_says(root: Path) -> None:
         assert sorted(seen) == list(range(len(rows)))
 
 
-def test_training_order_follows_the_global_seed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def order(seed: str) -> list[list[int]]:
-        monkeypatch.setenv("PL_GLOBAL_SEED", seed)
-        return [batch["row"].tolist() for batch in loaders(made(root))["train"]]
+def test_training_order_depends_on_the_order_seed(root: Path) -> None:
+    def order(seed: int) -> list[list[int]]:
+        data = made(root)
+        data.order_seed = seed
+        return [batch["row"].tolist() for batch in loaders(data)["train"]]
 
-    assert order("1") == order("1") != order("2")
+    assert order(1) == order(1) != order(2)
 
 
 def test_workers_give_the_same_batches(root: Path) -> None:
@@ -450,10 +450,10 @@ def test_resumed_run_needs_the_same_order_and_labels(
 ) -> None:
     data = made(root)
     state = stored(data, tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setenv("PL_GLOBAL_SEED", "1")
-        with pytest.raises(UserError, match="seed_everything: 1, but the checkpoint's run has 0"):
-            made(root).load_state_dict(state)
+    other_order = made(root)
+    other_order.order_seed = 1
+    with pytest.raises(UserError, match="seed_everything: 1, but the checkpoint's run has 0"):
+        other_order.load_state_dict(state)
     with monkeypatch.context() as patch:
         patch.setattr(prompts, "on_one_line", str.upper)
         with pytest.raises(UserError, match="differ"):

@@ -348,29 +348,26 @@ class Draws(Callback):
         torch.rand(self.waste)
 
 
-def drawn(root: Path, waste: int = 0) -> dict[tuple[int, int], float]:
+def drawn(root: Path, seed: int, waste: int = 0) -> dict[tuple[int, int], float]:
     draws = Draws(waste)
-    fit(small_classifier(), small_data(root), SeedEachStep(), draws, max_epochs=2, limit_val_batches=0)
+    fit(small_classifier(), small_data(root), SeedEachStep(seed), draws, max_epochs=2, limit_val_batches=0)
     return draws.drawn
 
 
-def test_a_step_draws_by_its_number_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_draws_by_its_number_alone(root: Path) -> None:
     """Whatever was drawn before it, so that a resumed run needs no state of the generator."""
-    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
-    first = drawn(root)
-    assert drawn(root, waste=3) == first
+    first = drawn(root, seed=7)
+    assert drawn(root, seed=7, waste=3) == first
     assert len(set(first.values())) == len(first), "no two steps of two epochs draw alike"
-    monkeypatch.setenv("PL_GLOBAL_SEED", "8")
-    assert not set(drawn(root).values()) & set(first.values())
+    assert not set(drawn(root, seed=8).values()) & set(first.values())
 
 
-def test_ranks_draw_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_draw_apart() -> None:
     """A stand-in gives the rank: the callback reads two numbers of a trainer, and two ranks need two processes."""
-    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
     numbers = []
     for rank in (0, 1, 2, 0):
         trainer: Any = SimpleNamespace(current_epoch=1, global_rank=rank)
-        SeedEachStep().on_train_batch_start(trainer, small_classifier(), None, 3)
+        SeedEachStep(7).on_train_batch_start(trainer, small_classifier(), None, 3)
         numbers.append(float(torch.rand(1)))
     assert len(set(numbers)) == 3
     assert numbers[0] == numbers[3]
