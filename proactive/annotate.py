@@ -1,4 +1,4 @@
-"""`python -m proactive.annotate`: let people label proposals, and read what an agent did."""
+"""`python -m proactive.annotate`: let people label offers, and read what an agent did."""
 
 if __name__ == "__main__":
     from proactive.commands import start
@@ -37,10 +37,10 @@ Port = Annotated[int, Ge(0), Le(65535), FINITE]
 
 def main(arguments: list[str]) -> None:
     """Parse, and carry out one of the subcommands."""
-    parser = Parser(prog=program("annotate"), description="Label proposals, and read what an agent did.")
+    parser = Parser(prog=program("annotate"), description="Label offers, and read what an agent did.")
     subcommands = parser.add_subcommands()
     subcommands.add_subcommand("import", _import_parser(), help="traces into a project to label")
-    subcommands.add_subcommand("serve", _serve_parser(), help="the pages that people label on")
+    subcommands.add_subcommand("serve", _serve_parser(), help="pages to label on, and to read traces")
     subcommands.add_subcommand("export", _export_parser(), help="annotated rows out of a project")
     subcommands.add_subcommand("agreement", _agreement_parser(), help="how far the annotators agree")
     options = parser.parse_args(arguments)
@@ -52,17 +52,18 @@ def _import_parser() -> Parser:
     parser = Parser(prog="annotate import", description="Take traces into a project, a unit to label for each event.")
     add = parser.add_argument
     add("traces", type=Path, nargs="+", help="A trace, a folder of traces, or one with such a folder for each agent: "
-        "what several agents proposed after the same events is labelled together.")  # fmt: skip
+        "what several agents offered after the same events is labelled together.")  # fmt: skip
     add("--project", type=Path, required=True, help="The project's file, which is made if it is not there.")
     add("--annotators-per-unit", type=Tries, default=3, help="How many label each unit; never more do.")
     return _common(parser)
 
 
 def _serve_parser() -> Parser:
-    parser = Parser(prog="annotate serve", description="Serve the pages that people label on, until Ctrl-C.")
+    parser = Parser(prog="annotate serve", description="Serve pages to label on, and to read traces, until Ctrl-C.")
     add = parser.add_argument
-    add("project", type=Path, nargs="?", help="The project's file. Without one, an embedded example to try it, whose "
-        "labels are not kept.")  # fmt: skip
+    add("sources", type=Path, nargs="*", help="A project's file to label; traces to read; or both. Traces are folders "
+        "that `evaluate agent` wrote, traces, folders of traces, or folders of such folders, and stand side by side. "
+        "Without any, an embedded example to try it, whose labels are not kept.")  # fmt: skip
     add("--annotators", type=str, nargs="+", default=[], help="Make a link for each of these names; a former link of a "
         "name is void. More can be added on the overview page.")  # fmt: skip
     add("--host", type=str, default="127.0.0.1", help="The address to listen on; 0.0.0.0 lets other machines in.")
@@ -77,7 +78,7 @@ def _export_parser() -> Parser:
     parser.add_argument("project", type=Path, help="The project's file.")
     parser.add_argument("--output", type=Path, required=True, help="The folder to make, which --data.root takes.")
     parser.add_argument("--rule", type=Rule, default="majority", help="Majority of each question; or as the published "
-        "rows came about, where the need for help is inferred from the proposals.")  # fmt: skip
+        "rows came about, where the need for help is inferred from the offers.")  # fmt: skip
     parser.add_argument("--drop-ties", action="store_true", help="Leave out what is tied and not adjudicated.")
     return _common(parser)
 
@@ -108,30 +109,37 @@ def _import(options: "Namespace") -> None:
 
 def _serve(options: "Namespace") -> None:
     try:
+        from proactive.annotation.reader import read_sources
         from proactive.annotation.server import LOOPBACK, application, listen, serve
     except ModuleNotFoundError as error:
         raise UserError(
             f"serve needs {error.name}, which is not installed", "pip install 'proactive[annotate]'"
         ) from error
     with contextlib.ExitStack() as stack:
-        project, names = options.project, options.annotators
-        if project is None:
-            project = _example(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="proactive-"))))
+        projects = [path for path in options.sources if path.suffix != ".json" and not path.is_dir()]
+        names = options.annotators
+        if len(projects) > 1:
+            raise UserError(f"sources: {projects[1]} is a second project", "Serve each project on a port of its own.")
+        if not options.sources:
+            projects = [_example(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="proactive-"))))]
             names = names or ["you"]
             say("an example of embedded data: what is labelled is not kept")
-        store = stack.enter_context(contextlib.closing(Store(project)))
+        elif names and not projects:
+            raise UserError("--annotators: there is no project to label", "Give a project's file as well.")
+        store = stack.enter_context(contextlib.closing(Store(projects[0]))) if projects else None
+        sources = read_sources([path for path in options.sources if path not in projects])
         listening = stack.enter_context(listen(options.host, options.port))
         port, owner = listening.getsockname()[1], secrets.token_urlsafe(24)
         host = (options.names or [options.host])[0]
         place = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how it ends
-            say(f"overview: {place}/o/{owner}")
-            for name in names:
-                say(f"{name}: {place}/a/{store.invite(name)}")
+            say(f"{'overview' if store else 'traces'}: {place}/o/{owner}")
+            for name, token in ((name, store.invite(name)) for name in names if store):
+                say(f"{name}: {place}/a/{token}")
             if options.host not in LOOPBACK:
                 say("others can reach this server, and what they send is not encrypted", to_stderr=True)
             sys.stdout.flush()
-            serve(application(store, owner, [*LOOPBACK, options.host, *options.names], port), listening)
+            serve(application(store, sources, owner, [*LOOPBACK, options.host, *options.names], port), listening)
 
 
 def _example(folder: Path) -> Path:
@@ -183,7 +191,7 @@ def _rows(path: Path) -> dict[str, list[AnnotatedRow]]:
 def _agreement_table(name: str, figures: dict[str, dict[str, Any]]) -> Table:
     table = Table(title=f"Agreement: {name}", caption="with 95% intervals over traces drawn with replacement")
     table.add_column("")
-    for title in ("answered by 2 or more", "traces", "raw", "Krippendorff's alpha", "Fleiss' kappa"):
+    for title in ("labelled by 2 or more", "traces", "raw", "Krippendorff's alpha", "Fleiss' kappa"):
         table.add_column(title, justify="right")
     for group, found in figures.items():
         cells = [interval(found, statistic) for statistic in ("raw", "alpha", "kappa")]

@@ -1,8 +1,8 @@
-"""Units of annotation: a history with every proposal that was made after it, and rows out of people's answers.
+"""Units of annotation: a history with all offers that were made after it, and annotated rows from labels.
 
-Two rules make annotated rows of answers. `majority_rows` is this project's: each proposal is decided by the majority,
+Two rules make annotated rows of labels. `majority_rows` is this project's: each offer is decided by the majority,
 and silence by what people said of the need for help. `published_rows` is the one that the published rows came about by,
-which infers the need for help from the proposals.
+which infers the need for help from the offers.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,24 +12,24 @@ from pathlib import Path
 from datamodules.corpus.records import AnnotatedRow, Event, history_digests_of
 from datamodules.corpus.traces import read_traces
 
-ENOUGH = 2  # of the published rule: so many annotators decide a proposal, however many there are
+ENOUGH = 2  # of the published rule: so many annotators decide an offer, however many there are
 
 
 @dataclass(frozen=True)
 class Unit:
     """What people are asked about at once.
 
-    `proposals` holds each proposal in text with the names of the sources that made it; `trace` names the session.
+    `offers` holds each one with the names of the sources that made it; `trace` names the session.
     """
 
     trace: str
     history: tuple[Event, ...]
-    proposals: Mapping[str, tuple[str, ...]]
+    offers: Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
-class UnitAnswer:
-    """What somebody said of a unit: whether each proposal is accepted, and whether help was needed.
+class UnitLabel:
+    """What one annotator says about a unit: whether each offer is accepted, and whether help was needed.
 
     `help_needed` is None where nobody asked, as in the published annotations.
     """
@@ -41,7 +41,7 @@ class UnitAnswer:
 def read_units(path: Path) -> list[Unit]:
     """The units of a trace, of a folder of traces, or of a folder that has such a folder for each agent.
 
-    What several agents proposed after the same history is one unit.
+    What several agents offered after the same history is one unit.
 
     Raises:
         UserError: There is no trace, or one does not fit; the message names file, place and field.
@@ -55,10 +55,10 @@ def read_units(path: Path) -> list[Unit]:
                 for candidate in recorded.answers[trace.name][step]:
                     if candidate.proposal is not None:
                         sources.setdefault((digest, candidate.proposal), {})[source] = None
-    proposals: dict[int, dict[str, tuple[str, ...]]] = {digest: {} for digest in units}
+    offers: dict[int, dict[str, tuple[str, ...]]] = {digest: {} for digest in units}
     for (digest, proposal), names in sources.items():
-        proposals[digest][proposal] = tuple(names)
-    return [Unit(unit.trace, unit.history, proposals[digest]) for digest, unit in units.items()]
+        offers[digest][proposal] = tuple(names)
+    return [Unit(unit.trace, unit.history, offers[digest]) for digest, unit in units.items()]
 
 
 def units_of_rows(rows: Iterable[AnnotatedRow]) -> list[Unit]:
@@ -72,57 +72,55 @@ def units_of_rows(rows: Iterable[AnnotatedRow]) -> list[Unit]:
     ]
 
 
-def majority(answers: Sequence[bool]) -> bool | None:
+def majority(labels: Sequence[bool]) -> bool | None:
     """What most say; None is a tie, or that nobody said anything."""
-    return None if sum(answers) * 2 == len(answers) else sum(answers) * 2 > len(answers)
+    return None if sum(labels) * 2 == len(labels) else sum(labels) * 2 > len(labels)
 
 
-def decide(answers: Sequence[UnitAnswer], adjudicated: UnitAnswer | None = None) -> list[bool | None]:
-    """The verdict on each proposal of a unit, and last on silence: the adjudicator's, or else the majority's.
+def decide(labels: Sequence[UnitLabel], adjudicated: UnitLabel | None = None) -> list[bool | None]:
+    """The verdict on each offer of a unit, and last on silence: the adjudicator's, or else the majority's.
 
     Silence is accepted where no help was needed. None is a tie.
     """
     if adjudicated is not None:
         return [*adjudicated.accepted, not adjudicated.help_needed]
     return [
-        *(majority(votes) for votes in zip(*(answer.accepted for answer in answers), strict=True)),
-        majority([not answer.help_needed for answer in answers]),
+        *(majority(votes) for votes in zip(*(label.accepted for label in labels), strict=True)),
+        majority([not label.help_needed for label in labels]),
     ]
 
 
-def majority_rows(
-    unit: Unit, answers: Sequence[UnitAnswer], adjudicated: UnitAnswer | None = None
-) -> list[AnnotatedRow]:
-    """A row for silence and one for each proposal; what is tied has none, and a tie on silence states no need.
+def majority_rows(unit: Unit, labels: Sequence[UnitLabel], adjudicated: UnitLabel | None = None) -> list[AnnotatedRow]:
+    """A row for silence and one for each offer; what is tied has none, and a tie on silence states no need.
 
     Args:
         unit: The unit.
-        answers: Those of its annotators, who were all asked whether help was needed.
+        labels: Those of its annotators, who were all asked whether help was needed.
         adjudicated: What settles ties, if somebody did.
     """
-    *verdicts, silence = decide(answers, adjudicated)
+    *verdicts, silence = decide(labels, adjudicated)
     needed = None if silence is None else not silence
-    rows = [] if silence is None else [_row(unit, None, silence, needed, [not one.help_needed for one in answers])]
-    for number, (proposal, verdict) in enumerate(zip(unit.proposals, verdicts, strict=True)):
+    rows = [] if silence is None else [_row(unit, None, silence, needed, [not one.help_needed for one in labels])]
+    for number, (proposal, verdict) in enumerate(zip(unit.offers, verdicts, strict=True)):
         if verdict is not None:
-            rows.append(_row(unit, proposal, verdict, needed, [answer.accepted[number] for answer in answers]))
+            rows.append(_row(unit, proposal, verdict, needed, [label.accepted[number] for label in labels]))
     return rows
 
 
-def published_rows(unit: Unit, answers: Sequence[UnitAnswer]) -> list[AnnotatedRow]:
-    """The rows that the published conversion makes of a unit; it reads no answer on the need for help.
+def published_rows(unit: Unit, labels: Sequence[UnitLabel]) -> list[AnnotatedRow]:
+    """The rows that the published conversion makes of a unit; it ignores what labels say of the need for help.
 
-    Help was needed where all annotators accept one and the same proposal. Silence gets a row only if somebody accepts
-    something. Two annotators who agree decide a proposal; of four, two may accept and two reject it, in a row each.
+    Help was needed where all annotators accept one and the same offer. Silence gets a row only if somebody accepts
+    something. Two annotators who agree decide an offer; of four, two may accept and two reject it, in a row each.
     """
-    votes = [[answer.accepted[number] for answer in answers] for number in range(len(unit.proposals))]
+    votes = [[label.accepted[number] for label in labels] for number in range(len(unit.offers))]
     needed = any(all(said) for said in votes)
-    silent = [not any(answer.accepted) for answer in answers]
+    silent = [not any(label.accepted) for label in labels]
     rows = []
-    if len(answers) >= ENOUGH and not all(silent):
+    if len(labels) >= ENOUGH and not all(silent):
         rows.append(_row(unit, None, not needed, needed, silent))
     for verdict in (True, False):
-        for proposal, said in zip(unit.proposals, votes, strict=True):
+        for proposal, said in zip(unit.offers, votes, strict=True):
             if said.count(verdict) >= ENOUGH:
                 rows.append(_row(unit, proposal, verdict, needed, said))
     return rows

@@ -1,4 +1,4 @@
-"""The reports' plots, as PNG in base64."""
+"""The reports' plots: vector graphics that follow the reader's light or dark mode."""
 
 import base64
 import io
@@ -9,6 +9,8 @@ from torch import Tensor
 from models.learning.calibration import DECISION
 
 CALIBRATION_BINS = 10
+INK = "#010203"  # stands for the color of text until the figure is written
+MODES = "<style>svg{color:#1b1f24}@media(prefers-color-scheme:dark){svg{color:#e7eaee}}</style>"
 
 
 def loss_plot(curves: dict[str, dict[int, float]]) -> str:
@@ -55,16 +57,24 @@ def new_axes(x_label: str, y_label: str) -> Any:
     """Empty axes of a small figure."""
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
-    axes = Figure(figsize=(5, 3.6), layout="constrained").add_subplot()
-    axes.set(xlabel=x_label, ylabel=y_label)
+    axes = Figure(figsize=(5, 3.6), layout="constrained", facecolor="none").add_subplot(facecolor="none")
+    axes.set_xlabel(x_label, color=INK)
+    axes.set_ylabel(y_label, color=INK)
+    axes.tick_params(colors=INK)
+    axes.spines[:].set_color(INK)
     axes.grid(alpha=0.3)
     return axes
 
 
 def image(axes: Any) -> str:
-    """The figure as PNG in base64."""
+    """The figure as the address of an image that a page holds itself."""
+    import matplotlib
+
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small")
-    content = io.BytesIO()
-    axes.figure.savefig(content, format="png", dpi=120)
-    return base64.b64encode(content.getvalue()).decode()
+        axes.legend(fontsize="small", labelcolor=INK, facecolor="none", edgecolor="#80808080")
+    content = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "proactive"}):  # the same figure is the same text
+        axes.figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
+    start, tag, rest = content.getvalue().partition("<defs>")
+    text = f"{start}{MODES}{tag}{rest}".replace(INK, "currentColor")
+    return f"data:image/svg+xml;base64,{base64.b64encode(text.encode()).decode()}"

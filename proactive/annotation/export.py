@@ -10,7 +10,7 @@ from datamodules.corpus.sources import TRAIN_FILE
 from datamodules.corpus.units import majority_rows, published_rows
 from datamodules.errors import UserError
 from datamodules.files.writing import Unfinished, sync
-from proactive.annotation.store import Item, Label, Store
+from proactive.annotation.store import Item, Store, StoredLabel
 
 PROVENANCE_FILE = "provenance.jsonl"
 Rule = Literal["majority", "published"]
@@ -22,8 +22,8 @@ def export(store: Store, output: Path, rule: Rule, drop_ties: bool) -> dict[str,
     Args:
         store: The project.
         output: The folder to make, with annotated rows in the published layout, and a file that says of each unit who
-            made its proposals and who answered what, when, and in how many seconds.
-        rule: How answers become rows; see `datamodules.corpus.units`.
+            made its offers and who said what, when, and in how many seconds.
+        rule: How labels become rows; see `datamodules.corpus.units`.
         drop_ties: Whether what is tied is left out; refused otherwise.
 
     Returns:
@@ -40,7 +40,7 @@ def export(store: Store, output: Path, rule: Rule, drop_ties: bool) -> dict[str,
             f"{len(ties)} units have ties, the first of them unit {min(ties)}",
             "Adjudicate them on the overview page of `serve`, or leave tied rows out with --drop-ties.",
         )
-    labels: dict[int, list[Label]] = {}
+    labels: dict[int, list[StoredLabel]] = {}
     for label in store.labels():
         if label.annotator is not None or rule == "majority":  # the published rule knows no adjudicator
             labels.setdefault(label.item, []).append(label)
@@ -58,31 +58,31 @@ def export(store: Store, output: Path, rule: Rule, drop_ties: bool) -> dict[str,
         rows += made
         provenance.append(_provenance(item, mine, rule, len(made)))
     if not rows:
-        raise UserError(f"{store.path} has no complete unit to export", "Label some first: see `serve`.")
+        raise UserError(f"{store.path} has no complete unit to export", "StoredLabel some first: see `serve`.")
     _write(output, {TRAIN_FILE: [row.published() for row in rows], PROVENANCE_FILE: provenance})
     return {"rows": len(rows), "units": len(provenance), **{name: counts[name] for name in ("incomplete", "ties")}}
 
 
-def _rows(item: Item, labels: list[Label], rule: Rule) -> list[AnnotatedRow]:
-    answers = [label.answer for label in labels if label.annotator is not None]
+def _rows(item: Item, labels: list[StoredLabel], rule: Rule) -> list[AnnotatedRow]:
+    said = [label.said for label in labels if label.annotator is not None]
     if rule == "published":
-        return published_rows(item.unit, answers)
-    return majority_rows(item.unit, answers, next((one.answer for one in labels if one.annotator is None), None))
+        return published_rows(item.unit, said)
+    return majority_rows(item.unit, said, next((one.said for one in labels if one.annotator is None), None))
 
 
-def _provenance(item: Item, labels: list[Label], rule: Rule, rows: int) -> dict[str, Any]:
+def _provenance(item: Item, labels: list[StoredLabel], rule: Rule, rows: int) -> dict[str, Any]:
     return {
         "trace": item.unit.trace,
         "step": item.step,
         "rule": rule,
         "rows": rows,
-        "proposals": [{"proposal": text, "sources": names} for text, names in item.unit.proposals.items()],
-        "answers": [
+        "offers": [{"offer": text, "sources": names} for text, names in item.unit.offers.items()],
+        "labels": [
             {
                 "annotator": label.annotator,
                 "adjudicates": label.annotator is None,
-                "accepted": label.answer.accepted,
-                "help_needed": label.answer.help_needed,
+                "accepted": label.said.accepted,
+                "help_needed": label.said.help_needed,
                 "at": label.at,
                 "seconds": label.seconds,
             }

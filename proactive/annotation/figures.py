@@ -13,7 +13,7 @@ from proactive.annotation.store import Store
 
 @dataclass(frozen=True)
 class Votes:
-    """Whether each annotator accepts one proposal, or silence; `verdict` is None where they are tied."""
+    """Whether each annotator accepts one offer, or silence; `verdict` is None where they are tied."""
 
     trace: str
     silence: bool
@@ -40,26 +40,26 @@ def votes_of_rows(rows: Iterable[AnnotatedRow]) -> list[Votes]:
 
 
 def votes_of_project(store: Store) -> list[Votes]:
-    """Votes on each proposal, and on silence, which who says that help was needed rejects."""
+    """Votes on each offer, and on silence, which who says that help was needed rejects."""
     labels: dict[int, dict[str, Any]] = {}
     for label in store.labels():
         if label.annotator is not None:
-            labels.setdefault(label.item, {})[label.annotator] = label.answer
+            labels.setdefault(label.item, {})[label.annotator] = label.said
     found = []
     for item in store.items():
-        answers = labels.get(item.id, {})
-        if not answers:
+        said = labels.get(item.id, {})
+        if not said:
             continue
-        verdicts = decide(list(answers.values()))
+        verdicts = decide(list(said.values()))
         for place, verdict in enumerate(verdicts):
             silence = place == len(verdicts) - 1
-            said = {n: not one.help_needed if silence else one.accepted[place] for n, one in answers.items()}
-            found.append(Votes(item.unit.trace, silence, verdict, said))
+            votes = {n: not one.help_needed if silence else one.accepted[place] for n, one in said.items()}
+            found.append(Votes(item.unit.trace, silence, verdict, votes))
     return found
 
 
 def agreement_figures(votes: Sequence[Votes], names: bool = True) -> dict[str, dict[str, Any]]:
-    """Agreement over all votes, on proposals and on silence, by category and by pair of annotators.
+    """Agreement over all votes, on offers and on silence, by category and by pair of annotators.
 
     Categories have raw agreement alone: the votes themselves choose what falls into one, so that agreement by chance
     has no meaning there.
@@ -73,7 +73,7 @@ def agreement_figures(votes: Sequence[Votes], names: bool = True) -> dict[str, d
     """
     groups: dict[str, list[Votes]] = {
         "all": list(votes),
-        "proposals": [vote for vote in votes if not vote.silence],
+        "offers": [vote for vote in votes if not vote.silence],
         "silence": [vote for vote in votes if vote.silence],
     }
     figures = {name: _agreement(group) for name, group in groups.items()}

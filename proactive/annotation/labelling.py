@@ -1,4 +1,4 @@
-"""The annotators' pages: the next unit, their former answers, and what they send."""
+"""The annotators' pages: the next unit, their former labels, and what they send."""
 
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
@@ -12,7 +12,7 @@ from proactive.annotation.pages import (
     home,
     item_of,
     message,
-    read_answer,
+    read_label,
     redirect,
     unit_page,
 )
@@ -62,7 +62,7 @@ class Labelling:
             self.store.skip(who.id, item.id)
             return redirect(home(request))
         try:
-            self.store.save(who.id, item.id, read_answer(form, item), str(form.get("post")))
+            self.store.save(who.id, item.id, read_label(form, item), str(form.get("post")))
         except IncompleteError as problem:
             return self._page(request, who, item, form, str(problem))
         except RefusedError as refused:
@@ -88,17 +88,17 @@ class Labelling:
         problem: str = "",
         said: str = "",
     ) -> Response:
-        answer, progress = self.store.answer(who.id, item.id), self.store.progress(who.id)
+        label, progress = self.store.label(who.id, item.id), self.store.progress(who.id)
         before, after = self.store.neighbours(who.id, item.id)
         return unit_page(
             "label.html",
             item,
             item.order(who.id),
-            answer,
+            label,
             form,
             problem,
             title=f"Unit {item.id}: label offers of help",
-            heading=f"Unit {item.id}, as you answered it" if answer else f"Unit {item.id}",
+            heading=f"Unit {item.id}, as you labelled it" if label else f"Unit {item.id}",
             action=f"{home(request)}/unit/{item.id}",
             home=home(request),
             name=who.name,
@@ -106,7 +106,7 @@ class Labelling:
             pace=_pace(progress.pace, progress.left),
             before=before,
             after=after,
-            answered=answer is not None,
+            labelled=label is not None,
             said=said,
         )
 

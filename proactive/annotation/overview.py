@@ -9,7 +9,7 @@ from starlette.routing import Route
 
 from datamodules.errors import UserError
 from proactive.annotation.figures import agreement_figures, interval, votes_of_project
-from proactive.annotation.pages import IncompleteError, endpoint, home, item_of, page, read_answer, redirect, unit_page
+from proactive.annotation.pages import IncompleteError, endpoint, home, item_of, page, read_label, redirect, unit_page
 from proactive.annotation.store import Store
 
 
@@ -18,11 +18,12 @@ class Overview:
 
     Args:
         store: The project.
+        reads: Whether there are traces to read as well.
         is_owner: Raises if the token of a request is not the owner's.
     """
 
-    def __init__(self, store: Store, is_owner: Callable[[Request], None]) -> None:
-        self.store, self.is_owner = store, is_owner
+    def __init__(self, store: Store, reads: bool, is_owner: Callable[[Request], None]) -> None:
+        self.store, self.reads, self.is_owner = store, reads, is_owner
 
     def routes(self) -> list[Route]:
         adjudicate = "/o/{token}/adjudicate/{item:int}"
@@ -39,6 +40,7 @@ class Overview:
             "overview.html",
             422 if problem else 200,
             home=home(request),
+            reads=self.reads,
             problem=problem,
             link=link,
             link_name=link_name,
@@ -68,8 +70,8 @@ class Overview:
         return unit_page(
             "adjudicate.html",
             item,
-            range(len(item.unit.proposals)),
-            next((one.answer for one in labels if one.annotator is None), None),
+            range(len(item.unit.offers)),
+            next((one.said for one in labels if one.annotator is None), None),
             form,
             problem,
             [one for one in labels if one.annotator is not None],
@@ -85,7 +87,7 @@ class Overview:
     def adjudicate(self, request: Request, _: None, form: FormData) -> Response:
         item = item_of(request, self.store)
         try:
-            self.store.adjudicate(item.id, read_answer(form, item), str(form.get("post")))
+            self.store.adjudicate(item.id, read_label(form, item), str(form.get("post")))
         except IncompleteError as problem:
             return self.unit(request, None, form, str(problem))
         ties = self.store.ties()

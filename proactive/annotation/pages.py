@@ -13,9 +13,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from datamodules.corpus.clock import moments
-from datamodules.corpus.units import UnitAnswer
+from datamodules.corpus.units import UnitLabel
 from models.reporting.templates_folder import TEMPLATES
-from proactive.annotation.store import Item, Label, Store
+from proactive.annotation.store import Item, Store, StoredLabel
 
 HERE = Path(__file__).parent
 EVENTS_SHOWN = 6  # the latest; earlier ones are folded
@@ -28,7 +28,7 @@ ENVIRONMENT = Environment(
 
 
 class IncompleteError(Exception):
-    """A form lacks an answer, or contradicts itself."""
+    """A form leaves a question open, or contradicts itself."""
 
 
 def page(template: str, status: int = 200, **content: Any) -> Response:
@@ -39,7 +39,7 @@ def page(template: str, status: int = 200, **content: Any) -> Response:
 def message(
     title: str, text: str, status: int = 200, *, link: str = "", link_text: str = "", back: str = ""
 ) -> Response:
-    """A page that says one thing, with a link onwards, or a button that takes the last answer back."""
+    """A page that says one thing, with a link onwards, or a button that takes the last label back."""
     return page("message.html", status, title=title, text=text, link=link, link_text=link_text, back=back)
 
 
@@ -47,10 +47,10 @@ def unit_page(
     template: str,
     item: Item,
     order: Sequence[int],
-    answer: UnitAnswer | None,
+    label: UnitLabel | None,
     form: FormData | None,
     problem: str,
-    people: Sequence[Label] | None = None,
+    people: Sequence[StoredLabel] | None = None,
     **content: Any,
 ) -> Response:
     """A unit with its questions, filled in.
@@ -58,27 +58,27 @@ def unit_page(
     Args:
         template: The page's.
         item: The unit.
-        order: In which order its proposals are shown.
-        answer: What is filled in, if anything was answered.
+        order: In which order its offers are shown.
+        label: What is filled in, if there is one.
         form: What is filled in instead, if a form could not be taken.
         problem: Why not.
-        people: Whose answers are shown beside; None shows nothing of others.
+        people: Whose labels are shown beside; None shows nothing of others.
         content: What else the template needs.
     """
-    texts, events = list(item.unit.proposals), moments(item.unit.history)
+    texts, events = list(item.unit.offers), moments(item.unit.history)
     chosen, help_said, rejects_all = set[str](), "", False
     if form is not None:
         chosen, help_said = {str(value) for value in form.getlist("accepted")}, str(form.get("help", ""))
         rejects_all = "none" in form
-    elif answer is not None:
-        chosen = {str(place) for place, accepted in enumerate(answer.accepted) if accepted}
-        help_said, rejects_all = "yes" if answer.help_needed else "no", not chosen
+    elif label is not None:
+        chosen = {str(place) for place, accepted in enumerate(label.accepted) if accepted}
+        help_said, rejects_all = "yes" if label.help_needed else "no", not chosen
     choices = [
         {
             "place": place,
             "text": texts[place],
             "accepted": str(place) in chosen,
-            "votes": _names("Accepted by", people and [one for one in people if one.answer.accepted[place]]),
+            "votes": _names("Accepted by", people and [one for one in people if one.said.accepted[place]]),
         }
         for place in order
     ]
@@ -90,7 +90,7 @@ def unit_page(
         choices=choices,
         rejects_all=rejects_all,
         help=help_said,
-        help_votes=_names("Needed, according to", people and [one for one in people if one.answer.help_needed]),
+        help_votes=_names("Needed, according to", people and [one for one in people if one.said.help_needed]),
         earlier=events[:-EVENTS_SHOWN],
         recent=events[-EVENTS_SHOWN:],
         **content,
@@ -112,13 +112,13 @@ def endpoint(check: Check, handler: Handler) -> Callable[[Request], Any]:
     return answer
 
 
-def read_answer(form: FormData, item: Item) -> UnitAnswer:
+def read_label(form: FormData, item: Item) -> UnitLabel:
     """What a form says of a unit.
 
     Raises:
-        IncompleteError: Something is not answered, or answered in two ways.
+        IncompleteError: A question is open, or is answered in two ways.
     """
-    count = len(item.unit.proposals)
+    count = len(item.unit.offers)
     places = {str(place) for place in range(count)}
     chosen = {str(value) for value in form.getlist("accepted")}
     if not chosen <= places or (chosen and "none" in form):
@@ -127,7 +127,7 @@ def read_answer(form: FormData, item: Item) -> UnitAnswer:
         raise IncompleteError("Say which offers you would accept, or that it is none.")
     if form.get("help") not in ("yes", "no"):
         raise IncompleteError("Say whether help was needed.")
-    return UnitAnswer(tuple(str(place) in chosen for place in range(count)), form.get("help") == "yes")
+    return UnitLabel(tuple(str(place) in chosen for place in range(count)), form.get("help") == "yes")
 
 
 def item_of(request: Request, store: Store) -> Item:
@@ -149,5 +149,5 @@ def redirect(path: str) -> Response:
     return RedirectResponse(path, 303)
 
 
-def _names(before: str, people: Sequence[Label] | None) -> str:
+def _names(before: str, people: Sequence[StoredLabel] | None) -> str:
     return "" if people is None else f"{before} {', '.join(str(one.annotator) for one in people) or 'nobody'}"

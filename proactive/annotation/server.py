@@ -22,21 +22,24 @@ from proactive.annotation.guard import Guard
 from proactive.annotation.labelling import Labelling
 from proactive.annotation.overview import Overview
 from proactive.annotation.pages import HERE, message
+from proactive.annotation.reader import Reader, Source
 from proactive.annotation.store import Store
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 STATIC = {
     "look.css": (TEMPLATES, "text/css"),
+    "timeline.js": (TEMPLATES, "text/javascript"),
     "label.css": (HERE / "static", "text/css"),
     "label.js": (HERE / "static", "text/javascript"),
 }
 
 
-def application(store: Store, owner: str, hosts: Sequence[str], port: int) -> ASGIApp:
+def application(store: Store | None, sources: Sequence[Source], owner: str, hosts: Sequence[str], port: int) -> ASGIApp:
     """What answers requests.
 
     Args:
-        store: The project.
+        store: The project, if there is one.
+        sources: Traces to read.
         owner: The owner's token.
         hosts: The names and addresses that people use for this server.
         port: Its port.
@@ -46,8 +49,15 @@ def application(store: Store, owner: str, hosts: Sequence[str], port: int) -> AS
         if not secrets.compare_digest(request.path_params["token"].encode(), owner.encode()):
             raise HTTPException(404)
 
-    routes = [_static(), *Labelling(store).routes(), *Overview(store, is_owner).routes()]
-    return Guard(Starlette(routes=routes, exception_handlers={HTTPException: _no_page}), hosts, port)
+    routes = [_static()]
+    if sources:
+        reader = Reader(sources, is_owner)
+        routes += reader.routes() if store else [reader.first_page(), *reader.routes()]
+    if store:
+        routes += [*Labelling(store).routes(), *Overview(store, bool(sources), is_owner).routes()]
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _no_page})
+    app.router.redirect_slashes = False
+    return Guard(app, hosts, port)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -1,4 +1,4 @@
-"""The project file: units, who works on which, and every answer that was given, in one SQLite database.
+"""The project file: units, who works on which, and every label, in one SQLite database.
 
 Each change is one transaction that is on the disk before it is acknowledged. Several servers may use one file.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from random import Random
 
 from datamodules.corpus.records import Event, history_digests_of
-from datamodules.corpus.units import Unit, UnitAnswer, decide
+from datamodules.corpus.units import Unit, UnitLabel, decide
 from datamodules.errors import UserError
 from datamodules.files.reading import require_regular
 
@@ -25,7 +25,7 @@ APPLICATION = 0x50524F41  # marks the file as one of these, for `file` and for u
 VERSION = 1
 CLAIM_SECONDS = 30 * 60.0  # how long a unit is kept for somebody who was shown it
 BUSY_SECONDS = 60.0  # how long one server waits for another's transaction
-RECENT = 20  # answers that the pace is taken from
+RECENT = 20  # labels that the pace is taken from
 SCHEMA = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
 CREATE TABLE events (
@@ -37,8 +37,8 @@ CREATE TABLE items (
     id INTEGER PRIMARY KEY,
     digest INTEGER NOT NULL UNIQUE REFERENCES events,
     trace TEXT NOT NULL, step INTEGER NOT NULL,
-    proposals TEXT NOT NULL,              -- JSON: by proposal, who made it
-    labelled INTEGER NOT NULL DEFAULT 0,  -- how many annotators' answers stand
+    offers TEXT NOT NULL,              -- JSON: by offer, who made it
+    labelled INTEGER NOT NULL DEFAULT 0,  -- how many annotators' labels stand
     adjudicated INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE INDEX items_to_do ON items (labelled DESC, id);
@@ -48,8 +48,8 @@ CREATE TABLE annotators (
 CREATE TABLE assignments (
     item INTEGER NOT NULL REFERENCES items, annotator INTEGER NOT NULL REFERENCES annotators,
     shown_at REAL NOT NULL, expires_at REAL NOT NULL,
-    skipped_at REAL,                      -- when it was given back unanswered
-    labelled INTEGER NOT NULL DEFAULT 0,  -- whether an answer stands
+    skipped_at REAL,                      -- when it was given back unlabelled
+    labelled INTEGER NOT NULL DEFAULT 0,  -- whether a label stands
     PRIMARY KEY (item, annotator)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX assignments_of ON assignments (annotator, labelled);
@@ -57,23 +57,23 @@ CREATE TABLE labels (                     -- never changed: the latest of an ann
     id INTEGER PRIMARY KEY,
     item INTEGER NOT NULL REFERENCES items,
     annotator INTEGER REFERENCES annotators,  -- null adjudicates
-    accepted TEXT,                        -- JSON: whether each proposal is; null takes the former answer back
+    accepted TEXT,                        -- JSON: whether each offer is accepted; null takes the former label back
     help_needed INTEGER,
     seconds REAL, at REAL NOT NULL,
     post TEXT UNIQUE                      -- the form that brought it, which may be sent twice
 ) STRICT;
 CREATE INDEX labels_of ON labels (annotator, item, id);
 CREATE INDEX labels_in_order ON labels (annotator, id);
-CREATE VIEW answers AS SELECT * FROM labels AS latest WHERE accepted IS NOT NULL AND id =
+CREATE VIEW current_labels AS SELECT * FROM labels AS latest WHERE accepted IS NOT NULL AND id =
     (SELECT max(id) FROM labels WHERE annotator IS latest.annotator AND item = latest.item);
 """
-# A seat of a unit is taken by an answer that stands, and by a claim that has not run out.
+# A seat of a unit is taken by a label that stands, and by a claim that has not run out.
 SEATS = """(SELECT count(*) FROM assignments AS seat WHERE seat.item = items.id AND seat.annotator <> :annotator
     AND (seat.labelled OR (seat.skipped_at IS NULL AND seat.expires_at > :now)))"""
 
 
 class RefusedError(Exception):
-    """An answer is not taken, for a reason that its author is told."""
+    """A label is not taken, for a reason that its author is told."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class Item:
     unit: Unit
 
     def order(self, annotator: int) -> list[int]:
-        """The places of the proposals, shuffled for an annotator."""
-        places = list(range(len(self.unit.proposals)))
+        """The places of the offers, shuffled for an annotator."""
+        places = list(range(len(self.unit.offers)))
         Random(f"{self.id} {annotator}").shuffle(places)
         return places
 
@@ -100,19 +100,19 @@ class Annotator:
 
 
 @dataclass(frozen=True)
-class Label:
-    """An answer that stands; without annotator, the adjudicator's."""
+class StoredLabel:
+    """A label that stands; without annotator, the adjudicator's."""
 
     item: int
     annotator: str | None
-    answer: UnitAnswer
+    said: UnitLabel
     seconds: float | None
     at: float
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an annotator is. `pace` is the median of seconds for each of the latest answers."""
+    """How far an annotator is. `pace` is the median of seconds for each of the latest labels."""
 
     done: int
     left: int
@@ -186,17 +186,17 @@ class Store:
             How many were new.
 
         Raises:
-            UserError: A unit is there with other proposals.
+            UserError: A unit is there with other offers.
         """
         added = 0
         with self._transaction() as db:
             for unit in units:
                 digests = list(history_digests_of(unit.history))
-                known = db.execute("SELECT proposals FROM items WHERE digest = ?", digests[-1:]).fetchone()
+                known = db.execute("SELECT offers FROM items WHERE digest = ?", digests[-1:]).fetchone()
                 if known:
-                    if set(json.loads(known[0])) != set(unit.proposals):
+                    if set(json.loads(known[0])) != set(unit.offers):
                         raise UserError(
-                            f"{unit.trace}, event {len(digests)}: the project has this history with other proposals",
+                            f"{unit.trace}, event {len(digests)}: the project has this history with other offers",
                             "Import into a new project, with all sources in one folder.",
                         )
                     continue
@@ -205,8 +205,8 @@ class Store:
                         "INSERT OR IGNORE INTO events VALUES (?, ?, ?, ?)", (digest, before, event.time, event.event)
                     )
                 db.execute(
-                    "INSERT INTO items (digest, trace, step, proposals) VALUES (?, ?, ?, ?)",
-                    (digests[-1], unit.trace, len(digests) - 1, json.dumps(dict(unit.proposals))),
+                    "INSERT INTO items (digest, trace, step, offers) VALUES (?, ?, ?, ?)",
+                    (digests[-1], unit.trace, len(digests) - 1, json.dumps(dict(unit.offers))),
                 )
                 added += 1
         return added
@@ -243,7 +243,7 @@ class Store:
     def claim(self, annotator: int) -> int | None:
         """The unit that an annotator is to label next, kept for them; None if there is none.
 
-        First the one that they were shown already, then one that lacks the fewest answers, and at last those that they
+        First the one that they were shown already, then one that lacks the fewest labels, and at last those that they
         skipped.
         """
         now = self._clock()
@@ -266,17 +266,17 @@ class Store:
                     return int(found[0])
         return None
 
-    def save(self, annotator: int, item: int, answer: UnitAnswer, post: str) -> None:
-        """Keep an answer, in place of an earlier one; when this returns, the disk has it.
+    def save(self, annotator: int, item: int, label: UnitLabel, post: str) -> None:
+        """Keep a label, in place of an earlier one; when this returns, the disk has it.
 
         Args:
             annotator: Whose.
             item: On which unit; they were shown it.
-            answer: What they say.
+            label: What they say.
             post: Names the form; what comes twice is kept once.
 
         Raises:
-            RefusedError: They were not shown the unit, it is adjudicated, or others have answered it meanwhile.
+            RefusedError: They were not shown the unit, it is adjudicated, or others have labelled it meanwhile.
         """
         now = self._clock()
         values = {"annotator": annotator, "now": now, "item": item}
@@ -292,10 +292,10 @@ class Store:
                 raise RefusedError("This unit was not given to you.")
             labelled, shown_at, adjudicated, others = mine
             if adjudicated:
-                raise RefusedError("This unit was adjudicated; answers to it are final.")
+                raise RefusedError("This unit was adjudicated; labels of it are final.")
             if not labelled and others >= self.annotators_per_unit:
-                raise RefusedError("You were away for long, and others have answered this unit meanwhile.")
-            _add_label(db, item, annotator, answer, max(now - shown_at, 0.0), now, post)
+                raise RefusedError("You were away for long, and others have labelled this unit meanwhile.")
+            _add_label(db, item, annotator, label, max(now - shown_at, 0.0), now, post)
             db.execute(
                 "UPDATE assignments SET labelled = 1, skipped_at = NULL WHERE item = :item AND annotator = :annotator",
                 values,
@@ -303,7 +303,7 @@ class Store:
             _count(db, item)
 
     def skip(self, annotator: int, item: int) -> None:
-        """Give a unit back unanswered; it comes again when there is nothing else."""
+        """Give a unit back unlabelled; it comes again when there is nothing else."""
         with self._transaction() as db:
             db.execute(
                 "UPDATE assignments SET skipped_at = ? WHERE item = ? AND annotator = ? AND NOT labelled",
@@ -311,12 +311,12 @@ class Store:
             )
 
     def take_back(self, annotator: int) -> int | None:
-        """Void an annotator's latest answer, and keep its unit for them; which one that is, None if there is none."""
+        """Void an annotator's latest label, and keep its unit for them; which one that is, None if there is none."""
         now = self._clock()
         with self._transaction() as db:
             found = db.execute(
-                "SELECT item FROM answers JOIN items ON items.id = item WHERE annotator = ? AND NOT adjudicated "
-                "ORDER BY answers.id DESC LIMIT 1",
+                "SELECT item FROM current_labels JOIN items ON items.id = item WHERE annotator = ? AND NOT adjudicated "
+                "ORDER BY current_labels.id DESC LIMIT 1",
                 (annotator,),
             ).fetchone()
             if found is None:
@@ -328,23 +328,23 @@ class Store:
             _count(db, item)
         return item
 
-    def adjudicate(self, item: int, answer: UnitAnswer, post: str) -> None:
+    def adjudicate(self, item: int, label: UnitLabel, post: str) -> None:
         """Settle a unit, whatever its annotators said; when this returns, the disk has it."""
         with self._transaction() as db:
             if not db.execute("SELECT 1 FROM labels WHERE post = ?", (post,)).fetchone():
-                _add_label(db, item, None, answer, None, self._clock(), post)
+                _add_label(db, item, None, label, None, self._clock(), post)
                 db.execute("UPDATE items SET adjudicated = 1 WHERE id = ?", (item,))
 
     def item(self, item: int) -> Item | None:
         """A unit with its history."""
         with self._reading() as db:
-            found = db.execute("SELECT id, step, trace, proposals, digest FROM items WHERE id = ?", (item,)).fetchone()
+            found = db.execute("SELECT id, step, trace, offers, digest FROM items WHERE id = ?", (item,)).fetchone()
             return self._item(db, *found) if found else None
 
     def items(self) -> Iterator[Item]:
         """All units in the order in which they came."""
         with self._reading() as db:
-            for found in db.execute("SELECT id, step, trace, proposals, digest FROM items ORDER BY id").fetchall():
+            for found in db.execute("SELECT id, step, trace, offers, digest FROM items ORDER BY id").fetchall():
                 yield self._item(db, *found)
 
     def show_again(self, annotator: int, item: int) -> bool:
@@ -353,36 +353,38 @@ class Store:
             query = "UPDATE assignments SET shown_at = ? WHERE annotator = ? AND item = ?"
             return db.execute(query, (self._clock(), annotator, item)).rowcount > 0
 
-    def answer(self, annotator: int, item: int) -> UnitAnswer | None:
+    def label(self, annotator: int, item: int) -> UnitLabel | None:
         """What an annotator said of a unit."""
         with self._reading() as db:
-            query = "SELECT accepted, help_needed FROM answers WHERE annotator = ? AND item = ?"
+            query = "SELECT accepted, help_needed FROM current_labels WHERE annotator = ? AND item = ?"
             found = db.execute(query, (annotator, item)).fetchone()
-        return _answer(*found) if found else None
+        return _label(*found) if found else None
 
     def neighbours(self, annotator: int, item: int) -> tuple[int | None, int | None]:
-        """The units that an annotator answered before and after this one, or, if it has no answer, the latest one."""
+        """The units that an annotator labelled before and after this one, or, if it has no label, the latest one."""
         values = {"annotator": annotator, "item": item}
         found = []
         with self._reading() as db:
             for side, order in (("<", "DESC"), (">", "ASC")):
                 row = db.execute(
-                    f"SELECT item FROM answers WHERE annotator = :annotator AND id {side} coalesce((SELECT id FROM "
-                    "answers WHERE annotator = :annotator AND item = :item), 9e18) "
+                    f"SELECT item FROM current_labels WHERE annotator = :annotator AND id {side} coalesce("
+                    "(SELECT id FROM current_labels WHERE annotator = :annotator AND item = :item), 9e18) "
                     f"ORDER BY id {order} LIMIT 1",
                     values,
                 ).fetchone()
                 found.append(None if row is None else int(row[0]))
         return found[0], found[1]
 
-    def labels(self) -> list[Label]:
-        """All answers that stand, by unit."""
+    def labels(self) -> list[StoredLabel]:
+        """All labels that stand, by unit."""
         with self._reading() as db:
             rows = db.execute(
-                "SELECT item, name, accepted, help_needed, seconds, at FROM answers LEFT JOIN annotators "
-                "ON annotators.id = annotator ORDER BY item, answers.id"
+                "SELECT item, name, accepted, help_needed, seconds, at FROM current_labels LEFT JOIN annotators "
+                "ON annotators.id = annotator ORDER BY item, current_labels.id"
             ).fetchall()
-        return [Label(item, name, _answer(said, need), seconds, at) for item, name, said, need, seconds, at in rows]
+        return [
+            StoredLabel(item, name, _label(said, need), seconds, at) for item, name, said, need, seconds, at in rows
+        ]
 
     def progress(self, annotator: int) -> Progress:
         """How far an annotator is."""
@@ -419,16 +421,15 @@ class Store:
     def ties(self) -> list[int]:
         """The complete units that the majority does not settle, and that nobody has adjudicated."""
         with self._reading() as db:
-            complete = "labelled >= ? AND NOT adjudicated"
             rows = db.execute(
-                f"SELECT item, accepted, help_needed FROM answers JOIN items ON items.id = item WHERE {complete} "
-                "AND annotator IS NOT NULL",
+                "SELECT item, accepted, help_needed FROM current_labels JOIN items ON items.id = item "
+                "WHERE labelled >= ? AND NOT adjudicated AND annotator IS NOT NULL",
                 (self.annotators_per_unit,),
             ).fetchall()
-        answers: dict[int, list[UnitAnswer]] = {}
+        labels: dict[int, list[UnitLabel]] = {}
         for item, *said in rows:
-            answers.setdefault(item, []).append(_answer(*said))
-        return sorted(item for item, said in answers.items() if None in decide(said))
+            labels.setdefault(item, []).append(_label(*said))
+        return sorted(item for item, said in labels.items() if None in decide(said))
 
     def _keep(self, db: sqlite3.Connection, item: int, annotator: int, now: float) -> None:
         db.execute(
@@ -437,7 +438,7 @@ class Store:
             (item, annotator, now, now + CLAIM_SECONDS),
         )
 
-    def _item(self, db: sqlite3.Connection, item: int, step: int, trace: str, proposals: str, digest: int) -> Item:
+    def _item(self, db: sqlite3.Connection, item: int, step: int, trace: str, offers: str, digest: int) -> Item:
         events = db.execute(
             "WITH RECURSIVE history AS (SELECT *, 0 AS back FROM events WHERE digest = ? UNION ALL SELECT events.*, "
             "back + 1 FROM events JOIN history ON events.digest = history.before) "
@@ -445,7 +446,7 @@ class Store:
             (digest,),
         ).fetchall()
         history = tuple(Event(time=when, event=what) for when, what in events)
-        return Item(item, step, Unit(trace, history, {k: tuple(v) for k, v in json.loads(proposals).items()}))
+        return Item(item, step, Unit(trace, history, {k: tuple(v) for k, v in json.loads(offers).items()}))
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -484,15 +485,15 @@ def _add_label(
     db: sqlite3.Connection,
     item: int,
     annotator: int | None,
-    answer: UnitAnswer | None,
+    label: UnitLabel | None,
     seconds: float | None,
     at: float,
     post: str | None,
 ) -> None:
-    accepted = None if answer is None else json.dumps(answer.accepted)
+    accepted = None if label is None else json.dumps(label.accepted)
     db.execute(
         "INSERT INTO labels (item, annotator, accepted, help_needed, seconds, at, post) VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (item, annotator, accepted, answer and answer.help_needed, seconds, at, post),
+        (item, annotator, accepted, label and label.help_needed, seconds, at, post),
     )
 
 
@@ -504,5 +505,5 @@ def _count(db: sqlite3.Connection, item: int) -> None:
     )
 
 
-def _answer(accepted: str, help_needed: int) -> UnitAnswer:
-    return UnitAnswer(tuple(json.loads(accepted)), bool(help_needed))
+def _label(accepted: str, help_needed: int) -> UnitLabel:
+    return UnitLabel(tuple(json.loads(accepted)), bool(help_needed))

@@ -18,6 +18,7 @@ from models.judging.agents import Agent, AlwaysPropose, NeverPropose
 from models.judging.description import Advance, joint_record, joint_settings, shares
 from models.judging.gate import gate_threshold
 from models.judging.judges import Judge, Verdict
+from models.reporting.timeline import TIMELINE_FILE, ShownTraces
 from proactive.evaluation.judged_events import (
     JudgedEvent,
     Verdicts,
@@ -30,7 +31,7 @@ from proactive.evaluation.judged_events import (
     judged_files,
     notes,
 )
-from proactive.evaluation.page import evaluation_report
+from proactive.evaluation.page import evaluation_report, shown_traces
 from proactive.evaluation.specification import Evaluation
 
 ANSWERS_FILE = "answers.jsonl"
@@ -159,4 +160,6 @@ def _write(folder: Path, suffix: str, record: Mapping[str, Any], events: Sequenc
     figures_file = Path(FIGURES_FILE)
     write_atomically(folder / f"{figures_file.stem}{suffix}{figures_file.suffix}", figures_csv(record))
     write_atomically(folder / REPORT_FILE, evaluation_report(record, events))
+    shown = ShownTraces(notes=tuple(record["notes"]), traces=tuple(shown_traces(events)))
+    write_atomically(folder / TIMELINE_FILE, shown.model_dump_json(indent=1) + "\n")
     write_atomically(folder / METRICS_FILE, json.dumps(record, indent=2) + "\n")

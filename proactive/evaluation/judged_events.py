@@ -24,6 +24,7 @@ from models.learning.metrics import (
     deciding_candidate,
 )
 from models.reporting.run_record import intervals_note, versions
+from models.reporting.timeline import outcome
 
 PUBLISHED_COLUMNS = {
     "Recall": "recall",
@@ -35,7 +36,6 @@ PUBLISHED_COLUMNS = {
     "Total Events": "events",
 }
 Verdicts = Mapping[Offer, Verdict]
-OUTCOMES = {(1, 1): "tp", (1, 0): "fp", (0, 1): "tn", (0, 0): "fn"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class JudgedEvent:
     def outcome(self) -> str:
         """tp, fp, tn, fn, or undecided."""
         judgment = self.judgments[self.deciding]
-        return OUTCOMES.get((int(judgment.proposed), judgment.accepted), "undecided")
+        return outcome(judgment.proposed, judgment.verdict.accepted)
 
 
 def judge_events(

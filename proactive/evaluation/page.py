@@ -5,15 +5,9 @@ from typing import Any
 
 from models.reporting.plots import image, new_axes
 from models.reporting.templates_folder import TEMPLATES
-from proactive.evaluation.judged_events import OUTCOMES, JudgedEvent
+from models.reporting.timeline import OUTCOME_NAMES, ShownOffer, ShownStep, ShownTrace, outcomes_of, timelines
+from proactive.evaluation.judged_events import JudgedEvent, Judgment
 
-OUTCOME_WORDS = {
-    "tp": "accepted offer",
-    "fp": "false alarm",
-    "tn": "rightly silent",
-    "fn": "missed need",
-    "undecided": "no verdict",
-}
 COLORS = {"tp": "tab:green", "fp": "tab:orange", "tn": "tab:blue", "fn": "tab:red", "undecided": "tab:grey"}
 FIGURES = ("recall", "precision", "accuracy", "false_alarm", "f1")
 
@@ -36,8 +30,40 @@ def evaluation_report(record: Mapping[str, Any], events: Sequence[JudgedEvent]) 
     if "at" in record["figures"]:
         plots["By number of candidates"] = _candidates_plot(record)
     environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, autoescape=True)
+    f1 = {name: f"F1 {found['f1']:.3f}" for name, found in record["per_trace"].items()}
+    shown = timelines([shown_traces(events)], f1)
     return environment.get_template("evaluation_report.html").render(
-        record=record, rows=_rows(record), names=FIGURES, plots=plots, traces=by_trace, words=OUTCOME_WORDS
+        record=record,
+        rows=_rows(record),
+        names=FIGURES,
+        plots=plots,
+        timelines=shown,
+        sources=[""],
+        outcomes=outcomes_of(shown),
+    )
+
+
+def shown_traces(events: Sequence[JudgedEvent]) -> list[ShownTrace]:
+    """The traces of judged events, as pages show them."""
+    steps: dict[str, list[ShownStep]] = {}
+    traces = {event.trace.name: event.trace for event in events}
+    for event in events:
+        offers = (_shown(judgment, place == event.deciding) for place, judgment in enumerate(event.judgments))
+        steps.setdefault(event.trace.name, []).append(ShownStep(tuple(offers), event.outcome))
+    return [ShownTrace(name, trace.events, tuple(steps[name])) for name, trace in traces.items()]
+
+
+def _shown(judgment: Judgment, counts: bool) -> ShownOffer:
+    return ShownOffer(
+        judgment.candidate.proposal,
+        judgment.candidate.parsed,
+        judgment.verdict.accepted,
+        judgment.verdict.probability,
+        judgment.gate_probability,
+        bool(judgment.held_back),
+        judgment.verdict.thought or "",
+        {title: str(text) for title, text in judgment.candidate.notes.items() if text},
+        counts,
     )
 
 
@@ -73,10 +99,10 @@ def _gate_plot(record: Mapping[str, Any]) -> str:
 def _outcome_plot(by_trace: Mapping[str, Sequence[JudgedEvent]]) -> str:
     axes = new_axes("events", "")
     left = [0] * len(by_trace)
-    for outcome in (*OUTCOMES.values(), "undecided"):
+    for outcome, word in OUTCOME_NAMES.items():
         counts = [sum(event.outcome == outcome for event in events) for events in by_trace.values()]
         if any(counts):
-            axes.barh(list(by_trace), counts, left=left, label=OUTCOME_WORDS[outcome], color=COLORS[outcome])
+            axes.barh(list(by_trace), counts, left=left, label=word, color=COLORS[outcome])
             left = [before + count for before, count in zip(left, counts, strict=True)]
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize="small")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from datamodules.corpus.records import AnnotatedRow, history_digest, read_jsonl
-from datamodules.corpus.units import UnitAnswer, units_of_rows
+from datamodules.corpus.units import UnitLabel, units_of_rows
 from proactive import annotate, fit
 from proactive.annotation.store import Store
 from tests.helpers import PROACTIVEBENCH, SMALL_RUN, needs_proactivebench, small_root
@@ -31,7 +31,7 @@ def write_trace(file: Path, events: int = 3, proposals: Sequence[str] = ("Sum up
     return file
 
 
-def label(project: Path, answers: Callable[[int, int], UnitAnswer], people: int = 3) -> None:
+def label(project: Path, answers: Callable[[int, int], UnitLabel], people: int = 3) -> None:
     """Let people label all units: what each says is a function of their number and the unit's."""
     with contextlib.closing(Store(project)) as store:
         for person in range(people):
@@ -49,7 +49,7 @@ def test_in_label_and_out(call: Callable, tmp_path: Path) -> None:
     assert "3 units added, 0 were there" in ended.out
     assert "0 units added, 3 were there" in call(annotate.main, "import", "traces", "--project", project).out
 
-    label(project, lambda person, item: UnitAnswer((person < 2, item == 2), item != 3))
+    label(project, lambda person, item: UnitLabel((person < 2, item == 2), item != 3))
     ended = call(annotate.main, "export", project, "--output", "root")
     assert (ended.code, ended.err) == (0, "")
     assert "9 rows of 3 units" in ended.out
@@ -60,8 +60,8 @@ def test_in_label_and_out(call: Callable, tmp_path: Path) -> None:
     assert [(side["trace"], side["step"], side["rows"], side["rule"]) for side in sides] == [
         ("a.json", step, 3, "majority") for step in range(3)
     ]
-    assert sides[0]["proposals"][0] == {"proposal": "Sum up.", "sources": ["gpt"]}
-    answer = sides[0]["answers"][2]
+    assert sides[0]["offers"][0] == {"offer": "Sum up.", "sources": ["gpt"]}
+    answer = sides[0]["labels"][2]
     assert (answer["annotator"], answer["accepted"], answer["help_needed"]) == ("person 2", [False, False], True)
     assert answer["at"] > 1.7e9
     assert 0 <= answer["seconds"] < HANG
@@ -70,7 +70,7 @@ def test_in_label_and_out(call: Callable, tmp_path: Path) -> None:
 def test_ties_are_refused_dropped_or_adjudicated(call: Callable, tmp_path: Path) -> None:
     project = tmp_path / "p.sqlite"
     call(annotate.main, "import", write_trace(tmp_path / "a.json"), "--project", project, "--annotators-per-unit", "2")
-    label(project, lambda person, item: UnitAnswer((person == 0 and item == 2, False), False), people=2)
+    label(project, lambda person, item: UnitLabel((person == 0 and item == 2, False), False), people=2)
     ended = call(annotate.main, "export", project, "--output", "root")
     assert ended.code == 2
     assert "1 units have ties, the first of them unit 2" in ended.err
@@ -79,10 +79,10 @@ def test_ties_are_refused_dropped_or_adjudicated(call: Callable, tmp_path: Path)
     ended = call(annotate.main, "export", project, "--output", "dropped", "--drop-ties")
     assert "8 rows of 3 units\n1 units had ties" in ended.out
     with contextlib.closing(Store(project)) as store:
-        store.adjudicate(2, UnitAnswer((True, False), True), "form")
+        store.adjudicate(2, UnitLabel((True, False), True), "form")
     assert "9 rows of 3 units" in call(annotate.main, "export", project, "--output", "root").out
     sides = [json.loads(line) for line in (tmp_path / "root" / "provenance.jsonl").read_text().splitlines()]
-    assert [one["adjudicates"] for one in sides[1]["answers"]] == [False, False, True]
+    assert [one["adjudicates"] for one in sides[1]["labels"]] == [False, False, True]
 
 
 def test_incomplete_units_stay_out_and_nothing_is_overwritten(call: Callable, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_incomplete_units_stay_out_and_nothing_is_overwritten(call: Callable, tm
     with contextlib.closing(Store(project)) as store:
         one = store.annotator(store.invite("me"))
         assert one is not None
-        store.save(one.id, store.claim(one.id) or 0, UnitAnswer((True, True), True), "form")
+        store.save(one.id, store.claim(one.id) or 0, UnitLabel((True, True), True), "form")
     ended = call(annotate.main, "export", project, "--output", "root")
     assert "3 rows of 1 units\n2 units are not complete" in ended.out
     ended = call(annotate.main, "export", project, "--output", "root")
@@ -114,9 +114,9 @@ def test_a_project_of_published_rows_gives_the_published_rows(call: Callable, tm
     with contextlib.closing(Store(project)) as store:
         store.add_units(units)
 
-    def answer(person: int, item: int) -> UnitAnswer:
+    def answer(person: int, item: int) -> UnitLabel:
         own = by_history[history_digest(units[item - 1].history)]
-        return UnitAnswer(tuple(row.annotation[person] for row in own if row.proposal is not None), False)
+        return UnitLabel(tuple(row.annotation[person] for row in own if row.proposal is not None), False)
 
     label(project, answer)
     assert call(annotate.main, "export", project, "--output", "root", "--rule", "published").code == 0
@@ -136,7 +136,7 @@ def test_agreement_of_the_published_rows(call: Callable) -> None:
     assert (ended.code, ended.err) == (0, "")
     train, test = json.loads(ended.out).values()
     for found, known in ((train, (0.145, 0.169, -0.214)), (test, (0.658, 1.0, 0.254))):
-        alphas = [found[group]["alpha"] for group in ("all", "proposals", "silence")]
+        alphas = [found[group]["alpha"] for group in ("all", "offers", "silence")]
         assert alphas == pytest.approx(known, abs=5e-4)
         assert found["all"]["alpha_low"] < known[0] < found["all"]["alpha_high"]
     assert train["all"]["kappa"] is None  # some rows have two answers, some three
@@ -150,7 +150,7 @@ def test_agreement_of_a_project_by_pair(call: Callable, tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_trace(tmp_path / "traces" / f"{name}.json")
     call(annotate.main, "import", "traces", "--project", project)
-    label(project, lambda person, item: UnitAnswer((person == 2, item % 2 == 0), item % 2 == 0))
+    label(project, lambda person, item: UnitLabel((person == 2, item % 2 == 0), item % 2 == 0))
     (found,) = json.loads(call(annotate.main, "agreement", project, "--json").out).values()
     assert found["person 0 and person 1"]["raw"] == found["silence"]["raw"] == 1.0
     assert found["person 0 and person 2"]["raw"] == found["person 1 and person 2"]["raw"] == pytest.approx(2 / 3)
@@ -164,7 +164,7 @@ def test_a_model_is_trained_on_what_was_labelled(call: Callable, tmp_path: Path)
         write_trace(tmp_path / "traces" / f"{number}.json", events=4)
     project = tmp_path / "p.sqlite"
     call(annotate.main, "import", "traces", "--project", project)
-    label(project, lambda person, item: UnitAnswer((item % 2 == 0, item % 3 == 0), (item + person) % 2 == 0))
+    label(project, lambda person, item: UnitLabel((item % 2 == 0, item % 3 == 0), (item + person) % 2 == 0))
     call(annotate.main, "export", project, "--output", "root")
     ended = call(fit.main, *SMALL_RUN, "--data.root=root", "--trainer.max_epochs=1", "--quiet")
     assert (ended.code, ended.err) == (0, "")
@@ -193,11 +193,11 @@ def test_it_starts_without_what_trains(subcommand: str, tmp_path: Path) -> None:
 import contextlib, sys
 from proactive import annotate
 from proactive.annotation.store import Store
-from datamodules.corpus.units import UnitAnswer
+from datamodules.corpus.units import UnitLabel
 annotate.main({command[1:]!r})
 with contextlib.closing(Store(__import__("pathlib").Path("p.sqlite"))) as store:
     one = store.annotator(store.invite("me"))
-    store.save(one.id, store.claim(one.id), UnitAnswer((True, False), True), "form")
+    store.save(one.id, store.claim(one.id), UnitLabel((True, False), True), "form")
 annotate.main({arguments!r})
 print(sorted({{"torch", "lightning", "torchmetrics", "transformers"}} & set(sys.modules)))
 """

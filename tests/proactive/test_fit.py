@@ -115,7 +115,7 @@ def test_both_logs_hold_the_same_curves(finished_run: FinishedRun) -> None:
 
 def test_the_report_is_one_self_contained_file(finished_run: FinishedRun) -> None:
     page = (finished_run.folder / "report.html").read_text(encoding="utf-8")
-    assert len(re.findall(r'src="data:image/png;base64,[A-Za-z0-9+/=]{1000,}"', page)) == 4
+    assert len(re.findall(r'src="data:image/svg\+xml;base64,[A-Za-z0-9+/=]{1000,}"', page)) == 4
     linked = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'>\s]{1,40})""", page)
     assert all(target.startswith(("data:", "#")) for target in linked)
     assert not re.findall(r"<script|<link|@import|url\(", page)

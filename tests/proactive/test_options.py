@@ -114,7 +114,7 @@ def test_a_logger_by_class_comes_beside_the_curves_that_the_report_needs(
         folder = tmp_path / "runs" / "reward" / str(number)
         assert {path.name for path in (folder / "logs").iterdir()} == {"metrics.csv", "hparams.yaml"}
         assert "train/loss" in (folder / "logs" / "metrics.csv").read_text().splitlines()[0]
-        assert len(re.findall(r'src="data:image/png', (folder / "report.html").read_text())) == 4
+        assert len(re.findall(r'src="data:image/svg', (folder / "report.html").read_text())) == 4
         assert {path.name for path in tmp_path.iterdir()} - {"runs"} == set(others or ["elsewhere"])
 
 

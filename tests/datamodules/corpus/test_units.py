@@ -8,18 +8,26 @@ import pytest
 
 from datamodules.corpus.records import AnnotatedRow, Category, Event, history_digest
 from datamodules.corpus.sources import load_corpus
-from datamodules.corpus.units import Unit, UnitAnswer, decide, majority_rows, published_rows, read_units, units_of_rows
+from datamodules.corpus.units import (
+    Unit,
+    UnitLabel,
+    decide,
+    majority_rows,
+    published_rows,
+    read_units,
+    units_of_rows,
+)
 from datamodules.errors import UserError
 from tests.helpers import PROACTIVEBENCH, needs_proactivebench
 
 UNIT = Unit("a.json", (Event(time="1", event="The user reads."),), {"Sum up.": ("x",), "Translate.": ("y",)})
 
 
-def said(text: str, *needs: bool) -> list[UnitAnswer]:
+def said(text: str, *needs: bool) -> list[UnitLabel]:
     """Answers of annotators, a word each with a letter for each proposal: + accepts, - rejects."""
     words = text.split()
     return [
-        UnitAnswer(tuple(letter == "+" for letter in word), need)
+        UnitLabel(tuple(letter == "+" for letter in word), need)
         for word, need in zip(words, needs or [None] * len(words), strict=True)
     ]
 
@@ -46,7 +54,7 @@ def test_unanimous_silence_yields_a_row_as_well() -> None:
     rows = majority_rows(UNIT, said("-- -- --", False, False, False))
     assert shown(rows)[0] == (None, True, False, (True, True, True))
     assert shown(published_rows(UNIT, said("-- -- --")))[0][0] is not None
-    assert majority_rows(Unit("a", UNIT.history, {}), [UnitAnswer((), need) for need in (False, True, False)])[
+    assert majority_rows(Unit("a", UNIT.history, {}), [UnitLabel((), need) for need in (False, True, False)])[
         0
     ].accepted
 
@@ -62,7 +70,7 @@ def test_ties_have_no_row_until_somebody_adjudicates() -> None:
     answers = said("+- --", True, False)
     assert decide(answers) == [None, False, None]
     assert shown(majority_rows(UNIT, answers)) == [("Translate.", False, None, (False, False))]
-    settled = majority_rows(UNIT, answers, UnitAnswer((True, False), True))
+    settled = majority_rows(UNIT, answers, UnitLabel((True, False), True))
     assert shown(settled) == [
         (None, False, True, (False, True)),
         ("Sum up.", True, True, (True, False)),
@@ -80,7 +88,7 @@ def test_four_annotators_of_the_published_rule_may_decide_both_ways() -> None:
     ]
 
 
-def recovered(unit: Unit, rows: list[AnnotatedRow]) -> tuple[Unit, list[UnitAnswer]]:
+def recovered(unit: Unit, rows: list[AnnotatedRow]) -> tuple[Unit, list[UnitLabel]]:
     """The answers behind the published rows of a unit.
 
     Proposals on which two annotators split have no row. Where somebody who accepts something, as the row for silence
@@ -95,7 +103,7 @@ def recovered(unit: Unit, rows: list[AnnotatedRow]) -> tuple[Unit, list[UnitAnsw
     assert len({len(said) for said in votes.values()}) == 1
     return (
         Unit(unit.trace, unit.history, dict.fromkeys(votes, ())),
-        [UnitAnswer(accepted) for accepted in zip(*votes.values(), strict=True)],
+        [UnitLabel(accepted) for accepted in zip(*votes.values(), strict=True)],
     )
 
 
@@ -143,16 +151,16 @@ def test_units_of_several_agents_are_merged_by_history(tmp_path: Path) -> None:
         folder.joinpath("a.json").write_text(trace(("reads", [first, "Both."]), ("writes", [None])), encoding="utf-8")
         folder.joinpath("splits.json").write_text("{}", encoding="utf-8")
     first, second = read_units(tmp_path)
-    assert first.proposals == {"Sum up.": ("one",), "Both.": ("one", "two"), "Translate.": ("two",)}
+    assert first.offers == {"Sum up.": ("one",), "Both.": ("one", "two"), "Translate.": ("two",)}
     assert [event.event for event in second.history] == ["reads", "writes"]
-    assert (second.trace, second.proposals) == ("a.json", {})
+    assert (second.trace, second.offers) == ("a.json", {})
 
 
 def test_reference_proposals_of_the_test_set_are_candidates(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.write_text(trace(("reads", {"candidate_task": ["Sum up.", "Translate."]})), encoding="utf-8")
     (unit,) = read_units(file)
-    assert list(unit.proposals) == ["Sum up.", "Translate."]
+    assert list(unit.offers) == ["Sum up.", "Translate."]
 
 
 @pytest.mark.parametrize(
@@ -178,5 +186,5 @@ def test_a_folder_without_traces_is_refused(tmp_path: Path) -> None:
 @needs_proactivebench
 def test_the_published_traces_are_units() -> None:
     recorded = read_units(PROACTIVEBENCH / "traces")
-    assert (len(recorded), max(len(unit.proposals) for unit in recorded)) == (227, 5)
+    assert (len(recorded), max(len(unit.offers) for unit in recorded)) == (227, 5)
     assert len(read_units(PROACTIVEBENCH / "test_data")) == 233

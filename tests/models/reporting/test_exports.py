@@ -21,7 +21,7 @@ from datamodules.prompting.templates import render
 from models.learning.reward_classifier import RewardClassifier
 from models.reporting.exports import export_model
 from models.reporting.run_record import run_record
-from tests.callbacks.conftest import Run
+from tests.models.reporting.conftest import Run
 from tests.models.small import fit, probabilities, small_classifier, small_data
 from tests.patience import HANG
 

@@ -28,8 +28,8 @@ from models.networks.backbone import quiet
 from models.reporting.exports import export_model
 from models.reporting.model_card import hub_id, model_card, shown_name
 from models.reporting.run_record import run_record
-from tests.callbacks.conftest import Run
 from tests.helpers import small_root
+from tests.models.reporting.conftest import Run
 from tests.models.small import FAMILIES, small_classifier, small_data, small_trainer
 
 OWN_PROMPT = {

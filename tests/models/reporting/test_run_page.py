@@ -7,6 +7,7 @@ from copy import deepcopy
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from datamodules.corpus.records import AnnotatedRow, Category
 from models.learning.metrics import reward_figures
 from models.reporting.run_page import WORST_MISTAKES, read_curves, reward_report
 from models.reporting.run_record import run_record
-from tests.callbacks.conftest import Run
+from tests.models.reporting.conftest import Run
 
 HOSTILE = '<script>alert("1")</script> <img src=https://example.com/x onerror=alert(2)> </ol>'
 PLOTS = ["Loss", "Precision and recall", "Reliability", "Decisions by category"]
@@ -75,7 +76,7 @@ def test_the_page_needs_nothing_else(run: Run) -> None:
     text = (run.folder / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     assert page.loaded, "the plots"
-    assert all(address.startswith("data:image/png;base64,") for address in page.loaded)
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in page.loaded)
     assert not {"script", "link", "iframe", "object", "embed", "base"} & set(page.tags)
     assert not re.search(r"https?://|@import|url\(", text)
 
@@ -91,7 +92,12 @@ def test_it_shows_figures_plots_and_contamination(run: Run) -> None:
         assert title in page.text
     images = [base64.b64decode(address.partition(",")[2], validate=True) for address in page.loaded]
     assert len(images) == len(PLOTS) == len(set(images))
-    assert all(image.startswith(b"\x89PNG\r\n\x1a\n") for image in images)
+    for image in images:
+        drawing = ElementTree.fromstring(image)
+        assert drawing.tag == "{http://www.w3.org/2000/svg}svg"
+        assert not list(drawing.iter("{http://www.w3.org/2000/svg}image")), "no bitmap within"
+        assert b"prefers-color-scheme:dark" in image
+        assert b"#010203" not in image
     assert f"{run.data.contamination.contaminated_rows} of {run.data.contamination.test_rows} test rows" in page.text
     assert run.data.description in page.text
 

@@ -15,8 +15,8 @@ from datamodules.corpus.records import Category
 from datamodules.corpus.sources import load_corpus
 from models.learning.reward_classifier import RewardClassifier
 from models.reporting.run_record import RECORDED_PACKAGES, notes, run_record
-from tests.callbacks.conftest import Run
 from tests.helpers import PROACTIVEBENCH, needs_proactivebench
+from tests.models.reporting.conftest import Run
 from tests.models.small import small_trainer
 
 

@@ -42,7 +42,7 @@ def page_of(browser: Any, link: str, expected: str = "", **options: Any) -> Iter
     assert [message for message in said if not expected or expected not in message] == []
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while it is open, an event loop runs, and other tests start their own
 def browser() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("there is no chromium: apt-get install chromium")

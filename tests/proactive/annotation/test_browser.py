@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from datamodules.corpus.units import UnitAnswer
+from datamodules.corpus.units import UnitLabel
 from proactive.annotation.store import Store
 from tests.patience import HANG
 from tests.proactive.annotation.conftest import chromium, page_of
@@ -57,14 +57,14 @@ def key_of(page: Any, text: str) -> str:
 
 def answers(file: Path) -> dict[int, tuple[tuple[bool, ...], bool | None]]:
     with contextlib.closing(Store(file)) as store:
-        return {label.item: (label.answer.accepted, label.answer.help_needed) for label in store.labels()}
+        return {label.item: (label.said.accepted, label.said.help_needed) for label in store.labels()}
 
 
 def test_three_annotators_at_once_by_keyboard_alone(tmp_path: Path, browser: Any) -> None:
     """30 units for two of three people: 60 answers, each as it was typed, and never more than two for a unit."""
     file = project(tmp_path / "p.sqlite", 30, 2, PROPOSALS)
     names = ["Ada", "Bo", "Cy"]
-    typed: dict[tuple[str, int], UnitAnswer] = {}
+    typed: dict[tuple[str, int], UnitLabel] = {}
     failed: list[str] = []
 
     def work(name: str, link: str) -> None:
@@ -77,7 +77,7 @@ def test_three_annotators_at_once_by_keyboard_alone(tmp_path: Path, browser: Any
                     needed = (number + names.index(name)) % 2 == 0
                     press(page, *keys, "h" if needed else "n")
                     accepted = tuple(place < wanted for place in range(3))
-                    typed[name, number] = UnitAnswer(accepted, needed)
+                    typed[name, number] = UnitLabel(accepted, needed)
         except BaseException as error:
             failed.append(f"{name}: {error!r}")
             raise
@@ -90,7 +90,7 @@ def test_three_annotators_at_once_by_keyboard_alone(tmp_path: Path, browser: Any
             thread.join(HANG)
     assert failed == []
     with contextlib.closing(Store(file)) as store:
-        assert {(str(label.annotator), label.item): label.answer for label in store.labels()} == typed
+        assert {(str(label.annotator), label.item): label.said for label in store.labels()} == typed
         assert store.states()["complete"] == 30
     assert len(typed) == 60
     assert set(Counter(number for _, number in typed).values()) == {2}
@@ -131,7 +131,7 @@ def test_take_back_skip_and_arrows(page: Any, file: Path) -> None:
     press(page, "s")
     assert unit(page) == 4
     press(page, "ArrowLeft")
-    assert page.text_content(UNIT) == "Unit 2, as you answered it"
+    assert page.text_content(UNIT) == "Unit 2, as you labelled it"
     assert page.locator("input[name=none]").is_checked()
     press(page, "ArrowLeft")
     assert unit(page) == 1
@@ -191,7 +191,7 @@ def test_by_mouse_and_without_scripts(browser: Any, server: Served, file: Path, 
         page.get_by_label("None of these").check()
         page.get_by_label("Not needed").check()
         page.click("text=Save and go on")
-        page.click("text=Take the last answer back")
+        page.click("text=Take the last label back")
         assert unit(page) == 3
     assert answers(file) == {1: ((False, True, False), True)}
 
@@ -265,10 +265,10 @@ def test_pages_are_accessible_and_fit(
             one = store.annotator(store.invite(name))
             assert one is not None
             store.claim(one.id)
-            store.save(one.id, 1, UnitAnswer((accepted,) * 4, accepted), name)
+            store.save(one.id, 1, UnitLabel((accepted,) * 4, accepted), name)
         for item in range(2, 9):
             for other in store.annotators():
-                store.save(other.id, store.claim(other.id) or 0, UnitAnswer((False,) * 4, False), f"{other} {item}")
+                store.save(other.id, store.claim(other.id) or 0, UnitLabel((False,) * 4, False), f"{other} {item}")
     options = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme}
     with served(file, annotators=["Ada"], cwd=tmp_path) as running:
         owner = running.links["overview"]

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from datamodules.corpus.records import Event
-from datamodules.corpus.units import Unit, UnitAnswer
+from datamodules.corpus.units import Unit, UnitLabel
 from datamodules.errors import UserError
 from proactive.annotation.store import CLAIM_SECONDS, RefusedError, Store
 
-YES = UnitAnswer((True, False), True)
-NO = UnitAnswer((False, False), False)
+YES = UnitLabel((True, False), True)
+NO = UnitLabel((False, False), False)
 
 
 def units(count: int, trace: str = "a.json") -> list[Unit]:
@@ -62,7 +62,7 @@ def test_units_come_back_as_they_went_in(store: Store) -> None:
 
 def test_a_unit_with_other_proposals_is_refused_and_nothing_is_added(store: Store) -> None:
     other = [*units(2, "new"), Unit("a.json", units(1)[0].history, {"Another.": ()})]
-    with pytest.raises(UserError, match=r"a\.json, event 1: the project has this history with other proposals"):
+    with pytest.raises(UserError, match=r"a\.json, event 1: the project has this history with other offers"):
         store.add_units(other)
     assert len(list(store.items())) == 3
 
@@ -91,12 +91,12 @@ def test_a_claim_runs_out_and_its_answer_is_taken_while_there_is_a_seat(store: S
     store.claim(one)
     clock.now += CLAIM_SECONDS + 1
     assert (store.claim(two), store.claim(three)) == (1, 1)
-    with pytest.raises(RefusedError, match="others have answered"):
+    with pytest.raises(RefusedError, match="others have labelled"):
         store.save(one, 1, YES, "late")
     clock.now += CLAIM_SECONDS + 1
     store.save(one, 1, YES, "seat is free again")
     store.save(two, 1, YES, "and so is this")
-    with pytest.raises(RefusedError, match="others have answered"):
+    with pytest.raises(RefusedError, match="others have labelled"):
         store.save(three, 1, YES, "none is left")
 
 
@@ -107,9 +107,9 @@ def test_the_latest_answer_counts_and_none_is_overwritten(store: Store, clock: C
     store.save(one, 1, YES, "a")
     store.save(one, 1, NO, "b")
     store.save(one, 1, YES, "b")  # the same form sent twice
-    assert store.answer(one, 1) == NO
+    assert store.label(one, 1) == NO
     (label,) = store.labels()
-    assert (label.annotator, label.answer, label.seconds, label.at) == ("person 0", NO, 7.0, clock.now)
+    assert (label.annotator, label.said, label.seconds, label.at) == ("person 0", NO, 7.0, clock.now)
     with contextlib.closing(sqlite3.connect(store.path)) as db:
         assert db.execute("SELECT accepted, help_needed FROM labels ORDER BY id").fetchall() == [
             ("[true, false]", 1),
@@ -125,7 +125,7 @@ def test_what_is_taken_back_counts_no_more_and_keeps_its_seat(store: Store) -> N
         store.save(person, 1, YES, f"{person}")
     assert store.states()["complete"] == 1
     assert store.take_back(one) == 1
-    assert (store.answer(one, 1), store.states()["complete"], store.states()["labelled"]) == (None, 0, 1)
+    assert (store.label(one, 1), store.states()["complete"], store.states()["labelled"]) == (None, 0, 1)
     assert store.claim(three) == 2
     assert store.claim(one) == 1
     store.save(one, 1, NO, "again")

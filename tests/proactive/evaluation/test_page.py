@@ -64,7 +64,7 @@ def test_the_page_shows_each_event_as_text() -> None:
     page = Page(evaluation_report(record, events))
     assert page.tags.count("script") == 1  # the page's own
     assert not page.handlers
-    assert all(loaded.startswith("data:image/png;base64,") for loaded in page.loaded)
+    assert all(loaded.startswith(("data:image/svg+xml;base64,", "#")) for loaded in page.loaded)
     for text in (HOSTILE, NAME, "Help.", "an answer that could not be read", "no verdict", "P 0.250"):
         assert text in page.text, text
     assert page.text.count(f"{HOSTILE} too long") == 1

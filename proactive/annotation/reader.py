@@ -1,0 +1,173 @@
+"""The trace reader: traces of any source side by side, with filters, search, and a link to each event."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import quote
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from datamodules.corpus.records import read_json
+from datamodules.corpus.traces import Candidate, Offer, Recorded, Trace, read_traces
+from datamodules.files.reading import MOST_ROWS
+from models.reporting.timeline import (
+    TIMELINE_FILE,
+    ShownOffer,
+    ShownStep,
+    ShownTrace,
+    ShownTraces,
+    Timeline,
+    outcome,
+    outcomes_of,
+    timelines,
+)
+from proactive.annotation.pages import endpoint, home, page, redirect
+
+MOST_FOUND = 300  # events that a search shows
+
+
+@dataclass(frozen=True)
+class Source:
+    """What one agent did with traces, or what one judge made of that."""
+
+    name: str
+    traces: Sequence[ShownTrace]
+    notes: Sequence[str] = ()
+
+
+def read_sources(paths: Sequence[Path]) -> list[Source]:
+    """Read folders of evaluations, and traces of either layout; a folder of folders is a source for each.
+
+    Raises:
+        UserError: There is no trace, or one does not fit; the message names file, place and field.
+    """
+    found: list[Source] = []
+    for path in paths:
+        if (file := path / TIMELINE_FILE).is_file():
+            kept, _ = read_json(file, ShownTraces, MOST_ROWS)
+            found.append(Source(path.resolve().name, kept.traces, kept.notes))
+        else:
+            found += [
+                Source(name, [_shown_trace(trace, recorded) for trace in recorded.traces])
+                for name, recorded in read_traces(path).items()
+            ]
+    names = Counter(source.name for source in found)
+    return [
+        replace(source, name=f"{source.name} ({place})") if names[source.name] > 1 else source
+        for place, source in enumerate(found, 1)
+    ]
+
+
+class Reader:
+    """The pages below /o/TOKEN/read.
+
+    Args:
+        sources: What is shown.
+        is_owner: Raises if the token of a request is not the owner's.
+    """
+
+    def __init__(self, sources: Sequence[Source], is_owner: Callable[[Request], None]) -> None:
+        self.sources, self.is_owner = [source.name for source in sources], is_owner
+        grave = ((source.name, note) for source in sources for note in source.notes if note.split(":")[0].isupper())
+        self.notes = [f"{name}: {note}" if len(sources) > 1 else note for name, note in grave]
+        made = timelines([source.traces for source in sources])
+        self.timelines, self.outcomes = {one.anchor: one for one in made}, outcomes_of(made)
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/o/{token}/read", endpoint(self.is_owner, self.index)),
+            Route("/o/{token}/read/{anchor}", endpoint(self.is_owner, self.trace)),
+        ]
+
+    def first_page(self) -> Route:
+        """Where nothing but traces is served: the owner's link leads to them."""
+        return Route("/o/{token}", endpoint(self.is_owner, lambda request, _: redirect(f"{home(request)}/read")))
+
+    def index(self, request: Request, _: None) -> Response:
+        """All traces; or what a search found in them."""
+        asked = request.query_params
+        text, wanted, differs = asked.get("text", ""), asked.getlist("outcome"), "differs" in asked
+        found: list[Timeline] = []
+        count = 0
+        if asked:
+            for one in self.timelines.values():
+                lines = tuple(
+                    line
+                    for line in one.lines
+                    if text.lower().strip() in line.words
+                    and (not wanted or set(wanted) & set(line.outcomes))
+                    and (line.differs or not differs)
+                )
+                kept = lines[: max(MOST_FOUND - count, 0)]
+                count += len(lines)
+                found += [replace(one, lines=kept)] if kept else []
+        counts = {
+            anchor: Counter(name for line in one.lines for name in line.outcomes)
+            for anchor, one in self.timelines.items()
+        }
+        return page(
+            "read.html",
+            home=home(request),
+            sources=self.sources,
+            notes=self.notes,
+            timelines=list(self.timelines.values()),
+            counts=counts,
+            outcomes=self.outcomes,
+            text=text,
+            wanted=wanted,
+            differs=differs,
+            searched=bool(asked),
+            found=found,
+            count=count,
+            most=MOST_FOUND,
+            links={anchor: f"{home(request)}/read/{quote(anchor)}" for anchor in self.timelines},
+        )
+
+    def trace(self, request: Request, _: None) -> Response:
+        anchor, anchors = request.path_params["anchor"], list(self.timelines)
+        if anchor not in self.timelines:
+            raise HTTPException(404)
+        place = anchors.index(anchor)
+        return page(
+            "trace.html",
+            home=home(request),
+            sources=self.sources,
+            notes=self.notes,
+            timeline=self.timelines[anchor],
+            outcomes=self.outcomes,
+            before=quote(anchors[place - 1]) if place else "",
+            after=quote(anchors[place + 1]) if place + 1 < len(anchors) else "",
+        )
+
+
+def _shown_trace(trace: Trace, recorded: Recorded) -> ShownTrace:
+    return ShownTrace(
+        trace.name,
+        trace.events,
+        tuple(_shown_step(trace, step, recorded) for step in range(len(trace.events))),
+    )
+
+
+def _shown_step(trace: Trace, step: int, recorded: Recorded) -> ShownStep:
+    """A step; of several candidates the first accepted one decides, else the first with a verdict."""
+    candidates = recorded.answers[trace.name][step] or [Candidate(None)]
+    verdicts = [recorded.judgments.get(Offer(trace.name, step, one.proposal)) for one in candidates]
+    deciding = next((n for n, verdict in enumerate(verdicts) if verdict), None)
+    if deciding is None:
+        deciding = next((n for n, verdict in enumerate(verdicts) if verdict is not None), 0)
+    judged = verdicts[deciding] is not None
+    offers = (
+        ShownOffer(
+            one.proposal,
+            one.parsed,
+            verdict,
+            notes={title: str(text) for title, text in one.notes.items() if text},
+            counts=place == deciding or not judged,
+        )
+        for place, (one, verdict) in enumerate(zip(candidates, verdicts, strict=True))
+    )
+    return ShownStep(tuple(offers), outcome(candidates[deciding].proposal is not None, verdicts[deciding]))
