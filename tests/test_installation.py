@@ -127,9 +127,9 @@ def test_types_reach_a_consumer(installation: Installation, tmp_path: Path) -> N
     consumer = tmp_path / "consumer.py"
     consumer.write_text(
         f"import {', '.join(PACKAGES)}\n"
-        "from datamodules.errors import printable\n"
+        "from datamodules.errors import UserError\n"
         "reveal_type(proactive.__version__)\n"
-        "printable(5)\n"
+        "UserError(5, str())\n"
     )
     checked = [sys.executable, "-m", "mypy", "--strict", "--python-executable", installation.venv / "bin" / "python"]
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "MYPY"))}
@@ -138,6 +138,6 @@ def test_types_reach_a_consumer(installation: Installation, tmp_path: Path) -> N
     )
     assert ended.stdout.splitlines() == [
         'consumer.py:3: note: Revealed type is "str"',
-        'consumer.py:4: error: Argument 1 to "printable" has incompatible type "int"; expected "str"  [arg-type]',
+        'consumer.py:4: error: Argument 1 to "UserError" has incompatible type "int"; expected "str"  [arg-type]',
         "Found 1 error in 1 file (checked 1 source file)",
     ]
