@@ -10,6 +10,7 @@ import json
 import secrets
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -109,7 +110,7 @@ def _import(options: "Namespace") -> None:
 
 def _serve(options: "Namespace") -> None:
     try:
-        from proactive.annotation.reader import read_sources
+        from proactive.annotation.reader import read_sources, source_of_rows
         from proactive.annotation.server import LOOPBACK, application, listen, serve
     except ModuleNotFoundError as error:
         raise UserError(
@@ -117,17 +118,20 @@ def _serve(options: "Namespace") -> None:
         ) from error
     with contextlib.ExitStack() as stack:
         projects = [path for path in options.sources if path.suffix != ".json" and not path.is_dir()]
-        names = options.annotators
+        names, sources = options.annotators, []
         if len(projects) > 1:
             raise UserError(f"sources: {projects[1]} is a second project", "Serve each project on a port of its own.")
         if not options.sources:
-            projects = [_example(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="proactive-"))))]
+            rows = _example_rows()
+            projects = [_example(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="proactive-"))), rows)]
+            sources = [source_of_rows("people", rows)]
             names = names or ["you"]
             say("an example of embedded data: what is labelled is not kept")
         elif names and not projects:
             raise UserError("--annotators: there is no project to label", "Give a project's file as well.")
         store = stack.enter_context(contextlib.closing(Store(projects[0]))) if projects else None
-        sources = read_sources([path for path in options.sources if path not in projects])
+        if paths := [path for path in options.sources if path not in projects]:
+            sources = read_sources(paths)
         listening = stack.enter_context(listen(options.host, options.port))
         port, owner = listening.getsockname()[1], secrets.token_urlsafe(24)
         host = (options.names or [options.host])[0]
@@ -142,14 +146,19 @@ def _serve(options: "Namespace") -> None:
             serve(application(store, sources, owner, [*LOOPBACK, options.host, *options.names], port), listening)
 
 
-def _example(folder: Path) -> Path:
-    """A project of a few embedded scenes."""
+def _example_rows() -> list[AnnotatedRow]:
+    """The rows of a few embedded scenes."""
     train, _, _ = simulate()
     scenes = list(dict.fromkeys(row.scene for row in train))[:EXAMPLE_SCENES]
+    return [row for row in train if row.scene in scenes]
+
+
+def _example(folder: Path, rows: Sequence[AnnotatedRow]) -> Path:
+    """A project of the units of these rows."""
     project = folder / "example.sqlite"
     Store.create(project, 1)
     with contextlib.closing(Store(project)) as store:
-        store.add_units(units_of_rows(row for row in train if row.scene in scenes))
+        store.add_units(units_of_rows(rows))
     return project
 
 

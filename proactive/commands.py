@@ -18,7 +18,7 @@ COMMANDS = {  # module: what it does
     "inspect": "show what data holds, and what its splits give away",
     "plan": "reckon what a run would take in memory and time",
     "export": "write the weights of a run as a folder that transformers loads",
-    "annotate": "let people label proposals, and measure how far they agree",
+    "annotate": "let people label offers, measure how far they agree, and read traces",
     "completion": "print the script that lets bash or zsh complete commands and options",
 }
 HELP = "\n".join(

@@ -40,19 +40,24 @@ def agreement(
         mean over units. `alpha`: as of `nominal_alpha`. `kappa`: Fleiss' kappa, (raw - chance) / (1 - chance), where
         all units have equally many labels. `raw_low`, `raw_high` and so on: the intervals. None is what cannot be said.
     """
-    pairable = [(trace, Counter(labels)) for trace, labels in units if len(labels) > 1]
-    traces = {trace: place for place, trace in enumerate(dict.fromkeys(trace for trace, _ in pairable))}
-    values = {value: place for place, value in enumerate(dict.fromkeys(v for _, counts in pairable for v in counts))}
+    # Few patterns of labels are distinct: each is counted once.
+    patterns = Counter((trace, tuple(labels)) for trace, labels in units if len(labels) > 1)
+    traces = {trace: place for place, trace in enumerate(dict.fromkeys(trace for trace, _ in patterns))}
+    values = {value: place for place, value in enumerate(dict.fromkeys(v for _, labels in patterns for v in labels))}
     # By trace: units, same pairs as a share of each unit's, unlike pairs for each label's partners, then label counts.
     sums_TF = np.zeros((len(traces), 3 + len(values)))
-    for place, counts in ((traces[trace], counts) for trace, counts in pairable):
-        labels, squares = counts.total(), sum(count**2 for count in counts.values())
-        same, unlike = (squares - labels) / (labels * (labels - 1)), (labels**2 - squares) / (labels - 1)
-        sums_TF[place, :3] += (1, same, unlike)
-        for value, count in counts.items():
-            sums_TF[place, 3 + values[value]] += count
-    complete = len({counts.total() for _, counts in pairable}) == 1
-    found: dict[str, Any] = {"units": len(pairable), "traces": len(traces)}
+    for (trace, labels), times in patterns.items():
+        counts, count = Counter(labels), len(labels)
+        squares = sum(number**2 for number in counts.values())
+        place, shares = (
+            traces[trace],
+            (1, (squares - count) / (count * (count - 1)), (count**2 - squares) / (count - 1)),
+        )
+        sums_TF[place, :3] += np.multiply(times, shares)
+        for value, number in counts.items():
+            sums_TF[place, 3 + values[value]] += times * number
+    complete = len({len(labels) for _, labels in patterns}) == 1
+    found: dict[str, Any] = {"units": patterns.total(), "traces": len(traces)}
     for name, value_1 in _statistics(sums_TF.sum(0, keepdims=True), complete).items():
         found[name] = None if np.isnan(value_1[0]) else float(value_1[0])
     if resamples and len(traces) > 1:

@@ -8,7 +8,7 @@ from typing import Any
 from datamodules.corpus.agreement import agreement
 from datamodules.corpus.records import AnnotatedRow, Category
 from datamodules.corpus.units import decide
-from proactive.annotation.store import Store
+from proactive.annotation.store import Store, StoredLabel
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,21 @@ def votes_of_rows(rows: Iterable[AnnotatedRow]) -> list[Votes]:
 
 
 def votes_of_project(store: Store) -> list[Votes]:
-    """Votes on each offer, and on silence, which who says that help was needed rejects."""
-    labels: dict[int, dict[str, Any]] = {}
+    """Votes on each offer, and on silence, which is rejected by who says that help was needed."""
+    by_item: dict[int, list[StoredLabel]] = {}
     for label in store.labels():
         if label.annotator is not None:
-            labels.setdefault(label.item, {})[label.annotator] = label.said
+            by_item.setdefault(label.item, []).append(label)
     found = []
-    for item in store.items():
-        said = labels.get(item.id, {})
-        if not said:
-            continue
-        verdicts = decide(list(said.values()))
+    for labels in by_item.values():
+        verdicts = decide([label.said for label in labels])
         for place, verdict in enumerate(verdicts):
             silence = place == len(verdicts) - 1
-            votes = {n: not one.help_needed if silence else one.accepted[place] for n, one in said.items()}
-            found.append(Votes(item.unit.trace, silence, verdict, votes))
+            votes = {
+                str(label.annotator): not label.said.help_needed if silence else label.said.accepted[place]
+                for label in labels
+            }
+            found.append(Votes(labels[0].trace, silence, verdict, votes))
     return found
 
 

@@ -29,13 +29,13 @@ class Overview:
         adjudicate = "/o/{token}/adjudicate/{item:int}"
         return [
             Route("/o/{token}", endpoint(self.is_owner, self.overview)),
+            Route("/o/{token}/agreement", endpoint(self.is_owner, self.agreement)),
             Route("/o/{token}/invite", endpoint(self.is_owner, self.invite), methods=["POST"]),
             Route(adjudicate, endpoint(self.is_owner, self.unit)),
             Route(adjudicate, endpoint(self.is_owner, self.adjudicate), methods=["POST"]),
         ]
 
     def overview(self, request: Request, _: None, problem: str = "", link: str = "", link_name: str = "") -> Response:
-        figures = agreement_figures(votes_of_project(self.store))
         return page(
             "overview.html",
             422 if problem else 200,
@@ -49,6 +49,13 @@ class Overview:
             wanted=self.store.annotators_per_unit,
             ties=self.store.ties(),
             annotators=[(one, self.store.progress(one.id)) for one in self.store.annotators()],
+        )
+
+    def agreement(self, request: Request, _: None) -> Response:
+        figures = agreement_figures(votes_of_project(self.store))
+        return page(
+            "agreement.html",
+            home=home(request),
             figures={
                 group: [found["units"], *(interval(found, name) for name in ("raw", "alpha", "kappa"))]
                 for group, found in figures.items()
@@ -66,7 +73,7 @@ class Overview:
 
     def unit(self, request: Request, _: None, form: FormData | None = None, problem: str = "") -> Response:
         item = item_of(request, self.store)
-        labels = [one for one in self.store.labels() if one.item == item.id]
+        labels = self.store.labels(item.id)
         return unit_page(
             "adjudicate.html",
             item,

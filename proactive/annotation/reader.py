@@ -1,7 +1,7 @@
 """The trace reader: traces of any source side by side, with filters, search, and a link to each event."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from datamodules.corpus.records import read_json
-from datamodules.corpus.traces import Candidate, Offer, Recorded, Trace, read_traces
+from datamodules.corpus.records import AnnotatedRow, read_json
+from datamodules.corpus.traces import Offer, Recorded, Trace, read_traces
 from datamodules.files.reading import MOST_ROWS
 from models.reporting.timeline import (
     TIMELINE_FILE,
@@ -60,6 +60,19 @@ def read_sources(paths: Sequence[Path]) -> list[Source]:
         replace(source, name=f"{source.name} ({place})") if names[source.name] > 1 else source
         for place, source in enumerate(found, 1)
     ]
+
+
+def source_of_rows(name: str, rows: Sequence[AnnotatedRow]) -> Source:
+    """What annotated rows say of their scenes, as one source: each event with its proposals and people's judgments."""
+    by_scene: dict[str, dict[int, list[AnnotatedRow]]] = {}
+    for row in rows:
+        by_scene.setdefault(row.scene, {}).setdefault(len(row.history), []).append(row)
+    traces = []
+    for scene, by_length in by_scene.items():
+        events = by_length[max(by_length)][0].history
+        judged = [[(row.proposal, row.accepted) for row in by_length.get(n + 1, ())] for n in range(len(events))]
+        traces.append(ShownTrace(scene, events, tuple(map(_shown_step, judged))))
+    return Source(name, traces)
 
 
 class Reader:
@@ -145,29 +158,25 @@ class Reader:
 
 
 def _shown_trace(trace: Trace, recorded: Recorded) -> ShownTrace:
-    return ShownTrace(
-        trace.name,
-        trace.events,
-        tuple(_shown_step(trace, step, recorded) for step in range(len(trace.events))),
-    )
+    steps = []
+    for step, candidates in enumerate(recorded.answers[trace.name]):
+        verdicts = [recorded.judgments.get(Offer(trace.name, step, one.proposal)) for one in candidates]
+        notes = [{title: str(text) for title, text in one.notes.items() if text} for one in candidates]
+        judged = [(one.proposal, verdict) for one, verdict in zip(candidates, verdicts, strict=True)]
+        steps.append(_shown_step(judged, notes))
+    return ShownTrace(trace.name, trace.events, tuple(steps))
 
 
-def _shown_step(trace: Trace, step: int, recorded: Recorded) -> ShownStep:
-    """A step; of several candidates the first accepted one decides, else the first with a verdict."""
-    candidates = recorded.answers[trace.name][step] or [Candidate(None)]
-    verdicts = [recorded.judgments.get(Offer(trace.name, step, one.proposal)) for one in candidates]
-    deciding = next((n for n, verdict in enumerate(verdicts) if verdict), None)
-    if deciding is None:
-        deciding = next((n for n, verdict in enumerate(verdicts) if verdict is not None), 0)
-    judged = verdicts[deciding] is not None
-    offers = (
-        ShownOffer(
-            one.proposal,
-            one.parsed,
-            verdict,
-            notes={title: str(text) for title, text in one.notes.items() if text},
-            counts=place == deciding or not judged,
-        )
-        for place, (one, verdict) in enumerate(zip(candidates, verdicts, strict=True))
+def _shown_step(
+    judged: Sequence[tuple[str | None, bool | None]], notes: Sequence[Mapping[str, str]] | None = None
+) -> ShownStep:
+    """A step of proposals and their verdicts; the first accepted one decides, else the first with a verdict."""
+    judged = judged or [(None, None)]
+    verdicts = [verdict for _, verdict in judged]
+    known = [place for place, verdict in enumerate(verdicts) if verdict is not None]
+    deciding = verdicts.index(True) if True in verdicts else (known or [0])[0]
+    offers = tuple(
+        ShownOffer(text, verdict=verdict, notes=note, counts=place == deciding or not known)
+        for place, ((text, verdict), note) in enumerate(zip(judged, notes or [{}] * len(judged), strict=True))
     )
-    return ShownStep(tuple(offers), outcome(candidates[deciding].proposal is not None, verdicts[deciding]))
+    return ShownStep(offers, outcome(judged[deciding][0] is not None, verdicts[deciding]))

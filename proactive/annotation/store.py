@@ -63,6 +63,7 @@ CREATE TABLE labels (                     -- never changed: the latest of an ann
     post TEXT UNIQUE                      -- the form that brought it, which may be sent twice
 ) STRICT;
 CREATE INDEX labels_of ON labels (annotator, item, id);
+CREATE INDEX labels_by_item ON labels (item);
 CREATE INDEX labels_in_order ON labels (annotator, id);
 CREATE VIEW current_labels AS SELECT * FROM labels AS latest WHERE accepted IS NOT NULL AND id =
     (SELECT max(id) FROM labels WHERE annotator IS latest.annotator AND item = latest.item);
@@ -104,6 +105,7 @@ class StoredLabel:
     """A label that stands; without annotator, the adjudicator's."""
 
     item: int
+    trace: str
     annotator: str | None
     said: UnitLabel
     seconds: float | None
@@ -344,8 +346,11 @@ class Store:
     def items(self) -> Iterator[Item]:
         """All units in the order in which they came."""
         with self._reading() as db:
-            for found in db.execute("SELECT id, step, trace, offers, digest FROM items ORDER BY id").fetchall():
-                yield self._item(db, *found)
+            numbers = [int(row[0]) for row in db.execute("SELECT id FROM items ORDER BY id")]
+        for number in numbers:
+            item = self.item(number)
+            assert item is not None  # none is ever removed
+            yield item
 
     def show_again(self, annotator: int, item: int) -> bool:
         """Note that an annotator looks at a unit again; False if it was never given to them."""
@@ -375,15 +380,18 @@ class Store:
                 found.append(None if row is None else int(row[0]))
         return found[0], found[1]
 
-    def labels(self) -> list[StoredLabel]:
-        """All labels that stand, by unit."""
+    def labels(self, item: int | None = None) -> list[StoredLabel]:
+        """All labels that stand, of one unit or by unit."""
         with self._reading() as db:
             rows = db.execute(
-                "SELECT item, name, accepted, help_needed, seconds, at FROM current_labels LEFT JOIN annotators "
-                "ON annotators.id = annotator ORDER BY item, current_labels.id"
+                "SELECT item, trace, name, accepted, help_needed, seconds, at FROM current_labels "
+                "JOIN items ON items.id = item LEFT JOIN annotators ON annotators.id = annotator "
+                "WHERE :item IS NULL OR item = :item ORDER BY item, current_labels.id",
+                {"item": item},
             ).fetchall()
         return [
-            StoredLabel(item, name, _label(said, need), seconds, at) for item, name, said, need, seconds, at in rows
+            StoredLabel(number, trace, name, _label(accepted, needed), seconds, at)
+            for number, trace, name, accepted, needed, seconds, at in rows
         ]
 
     def progress(self, annotator: int) -> Progress:

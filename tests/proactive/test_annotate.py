@@ -180,7 +180,7 @@ def test_rows_of_a_file_and_of_a_root(call: Callable, tmp_path: Path) -> None:
     assert one == both[f"{root}, test"]
 
 
-@pytest.mark.parametrize("subcommand", ["import", "export", "agreement"])
+@pytest.mark.parametrize("subcommand", ["import", "serve", "export", "agreement"])
 def test_it_starts_without_what_trains(subcommand: str, tmp_path: Path) -> None:
     write_trace(tmp_path / "a.json")
     command = ["proactive.annotate", "import", "a.json", "--project", "p.sqlite", "--annotators-per-unit", "1"]
@@ -188,9 +188,11 @@ def test_it_starts_without_what_trains(subcommand: str, tmp_path: Path) -> None:
         "import": command[1:],
         "export": ["export", "p.sqlite", "--output", "root"],
         "agreement": ["agreement", "p.sqlite"],
+        "serve": ["serve", "p.sqlite", "a.json", "--port", "0"],
     }[subcommand]
     script = f"""
-import contextlib, sys
+import contextlib, sys, uvicorn
+uvicorn.Server.run = lambda *_, **__: None  # a server would go on
 from proactive import annotate
 from proactive.annotation.store import Store
 from datamodules.corpus.units import UnitLabel

@@ -272,7 +272,7 @@ def test_pages_are_accessible_and_fit(
     options = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme}
     with served(file, annotators=["Ada"], cwd=tmp_path) as running:
         owner = running.links["overview"]
-        for link in (running.links["Ada"], owner, f"{owner}/adjudicate/1", f"{owner}/nothing"):
+        for link in (running.links["Ada"], owner, f"{owner}/agreement", f"{owner}/adjudicate/1", f"{owner}/nothing"):
             with page_of(browser, link, "status of 404" if link.endswith("nothing") else "", **options) as page:
                 for folded in page.locator("summary").all():
                     folded.click()

@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 
 from datamodules.corpus.records import Event
+from datamodules.corpus.simulator import simulate
 from datamodules.errors import UserError
 from models.reporting.timeline import TIMELINE_FILE, ShownOffer, ShownStep, ShownTrace, ShownTraces
-from proactive.annotation.reader import read_sources
+from proactive.annotation.reader import read_sources, source_of_rows
+from proactive.evaluation.page import evaluation_report
 from tests.helpers import PROACTIVEBENCH, command, needs_proactivebench
 from tests.proactive.annotation.conftest import page_of
 from tests.proactive.annotation.serving import Client, project, served
+from tests.proactive.evaluation.test_page import LONG as LONG_OFFER
+from tests.proactive.evaluation.test_page import NULL, TEXT, judged, record_of
 
 SCRIPT = "<script>document.title = 'obeyed'</script>"
 LONG = "The agent thinks at length. " * 20
@@ -75,6 +79,17 @@ def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
     tmp_path.joinpath(TIMELINE_FILE).write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match=r"timeline\.json, field notes"):
         read_sources([tmp_path])
+
+
+def test_rows_are_read_as_scenes_with_peoples_judgments() -> None:
+    train, _, _ = simulate()
+    rows = [row for row in train if row.scene == train[0].scene]
+    source = source_of_rows("people", rows)
+    (shown,) = source.traces
+    assert [event.event for event in shown.events] == [event.event for event in rows[-1].history]
+    offers = [offer for step in shown.steps for offer in step.offers]
+    assert [(offer.text, offer.verdict) for offer in offers] == [(row.proposal, row.accepted) for row in rows]
+    assert {step.outcome for step in shown.steps} <= {"tp", "fp", "tn", "fn"}
 
 
 @needs_proactivebench
@@ -182,6 +197,24 @@ def test_the_readers_pages_are_accessible_and_fit(
         with page_of(browser, link + path, **options) as page:
             assert faults(page) == []
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_report_has_the_same_timeline_and_filters(
+    browser: Any, tmp_path: Path, faults: Callable[[Any], list[str]], scheme: str
+) -> None:
+    """report.html of an evaluation, opened as a file: filters, accessibility, and plots that are drawn."""
+    events = judged([[TEXT], [LONG_OFFER], [NULL]])
+    file = tmp_path / "report.html"
+    file.write_text(evaluation_report(record_of(events), events), encoding="utf-8")
+    with page_of(browser, file.as_uri(), color_scheme=scheme, viewport={"width": 800, "height": 900}) as page:
+        assert page.locator(".step").count() == 3
+        page.uncheck("input[value=fp]")
+        assert page.locator(".step:visible").count() == 2
+        assert page.text_content("#found") == "2 of 3 events"
+        assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert faults(page) == []
 
 
 def test_a_project_and_traces_are_served_together(tmp_path: Path) -> None:

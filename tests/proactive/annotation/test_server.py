@@ -159,6 +159,7 @@ def test_the_owner_adds_annotators_and_adjudicates(tmp_path: Path) -> None:
         assert "Accepted by Bo" in unit.text
         assert "Needed, according to Ada, Bo" in unit.text
         assert owner.ask(f"{owner.path}/adjudicate/1", [("post", "x")]).status == 422
+        assert "Ada and Bo" in owner.ask(f"{owner.path}/agreement").text
         done = owner.ask(f"{owner.path}/adjudicate/1", [("post", "x"), ("accepted", "1"), ("help", "yes")])
         assert (done.status, done.headers["location"]) == (303, owner.path)
         made = owner.ask(f"{owner.path}/invite", [("name", "Cy")])
@@ -246,8 +247,9 @@ def test_thirty_clients_of_two_servers_on_one_project_lose_nothing(tmp_path: Pat
 
 def test_without_a_project_there_is_an_example(tmp_path: Path) -> None:
     with served(annotators=["me"], cwd=tmp_path) as running:
-        me = Client(running.links["me"])
+        me, owner = Client(running.links["me"]), Client(running.links["overview"])
         assert "The user" in me.ask(me.path).text
+        assert owner.ask(f"{owner.path}/read").text.count("<tr><td><a") == 3
         assert running.process.poll() is None
     assert list(tmp_path.iterdir()) == []
 
