@@ -1,1 +1,1 @@
-"""Writing answers: branches of one cache, prefix caches, grammars."""
+"""Generation: branched KV caches, prefix caches, grammars."""

@@ -1,9 +1,9 @@
-"""Branches of one cache: tokens that go on from several places of what has been read once.
+"""A KV cache with branches: several continuations share the keys and values of one prompt, the trunk.
 
-What a branch sees is a matter of the attention mask alone: the trunk up to where it leaves it, and itself.
+The attention mask alone separates branches: a branch attends to the trunk up to its start, and to itself.
 
-Shape legend: B trunks side by side, S steps of a trunk, W branches of a trunk, O tokens of the opening, T of a trunk,
-K tokens in the cache, Q tokens read at once, N answers, R rows, D hidden size, V tokens of the vocabulary.
+Shape legend: B trunks in a batch, S steps per trunk, W branches per trunk, O tokens of an opening, T of a trunk,
+K tokens in the cache, Q query tokens, N answers, D hidden size, V vocabulary size.
 """
 
 import contextlib
@@ -33,18 +33,18 @@ from models.networks.trials import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MASKED_ATTENTIONS = ("sdpa", BLOCKWISE, GROUPED, "eager")  # that take any mask for a few tokens after many
-GROWTH = 1.25  # by how much the memory of a cache is enlarged when it is full
-BRANCHES = 16  # of a trial
-READ = 2  # tokens of an answer that a trial reads
-WASTE = 0.5  # a cache of which less than this is still seen is made smaller
-OTHER_LOGITS = "an answer's logits are others than those after its prompt"
+MASKED_ATTENTIONS = ("sdpa", BLOCKWISE, GROUPED, "eager")  # that accept any mask for a few queries after many keys
+GROWTH = 1.25  # a full cache grows by this factor
+BRANCHES = 16  # in a self-test
+READ = 2  # answer tokens that a self-test reads
+WASTE = 0.5  # a cache is compacted if less than this share of it is still attended to
+OTHER_LOGITS = "the logits of an answer differ from those after its prompt"
 log = logging.getLogger("proactive")
 
 
 @contextlib.contextmanager
 def reading_branches(network: "PreTrainedModel") -> Iterator[None]:
-    """Within it, a network is in evaluation mode and has an attention that takes the masks of branches."""
+    """Set evaluation mode and an attention that accepts branch masks; restore both afterwards."""
     training, attention = network.training, network.config._attn_implementation
     network.eval()
     try:
@@ -56,14 +56,14 @@ def reading_branches(network: "PreTrainedModel") -> Iterator[None]:
 
 
 def _attend_to_branches(network: "PreTrainedModel") -> None:
-    """Give a network an attention that takes any mask, and on a GPU one that does not copy keys for each head.
+    """Select an attention that accepts any mask, and on a GPU one that does not copy keys for each head.
 
-    FlexAttention, which trees are read with, would be compiled for each length.
+    FlexAttention, which training uses for trees, would compile again for each length.
     """
     if network.config._attn_implementation == "flex_attention":
         try:
             network.set_attn_implementation("sdpa")
-        except ValueError:  # it has more in its attention than sdpa can
+        except ValueError:  # its attention has features that sdpa lacks
             network.set_attn_implementation("eager")
     on_gpu = network.get_input_embeddings().weight.device.type == "cuda"
     if on_gpu and network.config._attn_implementation == "sdpa":
@@ -72,30 +72,30 @@ def _attend_to_branches(network: "PreTrainedModel") -> None:
 
 
 def attention_mask(network: "PreTrainedModel", visible_BQK: Tensor) -> Tensor:
-    """Which keys each query sees, (B, Q, K) bool, as the network's attention takes it: (B, 1, Q, K)."""
+    """Convert a mask, (B, Q, K) bool, True where a query attends to a key, to the form of the network: (B, 1, Q, K)."""
     mask_B1QK = visible_BQK[:, None]
     if network.config._attn_implementation != "eager":
         return mask_B1QK
-    lowest = torch.finfo(network.dtype).min  # eager adds the mask to its scores
+    lowest = torch.finfo(network.dtype).min  # eager adds the mask to the scores
     return torch.zeros_like(mask_B1QK, dtype=network.dtype).masked_fill(~mask_B1QK, lowest)
 
 
 def cache_option(network: torch.nn.Module) -> str:
-    """What a network calls its cache: transformers renamed it."""
+    """The name of the forward argument for the cache, which transformers has renamed."""
     return "cache" if "cache" in inspect.signature(network.forward).parameters else "past_key_values"
 
 
 class GrowingLayer(DynamicLayer):
-    """A layer's keys and values in memory with room to grow, so that a token more does not copy all before it."""
+    """A layer's keys and values with spare capacity, so that one more token does not copy all previous ones."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Reserve nothing yet."""
+        """Start without capacity."""
         super().lazy_initialization(key_states, value_states)
         self._room = [key_states[..., :0, :], value_states[..., :0, :]]
         self._places: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add tokens; keys and values of all there are."""
+        """Append tokens and return all keys and values."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self._places is not None:
@@ -114,21 +114,21 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def keep(self, row_B: Tensor, token_BK: Tensor) -> None:
-        """Keep some rows, and some of their tokens in the order given."""
+        """Keep the given batch rows, and of each the given tokens in the given order."""
         at = row_B[:, None], slice(None), token_BK
         self._room = [states[at].transpose(1, 2) for states in (self.keys, self.values)]
         self.keys, self.values = self._room
         self._places = None
 
     def crop(self, max_length: int) -> None:
-        """Keep the first tokens alone."""
+        """Keep the first `max_length` tokens."""
         self.keys, self.values = self.keys[..., :max_length, :], self.values[..., :max_length, :]
         self._places = None
 
     def reserve(self, tokens: int, places: Tensor) -> None:
-        """Have room for so many tokens, and put new ones where `places` says, in place of behind the others.
+        """Allocate a fixed number of tokens, and write new tokens at the indices in `places` instead of appending them.
 
-        All of the room counts as keys and values; what is in none of its places yet is 0, and must not be seen.
+        All allocated tokens count as keys and values. Those not written yet are 0, and the mask must hide them.
         """
         used = self.get_seq_length()
         for place, states in enumerate((self.keys, self.values)):
@@ -139,10 +139,10 @@ class GrowingLayer(DynamicLayer):
 
 
 class BranchReader:
-    """Reads tokens of branches into one cache a trunk.
+    """Runs forward passes over branches, with one cache per trunk.
 
-    `visible_BWK` says which tokens of the cache each branch sees, `position_BW` where its next token stands. Trunks
-    with fewer branches than others are filled up with a branch that no one asks for.
+    `visible_BWK` is the mask of each branch over the cache, `position_BW` the position of its next token. Trunks with
+    fewer branches than others are padded with unused branches.
     """
 
     def __init__(self, network: "PreTrainedModel") -> None:
@@ -155,14 +155,14 @@ class BranchReader:
         self._cache_option = cache_option(network)
 
     def begin(self, trunks: Sequence[Sequence[int]], ends: Sequence[Sequence[int]], opening: Sequence[int]) -> Tensor:
-        """Read trunks, and the opening of each of their branches; logits (B, S, V) after it.
+        """Run trunks and the opening of each branch; return the logits (B, S, V) after each opening.
 
-        In the cache the trunk comes first, then the openings' first tokens, then their second ones, and so on.
+        The cache holds the trunk, then the first token of every opening, then the second token of every opening, ...
 
         Args:
-            trunks: Token ids of each.
-            ends: For each trunk, how many of its tokens each of its branches sees.
-            opening: Token ids. Where there are none, each branch reads the last token it sees once more.
+            trunks: Token ids of each trunk.
+            ends: For each trunk, the number of trunk tokens that each branch attends to.
+            opening: Token ids. If empty, each branch repeats the last trunk token that it attends to.
         """
         length, width, depth = max(map(len, trunks)), max(map(len, ends)), max(len(opening), 1)
         trunk_BT, end_BS = self._padded(trunks, length), self._padded(ends, width)
@@ -179,10 +179,10 @@ class BranchReader:
         return self._forward(input_ids_BQ, torch.cat([position_BT, position_BOS.flatten(1)], 1), visible_BQK, width)
 
     def resume(self, known: int, tokens: Sequence[int]) -> Tensor:
-        """Go on with a single trunk: forget all behind its first `known` tokens, and read some more.
+        """Continue a single trunk: crop the cache to its first `known` tokens, then run `tokens`.
 
         Returns:
-            Logits (1, 1, V) after the last token, where its one branch begins.
+            Logits (1, 1, V) after the last token, where its only branch starts.
         """
         for layer in self.cache.layers:
             layer.crop(known)
@@ -193,13 +193,12 @@ class BranchReader:
         return self._forward(self._padded([tokens], len(tokens)), position_1Q, visible_1QK, 1)
 
     def branch(self, places: Sequence[Sequence[int]]) -> list[int]:
-        """Go on with some branches of each trunk, in the order given and any number of times each.
+        """Select branches of each trunk by index, in the given order; a repeated index forks the branch.
 
-        Trunks without a branch, and tokens that no branch sees any more, are dropped once that makes the cache a
-        good deal smaller.
+        Trunks without branches, and tokens that no branch attends to, are dropped if that makes the cache much smaller.
 
         Returns:
-            The places of the trunks that are left.
+            The indices of the remaining trunks.
         """
         return self._branch(places, WASTE)
 
@@ -221,7 +220,7 @@ class BranchReader:
         return rows
 
     def read(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Read a token of each branch; logits (B, W, V) after it."""
+        """Run one token per branch; return the logits (B, W, V) after it."""
         width = self.visible_BWK.shape[1]
         itself_BWW = torch.eye(width, dtype=torch.bool, device=self.device).expand(len(tokens), -1, -1)
         self.visible_BWK = torch.cat([self.visible_BWK, itself_BWW], 2)
@@ -231,7 +230,7 @@ class BranchReader:
 
     @torch.no_grad()
     def _forward(self, input_ids_BT: Tensor, position_BT: Tensor, visible_BTK: Tensor, kept: int) -> Tensor:
-        """Logits (B, kept, V) of the last tokens."""
+        """The logits (B, kept, V) of the last `kept` tokens."""
         options: dict[str, Any] = {"logits_to_keep": kept} if "logits_to_keep" in self._options else {}
         options[self._cache_option] = self.cache
         with uncompiled(self.network):
@@ -249,12 +248,12 @@ class BranchReader:
 
 
 def _openings_after_trunk(end_BS: Tensor, length: int, depth: int) -> Tensor:
-    """Which tokens each token of trunks and their openings sees, (B, T + O S, T + O S) bool.
+    """The attention mask of trunks followed by their openings, (B, T + O S, T + O S) bool.
 
     Args:
-        end_BS: How many of the trunk's tokens each opening sees.
-        length: T, trunks that are shorter filled up at their ends, which no one sees.
-        depth: O; all openings' first tokens come first, then all their second ones, and so on.
+        end_BS: The number of trunk tokens that each opening attends to.
+        length: T. Shorter trunks are padded at the end, and no token attends to the padding.
+        depth: O. The first tokens of all openings come first, then the second tokens, ...
     """
     device, (rows, width) = end_BS.device, end_BS.shape
     trunk_TT = torch.ones(length, length, dtype=torch.bool, device=device).tril()
@@ -267,17 +266,17 @@ def _openings_after_trunk(end_BS: Tensor, length: int, depth: int) -> Tensor:
 
 
 def can_branch(network: "PreTrainedModel", longest: int) -> bool:
-    """Whether answers may branch off one cache; says why not, if not. See `branch_problem`."""
+    """Whether the network can generate from a branched cache; logs the reason if not. See `branch_problem`."""
     problem = branch_problem(network, longest)
     if problem:
-        log.info("Each answer is generated from its whole prompt, which is slow: %s.", problem)
+        log.info("Slow generation, one prompt at a time: %s.", problem)
     return problem is None
 
 
 def branch_problem(network: "PreTrainedModel", longest: int) -> str | None:
-    """What keeps answers from branching off one cache; None if nothing does.
+    """The reason why a network cannot generate from a branched cache; None if it can.
 
-    It is tried, first on a few tokens, then on as many as the prompts have, as for trees.
+    A self-test compares logits, first on a few tokens, then at the length of the longest prompt.
 
     Args:
         network: A causal language model of transformers.
@@ -285,27 +284,27 @@ def branch_problem(network: "PreTrainedModel", longest: int) -> str | None:
     """
     attention = network.config._attn_implementation
     if attention not in MASKED_ATTENTIONS:
-        return f"attention {attention} takes no mask of our own"
+        return f"attention {attention} accepts no custom mask"
     window = attention_window(network.config)
     if window is not None and window < longest:
-        return f"its layers see {window} tokens back, and prompts with their answers have up to {longest}"
+        return f"its layers attend to the last {window} tokens, and prompts with answers have up to {longest}"
     longest = max(longest, LEAST)
 
     def at_length() -> str | None:
         problem = _misread_long_trunk(network, longest) or _misread_many_branches(network, longest)
-        return problem and f"{problem}, with prompts and answers of up to {longest} tokens"
+        return problem and f"{problem}, for prompts with answers of up to {longest} tokens"
 
     return tried(network, "branches", lambda: _misread(network) or finely_tried(network, at_length))
 
 
 def _misread(network: "PreTrainedModel") -> str | None:
-    """How the logits of branches differ from those of their prompts, or None."""
+    """The difference between the logits of branches and of whole prompts on a few tokens; None if they agree."""
     tokens = random_tokens(network, 16)
     first, left, other, right = (tokens[start : start + 4] for start in range(0, 16, 4))
     trunk, opening = [*first, *left], first[:2]
 
     def read(event: list[int], beside: list[int]) -> Tensor:
-        """Logits of a branch after `left`, with an event after it and another branch beside it."""
+        """The logits of a branch after `left`, with another event after it and another branch beside it."""
         reader = BranchReader(network)
         reader.begin([[*trunk, *event], trunk[:5]], [[len(trunk), len(trunk) + len(event)], [5]], opening)
         logits = []
@@ -321,20 +320,20 @@ def _misread(network: "PreTrainedModel") -> str | None:
 
 
 def _misread_long_trunk(network: "PreTrainedModel", longest: int) -> str | None:
-    """The same where branches leave a trunk at its beginning, half-way and at its end, to be as long as the longest."""
+    """The same for a trunk of the greatest length, with branches at its start, middle and end."""
     end = longest - FEW - READ
     return _misread_branches(network, random_tokens(network, end), [min(FEW, end), (end + 1) // 2, end], FEW)
 
 
 def _misread_many_branches(network: "PreTrainedModel", longest: int) -> str | None:
-    """The same where many branches leave a short trunk, to have together twice as many tokens as the longest prompt."""
+    """The same for a short trunk with many branches, which together have twice the tokens of the longest prompt."""
     depth = max(2 * longest // BRANCHES, 1)
     ends = [1 + branch % FEW for branch in range(BRANCHES)]
     return _misread_branches(network, random_tokens(network, FEW), ends, depth)
 
 
 def _misread_branches(network: "PreTrainedModel", trunk: list[int], ends: list[int], depth: int) -> str | None:
-    """How branches with openings of so many tokens differ from their prompts: the first, a middle and the last one."""
+    """The difference for the first, a middle and the last branch, with openings of `depth` tokens."""
     tokens, reader = random_tokens(network, depth + READ, seed=1), BranchReader(network)
     opening, answer = tokens[:depth], tokens[depth:]
     found = [reader.begin([trunk], [ends], opening)]
@@ -349,7 +348,7 @@ def _misread_branches(network: "PreTrainedModel", trunk: list[int], ends: list[i
 
 @torch.no_grad()
 def _last_logits(network: "PreTrainedModel", prompt: list[int], kept: int) -> Tensor:
-    """The last logits (kept, V) of a prompt by itself."""
+    """The last `kept` logits (kept, V) of one prompt."""
     prompt_1T = torch.tensor([prompt], device=network.get_input_embeddings().weight.device)
     options = {"logits_to_keep": kept} if "logits_to_keep" in inspect.signature(network.forward).parameters else {}
     return network(input_ids=prompt_1T, attention_mask=torch.ones_like(prompt_1T), **options).logits[0, -kept:]

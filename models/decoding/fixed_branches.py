@@ -1,12 +1,12 @@
-"""Branches that are read in steps of fixed shapes, so that a GPU can replay them as one CUDA graph.
+"""Decoding steps of fixed shapes, which a GPU replays as one CUDA graph.
 
-With a large network a step is a thousand small kernels, which a processor starts more slowly than a GPU does them.
-Here the cache has room for some steps in advance, branches that have ended keep their places, and what a step reads
-and where it writes lies in tensors that stay: so each step is the same kernels at the same addresses. The first step
-runs as it is, the second is recorded, and from then on it is replayed. When the room is used up, or most places stand
-for branches that have ended, all is laid out anew, and recorded again.
+A step of a large network is a thousand small kernels, and launching them takes the CPU longer than running them takes
+the GPU. Here the cache has capacity for several steps, finished branches keep their slots, and inputs and outputs stay
+in the same tensors. So every step runs the same kernels at the same addresses. The first step runs eagerly, the second
+is captured, and later ones are replayed. If the capacity is used up, or most slots belong to finished branches, the
+cache is laid out again and a new graph is captured.
 
-Shape legend: B trunks, W branches of a trunk, K tokens that the cache has room for, V tokens of the vocabulary.
+Shape legend: B trunks, W branches per trunk, K tokens of cache capacity, V vocabulary size.
 """
 
 import logging
@@ -21,22 +21,22 @@ from models.decoding.branches import WASTE, BranchReader
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-STEPS_AHEAD = 64  # for which there is room
-EVEN = 64  # of which the room's tokens are a multiple, as kernels of attention like it
+STEPS_AHEAD = 64  # decoding steps that the cache has capacity for
+EVEN = 64  # the capacity is a multiple of it: attention kernels prefer that
 log = logging.getLogger("proactive")
-Place = tuple[int, int]  # a trunk and a branch of it
+Place = tuple[int, int]  # trunk index, branch index
 
 
 class FixedBranchReader(BranchReader):
-    """As `BranchReader`; where the caller's branches are in here is its own affair."""
+    """As `BranchReader`; it maps the caller's branches to its own slots."""
 
     def __init__(self, network: "PreTrainedModel") -> None:
         super().__init__(network)
         self.records = self.device.type == "cuda"
-        self._at: list[list[Place]] | None = None  # of the caller's trunks and branches; where they are if None
+        self._at: list[list[Place]] | None = None  # slot of each of the caller's branches; the identity if None
         self._steps_left = 0
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._logits_BWV: Tensor | None = None  # of the last step; a recorded one writes them here
+        self._logits_BWV: Tensor | None = None  # of the last step; the CUDA graph writes them here
 
     def resume(self, known: int, tokens: Sequence[int]) -> Tensor:
         self._graph = self._logits_BWV = self._at = None
@@ -47,7 +47,7 @@ class FixedBranchReader(BranchReader):
         rows = [row for row, branches in enumerate(places) if branches]
         at = [[self._at[row][place] if self._at else (row, place) for place in places[row]] for row in rows]
         live = [one for branches in at for one in branches]
-        divided = len(set(live)) < len(live)  # a branch goes on as several
+        divided = len(set(live)) < len(live)  # a branch is forked
         if not self._steps_left or divided or len(live) <= WASTE * self.position_BW.numel():
             at = self._lay_out(at)
         self._at = at
@@ -75,8 +75,8 @@ class FixedBranchReader(BranchReader):
         return self._logits_BWV[at_PRW[0], at_PRW[1]]
 
     def _lay_out(self, at: list[list[Place]]) -> list[list[Place]]:
-        """Drop all but some branches and what they see, and make room; where the branches are then."""
-        self._graph = self._logits_BWV = None  # their memory is free for what follows
+        """Keep the given branches and the tokens that they attend to, allocate capacity, and return the new slots."""
+        self._graph = self._logits_BWV = None  # free their memory first
         here: list[list[int]] = [[] for _ in range(len(self.position_BW))]
         for branches in at:
             for row, place in branches:
@@ -86,7 +86,7 @@ class FixedBranchReader(BranchReader):
         room = -(-(used + width * STEPS_AHEAD) // EVEN) * EVEN
         self._steps_left = (room - used) // width
         self.visible_BWK = torch.nn.functional.pad(self.visible_BWK, (0, room - used))
-        self._target_W = torch.arange(used - width, used, device=self.device)  # of the step before the first
+        self._target_W = torch.arange(used - width, used, device=self.device)  # as if one step had run before the first
         self._ids_BW = torch.zeros(rows, width, dtype=torch.int64, device=self.device)
         for layer in self.cache.layers:
             layer.reserve(room, self._target_W)
@@ -94,7 +94,7 @@ class FixedBranchReader(BranchReader):
 
     @torch.no_grad()
     def _step(self) -> Tensor:
-        """Read a token of each branch; logits (B, W, V) after it. All that it changes lies on the device."""
+        """Run one token per branch; return the logits (B, W, V). It only changes tensors on the device."""
         rows, width = self._ids_BW.shape
         self._target_W.add_(width)
         self.visible_BWK.scatter_(2, self._target_W[None, :, None].expand(rows, -1, 1), True)
@@ -107,9 +107,9 @@ class FixedBranchReader(BranchReader):
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 logits_BWV = self._step()
-        except RuntimeError as error:  # a network that waits for its device, or reads numbers off it
+        except RuntimeError as error:  # the network synchronizes with its device
             self.records = False
             reason = " ".join(str(error).split())[:120]
-            log.info("Each token takes as long as the processor needs to start its kernels: %s.", reason)
+            log.info("Decoding without a CUDA graph, limited by kernel launches: %s.", reason)
             return
         self._graph, self._logits_BWV = graph, logits_BWV

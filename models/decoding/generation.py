@@ -1,11 +1,11 @@
-"""The agent's answers after each event of a trace, in one pass over the trace.
+"""Generates an agent's answers after each event of a trace, in one pass over the trace.
 
-The keys and values of a trace's tokens, its trunk, are computed once. The answer after an event is a branch: it sees
-the trunk up to that event, the opening and itself. All branches of several trunks are extended side by side, a token
-each at a time, and what they see is a matter of the attention mask alone.
+The keys and values of the trace's tokens, the trunk, are computed once. The answer after an event is a branch: it
+attends to the trunk up to that event, to the opening and to itself. The branches of several trunks are extended
+together, one token per step.
 
-Shape legend: B trunks side by side, S steps of a trunk, W branches of a trunk, T tokens of a prompt, N answers,
-V tokens of the vocabulary.
+Shape legend: B trunks in a batch, S steps per trunk, W branches per trunk, T tokens of a prompt, N answers,
+V vocabulary size.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -35,8 +35,8 @@ Trace = Sequence[Sequence[int]]  # token ids of the instructions and of each eve
 class GeneratedAnswer:
     """An answer to a trace's first `step` events.
 
-    `token_ids` come without the end token. An answer is not `finished` if it reached the greatest number of tokens;
-    with a grammar, its `token_ids` then end in a closing that the network has not written.
+    `token_ids` exclude the end token. `finished` is False if the answer reached `max_new_tokens`. With a grammar, its
+    `token_ids` then end in a closing that the network did not generate.
     """
 
     trace: int
@@ -63,32 +63,32 @@ def generate_answers(
     branched: bool | None = None,
     streams: Sequence[int] | None = None,
 ) -> Iterator[GeneratedAnswer]:
-    """Generate the answers after the events of some traces, each when it is done, so in no particular order.
+    """Generate the answers after the events of traces; yields each answer when it is done, in no fixed order.
 
-    The answers are those of `network.generate`, called for each prompt: instructions, events and opening. What is
-    drawn for a token depends on the seed, the trace's stream, the step, the candidate and the token's place alone, so
-    the answers do not depend on what else is generated. The network is in evaluation mode until the last answer.
+    The answers equal those of `network.generate` for each prompt: instructions, events and opening. A draw depends only
+    on the seed, the trace's stream, the step, the candidate and the token index, so an answer does not depend on what
+    else is generated. The network is in evaluation mode until the last answer.
 
     Args:
         network: A causal language model of transformers.
-        traces: Of each, the token ids of the instructions (with what the tokenizer puts before a text) and of each
+        traces: For each trace, the token ids of the instructions (including the tokenizer's prefix) and of each
             event.
         opening: Token ids between the last event and the answer.
         end_id: The token that ends an answer.
-        max_new_tokens: Greatest number of tokens of an answer.
-        batch_size: How many traces are read side by side.
-        candidates: How many answers each step gets.
-        temperature: Divides the logits before a token is drawn; 0 takes the likeliest token.
-        seed: Of the draws.
-        grammar: Holds the answers to JSON; None lets the network write what it likes.
-        max_length: Tokens of prompt and answer together; the oldest events are dropped, as in training, where they
-            would be more. As many as the network has positions for if None.
-        wanted: The (trace, step) to answer; step k stands after event k, counted from 1. All of them if None.
-        branched: Whether answers branch off one cache, or are generated each from its prompt; found out if None.
-        streams: Of each trace the number, 0 or more, of its stream of random draws; its index if None.
+        max_new_tokens: Maximum number of tokens of an answer.
+        batch_size: Number of traces per batch.
+        candidates: Number of answers per step.
+        temperature: Divides the logits before sampling; 0 is greedy.
+        seed: Seed of the draws.
+        grammar: Constrains the answers to JSON; unconstrained if None.
+        max_length: Maximum number of tokens of prompt and answer. Longer prompts lose their oldest events, as in
+            training. The network's number of positions if None.
+        wanted: The (trace index, step) pairs to answer; step k is after event k, counted from 1. All if None.
+        branched: Whether to generate from a branched cache or one prompt at a time; tested if None.
+        streams: For each trace the number (0 or more) of its random stream; the trace index if None.
 
     Raises:
-        UserError: Candidates would all be the same, or the instructions leave no room for an answer.
+        UserError: The candidates would be equal, or the instructions leave no room for an answer.
     """
     refuse_impossible_draws(candidates, temperature)
     writer = AnswerWriter(end_id, max_new_tokens, temperature, seed, grammar)
@@ -98,14 +98,14 @@ def generate_answers(
 
 
 def refuse_impossible_draws(candidates: int, temperature: float) -> None:
-    """Raise a UserError for candidates that would all be the same, or a temperature below 0."""
+    """Raise a UserError for several candidates at temperature 0, or a negative temperature."""
     if candidates > 1 and not temperature:
         raise UserError(
-            f"candidates: {candidates} answers at temperature 0 are {candidates} times the same one",
+            f"candidates: {candidates} answers at temperature 0 are equal",
             "Set a temperature above 0, such as 0.7, or ask for one candidate.",
         )
     if temperature < 0:
-        raise UserError(f"temperature: {temperature} is below 0", "Use 0 for the likeliest tokens, or more to draw.")
+        raise UserError(f"temperature: {temperature} is below 0", "Use 0 for greedy decoding, or more to sample.")
 
 
 def _generate_answers(
@@ -129,18 +129,18 @@ def _generate_answers(
 
 
 class AnswerStream:
-    """The answers after one history that grows: what was read of it before is not read again.
+    """Generates the answers after a growing history, and computes each of its tokens once.
 
-    They are those of `generate_answers` for the same history.
+    The answers equal those of `generate_answers` for the same history.
 
     Args:
-        network: As there.
-        opening: As there.
+        network: A causal language model of transformers.
+        opening: Token ids between the last event and the answer.
         writer: Chooses the tokens of answers.
-        candidates: How many answers each step gets.
-        max_length: Tokens of prompt and answer together, as there.
-        stream: The number, 0 or more, of the stream of random draws.
-        branched: Whether the network's cache can hold branches, see `can_branch`.
+        candidates: Number of answers per step.
+        max_length: Maximum number of tokens of prompt and answer.
+        stream: Number (0 or more) of the random stream.
+        branched: Whether the network can generate from a branched cache, see `can_branch`.
     """
 
     def __init__(
@@ -163,10 +163,10 @@ class AnswerStream:
         self.stream = stream
         self.branched = branched
         self._reader = _reader(network)
-        self._read: list[int] = []  # the prompt whose keys and values the reader's cache begins with
+        self._read: list[int] = []  # the prompt at the start of the cache
 
     def answer(self, segments: Trace) -> list[GeneratedAnswer]:
-        """The candidates after a history, in order; `segments` are the token ids of instructions and events."""
+        """Return the candidates after a history, in order; `segments` are the token ids of instructions and events."""
         step = len(segments) - 1
         limit = self.max_length - self.writer.max_new_tokens
         (trunk,) = _trunks([segments], self.opening, {(0, step)}, limit, [self.stream])
@@ -174,7 +174,7 @@ class AnswerStream:
             if not self.branched:
                 return list(_one_by_one(self.network, [trunk], self.opening, self.candidates, self.writer))
             prompt = trunk.token_ids
-            # Without an opening, the logits after the prompt are those of its last token, which is read again.
+            # Without an opening, run the last token of the prompt again to get the logits after it.
             known = min(common_prefix(self._read, prompt), len(prompt) - (not self.opening))
             logits_11V = self._reader.resume(known, [*prompt[known:], *self.opening])
             self._read = prompt
@@ -184,7 +184,7 @@ class AnswerStream:
 
 @dataclass(frozen=True)
 class _Trunk:
-    """What some steps of a trace see of it; `end` says how many of its tokens each of them sees."""
+    """The tokens that several steps of a trace share; `end` maps a step to the number of tokens that it attends to."""
 
     trace: int
     stream: int
@@ -199,7 +199,7 @@ def _trunks(
     limit: int,
     streams: Sequence[int] | None = None,
 ) -> list[_Trunk]:
-    """The trunks of all wanted steps: one a trace, and one more wherever older events have to be dropped."""
+    """The trunks of the wanted steps: one per trace, plus one for each different number of dropped events."""
     if wanted is None:
         wanted = [(trace, step) for trace, segments in enumerate(traces) for step in range(1, len(segments))]
     steps_of: dict[int, list[int]] = {}
@@ -218,7 +218,7 @@ def _trunks(
             )
         by_dropped: dict[int, list[int]] = {}
         for step in trace_steps:
-            older = max(step - limit, 0)  # an event has a token at least
+            older = max(step - limit, 0)  # an event has at least one token
             dropped = older + truncate([first, *events[older:step], opening], limit)[1]
             by_dropped.setdefault(dropped, []).append(step)
         for dropped, steps in by_dropped.items():
@@ -226,12 +226,14 @@ def _trunks(
             token_ids = [token for part in (first, *events[dropped : steps[-1]]) for token in part]
             stream = trace if streams is None else streams[trace]
             trunks.append(_Trunk(trace, stream, token_ids, {step: int(lengths[step - dropped]) for step in steps}))
-    return sorted(trunks, key=lambda trunk: (len(trunk.end), len(trunk.token_ids)))  # side by side pads least
+    return sorted(
+        trunks, key=lambda trunk: (len(trunk.end), len(trunk.token_ids))
+    )  # similar trunks in a batch need the least padding
 
 
 @dataclass
 class _Answer:
-    """An answer under way."""
+    """An unfinished answer."""
 
     trace: int
     step: int
@@ -245,7 +247,7 @@ class _Answer:
 
 @dataclass(frozen=True)
 class AnswerWriter:
-    """Chooses the tokens of answers from logits; for the fields see `generate_answers`."""
+    """Chooses the tokens of answers from logits; `generate_answers` explains the fields."""
 
     end_id: int
     max_new_tokens: int
@@ -254,13 +256,13 @@ class AnswerWriter:
     grammar: AnswerGrammar | None = None
 
     def start(self, trunk: _Trunk, step: int, candidate: int) -> _Answer:
-        # 24 bits each: below 1 also after a product in float64.
+        # 24 bits each, so that a product in float64 stays below 1.
         random = np.random.default_rng([self.seed, trunk.stream, step, candidate])
         draws = random.random(self.max_new_tokens, np.float32)
         return _Answer(trunk.trace, step, candidate, draws, self.grammar.start() if self.grammar else None)
 
     def extend(self, answers: Sequence[_Answer], logits_NV: Tensor) -> list[int]:
-        """Add a token to each answer, or end it; the tokens."""
+        """Append a token to each answer, or finish it; return the tokens."""
         tokens = self._choose(answers, logits_NV.float()).tolist()
         for answer, token in zip(answers, tokens, strict=True):
             answer.finished = token == self.end_id
@@ -293,7 +295,7 @@ class AnswerWriter:
 def _side_by_side(
     network: "PreTrainedModel", trunks: Sequence[_Trunk], opening: Sequence[int], candidates: int, writer: AnswerWriter
 ) -> Iterator[GeneratedAnswer]:
-    """The answers of some trunks, as branches of their caches."""
+    """Generate the answers of a batch of trunks as branches of their caches."""
     reader = _reader(network)
     logits_BSV = reader.begin([t.token_ids for t in trunks], [list(t.end.values()) for t in trunks], opening)
     yield from _extend(reader, trunks, candidates, writer, logits_BSV)
@@ -302,8 +304,8 @@ def _side_by_side(
 def _extend(
     reader: BranchReader, trunks: Sequence[_Trunk], candidates: int, writer: AnswerWriter, logits_BSV: Tensor
 ) -> Iterator[GeneratedAnswer]:
-    """Write all answers of some trunks a token at a time, from the logits after each step's opening on."""
-    # Of each trunk: the answers under way, each with the place of its logits and of what it sees.
+    """Generate all answers of a batch of trunks, starting from the logits (B, S, V) after the openings."""
+    # For each trunk: the unfinished answers, each with the index of its branch.
     live = [
         [(place, writer.start(t, step, n)) for place, step in enumerate(t.end) for n in range(candidates)]
         for t in trunks
@@ -323,7 +325,7 @@ def _extend(
 
 
 def _reader(network: "PreTrainedModel") -> BranchReader:
-    """What reads branches: on a GPU, in steps that can be recorded and replayed."""
+    """The reader for a network: on a GPU, one whose steps can be captured as a CUDA graph."""
     from models.decoding.fixed_branches import FixedBranchReader
 
     fixed = network.get_input_embeddings().weight.device.type == "cuda"
@@ -333,7 +335,7 @@ def _reader(network: "PreTrainedModel") -> BranchReader:
 def _one_by_one(
     network: "PreTrainedModel", trunks: Sequence[_Trunk], opening: Sequence[int], candidates: int, writer: AnswerWriter
 ) -> Iterator[GeneratedAnswer]:
-    """The same with `generate` for each answer: what serves networks whose caches hold no branches."""
+    """Generate one prompt at a time, for networks whose cache cannot branch."""
     for trunk in trunks:
         for step, end in trunk.end.items():
             for candidate in range(candidates):
@@ -356,7 +358,7 @@ def _generate(network: "PreTrainedModel", prompt: list[int], answer: _Answer, wr
         return torch.tensor([answer.done], device=input_ids_1T.device)
 
     input_ids_1T = torch.tensor([prompt], device=network.get_input_embeddings().weight.device)
-    own, network.generation_config = network.generation_config, GenerationConfig()  # no penalties of the backbone's
+    own, network.generation_config = network.generation_config, GenerationConfig()  # without the backbone's penalties
     try:
         with uncompiled(network):
             network.generate(

@@ -1,6 +1,6 @@
-"""Answers that are valid by construction: which tokens may come next, and how an answer that was cut off is closed.
+"""Constrains answers to valid JSON: masks tokens, and closes answers that were cut off.
 
-Shape legend: N answers, V tokens of the vocabulary.
+Shape legend: N answers, V vocabulary size.
 """
 
 from collections.abc import Sequence
@@ -17,28 +17,28 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
     from transformers import PreTrainedTokenizerFast
 
-# JSON as `write_answer` writes it: no other blanks, so a model cannot go on with blanks for ever.
+# JSON as `write_answer` writes it. Without extra whitespace, a model cannot generate whitespace forever.
 STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-# What may follow the beginning of an answer to make it a whole one. The last follows nothing, so one always fits.
+# Suffixes that complete the start of an answer. The last one completes an empty start, so one always fits.
 NO_PROPOSAL = '"proposal": null}'
 CLOSINGS = ("", "}", '"}', f'", {NO_PROPOSAL}', f", {NO_PROPOSAL}", NO_PROPOSAL, "null}", f"{{{NO_PROPOSAL}")
 
 
 class AnswerGrammar:
-    """The answer's JSON schema in the tokens of one tokenizer.
+    """The JSON schema of answers over the tokens of one tokenizer.
 
-    Each answer under way has a matcher, which knows what has been written and what may follow.
+    Each unfinished answer has a matcher, which tracks what was generated and what may follow.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", end_id: int) -> None:
-        """Prepare the vocabulary; takes seconds for a large one, so make one grammar and keep it.
+        """Prepare the vocabulary, which takes seconds for a large one; reuse the grammar.
 
         Args:
-            tokenizer: Of the `tokenizers` kind, byte-level or with a fallback to bytes.
+            tokenizer: A fast tokenizer, byte-level or with byte fallback.
             end_id: The token that ends an answer.
 
         Raises:
-            UserError: The tokenizer's tokens cannot be spelt out as bytes.
+            UserError: The tokenizer's tokens cannot be converted to bytes.
         """
         from llguidance import LLExecutor, LLMatcher
         from llguidance.hf import from_tokenizer
@@ -58,16 +58,16 @@ class AnswerGrammar:
         self._closings = [self._tokenizer.tokenize_str(closing) for closing in CLOSINGS]
 
     def start(self) -> "LLMatcher":
-        """The matcher of a new answer."""
+        """Return the matcher of a new answer."""
         return self._blank.deep_copy()
 
     def allowed(self, matchers: Sequence["LLMatcher"], width: int, device: torch.device | None = None) -> Tensor:
-        """Which tokens may come next in each answer.
+        """The mask of the tokens that may come next in each answer.
 
         Args:
             matchers: One for each answer.
-            width: How many tokens the network tells apart, which may be more than the tokenizer has.
-            device: Where the answer is wanted; the CPU if None. A GPU gets a bit a token, and makes bools of them.
+            width: The network's vocabulary size, which may be larger than the tokenizer's.
+            device: The device of the mask; the CPU if None. A GPU receives one bit per token and unpacks it there.
 
         Returns:
             (N, V) bool.
@@ -85,15 +85,15 @@ class AnswerGrammar:
         return allowed_NV if width == known else torch.nn.functional.pad(allowed_NV, (0, width - known))
 
     def advance(self, matcher: "LLMatcher", token: int) -> bool:
-        """Go on by a token that was allowed; whether the answer is whole and nothing may follow but its end."""
+        """Consume an allowed token; return whether the answer is complete and only its end may follow."""
         if not matcher.consume_token(token):
             raise RuntimeError(f"token {token} does not follow: {matcher.get_error()}")
         return matcher.is_stopped() and matcher.is_accepting()
 
     def close(self, token_ids: Sequence[int]) -> list[int]:
-        """Make a whole answer of one that was cut off: as much of it as can be kept, then the shortest closing.
+        """Complete an answer that was cut off: keep as many tokens as possible, and append the shortest closing.
 
-        A text that is open is ended where it was cut, and a proposal that was not reached is null.
+        An open string ends where it was cut. A missing proposal becomes null.
         """
         for kept in range(len(token_ids), -1, -1):
             for closing in self._closings:
@@ -108,6 +108,6 @@ class AnswerGrammar:
 
 
 def _unpacked(bytes_NB: Tensor, count: int) -> Tensor:
-    """What numpy's `unpackbits` makes of bytes, the least bit first; (N, count) bool."""
+    """As numpy's `unpackbits` with bitorder little; (N, count) bool."""
     bits_NB8 = bytes_NB[:, :, None].bitwise_right_shift(torch.arange(8, dtype=torch.uint8, device=bytes_NB.device))
     return bits_NB8.bitwise_and(1).bool().flatten(1)[:, :count]

@@ -1,8 +1,8 @@
-"""Final states of rows that begin alike, call after call: what a call shares with the one before is not read again.
+"""A KV cache kept between calls: a call only computes tokens after the longest common prefix with the last call.
 
-So a history that grows by an event costs that event and the proposals after it.
+So one more event of a history costs the tokens of that event and of the proposals after it.
 
-Shape legend: R rows, Q tokens read at once, K tokens in the cache, D hidden size.
+Shape legend: R rows, Q query tokens, K tokens in the cache, D hidden size.
 """
 
 from collections.abc import Sequence
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 
 
 class PrefixCache:
-    """The keys and values of what the last rows shared; see `cache_problem` for which networks it serves.
+    """The keys and values of the common prefix of the last rows; `cache_problem` tests whether a network supports it.
 
     Args:
         network: A causal model of transformers.
     """
 
-    chunk = 512  # tokens of a trunk that are read at once, or the mask of a long one would be large
+    chunk = 512  # trunk tokens per forward pass, which limits the size of the mask
 
     def __init__(self, network: "PreTrainedModel") -> None:
         self.network = network
         self._cache = Cache(layer_class_to_replicate=GrowingLayer)
         self._cache_option = cache_option(network.base_model)
-        self._read: list[int] = []  # the tokens whose keys and values are in the cache
+        self._read: list[int] = []  # the tokens in the cache
 
     @torch.no_grad()
     def states(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """The final states (R, D) at the last tokens of some rows, which may be any; alike ones cost least."""
+        """Return the final hidden states (R, D) at the last tokens of rows; a long common prefix saves time."""
         shared = min(min(common_prefix(rows[0], row) for row in rows), min(map(len, rows)) - 1)
         trunk, branches = list(rows[0][:shared]), [row[shared:] for row in rows]
         known = common_prefix(self._read, trunk)
@@ -55,7 +55,7 @@ class PrefixCache:
         return states_QD[ends]
 
     def _forward(self, known: int, trunk: Sequence[int], branches: Sequence[Sequence[int]]) -> Tensor:
-        """Read more of the trunk, and branches that leave it at its end; the final states (Q, D)."""
+        """Run more tokens of the trunk, then branches that start at its end; return the final hidden states (Q, D)."""
         network, device = self.network, self.network.get_input_embeddings().weight.device
         shared, lengths = known + len(trunk), list(map(len, branches))
         token_Q = [*trunk, *(token for branch in branches for token in branch)]
@@ -76,17 +76,17 @@ class PrefixCache:
 
 
 def cache_problem(network: "PreTrainedModel", longest: int) -> str | None:
-    """What keeps a network from going on from a cache as it reads whole rows; None if nothing does.
+    """The reason why a network gives other states from a kept cache than for whole rows; None if it does not.
 
-    It is tried, first on a few tokens, then on rows of `longest` tokens, as for trees.
+    A self-test compares states, first on a few tokens, then on rows of `longest` tokens.
     """
     with reading_branches(network):
         attention = network.config._attn_implementation
         if attention not in MASKED_ATTENTIONS:
-            return f"attention {attention} takes no mask of our own"
+            return f"attention {attention} accepts no custom mask"
         window = attention_window(network.config)
         if window is not None and window < longest:
-            return f"its layers see {window} tokens back, and rows have up to {longest}"
+            return f"its layers attend to the last {window} tokens, and rows have up to {longest}"
         return tried(
             network,
             "a cache",
@@ -95,7 +95,7 @@ def cache_problem(network: "PreTrainedModel", longest: int) -> str | None:
 
 
 def _misread(network: "PreTrainedModel", longest: int) -> str | None:
-    """How states differ from those of whole rows, as rows come that share all, half or nothing with those before."""
+    """The difference of states for calls that share all, half or nothing with the call before; None if they agree."""
     first, other = random_tokens(network, longest), random_tokens(network, longest, seed=1)
     half, few = first[: longest // 2], FEW // 2
     calls: list[list[list[int]]] = [
@@ -108,4 +108,4 @@ def _misread(network: "PreTrainedModel", longest: int) -> str | None:
     cache = PrefixCache(network)
     found: Any = torch.cat([cache.states(rows) for rows in calls])
     expected = torch.stack([read_row(network, row)[-1] for rows in calls for row in rows])
-    return difference_problem(network, found, expected, "a cache gives other states than whole rows")
+    return difference_problem(network, found, expected, "a kept cache gives other states than whole rows")

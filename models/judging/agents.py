@@ -1,4 +1,4 @@
-"""Agents: whatever proposes something, or nothing, after each event of a session."""
+"""Agents: they propose something, or nothing, after each event of a session."""
 
 import hashlib
 import json
@@ -29,47 +29,47 @@ from models.networks.backbone import position_room
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What "always propose" offers where no agent says what: something that fits any event, so that the baseline shows
-# what never staying silent is worth, not what a good task is.
+# The offer of "always propose" without another agent. It fits any event, so the baseline measures the effect of never
+# staying silent, not the quality of the task.
 GENERIC_PROPOSAL = "Help with what the user is doing right now."
 
 
 class AgentSession(Protocol):
-    """A session that an agent follows, event by event."""
+    """A session that an agent observes event by event."""
 
     async def observe(self, event: Event) -> list[Candidate]:
-        """The candidates after one more event, in order."""
+        """Return the candidates after one more event, in order."""
         ...
 
 
 class Agent(Protocol):
-    """Proposes something, or nothing, after each event. One more agent is one more class with these methods."""
+    """Proposes something, or nothing, after each event. A new kind of agent is a new class with these methods."""
 
     def describe(self) -> Description:
-        """What it is."""
+        """Return its settings and its source."""
         ...
 
     def session(self, name: str) -> AgentSession:
-        """A new session; sampled answers follow from its name."""
+        """Start a session; its name selects the random stream of sampled answers."""
         ...
 
     async def answer(self, traces: Sequence[Trace], advance: Advance = uncounted) -> Answers:
-        """What sessions give that are named as the traces and fed with their events, sooner.
+        """Return what sessions with the names and events of the traces return, in less time.
 
         Args:
-            traces: The events. An answer depends on its event and those before it alone.
-            advance: Is called after each candidate.
+            traces: The traces. An answer only depends on its event and the events before it.
+            advance: Called after each candidate, for progress.
         """
         ...
 
     def release(self) -> None:
-        """Free a device's memory until the next call; most have none."""
+        """Free device memory until the next call; most agents use none."""
         return
 
 
 @dataclass
 class KnownSession(AgentSession):
-    """A session whose candidates are known: a list for each event; after its end, and without one, `otherwise`."""
+    """A session with given candidates: one list per event, and `otherwise` for later events."""
 
     candidates: Sequence[Sequence[Candidate]]
     otherwise: Candidate
@@ -82,7 +82,7 @@ class KnownSession(AgentSession):
 
 
 class RecordedAgent(Agent):
-    """Gives what is recorded: of each event the first `candidates`, or all if None."""
+    """Returns recorded answers: the first `candidates` of each event, or all if None."""
 
     def __init__(self, recorded: Answers, source: str, candidates: int | None = None) -> None:
         self.recorded = recorded
@@ -122,7 +122,7 @@ class NeverPropose(Agent):
 
 
 class AlwaysPropose(Agent):
-    """Proposes after every event: what another agent's first proposal there is, else `GENERIC_PROPOSAL`."""
+    """Proposes after every event: another agent's first proposal there, else `GENERIC_PROPOSAL`."""
 
     def __init__(self, others: Answers | None = None) -> None:
         self.others = others or {}
@@ -147,12 +147,12 @@ def _first_offer(candidates: Sequence[Candidate]) -> Candidate:
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """How a trained agent writes its answers.
+    """How a trained agent generates its answers.
 
     Args:
-        max_new_tokens: Tokens of an answer, at most; a longer one is closed there, and is not read.
-        constrained: Whether a grammar holds answers to JSON.
-        traces_at_once: Traces read side by side.
+        max_new_tokens: Maximum number of tokens per answer. A longer answer is cut off and not used.
+        constrained: Whether a grammar constrains answers to JSON.
+        traces_at_once: Number of traces per batch.
     """
 
     max_new_tokens: Count = 256
@@ -168,14 +168,14 @@ class LocalAgent(Agent):
 
     Args:
         weights: The agent.
-        options: How answers are written.
-        candidates: Answers to each event.
-        temperature: Of sampling; 0 takes the likeliest tokens.
-        seed: Of sampling.
-        log: Keeps answers, by the names of sessions; what it holds is not written again.
+        options: How answers are generated.
+        candidates: Number of answers per event.
+        temperature: Sampling temperature; 0 is greedy.
+        seed: Sampling seed.
+        log: Keeps answers by session name. Answers that it already contains are not generated again.
 
     Raises:
-        UserError: Several candidates are asked for that would be the same.
+        UserError: Several candidates at temperature 0 would be equal.
     """
 
     def __init__(
@@ -225,16 +225,16 @@ class LocalAgent(Agent):
         self.weights.model.cpu()
 
     def missing(self, log: AnswerLog, name: str, step: int) -> list[int]:
-        """The numbers of the candidates after an event, counted from 0, of a session that a log lacks."""
+        """Return the candidate indices that a log lacks; `step` is the event index."""
         return [number for number in range(self.candidates) if answer_key(name, step, number) not in log.texts]
 
     def kept(self, log: AnswerLog, name: str, step: int) -> list[Candidate]:
-        """The candidates in a log; a text that was cut off is no answer."""
+        """Return the candidates in a log; a text that was cut off counts as unparsed."""
         texts = (log.final(answer_key(name, step, number)) for number in range(self.candidates))
         return [Candidate.of(read_answer(text or "")) for text in texts]
 
     def keep(self, log: AnswerLog, name: str, answer: GeneratedAnswer) -> bool:
-        """Put an answer into a log; whether it was not there."""
+        """Add an answer to a log; return False if the log already contains it."""
         key = answer_key(name, answer.step - 1, answer.candidate)
         if key in log.texts:
             return False
@@ -243,11 +243,11 @@ class LocalAgent(Agent):
         return True
 
     def read(self, answer: GeneratedAnswer) -> Answer | None:
-        """What was answered; None where it was cut off."""
+        """Parse an answer; None if it was cut off."""
         return read_answer(self.data.tokenizer.decode(answer.token_ids)) if answer.finished else None
 
     def stream(self, name: str) -> AnswerStream:
-        """What writes the answers of a new session of that name."""
+        """Return the generator of answers for a new session."""
         return AnswerStream(
             self.network(),
             self.data.opening(),
@@ -260,38 +260,38 @@ class LocalAgent(Agent):
 
     @cached_property
     def data(self) -> AgentDataModule:
-        """What renders and tokenizes histories."""
+        """The data module that renders and tokenizes histories."""
         return AgentDataModule.from_state(self.weights.state)
 
     @cached_property
     def writer(self) -> AnswerWriter:
-        """What chooses tokens."""
+        """The writer, which chooses tokens."""
         end_id = self.data.tokenizer.eos_token_id
         grammar = AnswerGrammar(self.data.tokenizer, end_id) if self.options.constrained else None
         return AnswerWriter(end_id, self.options.max_new_tokens, self.temperature, self.seed, grammar)
 
     @cached_property
     def max_length(self) -> int:
-        """Tokens of a prompt and its answer, at most."""
+        """Maximum number of tokens of a prompt and its answer."""
         network = self.weights.model.network
         assert network is not None, "a loaded agent has weights"
         return min(self.data.prompt_length + self.options.max_new_tokens, position_room(network.config))
 
     @cached_property
     def branched(self) -> bool:
-        """Whether the network's cache can hold branches."""
+        """Whether the network can generate from a branched cache."""
         network = self.network()
         with reading_branches(network):
             return can_branch(network, self.max_length)
 
     def network(self) -> "PreTrainedModel":
-        """The network, on its device."""
+        """Return the network on its device."""
         network = self.weights.model.network
         assert network is not None, "a loaded agent has weights"
         return network.to(best_device())
 
     def _write(self, traces: Sequence[Trace], log: AnswerLog, advance: Advance) -> None:
-        """Write the answers that a log lacks."""
+        """Generate the answers that a log lacks."""
         wanted = {
             (index, step + 1)
             for index, trace in enumerate(traces)
@@ -322,7 +322,7 @@ class LocalAgent(Agent):
 
 
 class LocalSession(AgentSession):
-    """A session of a trained agent; each event is read once."""
+    """A session of a trained agent, which computes each event once."""
 
     def __init__(self, agent: LocalAgent, name: str) -> None:
         self.agent = agent
@@ -342,20 +342,20 @@ class LocalSession(AgentSession):
 
 
 def answer_key(name: str, step: int, number: int) -> str:
-    """The key in a log of a local agent's candidate, counted from 0, after an event, counted from 0."""
+    """The log key of a candidate; `step` and `number` are the indices of event and candidate."""
     return json.dumps((name, step, number))
 
 
 def stream_of(name: str) -> int:
-    """The stream of random draws of a session of that name: the same on any machine, whatever else is answered."""
+    """The number of a session's random stream. It only depends on the name, so it is the same on any machine."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
 class EndpointAgent(Agent):
-    """A chat model behind an endpoint, asked once for each candidate; candidates differ by their seed.
+    """A chat model behind an endpoint, with one request per candidate; candidates differ by their seed.
 
     Raises:
-        UserError: Several candidates are asked for that would be the same.
+        UserError: Several candidates at temperature 0 would be equal.
     """
 
     def __init__(self, client: ChatClient, prompt: ChatPrompt, candidates: int = 1) -> None:
@@ -386,7 +386,7 @@ class EndpointAgent(Agent):
     async def candidate(
         self, name: str, history: Sequence[Event], number: int, advance: Advance = uncounted
     ) -> Candidate:
-        """The candidate of that number, counted from 0, after a history."""
+        """Ask for one candidate, by index, after a history."""
         where = f"{name}, event {len(history)}"
         text = await self.client.ask(self.prompt.messages(history), where, number)
         advance()
@@ -394,7 +394,7 @@ class EndpointAgent(Agent):
 
 
 class EndpointSession(AgentSession):
-    """A session of a model behind an endpoint, which is told the whole history each time."""
+    """A session of a model behind an endpoint; each request contains the whole history."""
 
     def __init__(self, agent: EndpointAgent, name: str) -> None:
         self.agent = agent
@@ -412,7 +412,7 @@ class EndpointSession(AgentSession):
 def _refuse_equal_candidates(candidates: int, temperature: float) -> None:
     if candidates > 1 and temperature == 0:
         raise UserError(
-            f"--candidates: {candidates} candidates at temperature 0 are the same one", "Give a --temperature above 0."
+            f"--candidates: {candidates} candidates at temperature 0 are equal", "Give a --temperature above 0."
         )
     if temperature < 0:
-        raise UserError(f"--temperature: {temperature} is below 0", "Give 0 for the likeliest tokens, or more.")
+        raise UserError(f"--temperature: {temperature} is below 0", "Give 0 for greedy decoding, or more.")

@@ -1,4 +1,4 @@
-"""What models answered, kept the moment it is there, so that nothing is asked or written twice."""
+"""Keeps answers as soon as they arrive, so that no question is asked twice."""
 
 import contextlib
 import fcntl
@@ -14,16 +14,16 @@ from datamodules.escaping import shortened
 from datamodules.files.reading import MOST_ROWS, is_deep, require_regular
 
 OTHER_OUTPUT = "Give another --output."
-# Why a reply ended that is a whole one, in the words of several servers; others are length, content_filter, tool_calls.
+# Finish reasons of complete replies on several servers; others are length, content_filter, tool_calls.
 FINAL = ("stop", "end_turn", "stop_sequence", "eos", "eos_token", "complete", "completed")
 LONGEST_VALUE = 200  # characters of a setting in a message
 
 
 class AnswerLog:
-    """Texts by key; on a file, which grows line by line and outlives a kill, once it is opened there.
+    """Texts by key, in memory, and in a file between `opened` and its end. A kill loses no line of the file.
 
-    The first line says with which settings the texts came about. A last line that was cut short is dropped.
-    `unfinished` says of each text that is no whole reply why it ended.
+    The first line of the file holds the settings. An incomplete last line is dropped. `unfinished` maps the key of an
+    incomplete reply to its finish reason.
     """
 
     def __init__(self) -> None:
@@ -33,13 +33,13 @@ class AnswerLog:
 
     @contextlib.contextmanager
     def opened(self, path: Path, settings: dict[str, Any]) -> Iterator[Self]:
-        """Within it, texts are kept in a file; those that it holds are taken from it.
+        """Read the texts of a file, and append new texts to it until the block ends.
 
         Raises:
-            UserError: The file was written with other settings, is no such log, or another process writes it.
+            UserError: The file has other settings, is not a log, or another process writes it.
         """
         if path.exists() and require_regular(path, hint=OTHER_OUTPUT) > MOST_ROWS:
-            raise UserError(f"{path}: holds more than the limit of {MOST_ROWS:,} bytes", OTHER_OUTPUT)
+            raise UserError(f"{path}: larger than the limit of {MOST_ROWS:,} bytes", OTHER_OUTPUT)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file:
             try:
@@ -56,12 +56,12 @@ class AnswerLog:
                 self._file = None
 
     def add(self, key: str, text: str, where: str, finish_reason: str | None = None) -> None:
-        """Keep a text and why it ended, if that is known; when this returns, the file has it, if there is one."""
+        """Keep a text and its finish reason, if known; synced to the file, if one is open, before this returns."""
         self._note(key, text, finish_reason)
         self._append({"key": key, "where": where, "text": text, "finish_reason": finish_reason})
 
     def final(self, key: str) -> str | None:
-        """The text of a key; None if it is no whole reply, which nothing may be read out of."""
+        """The text of a key; None if the reply is incomplete, because nothing may be parsed from it."""
         return None if key in self.unfinished else self.texts[key]
 
     def _note(self, key: str, text: str, finish_reason: str | None) -> None:
@@ -85,12 +85,14 @@ class AnswerLog:
                 entry = _parsed(line)
                 self._note(entry["key"], entry["text"], entry["finish_reason"])
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is no log of an evaluation, or an older one's", OTHER_OUTPUT) from error
+            raise UserError(
+                f"{path} is not the log of an evaluation, or an older version wrote it", OTHER_OUTPUT
+            ) from error
         for name in sorted(set(before) | set(settings)):
             if (then := before.get(name)) != (now := settings.get(name)):
                 raise UserError(
-                    f"{path} was begun with {name} {_value(then)}, and this is {_value(now)}",
-                    "Go on with the same options, or give another --output.",
+                    f"{path} was started with {name} {_value(then)}, and now it is {_value(now)}",
+                    "Continue with the same options, or give another --output.",
                 )
         file.truncate(len(whole))
 

@@ -1,4 +1,4 @@
-"""What a chat endpoint's response says: a model's text, an error wherever the server put it, or how long to wait."""
+"""Parses responses of chat endpoints: the model's text, errors in any of several places, and waiting times."""
 
 import email.utils
 import json
@@ -12,13 +12,13 @@ from pydantic import BaseModel, Field
 
 from datamodules.files.reading import is_deep
 
-TRY_AGAIN = (408, 409, 425, 429)  # and all from 500
+TRY_AGAIN = (408, 409, 425, 429)  # and every status from 500
 ERROR_FIELDS = ("error", "errors", "message", "detail", "msg", "error_message", "error_msg")
 
 
 @dataclass(frozen=True)
 class Received:
-    """A server's response, whole and decoded; the names of `headers` are in lower case."""
+    """A complete, decoded response; header names are lower case."""
 
     status_code: int
     reason_phrase: str
@@ -40,13 +40,13 @@ class _Choice(BaseModel):
 
 
 class Completion(BaseModel):
-    """The part of a server's answer that is read."""
+    """The fields of a chat completion that are used."""
 
     choices: Annotated[list[_Choice], Field(min_length=1)]
 
 
 def text_of(content: str | dict[str, Any] | list[str | dict[str, Any]] | None) -> str:
-    """The text of a message, which may be in parts; those that are thoughts, pictures or calls are left out."""
+    """The text of a message, which may be a list of parts; thoughts, images and tool calls are skipped."""
     if content is None or isinstance(content, str):
         return content or ""
     text = ""
@@ -60,7 +60,7 @@ def text_of(content: str | dict[str, Any] | list[str | dict[str, Any]] | None) -
 
 
 def json_of(content: bytes) -> Any:
-    """The JSON that a server sent; None if it is none, or nested too deeply."""
+    """Parse a response body as JSON; None if it is not JSON, or nested too deeply."""
     try:
         text = content.decode(json.detect_encoding(content), "surrogatepass")
         return None if is_deep(text) else json.loads(text)
@@ -69,7 +69,7 @@ def json_of(content: bytes) -> Any:
 
 
 def error_of(content: Any) -> str | None:
-    """The sentence of an error that a server sent, wherever it put it; None if it sent none."""
+    """The error message in a response, from any of the usual fields; None if there is none."""
     if isinstance(content, list):
         return next((found for item in content if (found := error_of(item))), None)
     if not isinstance(content, dict):
@@ -91,7 +91,7 @@ def _sentence(error: Any) -> str:
 
 
 def is_refusal(response: Received, content: Any) -> bool:
-    """Whether to ask again is of no use: by the status, or by the code of an error that came with status 200."""
+    """Whether a retry is useless, judged by the status, or by the error code in a response with status 200."""
     code = response.status_code
     if code == 200 and isinstance(content, dict) and error_of(content):
         error = content.get("error")
@@ -101,7 +101,7 @@ def is_refusal(response: Received, content: Any) -> bool:
 
 
 def streams(response: Received) -> bool:
-    """Whether a server sent a stream: server-sent events, or one JSON object a line."""
+    """Whether a response is a stream: server-sent events, or one JSON object per line."""
     kind = response.headers.get("content-type", "").lower()
     lines = [line for line in response.content.splitlines() if line.strip()]
     return (
@@ -112,7 +112,7 @@ def streams(response: Received) -> bool:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit that shows them best."""
+    """Format seconds in a readable unit."""
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size or (unit == "hours" and seconds >= size):
             return f"{seconds / size:.3g} {unit}"
@@ -120,7 +120,7 @@ def duration(seconds: float) -> str:
 
 
 def retry_after(value: str | None) -> float | None:
-    """Seconds from a Retry-After header, which gives them or a date (RFC 9110, section 10.2.3)."""
+    """Parse a Retry-After header, seconds or a date, to seconds (RFC 9110, section 10.2.3)."""
     if value is None:
         return None
     if value.strip().isdecimal():

@@ -1,4 +1,4 @@
-"""What agents and judges say of themselves, for the record of what they answered."""
+"""Descriptions of agents and judges, for logs and records."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,11 +6,11 @@ from typing import Any, Protocol, TypeVar
 
 from datamodules.corpus.traces import Trace
 
-Advance = Callable[[], None]  # counts one more, for progress
+Advance = Callable[[], None]  # counts one finished item, for progress
 
 
 def uncounted() -> None:
-    """Counts nothing."""
+    """Count nothing."""
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,11 @@ class Description:
     """An agent or a judge in plain types.
 
     Attributes:
-        settings: All that its answers follow from, but its weights; a log goes on under the same settings only.
-        doing: What it does, for a line of progress; None where it is done at once.
-        weights: A digest of its weights, if it has any of its own.
-        source: Where its weights came from, or the address of its endpoint.
-        notes: What else a reader of its answers has to know.
+        settings: Everything except weights that determines its answers. A log only continues with equal settings.
+        doing: The label of its progress; None if it answers at once.
+        weights: The digest of its weights, if it has local weights.
+        source: The path of its weights, or the address of its endpoint.
+        notes: More entries for the record.
     """
 
     settings: dict[str, Any]
@@ -36,7 +36,7 @@ class Described(Protocol):
     """An agent or a judge."""
 
     def describe(self) -> Description:
-        """What it is."""
+        """Return its settings and its source."""
         ...
 
 
@@ -44,7 +44,7 @@ Part = TypeVar("Part", bound=Described)
 
 
 def shares(parts: Mapping[str, Part], traces: Sequence[Trace]) -> list[tuple[Part, list[Trace]]]:
-    """Each agent or judge with the traces that are its own."""
+    """Group traces by their agent or judge."""
     found: dict[int, tuple[Part, list[Trace]]] = {}
     for trace in traces:
         part = parts[trace.name]
@@ -53,7 +53,7 @@ def shares(parts: Mapping[str, Part], traces: Sequence[Trace]) -> list[tuple[Par
 
 
 def joint_settings(parts: Mapping[str, Part]) -> dict[str, Any]:
-    """What the answers of all together follow from."""
+    """The joint settings of the agents or judges of all traces, for a log."""
     described = _descriptions(parts)
     first = next(iter(described.values()))
     weights = {name: one.weights for name, one in described.items()}
@@ -61,7 +61,7 @@ def joint_settings(parts: Mapping[str, Part]) -> dict[str, Any]:
 
 
 def joint_record(parts: Mapping[str, Part]) -> dict[str, Any]:
-    """The same for a person: with addresses, and files in place of digests."""
+    """The joint record of the agents or judges of all traces: with addresses, and paths instead of digests."""
     described = _descriptions(parts)
     first = next(iter(described.values()))
     if first.weights is None:
@@ -75,6 +75,6 @@ def joint_record(parts: Mapping[str, Part]) -> dict[str, Any]:
 
 
 def _descriptions(parts: Mapping[str, Part]) -> dict[str, Description]:
-    """By the name of a trace; each agent or judge describes itself once."""
+    """The descriptions by trace name; calls `describe` once for each agent or judge."""
     once = {id(part): part.describe() for part in parts.values()}
     return {name: once[id(part)] for name, part in parts.items()}

@@ -1,4 +1,4 @@
-"""A client for chat endpoints in OpenAI's manner: it retries what fails, and asks no question twice."""
+"""A client for OpenAI-compatible chat endpoints that retries failures and asks no question twice."""
 
 import asyncio
 import base64
@@ -42,25 +42,25 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 ADDRESS_HINT = "Give one such as http://localhost:8000/v1."
-TOLD_FROM = 5.0  # seconds of a wait that a server asks for
-SHORTEST_SECRET = 6  # characters of a key: what is shorter, such as "EMPTY", is a stand-in and may be any word
+TOLD_FROM = 5.0  # seconds: shorter waits that a server asks for are not logged
+SHORTEST_SECRET = 6  # characters: a shorter key, such as "EMPTY", is a placeholder that may occur as a word
 SECRET_NAMES = re.compile("key|token|secret|sig|auth|pass|pw|cred|code|jwt", re.IGNORECASE)
-LONGEST_SAID = 200  # characters of a server's words in a message
+LONGEST_SAID = 200  # characters of a server's text in a message
 log = logging.getLogger("proactive")
 
 
 @dataclass(frozen=True)
 class EndpointOptions:
-    """How endpoints are asked; nothing here changes an answer.
+    """How requests are sent. No option changes an answer.
 
     Args:
-        concurrency: Requests under way at once, at most.
-        timeout: Seconds that one request may take, from connecting to the last byte.
-        retries: How often a request is tried again where the server is busy, broken, or does not answer in time.
-        first_delay: Seconds before the first retry, at most; they double with each, and chance shortens them.
-        longest_delay: Seconds between retries, at most; a server that names a time is given that time.
-        longest_wait: Seconds that a server may name, at most; one that asks for more ends the evaluation.
-        time_limit: Seconds after which the evaluation stops; what it has is kept, and the same command goes on.
+        concurrency: Maximum number of concurrent requests.
+        timeout: Seconds per request, from connecting to the last byte.
+        retries: Maximum number of retries of a request if the server is busy, fails, or times out.
+        first_delay: Maximum seconds before the first retry. The delay doubles with each retry, with random jitter.
+        longest_delay: Maximum seconds between retries, unless the server names a time.
+        longest_wait: Maximum seconds that a server may ask to wait. A longer wait ends the evaluation.
+        time_limit: Seconds after which the evaluation stops. Answers are kept, and the same command continues.
     """
 
     concurrency: Tries = 8
@@ -80,16 +80,16 @@ class Endpoint:
     """One model behind an address.
 
     Attributes:
-        url: The address that /chat/completions is under, for example http://localhost:8000/v1; a query such as
+        url: The base address of /chat/completions, for example http://localhost:8000/v1. A query such as
             ?api-version=... is kept.
-        model: The model's name there.
-        key_variable: The environment variable that holds the key, if the server wants one. The key is sent to the
-            server and stands in no file, message or log.
-        temperature: Of sampling.
-        seed: Sent with each request, so that a server which honours it repeats itself.
-        extra: More fields of the request's body; one that is null is left out of it.
-        options: How to ask.
-        deadline: When to stop, as `time.monotonic` counts; never if None.
+        model: The name of the model on the server.
+        key_variable: The environment variable with the API key, if the server needs one. The key is only sent to the
+            server; it appears in no file, message or log.
+        temperature: Sampling temperature.
+        seed: Sent with each request, for servers that support reproducible sampling.
+        extra: More fields of the request body. A null value removes the field.
+        options: How requests are sent.
+        deadline: When to stop, in the time of `time.monotonic`; never if None.
     """
 
     url: str
@@ -108,34 +108,36 @@ class Endpoint:
         except ValueError:
             sound = False
         if not sound:
-            raise UserError(f"{shortened(self.url, LONGEST_SAID)} is no address", ADDRESS_HINT)
+            raise UserError(f"{shortened(self.url, LONGEST_SAID)} is not an address", ADDRESS_HINT)
         secrets = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if SECRET_NAMES.search(name)]
         if parts.username or parts.password or parts.fragment or secrets:
             raise UserError(
-                "the endpoint's address holds more than a host, a path and a plain query",
-                "Give the plain address, and the key by the name of an environment variable.",
+                "the endpoint's address contains more than a host, a path and a plain query",
+                "Give the plain address, and name the environment variable of the key.",
             )
         if self.extra.get("stream"):
-            raise UserError("extra: stream: answers are read whole, not as a stream", "Leave stream out.")
+            raise UserError("extra: stream: streamed answers are not supported", "Remove stream.")
         if self.key_variable and not self._key:
-            raise UserError(f"the environment variable {self.key_variable} is not set", "Put the endpoint's key there.")
+            raise UserError(
+                f"the environment variable {self.key_variable} is not set", "Set it to the endpoint's API key."
+            )
         if self._key and not re.fullmatch(r"[!#-&(-\[\]-~]+", self._key):  # visible ASCII but quotes and backslashes
             raise UserError(
-                f"the environment variable {self.key_variable} holds something else than a key: blanks, quotes, "
+                f"the environment variable {self.key_variable} is not a key: it contains blanks, quotes, "
                 "control characters or letters outside ASCII",
-                "Put the key alone there, without Bearer and quotes.",
+                "Set it to the key only, without Bearer and quotes.",
             )
 
     @property
     def address(self) -> str:
-        """Where requests go."""
+        """The address of requests."""
         parts = urlsplit(self.url)
         path = parts.path.rstrip("/").removesuffix("/chat/completions").rstrip("/") + "/chat/completions"
         return parts._replace(path=path).geturl()
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What determines an answer, beside the messages. Not the address: a server may come back under another."""
+        """Everything except the messages that determines an answer. Not the address, because a server may move."""
         names = ("model", "temperature", "seed", "extra")
         return {name: getattr(self, name) for name in names}
 
@@ -144,21 +146,21 @@ class Endpoint:
         return os.environ.get(self.key_variable, "").strip() or None if self.key_variable else None
 
     def headers(self) -> dict[str, str]:
-        """Azure, which alone names a version in its addresses, takes a key under a name of its own."""
+        """The headers with the key; Azure expects another header name."""
         if not self._key:
             return {}
         of_azure = str(urlsplit(self.url).hostname).endswith(".azure.com")
         return {"api-key": self._key} if of_azure else {"Authorization": f"Bearer {self._key}"}
 
     def without_key(self, text: str) -> str:
-        """A server's text, in which it may have sent the key back, in whatever escaping."""
+        """Remove the key from a server's text, in any escaping."""
         key = self._key
         return _in_any_escaping(key).sub("[key]", text) if key and len(key) >= SHORTEST_SECRET else text
 
 
 @lru_cache(maxsize=4)
 def _in_any_escaping(key: str) -> re.Pattern[str]:
-    """What finds a key as it is, and as JSON, repr, URLs, HTML, base64 or hexadecimal write it, also several times."""
+    """A pattern for a key, plain or escaped (also repeatedly) as in JSON, repr, URLs, HTML, base64 or hexadecimal."""
 
     def forms(character: str) -> str:
         code, hexadecimal = ord(character), f"(?i:{ord(character):02x})"
@@ -171,7 +173,7 @@ def _in_any_escaping(key: str) -> re.Pattern[str]:
         for character in key
     ]
     encoded: set[str] = set()
-    for offset in range(3):  # of the key's first byte among three; what other bytes have a part in is cut off
+    for offset in range(3):  # of the key in a group of three bytes; letters that encode other bytes too are cut off
         letters = base64.b64encode(b"\0" * offset + key.encode()).decode().rstrip("=")
         whole = letters[(0, 2, 3)[offset] : (offset + len(key)) * 8 // 6]
         encoded |= {re.escape(whole), re.escape(whole.translate(str.maketrans("+/", "-_")))}
@@ -180,19 +182,19 @@ def _in_any_escaping(key: str) -> re.Pattern[str]:
 
 
 class ChatClient:
-    """Asks an endpoint, a few questions at once, and each question once.
+    """Sends requests to an endpoint concurrently, and each request once.
 
-    Its connections are open within `async with client`.
+    Use it within `async with client`, which opens its connections.
 
     Args:
-        endpoint: The model.
-        log: Keeps its replies; within one that is opened on a file they outlive a kill.
+        endpoint: The endpoint.
+        log: Keeps the replies.
     """
 
     def __init__(self, endpoint: Endpoint, log: AnswerLog | None = None) -> None:
         self.endpoint = endpoint
         self.log = AnswerLog() if log is None else log
-        self._told_until = 0.0  # when a wait ends that was told
+        self._told_until = 0.0  # end of the last wait that was logged
         self._http: AsyncClient | None = None
 
     async def __aenter__(self) -> Self:
@@ -200,7 +202,7 @@ class ChatClient:
 
         endpoint = self.endpoint
         limits = Limits(max_connections=endpoint.options.concurrency)
-        headers = {"Accept-Encoding": "gzip", **endpoint.headers()}  # which is what `_received` decodes
+        headers = {"Accept-Encoding": "gzip", **endpoint.headers()}  # `_received` decodes it
         self._http = AsyncClient(headers=headers, limits=limits, timeout=endpoint.options.timeout)
         self._room = asyncio.Semaphore(endpoint.options.concurrency)
         self._asked: dict[str, asyncio.Lock] = {}
@@ -212,32 +214,32 @@ class ChatClient:
             self._http = None
 
     async def gather(self, tasks: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
-        """Carry out tasks that ask, side by side, and return their results in order.
+        """Run tasks concurrently, and return their results in order.
 
         Raises:
-            UserError: The endpoint refused, kept failing, or the time is over; what was answered is in the log.
+            UserError: The endpoint refused, or failed after all retries, or the time limit is over.
         """
         try:
             async with asyncio.timeout_at(self.endpoint.deadline), asyncio.TaskGroup() as group:
                 running = [group.create_task(task) for task in tasks]
         except TimeoutError:
             raise UserError(
-                f"the time limit of {self.endpoint.options.time_limit} seconds is over", "What was answered is kept."
+                f"the time limit of {self.endpoint.options.time_limit} seconds is over", "Answers so far are kept."
             ) from None
         except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None  # the others were under way, and stopped with it
+            raise errors.exceptions[0] from None  # the other tasks were cancelled
         return [task.result() for task in running]
 
     async def ask(
         self, messages: Messages, where: str, attempt: int = 0, temperature: float | None = None
     ) -> str | None:
-        """The model's text, from the log if it was asked the same before; None if it is no whole reply.
+        """Return the model's text, from the log if it contains the same request; None if the reply is incomplete.
 
         Args:
             messages: The chat.
-            where: What is asked about, in words, for error messages and for who reads the log.
-            attempt: Sets apart, by the seed, requests that are otherwise the same.
-            temperature: The endpoint's own if None.
+            where: A description of the request for messages and for the log.
+            attempt: Added to the seed, to distinguish requests that are otherwise equal.
+            temperature: Sampling temperature; that of the endpoint if None.
 
         Raises:
             UserError: The endpoint refuses, or fails after all retries.
@@ -245,7 +247,7 @@ class ChatClient:
         if self._http is None:
             raise RuntimeError("ask within `async with client`")
         key = hashlib.sha256(json.dumps([messages, attempt, temperature]).encode()).hexdigest()[:32]
-        async with self._asked.setdefault(key, asyncio.Lock()):  # the same question by two tasks is asked once
+        async with self._asked.setdefault(key, asyncio.Lock()):  # concurrent equal requests are sent once
             if key not in self.log.texts:
                 async with self._room:
                     text, finish_reason = await self._with_retries(self._body(messages, attempt, temperature), where)
@@ -277,8 +279,8 @@ class ChatClient:
             return await retrying(self._request, body, where)
         except _Failed as failure:
             raise UserError(
-                f"{where}: {self.endpoint.url} failed {options.retries + 1} times, at last with: {failure}",
-                "What was answered is kept. See --endpoint.retries and --endpoint.timeout.",
+                f"{where}: {self.endpoint.url} failed {options.retries + 1} times, the last time with: {failure}",
+                "Answers so far are kept. See --endpoint.retries and --endpoint.timeout.",
             ) from failure
 
     def _delay(self, state: "RetryCallState") -> float:
@@ -295,21 +297,21 @@ class ChatClient:
         return wait_random_exponential(multiplier=options.first_delay, max=options.longest_delay)(state)
 
     async def _request(self, body: dict[str, Any], where: str) -> tuple[str, str | None]:
-        """The model's text, and why it ended if the server says so."""
+        """Send one request; return the model's text and the finish reason, if given."""
         from httpx2 import HTTPError, InvalidURL
 
         address = self.endpoint.address
         try:
-            async with asyncio.timeout(self.endpoint.options.timeout):  # httpx2 limits the wait for each byte alone
+            async with asyncio.timeout(self.endpoint.options.timeout):  # the timeout of httpx2 restarts with each byte
                 response = await self._received(body, where)
         except TimeoutError:
             raise _Failed(f"no answer within {self.endpoint.options.timeout} seconds") from None
         except HTTPError as error:
             raise _Failed(self._printable(f"{type(error).__name__}: {error}")) from error
         except InvalidURL as error:
-            raise UserError(f"{address} is no address: {error}", ADDRESS_HINT) from error
+            raise UserError(f"{address} is not an address: {error}", ADDRESS_HINT) from error
         except zlib.error as error:
-            raise _Failed(f"a body that is no gzip: {error}") from error
+            raise _Failed(f"a body that is not gzip: {error}") from error
         content = json_of(response.content)
         status = f"{response.status_code} {response.reason_phrase}"
         said = self._printable(f"{status}: {error_of(content) or response.text}")
@@ -320,10 +322,10 @@ class ChatClient:
             self._refuse_long_wait(wait, said, where)
             raise _Failed(said, wait)
         if error_of(content):
-            raise _Failed(f"an error in place of an answer: {said}")
+            raise _Failed(f"an error instead of an answer: {said}")
         if streams(response):
             raise UserError(
-                f"{where}: {address}: the server streams, and one JSON object is expected: {said}",
+                f"{where}: {address}: the server sent a stream instead of one JSON object: {said}",
                 "Turn streaming off, for example with stream: false in --agent.extra or --judge.extra.",
             )
         try:
@@ -331,17 +333,17 @@ class ChatClient:
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(map(str, first["loc"])) or "top level"
-            raise _Failed(self._printable(f"no chat completion: {place}: {first['msg']}: {response.text}")) from None
+            raise _Failed(self._printable(f"not a chat completion: {place}: {first['msg']}: {response.text}")) from None
         text = text_of(choice.message.content).encode("utf-8", "replace").decode()
         return self.endpoint.without_key(text), choice.finish_reason and self._printable(choice.finish_reason)
 
     async def _received(self, body: dict[str, Any], where: str) -> Received:
-        """A whole response, unless it has more than `MOST_AT_ONCE` bytes: then no more of it is read or decoded."""
+        """Receive and decode a response of at most `MOST_AT_ONCE` bytes; stop at the limit."""
         assert self._http is not None
         async with self._http.stream("POST", self.endpoint.address, json=body) as response:
             coding = response.headers.get("content-encoding", "identity").strip().lower()
             if coding not in ("identity", "gzip", ""):
-                raise _Failed(self._printable(f"a body in {coding}, and gzip or none was asked for"))
+                raise _Failed(self._printable(f"a body in {coding}, but only gzip is supported"))
             decoder = zlib.decompressobj(16 + zlib.MAX_WBITS) if coding == "gzip" else None
             content = bytearray()
             sent = 0
@@ -368,34 +370,36 @@ class ChatClient:
             raise UserError(
                 f"{where}: {endpoint.url} asks to wait {duration(wait)}, longer than endpoint.longest_wait "
                 f"({duration(longest)}): {said}",
-                "What was answered is kept: go on later, or give a greater --endpoint.longest_wait.",
+                "Answers so far are kept: continue later, or give a greater --endpoint.longest_wait.",
             )
         if endpoint.deadline is not None and time.monotonic() + wait > endpoint.deadline:
             raise UserError(
-                f"{where}: {endpoint.url} asks to wait {duration(wait)}, longer than the time limit leaves: {said}",
-                "What was answered is kept: go on later, or give a greater --endpoint.time_limit.",
+                f"{where}: {endpoint.url} asks to wait {duration(wait)}, longer than the remaining time: {said}",
+                "Answers so far are kept: continue later, or give a greater --endpoint.time_limit.",
             )
 
     def _hint(self, status: int, content: Any, body: dict[str, Any]) -> str:
         error = content.get("error") if isinstance(content, dict) else None
         parameter = error.get("param") if isinstance(error, dict) else None
         if parameter in ("temperature", "seed") and parameter in body:
-            what = f"Leave it out with {parameter}: null in --agent.extra or --judge.extra"
+            what = f"Remove it with {parameter}: null in --agent.extra or --judge.extra"
         elif status in (401, 403):
             variable = self.endpoint.key_variable
-            what = f"Check the key in {variable}" if variable else "Name the variable of a key, --agent.key_variable"
+            what = (
+                f"Check the key in {variable}" if variable else "Name the variable of a key with --agent.key_variable"
+            )
         elif status == 404:
             what = "Check the address, which often ends in /v1, and the model's name"
         else:
-            what = "Mend the options"
-        return f"{what}; what was answered is kept."
+            what = "Correct the options"
+        return f"{what}; answers so far are kept."
 
     def _printable(self, text: str) -> str:
         return shortened(printable(self.endpoint.without_key(" ".join(text.split()))), LONGEST_SAID)
 
 
 class _Failed(Exception):  # noqa: N818 - not an error until the retries are used up
-    """A request that may go well when it is tried again, at the earliest `retry_after` seconds from now."""
+    """A request that may succeed when retried, after `retry_after` seconds if given."""
 
     def __init__(self, what: str, retry_after: float | None = None) -> None:
         super().__init__(what)

@@ -1,4 +1,4 @@
-"""Judges: whatever says of a proposal after a history whether the user accepts it."""
+"""Judges: they decide whether the user accepts a proposal after a history."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,15 +14,17 @@ from models.judging.weights import Weights
 from models.learning.calibration import DECISION
 from models.learning.reward_classifier import RewardClassifier
 
-RETRY_TEMPERATURE = 0.5  # an unreadable verdict is asked for again with some chance in it, or it would come again
+RETRY_TEMPERATURE = 0.5  # for retries after an unreadable verdict; at temperature 0 it would come again
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge makes of a proposal.
+    """A judge's output for a proposal.
 
-    `accepted` is None where the judge gave no readable verdict; `probability` is P(accepted) where it says so, and
-    `thought` its reason where it gives one.
+    Attributes:
+        accepted: The decision; None if the judge gave no readable verdict.
+        probability: P(accepted), if the judge gives it.
+        thought: The judge's reason, if it gives one.
     """
 
     accepted: bool | None
@@ -31,26 +33,26 @@ class Verdict:
 
 
 class Judge(Protocol):
-    """Accepts or rejects proposals. One more judge is one more class with these methods."""
+    """Accepts or rejects proposals. A new kind of judge is a new class with these methods."""
 
     def describe(self) -> Description:
-        """What it is."""
+        """Return its settings and its source."""
         ...
 
     async def judge(self, pairs: Sequence[Pair], advance: Advance = uncounted) -> list[Verdict]:
-        """A verdict on each pair of a history and a proposal, in order; `advance` is called after each."""
+        """Return a verdict for each pair of a history and a proposal, in order; `advance` is called after each."""
         ...
 
     def release(self) -> None:
-        """Free a device's memory until the next call; most have none."""
+        """Free device memory until the next call; most judges use none."""
         return
 
 
 class RecordedJudge(Judge):
-    """Repeats judgments that were recorded; on anything else it has no verdict.
+    """Returns recorded judgments of one trace, and no verdict for anything else.
 
     Args:
-        judgments: By the number of events of a history, and the proposal after it: those of a single trace.
+        judgments: The judgments, by the number of events of a history and the proposal after it.
     """
 
     def __init__(self, judgments: Mapping[tuple[int, str | None], bool]) -> None:
@@ -67,9 +69,9 @@ class EndpointJudge(Judge):
     """A generative reward model behind an endpoint.
 
     Args:
-        client: Asks the model.
-        prompt: What it is told.
-        attempts: How often it is asked, at most, until its verdict can be read.
+        client: The client of the endpoint.
+        prompt: The prompt.
+        attempts: Maximum number of requests until a verdict can be parsed.
     """
 
     def __init__(self, client: ChatClient, prompt: ChatPrompt, attempts: int = 3) -> None:
@@ -103,11 +105,11 @@ class EndpointJudge(Judge):
 
 
 class RewardJudge(Judge):
-    """A trained reward classifier: it accepts where P(accepted), calibrated, is above `DECISION`.
+    """A trained reward classifier: it accepts if the calibrated P(accepted) is above `DECISION`.
 
     Args:
         weights: The classifier.
-        doing: What it does, for the progress shown.
+        doing: The label of its progress.
     """
 
     def __init__(self, weights: Weights[RewardClassifier], doing: str = "judging") -> None:

@@ -1,4 +1,4 @@
-"""P(accepted) of proposals after histories, from trained weights and without a Trainer.
+"""Computes P(accepted) of proposals after histories, without a Trainer.
 
 Shape legend: R rows, D hidden size, C classes.
 """
@@ -25,18 +25,17 @@ from models.networks.backbone import classify_states
 
 
 class Scorer:
-    """A trained reward classifier that stays on its device, ready for the next proposal.
+    """A trained reward classifier that stays on its device between calls.
 
-    Proposals after many histories are computed as in training, as prefix trees where the backbone allows it. Those
-    after a single history go on from a cache of what was read for the call before: along a session, each event is read
-    once.
+    Pairs with several histories are computed as in training, as prefix trees if the backbone supports them. Pairs with
+    one history use a KV cache that is kept between calls, so a session computes each event once.
 
     Args:
         weights: A trained reward classifier and the state of its data module.
-        device: Where to compute; a GPU if there is one, if None.
+        device: The device; a GPU if there is one, if None.
 
     Attributes:
-        truncated: How many of the rows so far lost their oldest events to `data.max_length`.
+        truncated: Number of rows so far that lost their oldest events to `data.max_length`.
     """
 
     def __init__(self, weights: Weights[RewardClassifier], device: torch.device | None = None) -> None:
@@ -46,14 +45,14 @@ class Scorer:
         self.data = RewardDataModule.from_state(weights.state)
         self.truncated = 0
         self._layout = self.data.layout
-        self._settled_for = (0, 0)  # tokens of the longest row and of the largest tree that were tried
+        self._settled_for = (0, 0)  # tokens of the longest row and of the largest tree in the last self-test
         self._cache: PrefixCache | None = None
 
     def score(self, pairs: Sequence[Pair]) -> list[float]:
-        """P(accepted), calibrated, of each pair of a history and a proposal.
+        """Return the calibrated P(accepted) of each pair of a history and a proposal.
 
         Raises:
-            UserError: Instructions and a proposal are longer than the network reads.
+            UserError: Instructions and a proposal are longer than `data.max_length`, or a probability is NaN.
         """
         if not pairs:
             return []
@@ -67,27 +66,27 @@ class Scorer:
             probability_R = logits_RC.float().double().softmax(-1)[:, 1].cpu()
         if not torch.isfinite(probability_R).all():
             raise UserError(
-                f"{self.weights.source}: a probability is no number",
-                "Use a checkpoint from before its weights went wrong.",
+                f"{self.weights.source}: a probability is NaN",
+                "Use an earlier checkpoint.",
             )
         return calibrated(probability_R, model.temperature).tolist()
 
     def release(self) -> None:
-        """Free the device's memory; the next call takes it again."""
+        """Free device memory until the next call."""
         self._cache = self._cache and PrefixCache(self._cache.network)
         self.weights.model.cpu()
 
     def row_of(self, pair: Pair) -> Integers:
-        """The token ids that the network reads of a pair."""
+        """Return the token ids of a pair, (T,) int64."""
         data = self.data
-        recent = pair.history[-data.max_length :]  # an event has a token at least
+        recent = pair.history[-data.max_length :]  # an event has at least one token
         where = pair.where or f"a proposal after {len(pair.history)} events"
         found = data.row_ids(recent, [render_proposal(data.template, pair.proposal)], where)
         self.truncated += found.truncated or len(recent) < len(pair.history)
         return data.without_padding_at_the_end(np.array(found.input_ids))
 
     def _settle(self, rows: Sequence[Integers], one_history: bool) -> None:
-        """Try how the network reads rows and trees as large as these, or, where a history will grow, as they get."""
+        """Run the self-tests for rows and trees of this size, or of the maximum size if a history will grow."""
         longest, largest = max(map(len, rows)), min(self.data.token_budget, sum(map(len, rows)))
         if longest <= self._settled_for[0] and largest <= self._settled_for[1]:
             return
@@ -106,7 +105,7 @@ class Scorer:
         return classify_states(self._cache.network, self._cache.states([row.tolist() for row in rows]))
 
     def _batched(self, rows: Sequence[Integers]) -> Tensor:
-        """Logits (R, C) in the micro-batches of an evaluation."""
+        """Return the logits (R, C), computed in the micro-batches of an evaluation."""
         layout = self.data.layout_of(cast("Sequence[Sequence[int]]", rows))
         parts: list[Tensor] = []
         order: list[int] = []

@@ -1,4 +1,4 @@
-"""Trained weights, what they were trained on, and which of several may be asked about a trace."""
+"""Loaded weights, their training data, and the choice of weights for a trace."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -18,17 +18,17 @@ Made = TypeVar("Made")
 
 
 class Tie(IntEnum):
-    """What weights have to do with a trace, the least first."""
+    """How much of a trace the weights have seen, in increasing order."""
 
     NONE = 0
-    UNKNOWN = 1  # not trained on it; an old checkpoint does not say what it was validated on
-    VALIDATED = 2  # it chose their best step and calibrated them
+    UNKNOWN = 1  # not trained on it; an old checkpoint does not list its validation data
+    VALIDATED = 2  # it selected the best weights and calibrated them
     TRAINED = 3
 
 
 @dataclass(frozen=True)
 class Weights(Generic[Model]):
-    """A trained model, what its data module kept, and where it was loaded from."""
+    """A loaded model, the saved state of its data module, and the path that it was loaded from."""
 
     model: Model
     state: dict[str, Any]
@@ -36,7 +36,7 @@ class Weights(Generic[Model]):
 
     @cached_property
     def digest(self) -> str:
-        """Of the weights, in hexadecimal: the same ones have the same."""
+        """SHA-256 of the weights, hexadecimal: equal weights have equal digests."""
         assert self.model.network is not None, "a loaded model has weights"
         digest = hashlib.sha256()
         for name, weight in sorted(self.model.network.state_dict().items()):
@@ -45,7 +45,7 @@ class Weights(Generic[Model]):
         return digest.hexdigest()
 
     def tie(self, trace: Trace, namesake: Trace | None) -> Tie:
-        """Whether its training or validation rows hold the trace's session."""
+        """Return whether training or validation rows contain the trace's session."""
         if self._holds("training", trace, namesake):
             return Tie.TRAINED
         if "validation_histories" not in self.state:
@@ -58,7 +58,7 @@ class Weights(Generic[Model]):
 
 
 def best_device() -> torch.device:
-    """Where a loaded model computes: on a GPU if there is one."""
+    """The device for inference: a GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -70,21 +70,21 @@ def assign(
     contaminated: bool = False,
     but_not: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Weights[Model]], dict[str, Tie]]:
-    """Weights for each trace: the first of those with the least tie to it.
+    """Assign weights to each trace: the first of those with the weakest tie to it.
 
     Args:
-        candidates: In order of preference; several are the folds of a cross-validation.
-        traces: What is to be judged.
+        candidates: Weights in order of preference, for example the folds of a cross-validation.
+        traces: The traces.
         namesakes: The data root's own traces by name.
-        option: Where the candidates come from, for messages.
-        contaminated: Whether to take weights that were trained on a trace where all were.
-        but_not: By trace name, the digest of weights that are not to be taken.
+        option: The option that named the candidates, for messages.
+        contaminated: Whether weights that were trained on a trace are allowed if all were.
+        but_not: By trace name, the digest of weights that must not be used.
 
     Returns:
-        The weights by trace name, and what they have to do with the trace.
+        The weights by trace name, and their tie to the trace.
 
     Raises:
-        UserError: All were trained on a trace, or none are left.
+        UserError: All candidates were trained on a trace, or none is left.
     """
     assigned: dict[str, Weights[Model]] = {}
     ties: dict[str, Tie] = {}
@@ -92,8 +92,8 @@ def assign(
         left = [one for one in candidates if not but_not or one.digest != but_not[trace.name]]
         if not left:
             raise UserError(
-                f"{option}: the weights that hold offers back in {trace.name} are those that judge them",
-                "Give other weights, or --gate-is-judge to measure it so and have it stamped on the result.",
+                f"{option}: the weights that filter the offers of {trace.name} also judge them",
+                "Give other weights, or --gate-is-judge to allow it and mark the result.",
             )
         found = [one.tie(trace, namesakes.get(trace.name)) for one in left]
         ties[trace.name] = min(found)
@@ -101,14 +101,14 @@ def assign(
     known = [name for name, tie in ties.items() if tie == Tie.TRAINED]
     if known and not contaminated:
         raise UserError(
-            f"{option}: trained on {len(known)} of the {len(traces)} traces that it is to judge: {', '.join(known)}",
-            "Give checkpoints of folds that leave them out, or --contaminated to have it stamped on the result.",
+            f"{option}: trained on {len(known)} of the {len(traces)} traces to judge: {', '.join(known)}",
+            "Give checkpoints of folds that leave them out, or --contaminated to allow it and mark the result.",
         )
     return assigned, ties
 
 
 def one_for_each(assigned: Mapping[str, Weights[Model]], make: Callable[[Weights[Model]], Made]) -> dict[str, Made]:
-    """What is made of the weights of each trace, once for the same weights."""
+    """Call `make` once for each distinct weights, and return the results by trace name."""
     made: dict[str, Made] = {}
     for weights in assigned.values():
         if weights.digest not in made:

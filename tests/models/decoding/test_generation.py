@@ -294,8 +294,12 @@ def test_weights_in_bfloat16_serve(family: str) -> None:
 @pytest.mark.parametrize(
     ("family", "options", "reason"),
     [
-        ("mistral", {"sliding_window": 8}, "its layers see 8 tokens back, and prompts with their answers have up to"),
-        ("gemma3_text", {"sliding_window": 8}, "its layers see 8 tokens back"),
+        (
+            "mistral",
+            {"sliding_window": 8},
+            "its layers attend to the last 8 tokens, and prompts with answers have up to",
+        ),
+        ("gemma3_text", {"sliding_window": 8}, "its layers attend to the last 8 tokens"),
         ("bloom", {}, "it refuses branches"),
     ],
 )
@@ -328,13 +332,13 @@ def test_a_network_that_drops_the_positions_is_found_out() -> None:
         return inner(*arguments, **{**inputs, "position_ids": None})
 
     model.transformer.forward = forward
-    assert "logits are others than those after its prompt" in str(branch_problem(model, longest=64))
+    assert "logits of an answer differ from those after its prompt" in str(branch_problem(model, longest=64))
 
 
 def test_an_attention_without_masks_is_named(llama: PreTrainedModel) -> None:
     model = network("llama")
     model.config._attn_implementation = "flash_attention_2"
-    assert branch_problem(model, longest=64) == "attention flash_attention_2 takes no mask of our own"
+    assert branch_problem(model, longest=64) == "attention flash_attention_2 accepts no custom mask"
 
 
 def test_the_backbones_own_penalties_do_not_count() -> None:

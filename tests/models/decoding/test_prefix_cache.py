@@ -82,7 +82,7 @@ def test_what_was_read_is_not_read_again(llama: PreTrainedModel) -> None:
 @pytest.mark.parametrize(
     ("family", "options", "reason"),
     [
-        ("mistral", {"sliding_window": 8}, "its layers see 8 tokens back, and rows have up to 64"),
+        ("mistral", {"sliding_window": 8}, "its layers attend to the last 8 tokens, and rows have up to 64"),
         ("bloom", {}, "it refuses a cache"),
     ],
 )
@@ -101,4 +101,4 @@ def test_a_network_that_drops_the_mask_or_the_positions_is_found_out() -> None:
             return inner(*arguments, **{**inputs, dropped: None})
 
         model.transformer.forward = forward
-        assert "a cache gives other states than whole rows" in str(cache_problem(model, longest=64))
+        assert "a kept cache gives other states than whole rows" in str(cache_problem(model, longest=64))

@@ -59,9 +59,9 @@ def test_a_log_of_other_settings_is_refused_and_says_what_differs(tmp_path: Path
     kept(path, {"model": "m", "temperature": 0.0})
     kept(path, {"temperature": 0.0, "model": "m"})  # the same in another order
     before = path.read_bytes()
-    with pytest.raises(UserError, match=r"log.jsonl was begun with temperature 0.0, and this is 0.7"):
+    with pytest.raises(UserError, match=r"log.jsonl was started with temperature 0.0, and now it is 0.7"):
         kept(path, {"model": "m", "temperature": 0.7})
-    with pytest.raises(UserError, match=r"was begun with seed null, and this is 1"):
+    with pytest.raises(UserError, match=r"was started with seed null, and now it is 1"):
         kept(path, {"model": "m", "temperature": 0.0, "seed": 1})
     assert path.read_bytes() == before
 
@@ -74,7 +74,7 @@ EARLIER = b'{"settings": {"model": "m"}}\n{"key": "a", "where": "b", "text": "c"
 @pytest.mark.parametrize("content", [b"hello\n", b"[]\n", NO_ENTRY, b"5\n", EARLIER, DEEP])
 def test_a_file_that_is_no_log_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match="is no log of an evaluation"):
+    with pytest.raises(UserError, match="is not the log of an evaluation"):
         kept(tmp_path / "log.jsonl", SETTINGS)
     assert (tmp_path / "log.jsonl").read_bytes() == content
 

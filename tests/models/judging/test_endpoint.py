@@ -157,7 +157,7 @@ def test_an_error_with_status_200_is_refused_where_its_code_says_so(error: dict[
 def test_a_server_that_streams_is_told_and_not_asked_again(reply: Reply, log: AnswerLog) -> None:
     with (
         chat_server(lambda body, before: reply) as chat,
-        pytest.raises(UserError, match="the server streams") as caught,
+        pytest.raises(UserError, match="the server sent a stream") as caught,
     ):
         ask(chat, log, ["a"])
     assert len(chat.bodies) == 1
@@ -229,7 +229,7 @@ def test_a_wait_beyond_the_time_limit_ends_it_at_once(log: AnswerLog) -> None:
     options = EndpointOptions(**QUICK, time_limit=100)
     with chat_server(lambda body, before: reply) as chat:
         endpoint = Endpoint(chat.url, "m", options=options, deadline=time.monotonic() + 100)
-        with pytest.raises(UserError, match=r"asks to wait 8\.33 minutes, longer than the time limit leaves"):
+        with pytest.raises(UserError, match=r"asks to wait 8\.33 minutes, longer than the remaining time"):
             asked_of(endpoint, log, lambda client: client.ask([], "a"))
     assert len(chat.bodies) == 1
 
@@ -255,7 +255,7 @@ def test_a_wait_is_told_once(caplog: pytest.LogCaptureFixture, monkeypatch: pyte
         (Reply(status=401, body=b'{"detail": "who are you?"}'), "--agent.key_variable"),
         (
             Reply(status=400, body=b'{"error": {"message": "Unsupported value", "param": "temperature"}}'),
-            "Leave it out with temperature: null",
+            "Remove it with temperature: null",
         ),
     ],
 )
@@ -278,7 +278,7 @@ def test_an_addresss_query_is_kept_and_its_path_is_joined(suffix: str, query: st
 def test_a_server_that_is_not_there(log: AnswerLog) -> None:
     with chat_server(echo) as chat:
         pass
-    with pytest.raises(UserError, match="failed 2 times, at last with: ConnectError"):
+    with pytest.raises(UserError, match="failed 2 times, the last time with: ConnectError"):
         ask(chat, log, ["a"], retries=1)
 
 
@@ -400,7 +400,7 @@ def test_a_packed_response_is_read(log: AnswerLog) -> None:
 @pytest.mark.parametrize("coding", ["br", "zstd", "gzip, gzip", "deflate"])
 def test_what_is_packed_otherwise_or_twice_is_not_unpacked(coding: str, log: AnswerLog) -> None:
     reply = Reply(body=bomb(1000), headers={"Content-Encoding": coding})
-    with chat_server(lambda body, before: reply) as chat, pytest.raises(UserError, match=f"a body in {coding}, and"):
+    with chat_server(lambda body, before: reply) as chat, pytest.raises(UserError, match=f"a body in {coding}, but only gzip"):
         ask(chat, log, ["a"], retries=0)
 
 
@@ -418,7 +418,7 @@ def test_what_is_packed_otherwise_or_twice_is_not_unpacked(coding: str, log: Ans
 def test_a_body_that_cannot_be_read_is_no_answer(reply: Reply, log: AnswerLog) -> None:
     with chat_server(lambda body, before: reply) as chat, pytest.raises(UserError) as caught:
         ask(chat, log, ["a"], retries=0)
-    assert re.search("a body that is no gzip|no chat completion", caught.value.what)
+    assert re.search("a body that is not gzip|not a chat completion", caught.value.what)
     assert len(str(caught.value).splitlines()) == 2
 
 
@@ -485,7 +485,7 @@ def test_blanks_around_a_key_are_left_out(
 )
 def test_what_cannot_be_a_key_is_refused_before_it_is_used(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", key)
-    with pytest.raises(UserError, match="MY_KEY holds something else than a key") as caught:
+    with pytest.raises(UserError, match="MY_KEY is not a key") as caught:
         Endpoint("http://x/v1", "m", "MY_KEY")
     assert KEY not in str(caught.value)
     monkeypatch.setenv("MY_KEY", " \n")
@@ -509,13 +509,13 @@ SECRETS = ("key", "api_key", "subscription-key", "access_token", "sig", "code", 
 @pytest.mark.parametrize(
     ("url", "key_variable", "message"),
     [
-        ("localhost:8000", None, "is no address"),
-        ("ftp://x/v1", None, "is no address"),
+        ("localhost:8000", None, "is not an address"),
+        ("ftp://x/v1", None, "is not an address"),
         ("http://user:pw@x/v1", None, "more than a host, a path"),
         *((f"http://x/v1?a=1&{name}=pw", None, "more than a host, a path") for name in SECRETS),
         ("http://x/v1#pw", None, "more than a host, a path"),
-        ("http://x:pw/v1", None, "is no address"),
-        ("http://[x/v1", None, "is no address"),
+        ("http://x:pw/v1", None, "is not an address"),
+        ("http://[x/v1", None, "is not an address"),
         ("http://x/v1", "NOT_SET_ANYWHERE", "environment variable NOT_SET_ANYWHERE is not set"),
     ],
 )

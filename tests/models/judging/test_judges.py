@@ -104,9 +104,9 @@ def test_a_trace_takes_the_first_weights_that_do_not_know_it_and_do_not_judge_it
         return [assigned[trace.name].digest for trace in traces], [n for n, tie in ties.items() if tie == Tie.TRAINED]
 
     assert names([both, a, b]) == (["B", "A", "C"], [])
-    with pytest.raises(UserError, match=r"--judge: trained on 2 of the 3 traces that it is to judge: a, b"):
+    with pytest.raises(UserError, match=r"--judge: trained on 2 of the 3 traces to judge: a, b"):
         names([both])
     assert names([both], contaminated=True) == (["C", "C", "C"], ["a", "b"])
-    with pytest.raises(UserError, match="are those that judge them"):
+    with pytest.raises(UserError, match="also judge them"):
         names([a], contaminated=True, but_not={"a": "B", "b": "A", "c": "B"})
     assert names([a, b], contaminated=True, but_not={"a": "B", "b": "A", "c": "A"}) == (["A", "B", "B"], ["a", "b"])

@@ -130,5 +130,5 @@ def test_a_probability_that_is_no_number_is_refused(scorer: Callable[..., Scorer
     assert mine.weights.model.network is not None
     torch.nn.init.constant_(mine.weights.model.network.score.weight, float("nan"))
     for pairs in ([Pair(EVENTS[:2], None)], [Pair(EVENTS[:2], None), Pair(EVENTS[:3], None)]):
-        with pytest.raises(UserError, match="here: a probability is no number"):
+        with pytest.raises(UserError, match="here: a probability is NaN"):
             mine.score(pairs)

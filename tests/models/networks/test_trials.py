@@ -104,7 +104,7 @@ def test_what_changes_with_the_length_is_found_by_trial(kind: str, dtype: torch.
 def test_answers_that_change_with_the_length_are_found_by_trial(kind: str) -> None:
     model = network(*(CHANGES_WITH_LENGTH | ONLY_LANGUAGE)[kind], auto=AutoModelForCausalLM)
     problem = branch_problem(model, LONG)
-    assert "an answer's logits are others than those after its prompt" in str(problem)
+    assert "the logits of an answer differ from those after its prompt" in str(problem)
     assert f"with prompts and answers of up to {LONG} tokens" in str(problem)
     # GPT-Neo's window counts what stands between, and branches stand between.
     assert (branch_problem(model, SHORT) is None) == (kind != "GPT-Neo's window")

@@ -177,7 +177,7 @@ def test_a_judge_is_not_contaminated_in_silence(finished_run: FinishedRun, call:
     judged = ("--agent.traces=traces", "--judge.checkpoint", finished_run.folder)
     ended = call(evaluate.main, "agent", *judged, "--output=out")
     assert ended.code == 2
-    assert f"trained on 1 of the 2 traces that it is to judge: {names[0]}" in ended.err
+    assert f"trained on 1 of the 2 traces to judge: {names[0]}" in ended.err
     assert not (tmp_path / "out").exists()
 
     ended = evaluated(call, *judged, "--output=out", "--contaminated")
@@ -305,7 +305,7 @@ def test_the_gate_must_not_be_the_judge(fresh: Path, finished_run: FinishedRun, 
     )
     ended = call(evaluate.main, "agent", *judged)
     assert ended.code == 2
-    assert "--gate: the weights that hold offers back in trace_0.json are those that judge them" in ended.err
+    assert "--gate: the weights that filter the offers of trace_0.json also judge them" in ended.err
     ended = evaluated(call, *judged, "--gate-is-judge")
     assert metrics(tmp_path / "out")["gate_is_judge"] is True
     assert "THE GATE IS THE JUDGE" in " ".join(ended.out.split())
@@ -361,7 +361,7 @@ def test_agent_and_judge_behind_endpoints(call: Callable, tmp_path: Path, monkey
         evaluated(call, *both(chat, *keys), "--output=out")  # finished: nothing is asked
         assert len(chat.bodies) == asked
         refused = call(evaluate.main, "agent", *both(chat, *keys), "--output=out", "--seed=5")
-        assert (refused.code, "was begun with seed 0, and this is 5" in refused.err) == (2, True)
+        assert (refused.code, "was started with seed 0, and now it is 5" in refused.err) == (2, True)
     record = metrics(tmp_path / "out")
     assert counts(record["figures"]) == by_hand()
     assert record["agent"]["url"] == chat.url
@@ -419,7 +419,7 @@ def test_of_several_candidates_one_accepted_is_enough(call: Callable, tmp_path: 
 
     with chat_server(answer) as chat:
         same = call(evaluate.main, "agent", *both(chat, "--candidates=3"))
-        assert (same.code, "3 candidates at temperature 0 are the same one" in same.err) == (2, True)
+        assert (same.code, "3 candidates at temperature 0 are equal" in same.err) == (2, True)
         ended = evaluated(call, *both(chat, "--candidates=3", "--temperature=0.7", "--seed=3"), "--output=out")
     record = metrics(tmp_path / "out")
     events = int(record["figures"]["events"])
@@ -477,7 +477,7 @@ def test_an_endpoint_that_fails_stops_it_says_how_to_go_on_and_keeps_the_rest(ca
         ended = call(evaluate.main, "agent", *options)
         assert ended.code == 2
         assert ", event " in ended.err
-        assert "failed 2 times, at last with: 500" in ended.err
+        assert "failed 2 times, the last time with: 500" in ended.err
         assert "--output runs/evaluate/0" in ended.err
         asked = len(chat.bodies)
         chat.answer = plain_chat
