@@ -400,7 +400,7 @@ def test_a_packed_response_is_read(log: AnswerLog) -> None:
 @pytest.mark.parametrize("coding", ["br", "zstd", "gzip, gzip", "deflate"])
 def test_what_is_packed_otherwise_or_twice_is_not_unpacked(coding: str, log: AnswerLog) -> None:
     reply = Reply(body=bomb(1000), headers={"Content-Encoding": coding})
-    with chat_server(lambda body, before: reply) as chat, pytest.raises(UserError, match=f"a body in {coding}, but only gzip"):
+    with chat_server(lambda body, before: reply) as chat, pytest.raises(UserError, match=f"a body in {coding}, but"):
         ask(chat, log, ["a"], retries=0)
 
 
