@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Le
 
+from datamodules.corpus.agreement import interval
 from datamodules.corpus.records import AnnotatedRow, read_jsonl
 from datamodules.corpus.simulator import simulate
 from datamodules.corpus.sources import load_corpus
@@ -23,7 +24,7 @@ from datamodules.corpus.units import read_units, units_of_rows
 from datamodules.errors import UserError
 from datamodules.ranges import FINITE, Tries
 from proactive.annotation.export import Rule, export
-from proactive.annotation.figures import agreement_figures, interval, votes_of_project, votes_of_rows
+from proactive.annotation.figures import agreement_figures, votes_of_project, votes_of_rows
 from proactive.annotation.store import Store
 from proactive.commands import program
 from proactive.parser import Parser

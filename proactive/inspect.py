@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Any
 
 from datamodules.batching.prefix_tree import PrefixOrder
-from datamodules.corpus.agreement import nominal_alpha
+from datamodules.corpus.agreement import agreement, interval
 from datamodules.corpus.records import AnnotatedRow, Category
 from datamodules.corpus.sources import Corpus, load_corpus
 from datamodules.corpus.splits import contamination, history_digests, split_by_scene
@@ -86,11 +86,17 @@ def _row_figures(rows: Sequence[AnnotatedRow], template: PromptTemplate, segment
         "tokens": {"as_rows": sum(tokens), "as_tree": PrefixOrder(ids).tokens(range(len(ids)))},
         "human_agreement": sum(answers) / len(answers) if answers else None,
         "krippendorff_alpha": {
-            "all": nominal_alpha(row.annotation for row in rows),
-            "proposals": nominal_alpha(row.annotation for row in rows if row.proposal is not None),
-            "silence": nominal_alpha(row.annotation for row in rows if row.proposal is None),
+            "all": _alpha(rows),
+            "offers": _alpha([row for row in rows if row.proposal is not None]),
+            "silence": _alpha([row for row in rows if row.proposal is None]),
         },
     }
+
+
+def _alpha(rows: Sequence[AnnotatedRow]) -> dict[str, float | None]:
+    """Krippendorff's alpha, and its interval over scenes."""
+    found = agreement((row.scene, row.annotation) for row in rows)
+    return {name: value for name, value in found.items() if name.startswith("alpha")}
 
 
 def _contamination_figures(corpus: Corpus, folds: int, seed: int) -> dict[str, Any]:
@@ -153,10 +159,9 @@ def _tables(figures: dict[str, Any]) -> list[Table]:
     add("tokens, as a prefix tree", [f"{column['tokens']['as_tree']:,}" for column in columns])
     agreements = [column["human_agreement"] for column in columns]
     add("human agreement", ["" if agreement is None else f"{agreement:.3f}" for agreement in agreements])
-    for kind in ("all", "proposals", "silence"):
-        alphas = [column["krippendorff_alpha"][kind] for column in columns]
+    for kind in ("all", "offers", "silence"):
         label = "annotators' alpha" if kind == "all" else f"  {kind}"
-        add(label, ["" if alpha is None else f"{alpha:.3f}" for alpha in alphas])
+        add(label, [interval(column["krippendorff_alpha"][kind], "alpha") for column in columns])
     every = figures["all"]
     rows.caption = (
         f"together {every['rows']} rows, {every['scenes']} scenes, {every['distinct_histories']} distinct histories, "

@@ -9,21 +9,6 @@ import numpy as np
 RESAMPLES = 1000
 
 
-def nominal_alpha(units: Iterable[Sequence[Hashable]]) -> float | None:
-    """Krippendorff's alpha of nominal labels: 1 is full agreement, 0 what chance gives, below it systematic dissent.
-
-    After Krippendorff, Computing Krippendorff's Alpha-Reliability (2011), section D: 1 - observed / expected
-    disagreement, over the pairs of labels within each unit and over those of all labels.
-
-    Args:
-        units: The labels of each unit, from any number of annotators; units with fewer than two are left out.
-
-    Returns:
-        None where nothing can be said: there are no pairs, or all labels are the same.
-    """
-    return agreement((("", unit) for unit in units), resamples=0)["alpha"]
-
-
 def agreement(
     units: Iterable[tuple[str, Sequence[Hashable]]], resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, Any]:
@@ -37,8 +22,10 @@ def agreement(
 
     Returns:
         `units` and `traces`: how many there are. `raw`: the share of pairs of labels within a unit that are the same,
-        mean over units. `alpha`: as of `nominal_alpha`. `kappa`: Fleiss' kappa, (raw - chance) / (1 - chance), where
-        all units have equally many labels. `raw_low`, `raw_high` and so on: the intervals. None is what cannot be said.
+        mean over units. `alpha`: Krippendorff's, 1 - observed / expected disagreement over pairs of labels, after his
+        Computing Krippendorff's Alpha-Reliability (2011), section D: 1 is full agreement, 0 what chance gives, below it
+        systematic dissent. `kappa`: Fleiss', (raw - chance) / (1 - chance), where all units have equally many labels.
+        `raw_low`, `raw_high` and so on: the intervals. None is what cannot be said.
     """
     # Few patterns of labels are distinct: each is counted once.
     patterns = Counter((trace, tuple(labels)) for trace, labels in units if len(labels) > 1)
@@ -49,13 +36,10 @@ def agreement(
     for (trace, labels), times in patterns.items():
         counts, count = Counter(labels), len(labels)
         squares = sum(number**2 for number in counts.values())
-        place, shares = (
-            traces[trace],
-            (1, (squares - count) / (count * (count - 1)), (count**2 - squares) / (count - 1)),
-        )
-        sums_TF[place, :3] += np.multiply(times, shares)
+        same, unlike = (squares - count) / (count * (count - 1)), (count**2 - squares) / (count - 1)
+        sums_TF[traces[trace], :3] += np.multiply(times, (1, same, unlike))
         for value, number in counts.items():
-            sums_TF[place, 3 + values[value]] += times * number
+            sums_TF[traces[trace], 3 + values[value]] += times * number
     complete = len({len(labels) for _, labels in patterns}) == 1
     found: dict[str, Any] = {"units": patterns.total(), "traces": len(traces)}
     for name, value_1 in _statistics(sums_TF.sum(0, keepdims=True), complete).items():
@@ -66,6 +50,14 @@ def agreement(
             if found[name] is not None and (sound := drawn_R[~np.isnan(drawn_R)]).size:
                 found[f"{name}_low"], found[f"{name}_high"] = map(float, np.percentile(sound, (2.5, 97.5)))
     return found
+
+
+def interval(found: dict[str, Any], name: str) -> str:
+    """A figure of agreement with its interval; empty if nothing can be said."""
+    if found.get(name) is None:
+        return ""
+    low, high = found.get(f"{name}_low"), found.get(f"{name}_high")
+    return f"{found[name]:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
 
 
 def _statistics(sums_RF: np.ndarray, complete: bool) -> dict[str, np.ndarray]:

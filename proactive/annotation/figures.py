@@ -87,13 +87,5 @@ def agreement_figures(votes: Sequence[Votes], names: bool = True) -> dict[str, d
     return figures
 
 
-def interval(found: dict[str, Any], name: str) -> str:
-    """A figure of agreement with its interval; empty if nothing can be said."""
-    if found.get(name) is None:
-        return ""
-    low, high = found.get(f"{name}_low"), found.get(f"{name}_high")
-    return f"{found[name]:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
-
-
 def _agreement(votes: Iterable[Votes]) -> dict[str, Any]:
     return agreement((vote.trace, list(vote.accepted.values())) for vote in votes)

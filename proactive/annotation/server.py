@@ -5,6 +5,7 @@ Whoever knows a token is let in: an annotator's leads to units to label, the own
 
 import secrets
 import socket
+import sqlite3
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,7 +56,7 @@ def application(store: Store | None, sources: Sequence[Source], owner: str, host
         routes += reader.routes() if store else [reader.first_page(), *reader.routes()]
     if store:
         routes += [*Labelling(store).routes(), *Overview(store, bool(sources), is_owner).routes()]
-    app = Starlette(routes=routes, exception_handlers={HTTPException: _no_page})
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _no_page, sqlite3.Error: _no_project})
     app.router.redirect_slashes = False
     return Guard(app, hosts, port)
 
@@ -105,3 +106,9 @@ def _static() -> Route:
 def _no_page(request: Request, error: Any) -> Response:
     text = "Nothing is here, or the link is void. Ask who sent it to you for a new one."
     return message("Not found" if error.status_code == 404 else "That does not work", text, error.status_code)
+
+
+def _no_project(request: Request, error: Exception) -> Response:
+    """What the disk or the database refuses is said where it happened, and nothing counts as saved."""
+    text = f"The project file does not work: {error}. Nothing was saved; go back and try again."
+    return message("Not saved", text, 503)

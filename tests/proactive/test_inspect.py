@@ -28,7 +28,9 @@ def test_published_figures_for_machines(call: Callable) -> None:
     assert set(test["categories"].values()) == {30}
     assert (round(train["human_agreement"], 3), round(test["human_agreement"], 3)) == (0.770, 0.917)
     for found, known in ((train, (0.145, 0.169, -0.214)), (test, (0.658, 1.0, 0.254))):
-        assert list(found["krippendorff_alpha"].values()) == pytest.approx(known, abs=5e-4)
+        alphas = found["krippendorff_alpha"]
+        assert [alphas[kind]["alpha"] for kind in ("all", "offers", "silence")] == pytest.approx(known, abs=5e-4)
+        assert alphas["all"]["alpha_low"] < known[0] < alphas["all"]["alpha_high"]
     assert (figures["all"]["scenes"], figures["all"]["distinct_histories"]) == (16, 313)
     assert round(figures["all"]["rows_per_history"], 1) == 5.6
     splits = figures["contamination"]
@@ -56,8 +58,8 @@ def test_published_figures_for_people(call: Callable) -> None:
         ("correct detection", "474", "30"),
         ("false alarm", "913", "30"),
         ("human agreement", "0.770", "0.917"),
-        ("annotators' alpha", "0.145", "0.658"),
-        ("silence", "-0.214", "0.254"),
+        ("annotators' alpha", "0.145 [0.068, 0.233]", "0.658 [0.516, 0.784]"),
+        ("silence", "-0.214 [-0.289, -0.134]", "0.254 [0.143, 0.358]"),
         ("published", "120", "120", "100%"),
     } <= cells
     words = " ".join(ended.out.split())

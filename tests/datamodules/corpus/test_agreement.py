@@ -1,14 +1,19 @@
 """Agreement: alpha and kappa against published examples, against its definition, and on the published annotations."""
 
 import itertools
+from collections.abc import Hashable, Iterable, Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.corpus.agreement import agreement, nominal_alpha
+from datamodules.corpus.agreement import agreement
 from datamodules.corpus.sources import load_corpus
 from tests.helpers import PROACTIVEBENCH, needs_proactivebench
+
+
+def nominal_alpha(units: Iterable[Sequence[Hashable]]) -> float | None:
+    return agreement((("", list(unit)) for unit in units), resamples=0)["alpha"]
 
 
 def test_binary_labels_of_two_annotators_without_gaps() -> None:

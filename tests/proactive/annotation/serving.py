@@ -54,7 +54,9 @@ def project(file: Path, count: int, annotators_per_unit: int, proposals: Sequenc
     events = tuple(Event(time=str(1_717_377_997 + 60 * n), event=f"The user does step {n}.") for n in range(count))
     Store.create(file, annotators_per_unit)
     with contextlib.closing(Store(file)) as store:
-        store.add_units([Unit("a.json", events[: n + 1], dict.fromkeys(proposals, ("x",))) for n in range(count)])
+        store.add_units(
+            [Unit("a.json", events[: n + 1], dict.fromkeys(proposals, ("secret-agent",))) for n in range(count)]
+        )
     return file
 
 

@@ -54,6 +54,29 @@ def test_what_stands_in_data_or_names_is_text(server: Served) -> None:
         assert "<img" not in page.text
 
 
+def test_annotators_do_not_see_where_offers_come_from(bo: Client) -> None:
+    page = bo.ask(bo.path).text
+    assert "Wait." in page
+    assert "secret-agent" not in page
+    assert "a.json" not in page
+    assert "step 1" not in page  # the event after
+
+
+def test_a_label_that_cannot_be_written_is_not_acknowledged(tmp_path: Path) -> None:
+    file = project(tmp_path / "p.sqlite", 1, 1)
+    with served(file, annotators=["me"], cwd=tmp_path) as running:
+        me = Client(running.links["me"])
+        assert me.ask(me.path).status == 200
+        with contextlib.closing(sqlite3.connect(file)) as db:
+            db.execute("CREATE TRIGGER full BEFORE INSERT ON labels BEGIN SELECT RAISE(FAIL, 'disk full'); END")
+        form = [("post", "x"), ("none", "1"), ("help", "no"), ("action", "save")]
+        answer = me.ask(f"{me.path}/unit/1", form)
+        assert (answer.status, "Nothing was saved" in answer.text, "disk full" in answer.text) == (503, True, True)
+        with contextlib.closing(sqlite3.connect(file)) as db:
+            db.execute("DROP TRIGGER full")
+        assert me.ask(f"{me.path}/unit/1", form).status == 303
+
+
 @pytest.mark.parametrize("path", ["/", "/a/", "/a/wrong", "/a/wrong/unit/1", "/o/wrong", "/o/wrong/adjudicate/1"])
 def test_every_page_needs_its_token(bo: Client, path: str) -> None:
     assert bo.ask(path).status == 404
