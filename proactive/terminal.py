@@ -321,7 +321,6 @@ def set_up_messages(arguments: list[str]) -> None:
     for name in ("torchao", "bitsandbytes", "torch.utils._pytree", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
-        ".*set_vital.*",  # torchdata calls what torch 2.13 deprecates
         ".*does not have many workers.*",  # small batches are made faster than a process starts
         ".*logging interval.*",  # short runs are short on purpose
         ".*was configured so validation will run.*",

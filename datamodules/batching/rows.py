@@ -20,7 +20,14 @@ from torch.utils.data import DataLoader, Sampler
 from datamodules.batching.bag_of_words import bag_of_words
 from datamodules.batching.layouts import Layout, RowsLayout, TreeLayout
 from datamodules.batching.prefix_tree import Integers
-from datamodules.batching.steps import EncodedRows, EvaluationSampler, MicroBatch, StepSampler, refuse_unequal_parts
+from datamodules.batching.steps import (
+    EncodedRows,
+    EvaluationSampler,
+    MicroBatch,
+    StepLoader,
+    StepSampler,
+    refuse_unequal_parts,
+)
 from datamodules.batching.token_cache import CachedRows, cached_rows
 from datamodules.corpus.records import AnnotatedRow, Event
 from datamodules.corpus.sources import Corpus, load_corpus
@@ -38,7 +45,6 @@ from datamodules.prompting.tokenizers import (
 from datamodules.ranges import Count, CountOrNone, Folds, Seed, ShareBelowOne, Vocabulary, Workers, refuse_unsound
 
 if TYPE_CHECKING:
-    from torchdata.stateful_dataloader import StatefulDataLoader
     from transformers import PreTrainedTokenizerFast
 
 Stage = Literal["train", "validation", "test"]
@@ -392,13 +398,8 @@ class RowsDataModule(LightningDataModule):
         """How many optimizer steps see every training row once."""
         return -(-len(self._encoded["train"].input_ids) // self.batch_size)
 
-    def train_dataloader(self) -> "StatefulDataLoader":
-        from torchdata.stateful_dataloader import StatefulDataLoader
-
-        sampler = self._train_sampler(*self._place)
-        if self.trainer is not None:  # a resumed run's workers ask for rows before Lightning sets the epoch
-            sampler.set_epoch(self.trainer.current_epoch)
-        return StatefulDataLoader(self._rows("train"), **self._loader_options(sampler))
+    def train_dataloader(self) -> StepLoader:
+        return StepLoader(self._rows("train"), **self._loader_options(self._train_sampler(*self._place)))
 
     def val_dataloader(self) -> DataLoader[list[dict[str, Any]]]:
         return self._evaluation_loader("validation")

@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datamodules.batching.layouts import AnswerTokens, Inputs, Layout
 from datamodules.errors import UserError
@@ -140,6 +140,7 @@ class StepSampler(Sampler[Step]):
         self.odds = odds
         self.sizes = sizes
         self.epoch = 0
+        self.first_step = 0  # of the epoch; a resumed run has done those before it
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -148,7 +149,7 @@ class StepSampler(Sampler[Step]):
         return -(-len(self.scenes) // self.batch_size)
 
     def __iter__(self) -> Iterator[Step]:
-        for rows in self.steps():
+        for rows in self.steps()[self.first_step :]:
             total = len(rows) if self.sizes is None else sum(self.sizes[row] for row in rows)
             yield share(self.layout.split(rows, self.world_size), self.rank, self.world_size, total)
 
@@ -243,3 +244,34 @@ class EncodedRows(Dataset[list[dict[str, Any]]]):
         if laid_out.answers is not None:
             batch["answers"] = laid_out.answers
         return {**batch, "size": vars(batch_size(batch))}  # counted here, where all of it is on the host
+
+
+class StepLoader(DataLoader[list[dict[str, Any]]]):
+    """A loader of training steps that a resumed run begins in the middle of an epoch.
+
+    Its state is the number of steps that the loop has taken from it in this epoch. Steps that workers have prepared
+    ahead do not count. The order of the steps needs no state: the sampler derives it from seed and epoch.
+    """
+
+    sampler: StepSampler
+    _taken = 0
+    _resume_after = 0
+
+    def __iter__(self) -> Any:
+        self._taken, self._resume_after = self._resume_after, 0
+        return self._steps_after(self._taken)
+
+    def _steps_after(self, done: int) -> Iterator[list[dict[str, Any]]]:
+        self.sampler.first_step = done
+        for step in super().__iter__():
+            self._taken += 1
+            yield step
+
+    def state_dict(self) -> dict[str, int]:
+        """The position in the epoch."""
+        return {"steps": self._taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Begin the next iteration after the steps of `state`; earlier versions stored torchdata's state."""
+        snapshot = state.get("_snapshot", {})  # torchdata with workers
+        self._resume_after = state.get("steps", state.get("_num_yielded", snapshot.get("_snapshot_step")))

@@ -210,7 +210,7 @@ from proactive import fit
 try:
     fit.main(["--help"])
 finally:
-    heavy = ("datasets", "sklearn", "bitsandbytes", "torchdata", "tensorboard", "pandas")
+    heavy = ("datasets", "sklearn", "bitsandbytes", "tensorboard", "pandas")
     print("imported:", [name for name in heavy if name in set(sys.modules) - theirs])
 """
     ended = subprocess.run(

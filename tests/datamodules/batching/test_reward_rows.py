@@ -498,7 +498,7 @@ def test_state_measures_other_rows_with_the_first_tokenizer_and_histories(root: 
 @pytest.mark.parametrize("balance", ["none", "category"])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("seen", [1, 3])
-def test_loader_goes_on_where_it_was(root: Path, tmp_path: Path, workers: int, balance: str, seen: int) -> None:
+def test_loader_resumes_within_an_epoch(root: Path, tmp_path: Path, workers: int, balance: str, seen: int) -> None:
     """In the second epoch, from a checkpoint that holds plain types only."""
 
     def loader() -> Any:
@@ -517,3 +517,18 @@ def test_loader_goes_on_where_it_was(root: Path, tmp_path: Path, workers: int, b
     assert plain(resumed) == whole[seen:]
     resumed.sampler.set_epoch(2)
     assert len(list(resumed)) == len(whole), "the next epoch is whole again"
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"_sampler_iter_yielded": 2, "_num_yielded": 2, "_iterator_finished": False},
+        {"_snapshot": {"_snapshot_step": 2, "_main_snapshot": {"_num_workers": 2}}, "_steps_since_snapshot": 0},
+    ],
+    ids=["without workers", "with workers"],
+)
+def test_loader_resumes_from_the_torchdata_state_of_earlier_versions(root: Path, state: dict[str, Any]) -> None:
+    loader = made(root).train_dataloader()
+    expected = plain(loader)[2:]
+    loader.load_state_dict(state)
+    assert plain(loader) == expected
