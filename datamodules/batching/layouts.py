@@ -138,3 +138,16 @@ class TreeLayout:
     def _order(self, rows: Sequence[int]) -> PrefixOrder:
         """Of these rows alone: all rows' token ids may be more than memory holds."""
         return PrefixOrder([self.input_ids[row] for row in rows])
+
+
+def ancestors(subtree_end: Tensor) -> Tensor:
+    """The attention mask of a tree: each token sees itself and its ancestors.
+
+    Args:
+        subtree_end: (T,) int64, see `Tree`.
+
+    Returns:
+        (T, T) bool; entry (q, k) says whether query q sees key k.
+    """
+    place = torch.arange(len(subtree_end), device=subtree_end.device)
+    return (place[None, :] <= place[:, None]) & (place[:, None] < subtree_end[None, :])

@@ -17,8 +17,6 @@ from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from datamodules.errors import UserError
 
@@ -189,16 +187,3 @@ def common_prefix(first: npt.ArrayLike, second: npt.ArrayLike) -> int:
     length = min(len(a), len(b))
     different = np.flatnonzero(a[:length] != b[:length])
     return int(different[0]) if len(different) else length
-
-
-def ancestors(subtree_end: Tensor) -> Tensor:
-    """Which tokens each token sees: itself and its ancestors.
-
-    Args:
-        subtree_end: (T,) int64, as a `Tree` has it.
-
-    Returns:
-        (T, T) bool; row q, column k.
-    """
-    place = torch.arange(len(subtree_end), device=subtree_end.device)
-    return (place[None, :] <= place[:, None]) & (place[:, None] < subtree_end[None, :])

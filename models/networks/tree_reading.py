@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from datamodules.batching.layouts import Inputs, TreeLayout
-from datamodules.batching.prefix_tree import ancestors
+from datamodules.batching.layouts import Inputs, TreeLayout, ancestors
 from models.networks.attention import BLOCKWISE, register, tree_blocks
 from models.networks.forward import as_forward
 from models.networks.operations import embedding_count, weight_count

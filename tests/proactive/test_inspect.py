@@ -1,6 +1,8 @@
 """The inspect command: the figures of docs/design.md on the published files, and a recount on embedded data."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import pytest
 from datamodules.corpus.records import AnnotatedRow
 from datamodules.corpus.simulator import simulate
 from proactive import inspect
-from tests.helpers import PROACTIVEBENCH, needs_proactivebench, small_root
+from tests.helpers import PROACTIVEBENCH, environment_of_commands, needs_proactivebench, small_root
+from tests.patience import HANG
 
 
 @needs_proactivebench
@@ -119,3 +122,33 @@ def test_quiet_prints_nothing_and_json_is_still_json(call: Callable, tmp_path: P
     quiet = call(inspect.main, "--root", root, "--folds", "3", "--quiet")
     assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
     assert json.loads(call(inspect.main, "--root", root, "--folds", "3", "--quiet", "--json").out)["root"] == str(root)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "said"),
+    [
+        ("inspect", ["--help"], "usage: python -m proactive.inspect"),
+        ("inspect", ["--root", "nowhere"], "data.root: nowhere is not a directory"),  # after the imports
+        ("annotate", ["--help"], "usage: python -m proactive.annotate"),
+    ],
+)
+def test_inspect_and_annotate_start_without_torch(command: str, arguments: list[str], said: str) -> None:
+    """So that they start in about a second, and not in several."""
+    script = """
+import runpy, sys
+command, *sys.argv[1:] = sys.argv[1:]
+try:
+    runpy.run_module(f"proactive.{command}", run_name="__main__", alter_sys=True)
+finally:
+    heavy = ("torch", "lightning", "torchmetrics", "transformers", "datasets")
+    print("imported:", [name for name in heavy if name in sys.modules])
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script, command, *arguments],
+        env=environment_of_commands(),
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+    )
+    assert said in ended.stdout + ended.stderr
+    assert ended.stdout.splitlines()[-1] == "imported: []"

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.batching.prefix_tree import PrefixOrder, ancestors, build_tree, split
+from datamodules.batching.layouts import ancestors
+from datamodules.batching.prefix_tree import PrefixOrder, build_tree, split
 from datamodules.errors import UserError
 
 Rows = list[list[int]]

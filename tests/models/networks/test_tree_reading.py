@@ -15,8 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from datamodules.batching.layouts import Layout, RowsLayout, TreeLayout
-from datamodules.batching.prefix_tree import ancestors
+from datamodules.batching.layouts import Layout, RowsLayout, TreeLayout, ancestors
 from datamodules.batching.reward_rows import RewardDataModule
 from datamodules.batching.steps import EncodedRows, StepSampler, share
 from datamodules.errors import UserError
