@@ -15,6 +15,7 @@ from proactive import annotate, fit
 from proactive.annotation.store import Store
 from tests.helpers import PROACTIVEBENCH, SMALL_RUN, needs_proactivebench, small_root
 from tests.patience import HANG
+from tests.proactive.annotation.serving import Client, served
 
 
 def write_trace(file: Path, events: int = 3, proposals: Sequence[str] = ("Sum up.", "Translate.")) -> Path:
@@ -159,13 +160,24 @@ def test_agreement_of_a_project_by_pair(call: Callable, tmp_path: Path) -> None:
 
 
 def test_a_model_is_trained_on_what_was_labelled(call: Callable, tmp_path: Path) -> None:
-    """Import, label, export, fit."""
+    """Import, serve, label by three people's links, export, fit."""
     for number in range(9):
         write_trace(tmp_path / "traces" / f"{number}.json", events=4)
     project = tmp_path / "p.sqlite"
     call(annotate.main, "import", "traces", "--project", project)
-    label(project, lambda person, item: UnitLabel((item % 2 == 0, item % 3 == 0), (item + person) % 2 == 0))
-    call(annotate.main, "export", project, "--output", "root")
+    with served(project, annotators=["Ada", "Bo", "Cy"], cwd=tmp_path) as running:
+        for person, name in enumerate(("Ada", "Bo", "Cy")):
+
+            def said(unit: int, person: int = person) -> list[tuple[str, str]]:
+                chosen = [("accepted", str(place)) for place in (0, 1) if unit % (place + 2) == 0]
+                return [*(chosen or [("none", "1")]), ("help", "yes" if (unit + person) % 2 else "no")]
+
+            while Client(running.links[name]).label_next(said):
+                pass
+    ended = call(annotate.main, "export", project, "--output", "root")
+    assert "108 rows of 36 units" in ended.out
+    rows = read_jsonl(tmp_path / "root" / "reward_data" / "train_data.jsonl", AnnotatedRow)
+    assert [row.accepted for row in rows if row.proposal == "Sum up."] == [False, True] * 18
     ended = call(fit.main, *SMALL_RUN, "--data.root=root", "--trainer.max_epochs=1", "--quiet")
     assert (ended.code, ended.err) == (0, "")
     (metrics,) = tmp_path.glob("runs/reward/*/metrics.json")

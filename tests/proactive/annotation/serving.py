@@ -4,7 +4,7 @@ import contextlib
 import http.client
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from html import unescape
 from pathlib import Path
@@ -15,6 +15,8 @@ from datamodules.corpus.units import Unit
 from proactive.annotation.store import Store
 from tests.helpers import start
 from tests.patience import HANG
+
+SAID = (("accepted", "1"), ("help", "yes"))
 
 
 @dataclass
@@ -100,8 +102,8 @@ class Client:
     def path(self) -> str:
         return urlsplit(self.link).path
 
-    def label_next(self) -> bool:
-        """Answer the next unit; False if there is none."""
+    def label_next(self, said: Callable[[int], Sequence[tuple[str, str]]] = lambda _: SAID) -> bool:
+        """Label the next unit, as a function of its number says; False if there is none."""
         page = self.ask(self.path)
         assert page.status == 200, page.text
         action = re.search(r'<form id="answer" method="post" action="([^"]*)"', page.text)
@@ -109,8 +111,8 @@ class Client:
             return False
         post = re.search(r'name="post" value="([^"]*)"', page.text)
         assert post is not None
-        form = [("post", unescape(post[1])), ("accepted", "1"), ("help", "yes"), ("action", "save")]
-        answer = self.ask(unescape(action[1]), form)
+        number = int(action[1].rpartition("/")[2])
+        answer = self.ask(unescape(action[1]), [("post", unescape(post[1])), ("action", "save"), *said(number)])
         assert answer.status == 303, answer.text
-        self.acknowledged.append(int(action[1].rpartition("/")[2]))
+        self.acknowledged.append(number)
         return True
