@@ -24,13 +24,18 @@ class Reply:
     body: bytes | None = None
     delay: float = 0.0
     cut: bool = False  # the connection ends in the middle of the body
+    usage: dict[str, Any] | None = None
+    thoughts: str | None = None
     endless: bool = False  # the body comes again and again, until the client goes away
 
     def content(self) -> bytes:
         if self.body is not None:
             return self.body
-        choice = {"message": {"role": "assistant", "content": self.text}, "finish_reason": self.finish_reason}
-        return json.dumps({"choices": [choice]}).encode()
+        message = {"role": "assistant", "content": self.text}
+        if self.thoughts is not None:
+            message["reasoning_content"] = self.thoughts
+        content: Body = {"choices": [{"message": message, "finish_reason": self.finish_reason}]}
+        return json.dumps(content | ({} if self.usage is None else {"usage": self.usage})).encode()
 
 
 class ChatServer:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,33 @@ _BARE_VERDICT = re.compile(
     r"""(accepted|rejected)(?:</?\w+>|[^\w{},<])*""",
     re.IGNORECASE,
 )
+
+
+@dataclass(frozen=True)
+class Schema:
+    """A JSON schema for structured output; all fields are required, as strict servers demand."""
+
+    name: str
+    properties: dict[str, Any]
+
+    @property
+    def response_format(self) -> dict[str, Any]:
+        """The `response_format` of a chat request."""
+        schema = {
+            "type": "object",
+            "properties": self.properties,
+            "required": list(self.properties),
+            "additionalProperties": False,
+        }
+        return {"type": "json_schema", "json_schema": {"name": self.name, "strict": True, "schema": schema}}
+
+
+_TEXT = {"type": "string"}
+ANSWER_FORMAT = Schema(
+    "answer",
+    {"purpose": _TEXT, "thoughts": _TEXT, "proposal": {"anyOf": [_TEXT, {"type": "null"}]}, "response": _TEXT},
+)
+VERDICT_FORMAT = Schema("verdict", {"thought": _TEXT, "judgment": {"type": "string", "enum": ["accepted", "rejected"]}})
 
 
 class ChatPrompt(BaseModel):

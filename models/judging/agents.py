@@ -14,7 +14,7 @@ from datamodules.corpus.answers import Answer, read_answer
 from datamodules.corpus.records import Event
 from datamodules.corpus.traces import Answers, Candidate, Trace
 from datamodules.errors import UserError
-from datamodules.prompting.chat_prompts import ChatPrompt
+from datamodules.prompting.chat_prompts import ANSWER_FORMAT, ChatPrompt
 from datamodules.ranges import FINITE, Count, refuse_unsound
 from models.decoding.branches import can_branch, reading_branches
 from models.decoding.generation import AnswerStream, AnswerWriter, GeneratedAnswer, generate_answers
@@ -388,7 +388,7 @@ class EndpointAgent(Agent):
     ) -> Candidate:
         """Ask for one candidate, by index, after a history."""
         where = f"{name}, event {len(history)}"
-        text = await self.client.ask(self.prompt.messages(history), where, number)
+        text = await self.client.ask(self.prompt.messages(history), where, number, schema=ANSWER_FORMAT)
         advance()
         return Candidate.of(read_answer(text or "", self.prompt.text))
 

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, Self
 from datamodules.errors import UserError
 from datamodules.escaping import shortened
 from datamodules.files.reading import MOST_ROWS, is_deep, require_regular
+from models.judging.budget import Usage
 
 OTHER_OUTPUT = "Give another --output."
 # Finish reasons of complete replies on several servers; others are length, content_filter, tool_calls.
@@ -27,6 +28,7 @@ class AnswerLog:
     """
 
     def __init__(self) -> None:
+        self.usage = Usage()  # of the requests whose replies it contains
         self.texts: dict[str, str] = {}
         self.unfinished: dict[str, str] = {}
         self._file: BinaryIO | None = None
@@ -55,10 +57,32 @@ class AnswerLog:
             finally:
                 self._file = None
 
-    def add(self, key: str, text: str, where: str, finish_reason: str | None = None) -> None:
-        """Keep a text and its finish reason, if known; synced to the file, if one is open, before this returns."""
+    def add(
+        self,
+        key: str,
+        text: str,
+        where: str,
+        finish_reason: str | None = None,
+        usage: Usage | None = None,
+        seconds: float | None = None,
+    ) -> None:
+        """Keep a text; it is synced to the file, if one is open, before this returns.
+
+        Args:
+            key: Identifies the request.
+            text: The text.
+            where: A description of the request.
+            finish_reason: Why the text ended, if known.
+            usage: The tokens of a request to an endpoint.
+            seconds: How long that request took, with its retries.
+        """
         self._note(key, text, finish_reason)
-        self._append({"key": key, "where": where, "text": text, "finish_reason": finish_reason})
+        entry: dict[str, Any] = {"key": key, "where": where, "text": text, "finish_reason": finish_reason}
+        if usage is not None:
+            self.usage += usage
+            reported = {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
+            entry |= {"usage": None if usage.unreported else reported, "seconds": seconds}
+        self._append(entry)
 
     def final(self, key: str) -> str | None:
         """The text of a key; None if the reply is incomplete, because nothing may be parsed from it."""
@@ -84,6 +108,8 @@ class AnswerLog:
             for line in lines[1:]:
                 entry = _parsed(line)
                 self._note(entry["key"], entry["text"], entry["finish_reason"])
+                if "usage" in entry:
+                    self.usage += Usage.of(entry["usage"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path} is not the log of an evaluation, or an older version wrote it", OTHER_OUTPUT

@@ -4,13 +4,14 @@ import email.utils
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
 from datamodules.files.reading import is_deep
+from models.judging.budget import Usage
 
 TRY_AGAIN = (408, 409, 425, 429)  # and every status from 500
 ERROR_FIELDS = ("error", "errors", "message", "detail", "msg", "error_message", "error_msg")
@@ -32,6 +33,8 @@ class Received:
 
 class _Message(BaseModel):
     content: str | dict[str, Any] | list[str | dict[str, Any]] | None = None
+    reasoning: Any = None
+    reasoning_content: Any = None
 
 
 class _Choice(BaseModel):
@@ -43,6 +46,54 @@ class Completion(BaseModel):
     """The fields of a chat completion that are used."""
 
     choices: Annotated[list[_Choice], Field(min_length=1)]
+    usage: Any = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A model's reply to one request.
+
+    Attributes:
+        text: Its text; thoughts are not part of it.
+        finish_reason: Why it ended, if the server says so.
+        usage: The tokens of the request.
+        only_reasoning: Whether the server put all text into a field for thoughts.
+    """
+
+    text: str
+    finish_reason: str | None
+    usage: Usage
+    only_reasoning: bool
+
+    @classmethod
+    def of(cls, content: Any) -> "Reply":
+        """Parse a response.
+
+        Raises:
+            pydantic.ValidationError: It is not a chat completion.
+        """
+        completion = Completion.model_validate(content)
+        choice = completion.choices[0]
+        text = text_of(choice.message.content).encode("utf-8", "replace").decode()
+        thoughts = choice.message.reasoning or choice.message.reasoning_content
+        return cls(text, choice.finish_reason, Usage.of(completion.usage), not text.strip() and bool(thoughts))
+
+
+def unsupported_field(content: Any, text: str, fields: Iterable[str]) -> str | None:
+    """The first of some request fields that an error names, in `param` or in its message; None if it names none.
+
+    Args:
+        content: The response as JSON.
+        text: The response as text.
+        fields: Names of fields of the request's body.
+    """
+    error = content.get("error") if isinstance(content, dict) else None
+    named = str(error.get("param")) if isinstance(error, dict) else ""
+    words = {"response_format": ("response_format", "json_schema")}
+    return next(
+        (name for name in fields if named.startswith(name) or any(word in text for word in words.get(name, (name,)))),
+        None,
+    )
 
 
 def text_of(content: str | dict[str, Any] | list[str | dict[str, Any]] | None) -> str:

@@ -10,7 +10,7 @@ import re
 import time
 import zlib
 from collections.abc import Coroutine, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 from urllib.parse import parse_qsl, urlsplit
@@ -21,19 +21,20 @@ from pydantic import ValidationError
 from datamodules.errors import UserError
 from datamodules.escaping import printable, shortened
 from datamodules.files.reading import MOST_AT_ONCE
-from datamodules.prompting.chat_prompts import Messages
-from datamodules.ranges import FINITE, NotNegative, Positive, Tries, refuse_unsound
+from datamodules.prompting.chat_prompts import Messages, Schema
+from datamodules.ranges import FINITE, Count, NotNegative, Positive, Tries, refuse_unsound
 from models.judging.answer_log import AnswerLog
+from models.judging.budget import Budget, Price
 from models.judging.completions import (
-    Completion,
     Received,
+    Reply,
     duration,
     error_of,
     is_refusal,
     json_of,
     retry_after,
     streams,
-    text_of,
+    unsupported_field,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from tenacity import RetryCallState
 
 Result = TypeVar("Result")
+RESPONSE_FORMAT = "response_format"
+RENAMED = {"max_tokens": "max_completion_tokens"}  # fields that newer servers expect under another name
 ADDRESS_HINT = "Give one such as http://localhost:8000/v1."
 TOLD_FROM = 5.0  # seconds: shorter waits that a server asks for are not logged
 SHORTEST_SECRET = 6  # characters: a shorter key, such as "EMPTY", is a placeholder that may occur as a word
@@ -61,6 +64,8 @@ class EndpointOptions:
         longest_delay: Maximum seconds between retries, unless the server names a time.
         longest_wait: Maximum seconds that a server may ask to wait. A longer wait ends the evaluation.
         time_limit: Seconds after which the evaluation stops. Answers are kept, and the same command continues.
+        token_limit: Tokens in and out, as the servers report them, after which no more requests are sent.
+        cost_limit: The same as cost, in the currency of --agent.price and --judge.price.
     """
 
     concurrency: Tries = 8
@@ -70,6 +75,8 @@ class EndpointOptions:
     longest_delay: NotNegative = 60.0
     longest_wait: NotNegative = 600.0
     time_limit: Positive | None = None
+    token_limit: Count | None = None
+    cost_limit: Positive | None = None
 
     def __post_init__(self) -> None:
         refuse_unsound(type(self), asdict(self), "endpoint")
@@ -88,6 +95,8 @@ class Endpoint:
         temperature: Sampling temperature.
         seed: Sent with each request, for servers that support reproducible sampling.
         extra: More fields of the request body. A null value removes the field.
+        structured: Whether requests ask for JSON by `response_format`. If the server refuses it, the prompt alone asks.
+        price: The price of its tokens.
         options: How requests are sent.
         deadline: When to stop, in the time of `time.monotonic`; never if None.
     """
@@ -98,6 +107,8 @@ class Endpoint:
     temperature: float = 0.0
     seed: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
+    structured: bool = True
+    price: Price = field(default_factory=Price)
     options: EndpointOptions = field(default_factory=EndpointOptions)
     deadline: float | None = None
 
@@ -138,7 +149,7 @@ class Endpoint:
     @property
     def settings(self) -> dict[str, Any]:
         """Everything except the messages that determines an answer. Not the address, because a server may move."""
-        names = ("model", "temperature", "seed", "extra")
+        names = ("model", "temperature", "seed", "extra", "structured")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -189,10 +200,14 @@ class ChatClient:
     Args:
         endpoint: The endpoint.
         log: Keeps the replies.
+        budget: Limits the tokens and the cost of several clients together.
     """
 
-    def __init__(self, endpoint: Endpoint, log: AnswerLog | None = None) -> None:
+    def __init__(self, endpoint: Endpoint, log: AnswerLog | None = None, budget: Budget | None = None) -> None:
         self.endpoint = endpoint
+        self.budget = Budget() if budget is None else budget
+        self._unsupported: set[str] = set()  # fields of requests that the server has refused
+        self._told_reasoning = False
         self.log = AnswerLog() if log is None else log
         self._told_until = 0.0  # end of the last wait that was logged
         self._http: AsyncClient | None = None
@@ -206,6 +221,7 @@ class ChatClient:
         self._http = AsyncClient(headers=headers, limits=limits, timeout=endpoint.options.timeout)
         self._room = asyncio.Semaphore(endpoint.options.concurrency)
         self._asked: dict[str, asyncio.Lock] = {}
+        self.budget.add(self.log.usage, endpoint.price)
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -231,7 +247,12 @@ class ChatClient:
         return [task.result() for task in running]
 
     async def ask(
-        self, messages: Messages, where: str, attempt: int = 0, temperature: float | None = None
+        self,
+        messages: Messages,
+        where: str,
+        attempt: int = 0,
+        temperature: float | None = None,
+        schema: Schema | None = None,
     ) -> str | None:
         """Return the model's text, from the log if it contains the same request; None if the reply is incomplete.
 
@@ -240,32 +261,60 @@ class ChatClient:
             where: A description of the request for messages and for the log.
             attempt: Added to the seed, to distinguish requests that are otherwise equal.
             temperature: Sampling temperature; that of the endpoint if None.
+            schema: The JSON schema that the text should match, if the endpoint is asked for structured output.
 
         Raises:
-            UserError: The endpoint refuses, or fails after all retries.
+            UserError: The endpoint refuses, or fails after all retries, or a limit of tokens or cost is reached.
         """
         if self._http is None:
             raise RuntimeError("ask within `async with client`")
-        key = hashlib.sha256(json.dumps([messages, attempt, temperature]).encode()).hexdigest()[:32]
+        if not self.endpoint.structured:
+            schema = None
+        question = [messages, attempt, temperature, *([schema.name] if schema else [])]
+        key = hashlib.sha256(json.dumps(question).encode()).hexdigest()[:32]
         async with self._asked.setdefault(key, asyncio.Lock()):  # concurrent equal requests are sent once
             if key not in self.log.texts:
                 async with self._room:
-                    text, finish_reason = await self._with_retries(self._body(messages, attempt, temperature), where)
-                self.log.add(key, text, where, finish_reason)
+                    self.budget.refuse_more()
+                    begin = time.monotonic()
+                    reply = await self._with_retries(self._body(messages, attempt, temperature, schema), where)
+                seconds = round(time.monotonic() - begin, 3)
+                self.budget.add(reply.usage, self.endpoint.price)
+                self.log.add(key, reply.text, where, reply.finish_reason, reply.usage, seconds)
         return self.log.final(key)
 
-    def _body(self, messages: Messages, attempt: int, temperature: float | None) -> dict[str, Any]:
+    def _body(
+        self, messages: Messages, attempt: int, temperature: float | None, schema: Schema | None
+    ) -> dict[str, Any]:
         endpoint = self.endpoint
         body = {
             "model": endpoint.model,
             "messages": messages,
             "temperature": endpoint.temperature if temperature is None else temperature,
             "seed": endpoint.seed + attempt,
+            "response_format": schema and schema.response_format,
             **endpoint.extra,
         }
         return {name: value for name, value in body.items() if value is not None}
 
-    async def _with_retries(self, body: dict[str, Any], where: str) -> tuple[str, str | None]:
+    def _supported(self, body: dict[str, Any]) -> dict[str, Any]:
+        """A request's body without fields that the server has refused before."""
+        kept = {name: value for name, value in body.items() if name not in self._unsupported}
+        return kept | {RENAMED[name]: body[name] for name in self._unsupported & body.keys() & RENAMED.keys()}
+
+    def _learns(self, response: Received, content: Any, sent: dict[str, Any]) -> bool:
+        """Whether a refusal names a field that the client can do without; it then leaves it out from now on."""
+        known = [name for name in (RESPONSE_FORMAT, *RENAMED) if name in sent]
+        name = unsupported_field(content, response.text, known) if response.status_code in (400, 422) else None
+        if name is None or (name == RESPONSE_FORMAT and RESPONSE_FORMAT in self.endpoint.extra):
+            return False
+        if name not in self._unsupported:  # concurrent requests are refused together
+            self._unsupported.add(name)
+            instead = f"it is sent as {RENAMED[name]}" if name in RENAMED else "the prompt alone asks for JSON"
+            log.info(f"{self.endpoint.url} refuses {name}: {instead}")
+        return True
+
+    async def _with_retries(self, body: dict[str, Any], where: str) -> Reply:
         from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
 
         options = self.endpoint.options
@@ -296,14 +345,14 @@ class ChatClient:
         options = self.endpoint.options
         return wait_random_exponential(multiplier=options.first_delay, max=options.longest_delay)(state)
 
-    async def _request(self, body: dict[str, Any], where: str) -> tuple[str, str | None]:
-        """Send one request; return the model's text and the finish reason, if given."""
+    async def _request(self, body: dict[str, Any], where: str) -> Reply:
+        """Send one request, and once more without a field that the server refuses."""
         from httpx2 import HTTPError, InvalidURL
 
-        address = self.endpoint.address
+        address, sent = self.endpoint.address, self._supported(body)
         try:
             async with asyncio.timeout(self.endpoint.options.timeout):  # the timeout of httpx2 restarts with each byte
-                response = await self._received(body, where)
+                response = await self._received(sent, where)
         except TimeoutError:
             raise _Failed(f"no answer within {self.endpoint.options.timeout} seconds") from None
         except HTTPError as error:
@@ -316,6 +365,8 @@ class ChatClient:
         status = f"{response.status_code} {response.reason_phrase}"
         said = self._printable(f"{status}: {error_of(content) or response.text}")
         if is_refusal(response, content):
+            if self._learns(response, content, sent):
+                return await self._request(body, where)
             raise UserError(f"{where}: {address} refuses: {said}", self._hint(response.status_code, content, body))
         if response.status_code != 200:
             wait = retry_after(response.headers.get("retry-after"))
@@ -329,13 +380,16 @@ class ChatClient:
                 "Turn streaming off, for example with stream: false in --agent.extra or --judge.extra.",
             )
         try:
-            choice = Completion.model_validate(content).choices[0]
+            reply = Reply.of(content)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(map(str, first["loc"])) or "top level"
             raise _Failed(self._printable(f"not a chat completion: {place}: {first['msg']}: {response.text}")) from None
-        text = text_of(choice.message.content).encode("utf-8", "replace").decode()
-        return self.endpoint.without_key(text), choice.finish_reason and self._printable(choice.finish_reason)
+        if reply.only_reasoning and not self._told_reasoning:
+            self._told_reasoning = True
+            log.info(f"{self.endpoint.url} sends thoughts without an answer; a greater max_tokens may help")
+        reason = reply.finish_reason and self._printable(reply.finish_reason)
+        return replace(reply, text=self.endpoint.without_key(reply.text), finish_reason=reason)
 
     async def _received(self, body: dict[str, Any], where: str) -> Received:
         """Receive and decode a response of at most `MOST_AT_ONCE` bytes; stop at the limit."""

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from datamodules.corpus.traces import Pair
 from datamodules.errors import UserError
-from datamodules.prompting.chat_prompts import ChatPrompt, read_judgment
+from datamodules.prompting.chat_prompts import VERDICT_FORMAT, ChatPrompt, read_judgment
 from models.judging.description import Advance, Description, uncounted
 from models.judging.endpoint import ChatClient
 from models.judging.scorer import Scorer
@@ -95,7 +95,7 @@ class EndpointJudge(Judge):
         found = Verdict(None)
         for attempt in range(self.attempts):
             temperature = max(self.client.endpoint.temperature, RETRY_TEMPERATURE) if attempt else None
-            text = await self.client.ask(messages, where, attempt, temperature)
+            text = await self.client.ask(messages, where, attempt, temperature, VERDICT_FORMAT)
             accepted, thought = read_judgment(text or "", self.prompt.text)
             if accepted is not None:
                 found = Verdict(accepted, thought=thought)

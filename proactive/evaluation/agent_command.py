@@ -15,6 +15,7 @@ from datamodules.files.run_folders import METRICS_FILE, REPORT_FILE, missing_fol
 from datamodules.prompting.chat_prompts import AGENT_PROMPT, JUDGE_PROMPT
 from datamodules.ranges import NotNegative, Seed, Temperature, Tries
 from models.judging.agents import AnswerOptions
+from models.judging.budget import Price
 from models.judging.endpoint import EndpointOptions
 from proactive.evaluation.carry_out import ANSWERS_FILE, VERDICTS_FILE, carry_out
 from proactive.evaluation.prepare import prepare
@@ -39,6 +40,8 @@ def agent_parser() -> Parser:
     add("--agent.key_variable", type=str, help="The environment variable that holds the endpoint's key, if it has one.")
     add("--agent.prompt", type=Path, default=AGENT_PROMPT, help="What the model is told; the file explains itself.")
     add("--agent.extra", type=dict, default={}, help="More fields of each request, such as {max_tokens: 512}.")
+    add("--agent.structured", type=bool, default=True, help="Ask the endpoint for JSON by response_format as well.")
+    parser.add_class_arguments(Price, "agent.price")
     add("--agent.baseline", type=Literal["always-propose", "never-propose"], help="Agent: a baseline.")
     add("--judge.checkpoint", type=Path, nargs="+", help="Judge: a reward classifier's run, checkpoint or export; "
         "of several, each trace takes one that was neither trained nor validated on it, if there is one.")  # fmt: skip
@@ -47,6 +50,8 @@ def agent_parser() -> Parser:
     add("--judge.key_variable", type=str, help="The environment variable that holds the endpoint's key, if it has one.")
     add("--judge.prompt", type=Path, default=JUDGE_PROMPT, help="What the model is told; the file explains itself.")
     add("--judge.extra", type=dict, default={}, help="More fields of each request.")
+    add("--judge.structured", type=bool, default=True, help="Ask the endpoint for JSON by response_format as well.")
+    parser.add_class_arguments(Price, "judge.price")
     add(
         "--judge.attempts", type=Tries, default=3, help="How often it is asked, at most, until its verdict can be read."
     )

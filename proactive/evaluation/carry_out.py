@@ -8,6 +8,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from datamodules.corpus.traces import Answers, Offer, Pair, Trace, traces_digest
 from datamodules.files.run_folders import METRICS_FILE, REPORT_FILE
 from datamodules.files.writing import write_atomically
 from models.judging.agents import Agent, AlwaysPropose, NeverPropose
+from models.judging.answer_log import AnswerLog
+from models.judging.budget import Price
 from models.judging.description import Advance, joint_record, joint_settings, shares
 from models.judging.gate import gate_threshold
 from models.judging.judges import Judge, Verdict
@@ -83,6 +86,7 @@ async def carry_out(evaluation: Evaluation, folder: Path, count: Counter) -> dic
         "acceptance": acceptance(verdicts, evaluation.people),
         "agent": joint_record(evaluation.agents),
         "judge": joint_record(evaluation.judges),
+        "usage": {who: asdict(log.usage) | _cost(evaluation, log) for who, log in logs.items() if log.usage.requests},
         "unfinished": {who: collections.Counter(log.unfinished.values()) for who, log in logs.items()},
         "baselines": {name: figures(judge_events(traces, one, verdicts)) for name, one in baselines.items()},
         "gate": None,
@@ -100,6 +104,12 @@ async def carry_out(evaluation: Evaluation, folder: Path, count: Counter) -> dic
     record["notes"] = notes(record)
     _write(folder, evaluation.stamps.suffix, record, events)
     return record
+
+
+def _cost(evaluation: Evaluation, log: AnswerLog) -> dict[str, float]:
+    """The cost of a log's requests, if the endpoint has a price."""
+    price = next(client.endpoint.price for client in evaluation.clients if client.log is log)
+    return {"cost": price.cost(log.usage)} if price != Price() else {}
 
 
 async def _answers(agents: Mapping[str, Agent], traces: Sequence[Trace], count: Counter) -> Answers:

@@ -231,6 +231,13 @@ def notes(record: Mapping[str, Any]) -> list[str]:
     if record["traces_left_out"]:
         names = ", ".join(record["traces_left_out"])
         said.append(f"left out, for the agent was trained on them: {names}")
+    for who, usage in record["usage"].items():
+        cost = f", cost {usage['cost']:.4g}" if "cost" in usage else ""
+        unreported = f"; {usage['unreported']} requests without reported tokens" if usage["unreported"] else ""
+        said.append(
+            f"{who}: {usage['requests']} requests, {usage['prompt_tokens']:,} tokens in, "
+            f"{usage['completion_tokens']:,} out{cost}{unreported}"
+        )
     for who, reasons in record["unfinished"].items():
         if reasons:
             counted = ", ".join(f"{number} {reason}" for reason, number in reasons.items())

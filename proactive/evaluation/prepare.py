@@ -21,6 +21,7 @@ from models.judging.agents import (
     RecordedAgent,
 )
 from models.judging.answer_log import AnswerLog
+from models.judging.budget import Budget, Price
 from models.judging.endpoint import ChatClient, Endpoint, EndpointOptions
 from models.judging.gate import gate_threshold
 from models.judging.judges import EndpointJudge, Judge, RecordedJudge, RewardJudge
@@ -81,6 +82,7 @@ class _Parts:
         self.namesakes = namesakes
         self.deadline = time.monotonic() + options.endpoint.time_limit if options.endpoint.time_limit else None
         self.answers, self.verdicts = AnswerLog(), AnswerLog()
+        self.budget = Budget(options.endpoint.token_limit, options.endpoint.cost_limit)
         self.clients: list[ChatClient] = []
         self.ties: dict[str, dict[str, Tie]] = {}
         self.gate_is_judge = False
@@ -158,10 +160,12 @@ class _Parts:
             temperature,
             self.options.seed,
             dict(group.extra),
+            group.structured,
+            Price(**group.price.as_dict()),
             EndpointOptions(**self.options.endpoint.as_dict()),
             self.deadline,
         )
-        client = ChatClient(endpoint, self.answers if role == "agent" else self.verdicts)
+        client = ChatClient(endpoint, self.answers if role == "agent" else self.verdicts, self.budget)
         self.clients.append(client)
         return client
 

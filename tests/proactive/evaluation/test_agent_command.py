@@ -414,15 +414,25 @@ def test_of_several_candidates_one_accepted_is_enough(call: Callable, tmp_path: 
     def answer(body: Body, before: int) -> Reply:
         who, what = question(body)
         if who == "agent":
-            return Reply(json.dumps({"proposal": f"candidate {body['seed'] - 3}"}))
+            usage = {"prompt_tokens": 10, "completion_tokens": 5}
+            return Reply(json.dumps({"proposal": f"candidate {body['seed'] - 3}"}), usage=usage)
         return Reply("accepted" if what == "candidate 1" else "rejected")
 
     with chat_server(answer) as chat:
         same = call(evaluate.main, "agent", *both(chat, "--candidates=3"))
         assert (same.code, "3 candidates at temperature 0 are equal" in same.err) == (2, True)
-        ended = evaluated(call, *both(chat, "--candidates=3", "--temperature=0.7", "--seed=3"), "--output=out")
+        asked = both(chat, "--candidates=3", "--temperature=0.7", "--seed=3", "--agent.price.output=2")
+        ended = evaluated(call, *asked, "--output=out")
     record = metrics(tmp_path / "out")
     events = int(record["figures"]["events"])
+    usage = record["usage"]["agent"]
+    assert (usage["requests"], usage["prompt_tokens"], usage["completion_tokens"]) == (
+        3 * events,
+        30 * events,
+        15 * events,
+    )
+    assert usage["cost"] == pytest.approx(2 * 15 * events / 1e6)
+    assert (record["usage"]["judge"]["unreported"], "cost" in record["usage"]["judge"]) == (events * 3, False)
     assert {k: counts(found) for k, found in record["figures"]["at"].items()} == {
         "1": (0, events, 0, 0),
         "2": (events, 0, 0, 0),

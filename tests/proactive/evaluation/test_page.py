@@ -41,6 +41,8 @@ def record_of(events: list[JudgedEvent], **changes: Any) -> dict[str, Any]:
     record = evaluation_record(events, {"all": TraceSplit(files=(NAME,))})
     record |= {"agent": {"agent": "recorded", "source": HOSTILE}, "judge": {"judge": "endpoint", "model": HOSTILE}}
     record |= {"gate_is_judge": False, "baselines": {}, "gate": None, "traces_left_out": []}
+    tokens = {"prompt_tokens": 1200, "completion_tokens": 34}
+    record["usage"] = {"agent": {"requests": 3, "unreported": 1, **tokens, "cost": 0.5}}
     record["unfinished"] = {"agent": {"length": 2, "content_filter": 1}, "judge": {}}
     stamps = ("trained_on", "validated_on", "validation_unknown")
     record |= {f"{who}_{stamp}": [] for who in ("agent", "judge", "gate") for stamp in stamps}
@@ -55,6 +57,11 @@ def record_of(events: list[JudgedEvent], **changes: Any) -> dict[str, Any]:
 
 TEXT, NULL, UNREAD = Candidate("Help.", "Help.", {"Thoughts": HOSTILE}), Candidate(None), Candidate(None, parsed=False)
 LONG, UNJUDGED = Candidate(f"{HOSTILE} too long", None), Candidate("?", "?")
+
+
+def test_the_notes_tell_tokens_and_cost() -> None:
+    said = record_of(judged([[TEXT]]))["notes"]
+    assert "agent: 3 requests, 1,200 tokens in, 34 out, cost 0.5; 1 requests without reported tokens" in said
 
 
 def test_the_page_shows_each_event_as_text() -> None:
