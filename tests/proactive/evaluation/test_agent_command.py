@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from datamodules.corpus.sources import load_corpus
 from datamodules.corpus.splits import split_by_scene
 from models.judging.agents import GENERIC_PROPOSAL
 from proactive import evaluate
+from proactive.annotation.reader import read_sources
 from tests.chat_server import Body, ChatServer, Reply, chat_server
 from tests.helpers import start
 from tests.patience import HANG
@@ -157,6 +159,13 @@ def test_recorded_traces_judged_by_a_classifier_then_by_what_it_said(
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)" in page
     assert "http" not in page.replace(str(fresh), "")  # nothing is loaded
+
+    (source,) = read_sources([folder])  # the trace reader shows the same outcomes, with P(accepted)
+    steps = [step for trace in source.traces for step in trace.steps]
+    outcomes = Counter(step.outcome for step in steps)
+    assert tuple(outcomes[name] for name in ("tp", "fp", "tn", "fn")) == counts(record["figures"])
+    assert all(offer.probability is not None for step in steps for offer in step.offers)
+    assert list(source.notes) == record["notes"]
 
     again = evaluated(call, "--agent.traces=out/judged", "--judge.recorded", "--output=again", "--quiet")
     assert again.out == ""
