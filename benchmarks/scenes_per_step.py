@@ -70,7 +70,7 @@ def fit(run: Run) -> dict[str, float]:
         trainer.test(model, data, ckpt_path=best.best_model_path, weights_only=True, verbose=False)
     rows = model.test_rows
     loss = torch.nn.functional.binary_cross_entropy(rows["probability"], rows["target"].double())
-    figures = model.test_figures["calibrated"]
+    figures = model.test_metrics["calibrated"]
     return {"F1": figures["f1"], "AUROC": figures["auroc"], "loss": float(loss), "CPU seconds": seconds}
 
 

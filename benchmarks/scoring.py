@@ -26,7 +26,7 @@ from datamodules.corpus.traces import Pair, root_traces
 from models.judging.scorer import Scorer
 from models.judging.weights import Weights
 from models.learning.reward_classifier import RewardClassifier
-from models.networks.backbone import build_network
+from models.networks.building import build_network
 
 CONFIG = Path(__file__).parents[1] / "configs" / "reward" / "tiny.yaml"
 PROPOSAL = "Offer to run the tests and to show the first one that fails."
@@ -40,7 +40,7 @@ def setting(max_length: int) -> Scorer:
     data.setup("fit")
     torch.manual_seed(0)
     model = RewardClassifier(scratch=options["model"]["scratch"])
-    model.network = build_network("classifier", "scratch", data.tokenizer, options["model"]["scratch"])
+    model.network = build_network(model.network_options, data.tokenizer)
     return Scorer(Weights(model, data.state_dict(), "random"), torch.device("cpu"))
 
 

@@ -124,7 +124,7 @@ class FullySharded(ModelParallelStrategy):
         other_names = values.get("aliases", {})
         shapes = {name: value.shape for name, value in saved.items()}
         if folder is not None:
-            shapes |= {name: size for name, (size, _) in shards.stored(folder).items()}
+            shapes |= {name: size for name, (size, _) in shards.tensor_layouts(folder).items()}
             shapes |= {name: shapes[first] for name, first in other_names.items() if first in shapes}
         if {name: value.shape for name, value in own.items()} != shapes:
             raise UserError(
@@ -146,12 +146,12 @@ class FullySharded(ModelParallelStrategy):
         else:
             spread = {
                 name: zeros_as(own[name.rpartition("|")[0]], size, dtype)
-                for name, (size, dtype) in shards.stored(folder).items()
+                for name, (size, dtype) in shards.tensor_layouts(folder).items()
                 if name.startswith(f"{number}|")
             }
             shards.read_shards(folder, spread)
             found = {name.partition("|")[2]: value for name, value in spread.items()}
-            state = shards.numbered({**state, "state": {**state["state"], **found}})
+            state = shards.by_index({**state, "state": {**state["state"], **found}})
         optimizer.load_state_dict(state)
 
     def _write(self, tensors: dict[str, Tensor], folder: Path, target: Path) -> None:

@@ -11,6 +11,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 
 from datamodules.escaping import printable
+from models.learning.run_length import total_steps
 
 
 def progress_callback(quiet: bool) -> Callback | None:
@@ -79,20 +80,13 @@ class PlainProgress(Callback):
         self._last = time.monotonic()
         if not trainer.is_global_zero:
             return
-        step, total = trainer.global_step, _total_steps(trainer)
+        step, total = trainer.global_step, total_steps(trainer)
         epochs = -(-total // int(trainer.num_training_batches))
         told = [_figures(trainer), _pace(step - self._first, total - step, self._last - self._start, "steps ")]
         print(
             f"epoch {trainer.current_epoch + 1}/{epochs}, step {step} of {total}: {', '.join(filter(None, told))}",
             flush=True,
         )
-
-
-def _total_steps(trainer: Trainer) -> int:
-    """The optimizer steps of the whole run, each of which is a batch."""
-    epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
-    ends = (trainer.max_steps, epochs * int(trainer.num_training_batches))
-    return min(end for end in ends if end >= 0)
 
 
 def _pace(done: int, left: int, seconds: float, what: str = "") -> str:

@@ -65,7 +65,7 @@ from datamodules.ranges import (
     refuse_unsound,
 )
 from models.learning.checkpoint_files import BEST, LAST
-from models.learning.sharded_files import is_sharded, settled
+from models.learning.sharded_files import is_sharded, recover
 from models.reporting.run_record import tested_record
 from proactive.commands import program
 from proactive.foreign import GROUPS, refuse_foreign
@@ -163,7 +163,7 @@ class FitCLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        figures = self.task.module.logged_figures
+        figures = self.task.module.monitored_metrics
         parser.add_argument("--task", choices=list(TASKS), default=DEFAULT_TASK, help="Which model to train.")
         parser.add_argument("--run.root", type=str, default="runs", help="Where run folders are made.")
         parser.add_argument(
@@ -202,7 +202,7 @@ class FitCLI(LightningCLI):
         self.resumed_after = 0  # steps
         if self.checkpoint is not None:
             options = _options(self.parser, self.config)
-            path = settled(Path(self.checkpoint))
+            path = recover(Path(self.checkpoint))
             self.resumed_after = refuse_other_options(path, options, self.task.module, run_folder)
         leads = RUN_FOLDER_VARIABLE not in os.environ and _rank() == "0"  # the others of a job share its lock
         around = missing_folders(Path(self.config.run.root, self.config.run.name))
@@ -409,7 +409,7 @@ def _resumed_folder(root: str, name: str, ckpt_path: str | None) -> Path | None:
         return None
     if ckpt_path == "last":
         return latest_run_folder(Path(root), name)
-    path = settled(Path(ckpt_path))
+    path = recover(Path(ckpt_path))
     if not path.is_file() and not is_sharded(path):
         raise UserError(f"--ckpt_path: there is no checkpoint {path}", "Give a .ckpt file or folder, or last.")
     folder = path.parent.parent
@@ -419,7 +419,7 @@ def _resumed_folder(root: str, name: str, ckpt_path: str | None) -> Path | None:
 def _resume_from(ckpt_path: str | None, folder: Path | None) -> str | None:
     if ckpt_path != "last" or folder is None:
         return ckpt_path
-    path = settled(folder / CHECKPOINTS / LAST)
+    path = recover(folder / CHECKPOINTS / LAST)
     if not path.exists():
         say(f"{folder} was stopped before its first checkpoint; it begins anew")
         return None

@@ -24,7 +24,8 @@ from datamodules.files.writing import write_atomically
 from datamodules.prompting.tokenizers import SCRATCH
 from datamodules.ranges import Count, PositiveShare
 from models.learning.training import BackboneModule
-from models.networks.backbone import network_config, reads_last_token
+from models.networks.configurations import network_config
+from models.networks.heads import reads_last_token
 from models.networks.operations import (
     ASSUMED_UTILIZATION,
     GIB,
@@ -35,7 +36,8 @@ from models.networks.operations import (
     trained_count,
     weight_count,
 )
-from models.networks.tree_reading import attention_window, pair_cost
+from models.networks.tree_reading import pair_cost
+from models.networks.trials import attention_window
 from models.planning.memory import Change, Memory, MemoryPlan, Setting, Sharing, cheapest_fit
 from proactive.fit import FitCLI, task_of
 from proactive.parser import did_you_mean
@@ -176,20 +178,19 @@ def _read_data(data: RowsDataModule) -> str:
 
 def _config(model: BackboneModule, data: RowsDataModule) -> tuple[Any, str]:
     """The backbone's configuration; that of model.scratch if it is out of reach."""
-    hparams = model.hparams
-    more = {"dropout": hparams["dropout"], "trust_remote_code": hparams["trust_remote_code"]}
-    name = hparams["backbone"]
+    options = model.network_options
+    name = options.backbone
     os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "5")
     try:
-        return network_config(model.head, name, data.tokenizer, hparams["scratch"], **more), name
+        return network_config(options, data.tokenizer), name
     except UserError as error:
         if name == SCRATCH:
             raise
-        if hparams["scratch"] is None:
+        if options.scratch is None:
             raise UserError(
                 error.what, "Give its shape: --model.scratch with model_type and sizes; see docs/how-to/plan.md."
             ) from error
-        config = network_config(model.head, SCRATCH, data.tokenizer, hparams["scratch"], **more)
+        config = network_config(replace(options, backbone=SCRATCH), data.tokenizer)
         return config, f"{name}, by the shape that model.scratch gives"
 
 

@@ -16,24 +16,21 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from models.networks.attention import BLOCKWISE, GROUPED, register
-from models.networks.tree_reading import attention_window
+from models.networks.attention import GROUPED, MASKED_ATTENTIONS, register
 from models.networks.trials import (
     FEW,
     LEAST,
     NO_DIFFERENCE,
     difference_problem,
-    finely_tried,
     random_tokens,
+    reading_problem,
     relative_difference,
-    tried,
     uncompiled,
 )
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MASKED_ATTENTIONS = ("sdpa", BLOCKWISE, GROUPED, "eager")  # that accept any mask for a few queries after many keys
 GROWTH = 1.25  # a full cache grows by this factor
 BRANCHES = 16  # in a self-test
 READ = 2  # answer tokens that a self-test reads
@@ -276,25 +273,20 @@ def can_branch(network: "PreTrainedModel", longest: int) -> bool:
 def branch_problem(network: "PreTrainedModel", longest: int) -> str | None:
     """The reason why a network cannot generate from a branched cache; None if it can.
 
-    A self-test compares logits, first on a few tokens, then at the length of the longest prompt.
+    Trials compare logits, first on a few tokens, then at the length of the longest prompt; see `reading_problem`.
 
     Args:
         network: A causal language model of transformers.
         longest: Tokens of the longest prompt and its answer.
     """
-    attention = network.config._attn_implementation
-    if attention not in MASKED_ATTENTIONS:
-        return f"attention {attention} accepts no custom mask"
-    window = attention_window(network.config)
-    if window is not None and window < longest:
-        return f"its layers attend to the last {window} tokens, and prompts with answers have up to {longest}"
-    longest = max(longest, LEAST)
+    at_least = max(longest, LEAST)
 
-    def at_length() -> str | None:
-        problem = _misread_long_trunk(network, longest) or _misread_many_branches(network, longest)
-        return problem and f"{problem}, for prompts with answers of up to {longest} tokens"
+    def long_trial() -> str | None:
+        problem = _misread_long_trunk(network, at_least) or _misread_many_branches(network, at_least)
+        return problem and f"{problem}, for prompts with answers of up to {at_least} tokens"
 
-    return tried(network, "branches", lambda: _misread(network) or finely_tried(network, at_length))
+    lengths = ("prompts with answers", longest)
+    return reading_problem(network, "branches", MASKED_ATTENTIONS, lengths, lambda: _misread(network), long_trial)
 
 
 def _misread(network: "PreTrainedModel") -> str | None:

@@ -21,7 +21,7 @@ from datamodules.errors import UserError
 from datamodules.prompting.segments import truncate
 from models.decoding.branches import BranchReader, can_branch, reading_branches
 from models.decoding.grammar import AnswerGrammar
-from models.networks.backbone import position_room
+from models.networks.configurations import max_positions
 from models.networks.trials import uncompiled
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def generate_answers(
     """
     refuse_impossible_draws(candidates, temperature)
     writer = AnswerWriter(end_id, max_new_tokens, temperature, seed, grammar)
-    room = position_room(network.config) if max_length is None else max_length
+    room = max_positions(network.config) if max_length is None else max_length
     trunks = _trunks(traces, opening, wanted, room - max_new_tokens, streams)
     return _generate_answers(network, trunks, opening, candidates, writer, batch_size, branched)
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from datamodules.batching.prefix_tree import common_prefix
-from models.decoding.branches import MASKED_ATTENTIONS, GrowingLayer, attention_mask, cache_option, reading_branches
-from models.networks.tree_reading import attention_window, read_row
-from models.networks.trials import FEW, LEAST, difference_problem, finely_tried, random_tokens, tried, uncompiled
+from models.decoding.branches import GrowingLayer, attention_mask, cache_option, reading_branches
+from models.networks.attention import MASKED_ATTENTIONS
+from models.networks.tree_reading import read_row
+from models.networks.trials import FEW, LEAST, difference_problem, random_tokens, reading_problem, uncompiled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,19 +79,16 @@ class PrefixCache:
 def cache_problem(network: "PreTrainedModel", longest: int) -> str | None:
     """The reason why a network gives other states from a kept cache than for whole rows; None if it does not.
 
-    A self-test compares states, first on a few tokens, then on rows of `longest` tokens.
+    Trials compare states, first on a few tokens, then on rows of `longest` tokens; see `reading_problem`.
     """
     with reading_branches(network):
-        attention = network.config._attn_implementation
-        if attention not in MASKED_ATTENTIONS:
-            return f"attention {attention} accepts no custom mask"
-        window = attention_window(network.config)
-        if window is not None and window < longest:
-            return f"its layers attend to the last {window} tokens, and rows have up to {longest}"
-        return tried(
+        return reading_problem(
             network,
             "a cache",
-            lambda: _misread(network, LEAST) or finely_tried(network, lambda: _misread(network, max(longest, LEAST))),
+            MASKED_ATTENTIONS,
+            ("rows", longest),
+            lambda: _misread(network, LEAST),
+            lambda: _misread(network, max(longest, LEAST)),
         )
 
 

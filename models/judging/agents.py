@@ -24,7 +24,7 @@ from models.judging.description import Advance, Description, uncounted
 from models.judging.endpoint import ChatClient
 from models.judging.weights import Weights, best_device
 from models.learning.proactive_agent import ProactiveAgent
-from models.networks.backbone import position_room
+from models.networks.configurations import max_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -275,7 +275,7 @@ class LocalAgent(Agent):
         """Maximum number of tokens of a prompt and its answer."""
         network = self.weights.model.network
         assert network is not None, "a loaded agent has weights"
-        return min(self.data.prompt_length + self.options.max_new_tokens, position_room(network.config))
+        return min(self.data.prompt_length + self.options.max_new_tokens, max_positions(network.config))
 
     @cached_property
     def branched(self) -> bool:

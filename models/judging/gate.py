@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from datamodules.errors import UserError
-from models.learning.metrics import agent_figures
+from models.learning.metrics import agent_metrics
 
 MOST_POINTS = 200  # points of a curve
 
@@ -62,6 +62,6 @@ class Gated:
         thresholds = [0.0, *torch.nextafter(found, torch.tensor(2.0, dtype=found.dtype)).tolist()]
         return [
             {"threshold": threshold}
-            | {name: float(value) for name, value in agent_figures(*self.at(threshold), self.trace).items()}
+            | {name: float(value) for name, value in agent_metrics(*self.at(threshold), self.trace).items()}
             for threshold in thresholds
         ]

@@ -21,7 +21,7 @@ from models.decoding.prefix_cache import PrefixCache, cache_problem
 from models.judging.weights import Weights, best_device
 from models.learning.calibration import calibrated
 from models.learning.reward_classifier import RewardClassifier
-from models.networks.backbone import classify_states
+from models.networks.heads import classify_states
 
 
 class Scorer:

@@ -1,6 +1,6 @@
-"""What validation rows say about a model's probabilities: a temperature, and the threshold with the greatest F1."""
+"""Calibration on validation rows: a temperature, and the threshold with the greatest F1."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_precision_recall_curve
 
 TEMPERATURE_RANGE = (0.05, 20.0)
-DECISION = 0.5  # a probability above it decides for the positive class: accepted, or help needed
+DECISION = 0.5  # threshold of decisions for the positive class: accepted, or help needed
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,12 @@ class Calibration:
     """What was fitted on validation rows.
 
     Attributes:
-        temperature: What log-odds are divided by.
-        f1_threshold: The calibrated probability above which F1 was greatest. Figures at it are shown beside those at
-            `DECISION`; nothing is decided by it, for it accepts far more than people do where few proposals are good.
-        rows: How many validation rows it was fitted on; None where an old checkpoint does not say.
-        of_rows: How many validation rows there were: more, where trainer.limit_val_batches left some out.
+        temperature: The divisor of log-odds.
+        f1_threshold: The threshold on the calibrated probability with the greatest F1. Its metrics are reported next to
+            those at `DECISION`. It decides nothing, because it accepts far more than people do if few proposals are
+            good.
+        rows: The number of validation rows in the fit; None if an old checkpoint does not store it.
+        of_rows: The number of all validation rows. It is larger if trainer.limit_val_batches left rows out.
     """
 
     temperature: float
@@ -31,7 +32,7 @@ class Calibration:
 
     @classmethod
     def of(cls, saved: Mapping[str, Any] | None) -> Self | None:
-        """As a checkpoint or an export keeps it; older ones say `threshold`, and not how many rows."""
+        """The calibration of a checkpoint or export. Older ones have `threshold`, and no numbers of rows."""
         if saved is None:
             return None
         threshold = saved["f1_threshold"] if "f1_threshold" in saved else saved["threshold"]
@@ -44,7 +45,7 @@ class Calibration:
         Args:
             probability: (N,) floating, uncalibrated, of the positive class.
             target: (N,) int64, 1 for the positive class.
-            of_rows: How many validation rows there are.
+            of_rows: The number of all validation rows.
 
         Raises:
             ValueError: A probability is not a number.
@@ -55,12 +56,42 @@ class Calibration:
 
 
 def calibrated(probability: Tensor, temperature: float | Tensor) -> Tensor:
-    """P(accepted) with its log-odds divided by the temperature (Guo et al. 2017, arXiv 1706.04599, section 4.2)."""
+    """The probability with its log-odds divided by the temperature (Guo et al. 2017, arXiv 1706.04599, section 4.2).
+
+    Args:
+        probability: Any shape, floating, in [0, 1].
+        temperature: Positive.
+
+    Returns:
+        float64 of the same shape.
+    """
     return torch.sigmoid(torch.logit(probability.double(), eps=1e-12) / temperature)
 
 
+def metrics_by_reading(
+    rows: Mapping[str, Tensor],
+    metrics: Callable[[Tensor, float], dict[str, Tensor]],
+    calibration: Calibration | None,
+) -> dict[str, dict[str, Tensor]]:
+    """The metrics of a test in up to three readings of its probabilities.
+
+    `raw` uses the uncalibrated probability and `calibrated` the calibrated one, both with the threshold `DECISION`.
+    `f1_optimal` uses the calibrated one with the calibration's `f1_threshold`.
+
+    Args:
+        rows: Columns (N,), `probability` and `calibrated` among them.
+        metrics: Computes the metrics from probabilities (N,) and a threshold.
+        calibration: Without one there is only `raw`.
+    """
+    readings = {"raw": metrics(rows["probability"], DECISION)}
+    if calibration is not None:
+        readings["calibrated"] = metrics(rows["calibrated"], DECISION)
+        readings["f1_optimal"] = metrics(rows["calibrated"], calibration.f1_threshold)
+    return readings
+
+
 def fit_temperature(probability: Tensor, target: Tensor) -> float:
-    """The temperature in `TEMPERATURE_RANGE` that makes the targets likeliest.
+    """The temperature in `TEMPERATURE_RANGE` that maximizes the likelihood of the targets.
 
     Args:
         probability: (N,) floating, uncalibrated P(accepted).
@@ -70,7 +101,7 @@ def fit_temperature(probability: Tensor, target: Tensor) -> float:
         ValueError: A probability is not a number.
     """
     _refuse_nan(probability)
-    # Lightning validates in inference mode, whose tensors record no gradients: all of them are made anew outside it.
+    # Lightning validates in inference mode, whose tensors record no gradients. So they are copied outside it.
     with torch.inference_mode(False), torch.enable_grad():
         log_odds_N, target_N = torch.logit(probability.double().clone(), eps=1e-12), target.clone().double()
         low, high = (torch.log(torch.tensor(bound, dtype=torch.float64)) for bound in TEMPERATURE_RANGE)
@@ -89,14 +120,14 @@ def fit_temperature(probability: Tensor, target: Tensor) -> float:
 
 
 def fit_threshold(probability: Tensor, target: Tensor) -> float:
-    """The threshold with the greatest F1, halfway to the next lower probability so that it holds beyond these rows.
+    """The threshold with the greatest F1, halfway to the next lower probability, so that it generalizes.
 
     Args:
-        probability: (N,) floating, P(accepted) as it will be compared with the threshold.
+        probability: (N,) floating, P(accepted) as it is compared with the threshold.
         target: (N,) int64, 1 for accepted.
 
     Returns:
-        A threshold in [0, 1]; 0.5 where no row was accepted.
+        A threshold in [0, 1]; 0.5 if no row was accepted.
 
     Raises:
         ValueError: A probability is not a number.
@@ -111,7 +142,7 @@ def fit_threshold(probability: Tensor, target: Tensor) -> float:
     if not len(lower):
         return float(best) / 2
     middle = (best + lower.max()) / 2
-    return float(middle if middle < best else lower.max())  # two neighbours have no number between them
+    return float(middle if middle < best else lower.max())  # there may be no number between them
 
 
 def _refuse_nan(probability: Tensor) -> None:

@@ -1,7 +1,7 @@
-"""What checkpoints and exports hold, as records: of a file nothing is used before it has been compared with them.
+"""Records of the contents of checkpoints and exports. A file is validated before anything in it is used.
 
-Files of this project can be damaged, and those of others can hold anything. So plain values have to fit a record, as
-rows have to, and tensors have to be those of the network that the plain values describe, each by its name.
+Files of this project can be damaged, and other files can contain anything. So plain values are validated by a record,
+like rows, and tensors must be exactly those of the network that the plain values describe.
 """
 
 import inspect
@@ -35,13 +35,13 @@ def _configuration_text(value: str) -> str:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise ValueError("expected the text of a JSON object")
+        raise ValueError("expected a JSON object as text")
     checked_configuration(json_object(found))
     return value
 
 
 def _without_private(value: Any) -> Any:
-    """Without what Lightning notes for itself."""
+    """Drop the private options of Lightning."""
     if isinstance(value, dict):
         return {name: option for name, option in value.items() if not str(name).startswith("_")}
     return value
@@ -55,14 +55,14 @@ State = dict[str, Any]
 
 
 class Content(BaseModel):
-    """A record whose further fields are nobody's concern."""
+    """A record that ignores unknown fields."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False, populate_by_name=False)
     hint: ClassVar[str] = HINT
 
 
 class FittedCalibration(Content):
-    """What `Calibration` keeps; older files say `threshold`, and not how many rows."""
+    """The fields of a `Calibration`. Older files have `threshold`, and no numbers of rows."""
 
     temperature: float = Field(ge=TEMPERATURE_RANGE[0] * 0.999, le=TEMPERATURE_RANGE[1] * 1.001)
     f1_threshold: float = Field(ge=0, le=1, validation_alias=AliasChoices("f1_threshold", "threshold"))
@@ -71,7 +71,7 @@ class FittedCalibration(Content):
 
 
 class SpecialTokens(Content):
-    """The tokens that a tokenizer names; the one that pads is always there."""
+    """The special tokens of a tokenizer. The padding token is required."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -84,8 +84,8 @@ class SpecialTokens(Content):
     mask_token: str | None = None
 
 
-class KeptTokenizer(Content):
-    """See `datamodules.prompting.tokenizers.tokenizer_state`; older files have no chat template."""
+class SavedTokenizer(Content):
+    """See `datamodules.prompting.tokenizers.tokenizer_state`. Older files have no chat template."""
 
     text: str = Field(validation_alias="json")
     special: SpecialTokens
@@ -93,18 +93,18 @@ class KeptTokenizer(Content):
 
 
 class DataOptions(Content):
-    """The options of a data module that others than itself read."""
+    """The options of a data module that other code reads."""
 
     root: str
     seed: Count
 
 
-class KeptData(Content):
-    """The state of a data module: what its model was trained on is always known, else nothing could be measured."""
+class SavedData(Content):
+    """The state of a data module. The training histories and scenes are required, because evaluations need them."""
 
     hyperparameters: DataOptions
     prompt: Plain
-    tokenizer: KeptTokenizer
+    tokenizer: SavedTokenizer
     branch_length: Count = 0
     training_histories: list[Digest] = Field(min_length=1)
     training_scenes: list[str] = Field(min_length=1)
@@ -114,27 +114,27 @@ class KeptData(Content):
     order_seed: Count = 0
 
 
-class AdapterBase(Content):
-    """Which backbone an adapter is for."""
+class SavedBase(Content):
+    """The fields of `models.networks.adapter_files.AdapterBase`."""
 
     backbone: str
     digest: str
 
 
 class ExportContent(Content):
-    """What proactive.json holds."""
+    """The content of proactive.json."""
 
     task: Literal["reward", "agent"]
     model: Plain
     calibration: FittedCalibration | None
-    data: KeptData
-    base: AdapterBase | None = None
+    data: SavedData
+    base: SavedBase | None = None
     backbone_config: Annotated[Plain, AfterValidator(checked_configuration)] | None = None
     files: list[FileName] = []
 
 
 class OptimizerContent(Content):
-    """The state of an optimizer, as PyTorch keeps it."""
+    """The state dict of an optimizer of PyTorch."""
 
     class Group(Content):
         params: list[int | str]
@@ -144,7 +144,7 @@ class OptimizerContent(Content):
 
 
 class ScheduleContent(Content):
-    """The state of a schedule, as PyTorch keeps it."""
+    """The state dict of a schedule of PyTorch."""
 
     last_epoch: Count
     base_lrs: list[float]
@@ -164,7 +164,7 @@ class RunOptions(Content):
 
 
 class CheckpointContent(Content):
-    """What a checkpoint of a run holds, and values.pt of one that ranks wrote together."""
+    """The content of a checkpoint file, and of values.pt in a sharded checkpoint."""
 
     task: Literal["reward", "agent"]
     version: str = Field(validation_alias="pytorch-lightning_version", pattern=r"^2\.\d+(\.\w+)*$")
@@ -174,7 +174,7 @@ class CheckpointContent(Content):
     hyper_parameters: Annotated[Plain, BeforeValidator(_without_private)]
     backbone_config: Annotated[str, AfterValidator(_configuration_text)]
     calibration: FittedCalibration | None
-    base: AdapterBase | None = None
+    base: SavedBase | None = None
     options: RunOptions | None = None
     loops: dict[str, State] = {}
     callbacks: dict[str, State] = {}
@@ -185,24 +185,24 @@ class CheckpointContent(Content):
     def _each_optimizer_has_its_schedule(self) -> Self:
         groups = [len(optimizer.param_groups) for optimizer in self.optimizer_states]
         if groups != [len(schedule.lr_lambdas) for schedule in self.lr_schedulers]:
-            raise ValueError("expected a schedule for each group of optimizer_states in lr_schedulers")
+            raise ValueError("expected a schedule in lr_schedulers for each group of optimizer_states")
         return self
 
 
 class RewardCheckpoint(CheckpointContent):
-    """That of a reward classifier, with the state of its data module under the name that Lightning gives it."""
+    """The checkpoint of a reward classifier. Lightning names the state of the data module after its class."""
 
-    data: KeptData = Field(validation_alias="RewardDataModule")
+    data: SavedData = Field(validation_alias="RewardDataModule")
 
 
 class AgentCheckpoint(CheckpointContent):
-    """The same of an agent."""
+    """The checkpoint of an agent."""
 
-    data: KeptData = Field(validation_alias="AgentDataModule")
+    data: SavedData = Field(validation_alias="AgentDataModule")
 
 
 class ShardFiles(Content):
-    """What values.pt holds of the files beside it, whose checksums it has, and of weights with several names."""
+    """The fields of values.pt about files and names: checksums of files with shards, and names of tied weights."""
 
     files: dict[ShardName, Count]
     aliases: dict[str, str]
@@ -210,10 +210,10 @@ class ShardFiles(Content):
 
 @cache
 def options_record(kind: type) -> type[BaseModel]:
-    """A record of the options that a class's constructor takes, with those that it hands on to its bases."""
+    """A record of the options of a class's constructor, including those of its base classes."""
     fields: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
-        # Those of libraries take no options, and may be wrapped while memory is tracked or weights are left out.
+        # Constructors of libraries have no such options. While memory is tracked, they may be wrapped.
         if base.__module__.partition(".")[0] in ("builtins", "torch", "lightning") or "__init__" not in vars(base):
             continue
         constructor = vars(base)["__init__"]
@@ -231,19 +231,21 @@ def options_record(kind: type) -> type[BaseModel]:
 
 
 def _plain_type(annotation: Any) -> Any:
-    """The type as JSON has it, where a dataclass is an object."""
+    """The type of the value in JSON, where a dataclass is an object."""
     if typing.get_origin(annotation) in (Union, UnionType):
-        return Union[tuple(map(_plain_type, typing.get_args(annotation)))]  # noqa: UP007 - of a computed tuple
+        return Union[tuple(map(_plain_type, typing.get_args(annotation)))]  # noqa: UP007 - the tuple is computed
     return options_record(annotation) if isinstance(annotation, type) and is_dataclass(annotation) else annotation
 
 
 def refuse_options(kind: type, options: Mapping[str, Any], where: str) -> None:
-    """Refuse options that a class does not have, or that are of other types.
+    """Refuse options that a class does not have, or that have other types.
+
+    Args:
+        kind: The class.
+        options: The options, from a file.
+        where: The file or field that they are from.
 
     Raises:
-        UserError: There are such; it names `where`.
+        UserError: There is such an option. The message begins with `where`.
     """
     validate(dict(options), options_record(kind), where)
-
-
-# Tensors

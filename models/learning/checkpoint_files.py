@@ -1,9 +1,6 @@
-"""Checkpoints that survive a kill, refuse code, and let a run go on bit for bit.
+"""Loads checkpoints: checks their checksums, runs no code from them, and validates their contents.
 
-`SafeCheckpointIO` writes beside the old file and renames, and loads weights and plain values only.
-`BestCheckpoint` keeps the best weights.
-`LastCheckpoint` keeps `last.ckpt` current, also when the process is asked to stop.
-`SeedEachStep` makes the randomness of a step a function of its number, so that it needs no state.
+`callbacks.checkpoint_io.SafeCheckpointIO` and `callbacks.fully_sharded.FullySharded` write them.
 """
 
 import pickle
@@ -21,8 +18,9 @@ from datamodules.files.reading import require_regular_files
 from datamodules.files.run_folders import CHECKPOINTS
 from models.learning import sharded_files as shards
 from models.learning.checkpoint_contents import ShardFiles, refuse_options
-from models.learning.training import EXPORT_STATE, BackboneModule, export_state
-from models.networks.backbone import refuse_unfit_tokenizer
+from models.learning.saved_models import EXPORT_STATE, export_state, model_from_checkpoint, model_from_export
+from models.learning.training import BackboneModule
+from models.networks.configurations import refuse_unfit_tokenizer
 from models.networks.weight_files import naming
 
 LAST = "last.ckpt"
@@ -32,25 +30,35 @@ Model = TypeVar("Model", bound=BackboneModule)
 
 
 def refuse_damaged(path: Path, problem: str | None) -> None:
-    """Raise a UserError that names the newest good checkpoint beside one that has a problem."""
+    """Refuse a damaged checkpoint.
+
+    Args:
+        path: The checkpoint.
+        problem: The result of `checkpoint_problem`.
+
+    Raises:
+        UserError: There is a problem. The hint names the newest good checkpoint in the same folder.
+    """
     if not problem:
         return
     others = [p for p in path.parent.glob("*.ckpt") if p != path and checkpoint_problem(p) is None]
     newest = max(others, key=lambda p: p.stat().st_mtime, default=None)
-    hint = f"The newest good one is {newest}: give it as --ckpt_path or --checkpoint." if newest else ""
-    raise UserError(f"{path}: {problem}", hint or "There is no good checkpoint beside it; start a new run.")
+    hint = "There is no good checkpoint in this folder; start a new run."
+    if newest:
+        hint = f"The newest good one is {newest}: give it as --ckpt_path or --checkpoint."
+    raise UserError(f"{path}: {problem}", hint)
 
 
 def load_checkpoint(path: Path, *, checked: bool = False, whole: bool = True) -> dict[str, Any]:
-    """Load weights and plain values; nothing in the files can run code.
+    """Load weights and plain values. Nothing in the files can run code.
 
     Args:
-        path: A checkpoint file, or the folder that ranks wrote together.
+        path: A checkpoint file, or the folder of a sharded checkpoint.
         checked: Whether it is known to be undamaged.
-        whole: Whether to join the shards of a folder; without them its other values alone.
+        whole: Whether to load and join the shards of a folder. Otherwise only its other values are loaded.
 
     Raises:
-        UserError: There is no such checkpoint, it is damaged, or it holds more than weights and plain values.
+        UserError: The checkpoint does not exist, is damaged, or contains more than weights and plain values.
     """
     if not checked:
         refuse_damaged(path, checkpoint_problem(path))
@@ -60,34 +68,34 @@ def load_checkpoint(path: Path, *, checked: bool = False, whole: bool = True) ->
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=not whole)
     except (pickle.UnpicklingError, RecursionError) as error:
         raise UserError(
-            f"{path}: refused, for it holds more than weights and plain values and could run code",
+            f"{path}: refused, because it contains more than weights and plain values and could run code",
             "Use a checkpoint that this project wrote.",
         ) from error
-    except Exception as error:  # whatever a foreign or damaged archive makes the reader say
+    except Exception as error:  # a foreign or damaged archive can cause errors of many types
         reason = error_text(error, 200)
-        raise UserError(f"{path}: no checkpoint ({reason})", "Use a checkpoint that this project wrote.") from error
+        raise UserError(f"{path}: not a checkpoint ({reason})", "Use a checkpoint that this project wrote.") from error
     if not isinstance(checkpoint, dict):
         raise UserError(
-            f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint",
+            f"{path}: contains a {type(checkpoint).__name__}, not a checkpoint",
             "Use a checkpoint that this project wrote.",
         )
     return _joined(path, checkpoint) if sharded and whole else checkpoint
 
 
 def _joined(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint as one device writes it, of the shards and the other values that ranks wrote."""
-    state = {**values["state_dict"], **shards.read_whole(folder / shards.WEIGHTS)}
+    """Join a sharded checkpoint: the result has the format of a checkpoint file of one device."""
+    state = {**values["state_dict"], **shards.read_full(folder / shards.WEIGHTS)}
     state |= {name: state[first] for name, first in values["aliases"].items() if first in state}
-    kept = shards.read_whole(folder / shards.OPTIMIZER)
+    sharded = shards.read_full(folder / shards.OPTIMIZER)
     optimizers = []
-    for number, optimizer in enumerate(values["optimizer_states"]):
-        mine = {name.partition("|")[2]: value for name, value in kept.items() if name.startswith(f"{number}|")}
-        optimizers.append(shards.numbered({**optimizer, "state": {**optimizer["state"], **mine}}))
+    for index, optimizer in enumerate(values["optimizer_states"]):
+        own = {name.partition("|")[2]: value for name, value in sharded.items() if name.startswith(f"{index}|")}
+        optimizers.append(shards.by_index({**optimizer, "state": {**optimizer["state"], **own}}))
     return {**values, "state_dict": state, "optimizer_states": optimizers}
 
 
 def load_run(path: Path, kind: type[BackboneModule], **options: bool) -> dict[str, Any]:
-    """Load a checkpoint that a run of `python -m proactive.fit` wrote.
+    """Load a checkpoint of a run of `python -m proactive.fit`.
 
     Args:
         path: The checkpoint.
@@ -95,7 +103,7 @@ def load_run(path: Path, kind: type[BackboneModule], **options: bool) -> dict[st
         options: See `load_checkpoint`.
 
     Raises:
-        UserError: As `load_checkpoint`, or it is something else, or of another task.
+        UserError: As `load_checkpoint`, or the checkpoint is not one of a run, or of another task.
     """
     checkpoint = load_checkpoint(path, **options)
     found = checkpoint.get("task")
@@ -106,28 +114,28 @@ def load_run(path: Path, kind: type[BackboneModule], **options: bool) -> dict[st
 
 
 def load_trained(kind: type[Model], target: Path, option: str) -> tuple[Model, dict[str, Any], Path]:
-    """A trained model, from a run folder (its best weights), a checkpoint, or an export folder.
+    """Load a trained model from a run folder (the best weights), a checkpoint, or an export folder.
 
     Args:
         kind: The model's class.
-        target: Where it is.
-        option: What the user gave `target` as.
+        target: The folder or file.
+        option: The option that `target` is the value of.
 
     Returns:
         The model, its data module's state, and the file or folder that the weights came from.
 
     Raises:
-        UserError: There is no such model there.
+        UserError: There is no model of this class.
     """
-    if (shards.settled(target) / EXPORT_STATE).is_file():
+    if (shards.recover(target) / EXPORT_STATE).is_file():
         require_regular_files(target, option)
         with naming(target):
-            model, state = kind.from_export(target)
+            model, state = model_from_export(kind, target)
     else:
         target = _checkpoint_of(target, option)
         with naming(target):
             checkpoint = load_run(target, kind)
-            model, state = kind.from_checkpoint(checkpoint), checkpoint[kind.data_class.__qualname__]
+            model, state = model_from_checkpoint(kind, checkpoint), checkpoint[kind.data_class.__qualname__]
     with naming(target):
         refuse_options(kind.data_class, state["hyperparameters"], "hyperparameters")
         data = kind.data_class.from_state(state)
@@ -136,37 +144,37 @@ def load_trained(kind: type[Model], target: Path, option: str) -> tuple[Model, d
 
 
 def checkpoint_task(target: Path, option: str, tasks: Collection[str]) -> str:
-    """Which task a run folder, a checkpoint or an export folder names.
+    """The task of a run folder, a checkpoint or an export folder.
 
     Args:
-        target: Where it is.
-        option: What the user gave `target` as.
-        tasks: Those that there are.
+        target: The folder or file.
+        option: The option that `target` is the value of.
+        tasks: The names of all tasks.
 
     Raises:
-        UserError: As `load_trained`, or it names no such task.
+        UserError: As `load_trained`, or there is no such task.
     """
-    if (shards.settled(target) / EXPORT_STATE).is_file():
+    if (shards.recover(target) / EXPORT_STATE).is_file():
         task = export_state(target).get("task")
     else:
         task = load_checkpoint(_checkpoint_of(target, option), whole=False).get("task")
     if not isinstance(task, str) or task not in tasks:
         raise UserError(
-            f"{option}: {target} is no checkpoint of a run: it names no task",
+            f"{option}: {target} is not a checkpoint of a run: it names no task",
             "Give one that python -m proactive.fit wrote.",
         )
     return str(task)
 
 
 def _checkpoint_of(target: Path, option: str) -> Path:
-    """The checkpoint that `target` is, or the best one of the run folder that it is."""
+    """The path of a checkpoint: `target` itself, or the best checkpoint in the run folder `target`."""
     if (target / CHECKPOINTS).is_dir():
-        names = (shards.settled(target / CHECKPOINTS / name) for name in (BEST, LAST))
+        names = (shards.recover(target / CHECKPOINTS / name) for name in (BEST, LAST))
         target = next((path for path in names if path.exists()), target)
-    shards.settled(target)
+    shards.recover(target)
     if not target.exists() or (target.is_dir() and not shards.is_sharded(target)):
         raise UserError(
-            f"{option}: {target} holds no checkpoint" if target.exists() else f"{option}: there is no {target}",
+            f"{option}: {target} has no checkpoint" if target.exists() else f"{option}: there is no {target}",
             f"Give a run folder, a checkpoint, or an export folder (with {EXPORT_STATE}).",
         )
     require_regular_files(target, option)
@@ -174,43 +182,47 @@ def _checkpoint_of(target: Path, option: str) -> Path:
 
 
 def checkpoint_problem(path: Path) -> str | None:
-    """What keeps a checkpoint from being whole, or None; reads it once and compares its checksums."""
+    """Check a checkpoint for damage. It is read once, to compare checksums.
+
+    Returns:
+        What is wrong, or None.
+    """
     if shards.is_sharded(path):
         return _file_problem(path / shards.VALUES) or _shards_problem(path)
     return _file_problem(path)
 
 
 def _shards_problem(folder: Path) -> str | None:
-    """The same for the files that values.pt names."""
+    """The same for the files with shards, whose checksums values.pt has."""
     try:
         values = torch.load(folder / shards.VALUES, map_location="cpu", weights_only=True, mmap=True)
         expected = validate(values, ShardFiles, shards.VALUES).files
         if unknown := shards.files(folder) - expected.keys():
-            return f"holds {min(unknown)}, which it was not written with"
+            return f"contains {min(unknown)}, which was not written with it"
         found = shards.checksums(folder, (folder / name for name in expected))
         damaged = next((name for name, checksum in expected.items() if found[name] != checksum), None)
         return f"damaged in {damaged}" if damaged else None
     except UserError as error:
         return error.what
     except pickle.UnpicklingError:
-        return None  # loading it says what is wrong
+        return None  # loading it reports this
     except FileNotFoundError as error:
         return f"lacks {Path(error.filename).relative_to(folder)}"
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
-    except Exception as error:  # whatever a foreign archive makes the reader say
-        return f"no checkpoint ({error_text(error, 200)})"
+    except Exception as error:  # a foreign archive can cause errors of many types
+        return f"not a checkpoint ({error_text(error, 200)})"
 
 
 def _file_problem(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             odd = [info.filename for info in archive.infolist() if info.is_dir() or info.external_attr]
-            damaged = archive.testzip() or next(iter(odd), None)  # PyTorch reads a "folder" as zeros
+            damaged = archive.testzip() or next(iter(odd), None)  # PyTorch reads an entry of type folder as zeros
             return f"damaged in {damaged}" if damaged else None
     except FileNotFoundError:
         return "there is no such checkpoint"
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
-    except Exception as error:  # zipfile raises a dozen kinds on a damaged table of contents
-        return f"truncated, damaged or no checkpoint ({error_text(error, 200)})"
+    except Exception as error:  # zipfile raises errors of many types for a damaged table of contents
+        return f"truncated, damaged or not a checkpoint ({error_text(error, 200)})"

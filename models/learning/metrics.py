@@ -1,7 +1,7 @@
-"""Figures of a judge of proposals and of an agent, on torchmetrics, and the rows that others published.
+"""Metrics of judges and agents, on torchmetrics, and the published metrics.
 
-Shape legend: N rows (of an agent: events), R bootstrap resamples, K candidates, T traces, G groups of rows: scenes
-or traces.
+Shape legend: N rows (for an agent: events), R bootstrap resamples, K candidates, T traces, G groups of rows (scenes or
+traces).
 """
 
 from typing import Any, ClassVar
@@ -22,8 +22,8 @@ from torchmetrics.utilities import dim_zero_cat
 
 from datamodules.corpus.records import Category
 
-# Reward models on the 120 rows of reward_data/test_data.jsonl, from the paper (arXiv 2410.12361, its table of
-# reward model agreement) and, for the last row, the published model's confusion counts.
+# Reward models on the 120 rows of reward_data/test_data.jsonl, from the paper's table of reward model agreement (arXiv
+# 2410.12361). The last row follows from the published model's confusion counts.
 PUBLISHED_REWARD_ROWS: dict[str, dict[str, float]] = {
     "GPT-4o": {"f1": 0.6704, "accuracy": 0.5083},
     "GPT-4o-mini": {"f1": 0.6324, "accuracy": 0.5833},
@@ -34,13 +34,13 @@ PUBLISHED_REWARD_ROWS: dict[str, dict[str, float]] = {
 
 
 BOOTSTRAP_RESAMPLES = 1000
-FEW_GROUPS = 10  # scenes or traces: with fewer, intervals over them are not to be relied on
+FEW_GROUPS = 10  # scenes or traces: intervals over fewer groups are unreliable
 
 
-class KeptRows(Metric):
-    """Keeps rows until all ranks' are asked for, so that ranks may hold unequal numbers.
+class GatheredRows(Metric):
+    """Stores rows, and gathers those of all ranks when they are read. Ranks may have different numbers of rows.
 
-    `columns` names what is kept of each row, (N,) tensors; one of them is `row`, the row's number.
+    `columns` names the stored tensors (N,). One of them is `row`, the index of the row.
     """
 
     full_state_update = False
@@ -51,21 +51,21 @@ class KeptRows(Metric):
         for name in self.columns:
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
-    def keep(self, *columns: Tensor) -> None:
-        """Add rows: their columns, in the order of `columns`."""
+    def add(self, *columns: Tensor) -> None:
+        """Add rows: tensors (N,) in the order of `columns`."""
         for name, column in zip(self.columns, columns, strict=True):
             getattr(self, name).append(column)
 
     def rows(self) -> dict[str, Tensor]:
-        """The rows of all ranks, by their number."""
+        """The columns of the rows of all ranks, sorted by `row`."""
         with self.sync_context():
             rows = {name: dim_zero_cat(getattr(self, name)) for name in self.columns}
-        order = rows["row"].argsort(stable=True)  # so that no figure depends on ranks and layout
+        order = rows["row"].argsort(stable=True)  # so that no metric depends on ranks and layout
         return {name: column[order] for name, column in rows.items()}
 
 
-class RewardMetrics(KeptRows):
-    """How well P(accepted) matches what people said; accepted is the positive class.
+class RewardMetrics(GatheredRows):
+    """How well P(accepted) matches the judgments of people. Accepted is the positive class.
 
     Args:
         threshold: A probability above it counts as accepted.
@@ -87,40 +87,40 @@ class RewardMetrics(KeptRows):
             probability: (N,) floating, P(accepted) in [0, 1].
             target: (N,) int64, 1 for accepted.
             category: (N,) int64, the index of each row's category.
-            row: (N,) int64, which row each is, for who wants to look it up in `rows()`.
+            row: (N,) int64, the index of each row, which `rows()` returns.
         """
-        self.keep(probability.double(), target, category, torch.full_like(target, -1) if row is None else row)
+        self.add(probability.double(), target, category, torch.full_like(target, -1) if row is None else row)
 
     def compute(self) -> dict[str, Tensor]:
-        """The figures of `reward_figures`."""
+        """The metrics of `reward_metrics`."""
         probability_N, target_N, category_N = map(dim_zero_cat, (self.probability, self.target, self.category))
-        return reward_figures(probability_N, target_N, category_N, self.threshold)
+        return reward_metrics(probability_N, target_N, category_N, self.threshold)
 
 
-def reward_figures(
+def reward_metrics(
     probability_N: Tensor,
     target_N: Tensor,
     category_N: Tensor,
     threshold: float = 0.5,
     scene_N: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Each figure by name, as a scalar tensor: fractions in [0, 1], and counts.
+    """The metrics of a reward classifier by name, as scalar tensors: fractions in [0, 1], and counts.
 
-    The counts are tp, fp, tn, fn, rows and, of each category, rows_CATEGORY. A figure whose denominator is zero is 0.
-    `acceptance_rate` is the share of rows that are decided to be accepted,
-    `people_acceptance_rate` the share that people accepted.
+    The counts are tp, fp, tn, fn, rows and, for each category, rows_CATEGORY. A metric with a zero denominator is 0.
+    `acceptance_rate` is the share of rows that the classifier accepts, `people_acceptance_rate` the share that people
+    accepted. `agreement_CATEGORY` is the accuracy within a category.
 
     Args:
         probability_N: (N,) floating, P(accepted).
         target_N: (N,) int64, 1 for accepted.
         category_N: (N,) int64, the index of each row's category.
         threshold: A probability above it counts as accepted.
-        scene_N: (N,) int64, the scene of each row: for intervals of accuracy and F1, see `decision_intervals`.
+        scene_N: (N,) int64, the scene of each row, for intervals of accuracy and F1: see `decision_intervals`.
     """
     decided_N = (probability_N > threshold).long()
     tp, fp, tn, fn, _ = binary_stat_scores(decided_N, target_N)
     both_classes = bool(target_N.any()) and not bool(target_N.all())
-    figures = {
+    metrics = {
         "accuracy": binary_accuracy(decided_N, target_N),
         "precision": binary_precision(decided_N, target_N),
         "recall": binary_recall(decided_N, target_N),
@@ -138,21 +138,21 @@ def reward_figures(
     for category in Category:
         mine = category_N == category.number
         agreement = binary_accuracy(decided_N[mine], target_N[mine]) if mine.any() else torch.tensor(0.0)
-        figures[f"agreement_{category}"] = agreement
-        figures[f"rows_{category}"] = mine.sum()
+        metrics[f"agreement_{category}"] = agreement
+        metrics[f"rows_{category}"] = mine.sum()
     if scene_N is not None:
-        figures |= decision_intervals(decided_N, target_N, scene_N)
-    return {name: value.double() for name, value in figures.items()}
+        metrics |= decision_intervals(decided_N, target_N, scene_N)
+    return {name: value.double() for name, value in metrics.items()}
 
 
 def decision_intervals(decided_N: Tensor, target_N: Tensor, scene_N: Tensor) -> dict[str, Tensor]:
     """The number of scenes, and 95% intervals of accuracy and F1 over scenes drawn with replacement.
 
-    Rows of one scene are alike, so rows drawn one by one would make the intervals far too narrow.
+    Rows of one scene are alike, so intervals over single rows would be far too narrow.
 
     Args:
         decided_N: (N,) int64, 1 where the decision is positive.
-        target_N: (N,) int64, 1 where it should be.
+        target_N: (N,) int64, 1 where the target is positive.
         scene_N: (N,) int64, the scene of each row.
     """
     counts_G4 = _grouped_counts(decided_N, target_N == decided_N, scene_N)
@@ -162,12 +162,12 @@ def decision_intervals(decided_N: Tensor, target_N: Tensor, scene_N: Tensor) -> 
 
 
 def _grouped_counts(decided_N: Tensor, right_N: Tensor, group_N: Tensor) -> Tensor:
-    """True and false positives, true and false negatives of each group, (G, 4) int64.
+    """The confusion counts of each group, (G, 4) int64: true and false positives, true and false negatives.
 
     Args:
         decided_N: (N,) int64, 1 where the decision is positive.
-        right_N: (N,), 1 where it is right, 0 where it is wrong; anything else counts as nothing.
-        group_N: (N,) int64.
+        right_N: (N,), 1 where the decision is right, 0 where it is wrong. Rows with another value are not counted.
+        group_N: (N,) int64, the group of each row.
     """
     kinds = [(1, 1), (1, 0), (0, 1), (0, 0)]
     kind_N4 = torch.stack([(decided_N == offer) & (right_N == right) for offer, right in kinds], dim=1)
@@ -175,9 +175,9 @@ def _grouped_counts(decided_N: Tensor, right_N: Tensor, group_N: Tensor) -> Tens
     return kind_N4.new_zeros((len(names_G), 4), dtype=torch.int64).index_add(0, group_N, kind_N4.long())
 
 
-# Agents on 227 events of the 12 test traces, as true positives, false positives, true negatives, false negatives:
-# the counts that the row real_average of each file in eval/results of thunlp/ProactiveAgent (commit 50940be) follows
-# from; each row has one such solution only. Their judge was the published 8B reward model.
+# Agents on 227 events of the 12 test traces, judged by the published 8B reward model: true positives, false positives,
+# true negatives, false negatives. The counts are derived from the row real_average of each file in eval/results of
+# thunlp/ProactiveAgent (commit 50940be). Each row has exactly one solution.
 _PUBLISHED_AGENT_COUNTS: dict[str, tuple[int, int, int, int]] = {
     "Qwen2-7B-Proactive": (111, 112, 4, 0),
     "LLaMA-3.1-8B-Proactive": (96, 115, 12, 4),
@@ -198,14 +198,13 @@ NO_VERDICT = -1
 
 
 class AgentMetrics(Metric):
-    """How an agent's decisions fare with a judge, event by event.
+    """Metrics of an agent's decisions with a judge, per event.
 
-    A proposal that is accepted is a true positive, one that is rejected a false positive; null that is accepted a
-    true negative, null that is rejected a false negative. Of an event with several candidates the one counts that
-    `deciding_candidate` says.
+    An accepted offer is a true positive, a rejected offer a false positive. An accepted silence is a true negative, a
+    rejected silence a false negative. If an event has several candidates, `deciding_candidate` chooses one.
 
     Args:
-        bootstrap: Resamples of whole traces for 95% percentile intervals; none are computed if 0.
+        bootstrap: Resamples of whole traces for 95% percentile intervals. If 0, no intervals are computed.
     """
 
     full_state_update = False
@@ -225,10 +224,11 @@ class AgentMetrics(Metric):
         Args:
             proposed: (N,) or (N, K), nonzero where a candidate is text, 0 where it is null.
             accepted: (N,) or (N, K), 1 where the judge accepts a candidate, 0 where it rejects it, `NO_VERDICT`
-                where it says nothing.
-            trace: (N,) int64, the trace that each event belongs to; each event is a trace of its own if not given.
+                where there is no verdict.
+            trace: (N,) int64, the trace of each event. If None, each event is its own trace.
         """
-        proposed_NK, accepted_NK = (column.long().reshape(len(column), -1) for column in (proposed, accepted))
+        proposed_NK = proposed.long().reshape(len(proposed), -1)
+        accepted_NK = accepted.long().reshape(len(accepted), -1)
         if trace is None:
             first = -1 - sum(len(column) for column in self.trace)
             trace = first - torch.arange(len(proposed_NK), device=proposed.device)
@@ -237,57 +237,56 @@ class AgentMetrics(Metric):
         self.trace.append(trace)
 
     def compute(self) -> dict[str, Tensor]:
-        """The figures of `agent_figures` over all K candidates; where K > 1 also over the first k, as `f1@k`."""
+        """The metrics of `agent_metrics` over all K candidates. If K > 1, also over the first k, as `f1@k`."""
         proposed_NK, accepted_NK, trace_N = map(dim_zero_cat, (self.proposed, self.accepted, self.trace))
         if proposed_NK.shape[1] == 1:
-            return agent_figures(proposed_NK, accepted_NK, trace_N, self.bootstrap)
-        figures: dict[str, Tensor] = {}
+            return agent_metrics(proposed_NK, accepted_NK, trace_N, self.bootstrap)
+        metrics: dict[str, Tensor] = {}
         for k in range(1, proposed_NK.shape[1] + 1):
-            at_k = agent_figures(proposed_NK[:, :k], accepted_NK[:, :k], trace_N, self.bootstrap)
-            figures |= {f"{name}@{k}": value for name, value in at_k.items()} | at_k
-        return figures
+            at_k = agent_metrics(proposed_NK[:, :k], accepted_NK[:, :k], trace_N, self.bootstrap)
+            metrics |= {f"{name}@{k}": value for name, value in at_k.items()} | at_k
+        return metrics
 
 
 def deciding_candidate(accepted_NK: Tensor) -> Tensor:
-    """(N,) int64: which of an event's candidates counts: the first that is accepted, else the first with a verdict.
+    """The index of the candidate that counts, (N,) int64: the first accepted one, else the first with a verdict.
 
-    So an event is accepted if any of its candidates is, and one that is accepted stays so with more candidates.
+    So an event is accepted if any of its candidates is accepted.
     """
     rank_NK = 2 * (accepted_NK == 1).long() + (accepted_NK == 0).long()
-    return rank_NK.argmax(dim=1)  # the first of the greatest
+    return rank_NK.argmax(dim=1)  # argmax returns the first maximum
 
 
-def agent_figures(proposed_NK: Tensor, accepted_NK: Tensor, trace_N: Tensor, bootstrap: int = 0) -> dict[str, Tensor]:
-    """Each figure by name, as a scalar tensor: fractions in [0, 1], and counts.
+def agent_metrics(proposed_NK: Tensor, accepted_NK: Tensor, trace_N: Tensor, bootstrap: int = 0) -> dict[str, Tensor]:
+    """The metrics of an agent by name, as scalar tensors: fractions in [0, 1], and counts.
 
-    An event without a verdict is in `events` and `undecided`, and in no other figure.
+    Events without a verdict count in `events` and `undecided`, but in no other metric.
 
     Args:
         proposed_NK: (N, K) int64, 1 where a candidate is text.
-        accepted_NK: (N, K) int64, 1 accepted, 0 rejected, `NO_VERDICT` neither.
-        trace_N: (N,) int64, the trace that each event belongs to.
-        bootstrap: Resamples of the traces for intervals; none if 0.
+        accepted_NK: (N, K) int64, 1 accepted, 0 rejected, `NO_VERDICT` without a verdict.
+        trace_N: (N,) int64, the trace of each event.
+        bootstrap: Resamples of the traces for intervals; no intervals if 0.
     """
     chosen_N1 = deciding_candidate(accepted_NK)[:, None]
     proposed_N, accepted_N = proposed_NK.gather(1, chosen_N1)[:, 0], accepted_NK.gather(1, chosen_N1)[:, 0]
     counts_T4 = _grouped_counts(proposed_N, accepted_N, trace_N)
-    figures = {
-        **count_figures(counts_T4.sum(0)),
+    metrics = {
+        **confusion_metrics(counts_T4.sum(0)),
         **dict(zip(("tp", "fp", "tn", "fn"), counts_T4.sum(0), strict=True)),
         "events": torch.tensor(len(proposed_N)),
         "undecided": (accepted_N == NO_VERDICT).sum(),
         "traces": torch.tensor(len(counts_T4)),
     }
     if bootstrap:
-        figures |= group_intervals(counts_T4, bootstrap)
-    return {name: value.double() for name, value in figures.items()}
+        metrics |= group_intervals(counts_T4, bootstrap)
+    return {name: value.double() for name, value in metrics.items()}
 
 
-def count_figures(counts: Tensor) -> dict[str, Tensor]:
-    """Figures of confusion counts (..., 4): true positives, false positives, true negatives, false negatives.
+def confusion_metrics(counts: Tensor) -> dict[str, Tensor]:
+    """Metrics of confusion counts (..., 4): true positives, false positives, true negatives, false negatives.
 
-    A figure whose denominator is zero is 0. `accept_rate` is the share of proposals that are accepted, which is the
-    precision; it has a name of its own in the published tables.
+    A metric with a zero denominator is 0. `accept_rate`, a name of the published tables, is the precision.
     """
     tp, fp, tn, fn = counts.double().unbind(-1)
 
@@ -305,24 +304,24 @@ def count_figures(counts: Tensor) -> dict[str, Tensor]:
 
 
 def group_intervals(counts_G4: Tensor, resamples: int, seed: int = 0) -> dict[str, Tensor]:
-    """95% percentile intervals over groups drawn with replacement, for rows of one scene or trace are alike.
+    """95% percentile intervals over groups drawn with replacement, because rows of one scene or trace are alike.
 
     Args:
-        counts_G4: (G, 4) int64, each group's counts as `count_figures` takes them.
-        resamples: How many times G groups are drawn.
+        counts_G4: (G, 4) int64, the confusion counts of each group, see `confusion_metrics`.
+        resamples: How often G groups are drawn.
         seed: The same seed gives the same intervals.
 
     Returns:
-        NAME_low and NAME_high for each figure of `count_figures`; none of a single group, which shows no spread.
+        NAME_low and NAME_high for each metric of `confusion_metrics`. Nothing for a single group, which has no spread.
     """
     if len(counts_G4) < 2:
         return {}
     generator = torch.Generator().manual_seed(seed)
     groups_RG = torch.randint(len(counts_G4), (resamples, len(counts_G4)), generator=generator).to(counts_G4.device)
-    counts_R4 = torch.cat([counts_G4[part].sum(1) for part in groups_RG.split(100)])  # at once it may take much memory
+    counts_R4 = torch.cat([counts_G4[part].sum(1) for part in groups_RG.split(100)])  # in parts, to save memory
     bounds = torch.tensor([0.025, 0.975], dtype=torch.float64, device=counts_G4.device)
     intervals: dict[str, Tensor] = {}
-    for name, values_R in count_figures(counts_R4).items():
+    for name, values_R in confusion_metrics(counts_R4).items():
         low, high = torch.quantile(values_R, bounds)
         intervals |= {f"{name}_low": low, f"{name}_high": high}
     return intervals
@@ -330,6 +329,6 @@ def group_intervals(counts_G4: Tensor, resamples: int, seed: int = 0) -> dict[st
 
 PUBLISHED_AGENT_ROWS: dict[str, dict[str, float]] = {
     name: dict(zip(("tp", "fp", "tn", "fn", "events"), (*counts, sum(counts)), strict=True))
-    | {figure: float(value) for figure, value in count_figures(torch.tensor(counts)).items()}
+    | {metric: float(value) for metric, value in confusion_metrics(torch.tensor(counts)).items()}
     for name, counts in _PUBLISHED_AGENT_COUNTS.items()
 }

@@ -7,22 +7,23 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.errors import UserError
+from datamodules.escaping import error_text
 from models.learning.adamw_8bit import AdamW8bit
 
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
-SHARDED = ("adamw", "adamw_8bit")  # whose state can be spread over ranks
-LOSES_NOTHING = ("adamw_8bit",)  # of updates that are smaller than a weight's significant bits
-SAMPLE = 2**14  # weights of each tensor that are looked at for such updates
-FUSED = ("cpu", "cuda", "mps", "xpu")  # where PyTorch updates all parameters in one kernel
+SHARDED = ("adamw", "adamw_8bit")  # their state can be sharded
+LOSES_NOTHING = ("adamw_8bit",)  # of updates smaller than half the last bit of a weight
+SAMPLE = 2**14  # weights of each tensor that `lost_updates` reads
+FUSED = ("cpu", "cuda", "mps", "xpu")  # devices with PyTorch's fused AdamW
 ScheduleName = Literal["linear", "cosine"]
 
 
-def optimizer_maker(name: OptimizerName) -> Callable[..., torch.optim.Optimizer]:
-    """What makes the optimizer of a name, given parameter groups and `lr`.
+def optimizer_class(name: OptimizerName) -> type[torch.optim.Optimizer] | Callable[..., torch.optim.Optimizer]:
+    """The class of an optimizer.
 
-    - adamw: PyTorch's. Weights stored in bfloat16 lose updates smaller than their 8 significant bits.
+    - adamw: PyTorch's. Weights stored in bfloat16, with 8 significant bits, lose smaller updates.
     - adamw_8bit: `models.learning.adamw_8bit.AdamW8bit`, which loses none.
-    - paged_adamw_8bit: bitsandbytes', for float32 weights; the GPU's memory pages its state to the host's.
+    - paged_adamw_8bit: bitsandbytes', for float32 weights. Its state can be paged to the CPU's memory.
 
     Raises:
         UserError: bitsandbytes does not load.
@@ -33,9 +34,9 @@ def optimizer_maker(name: OptimizerName) -> Callable[..., torch.optim.Optimizer]
         return AdamW8bit
     try:
         import bitsandbytes
-    except Exception as error:  # its import fails in many ways where its native library does not load
+    except Exception as error:  # errors of many types if its native library does not load
         raise UserError(
-            f"model.optimizer: bitsandbytes does not load: {error}", "Use model.optimizer adamw_8bit."
+            f"model.optimizer: bitsandbytes does not load: {error_text(error, 200)}", "Use model.optimizer adamw_8bit."
         ) from error
     return bitsandbytes.optim.PagedAdamW8bit
 
@@ -48,15 +49,15 @@ def build_optimizer(
     *,
     loss_is_scaled: bool = False,
 ) -> torch.optim.Optimizer:
-    """An optimizer over the parameters that are trained; vectors (norms, biases) do not decay.
+    """An optimizer of the trained parameters, without weight decay on vectors (norms, biases).
 
     Args:
         parameters: All parameters of a module.
-        name: See `optimizer_maker`.
+        name: See `optimizer_class`.
         learning_rate: Peak learning rate.
         weight_decay: Decoupled weight decay; with 0, AdamW is Adam.
-        loss_is_scaled: Whether gradients are those of a scaled loss, as in 16-mixed precision. A fused optimizer
-            would take the scale back itself, after they were clipped; so none is fused then.
+        loss_is_scaled: Whether the loss is scaled, as in 16-mixed precision. A fused optimizer would unscale the
+            gradients itself, but after they are clipped. So none is fused then.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     parts = ([p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1])
@@ -66,30 +67,30 @@ def build_optimizer(
     options: dict[str, Any] = {"lr": learning_rate}
     if name == "adamw":
         options["fused"] = not loss_is_scaled and all(parameter.device.type in FUSED for parameter in trained)
-    optimizer = optimizer_maker(name)(groups, **options)
+    optimizer = optimizer_class(name)(groups, **options)
     optimizer.register_load_state_dict_pre_hook(_refuse_other_state)
     return optimizer
 
 
 def _refuse_other_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Refuse a state of other weights, before PyTorch loads it as it is.
+    """Refuse a state that does not fit the optimizer, because PyTorch would load it unchecked.
 
     Raises:
-        UserError: It is such a one.
+        UserError: The state has other hyperparameters or shapes.
     """
     try:
         for own, group in zip(optimizer.param_groups, state["param_groups"], strict=True):
             if own["betas"] != tuple(group["betas"]) or own["eps"] != group["eps"]:
-                raise ValueError("betas or eps are others")
-            for number, weight in zip(group["params"], own["params"], strict=True):
-                kept = state["state"].get(number) or {}
-                if kept and type(optimizer) is torch.optim.AdamW:
-                    shapes = {name: value.shape for name, value in kept.items()}
+                raise ValueError("betas or eps differ")
+            for index, weight in zip(group["params"], own["params"], strict=True):
+                saved = state["state"].get(index) or {}
+                if saved and type(optimizer) is torch.optim.AdamW:
+                    shapes = {name: value.shape for name, value in saved.items()}
                     if shapes != {"step": torch.Size([]), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}:
-                        raise ValueError(f"what is kept of weight {number} is not of its shape")
+                        raise ValueError(f"the state of weight {index} has another shape")
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
-            f"optimizer_states: the checkpoint's do not fit the model: {type(error).__name__}: {error}",
+            f"optimizer_states: those of the checkpoint do not fit the model: {type(error).__name__}: {error}",
             "Resume from another checkpoint, or start a new run.",
         ) from error
 
@@ -99,10 +100,11 @@ def _weight_decay(group: list[nn.Parameter], weight_decay: float) -> float:
 
 
 def lost_updates(parameters: Iterable[nn.Parameter], name: OptimizerName, learning_rate: float) -> float:
-    """The share of the trained weights, 0 to 1, that an update of the size of the learning rate leaves as they are.
+    """The share of the trained weights, 0 to 1, that an update of the size of the learning rate does not change.
 
-    Adam moves a weight by about the learning rate. Weights of 16 bits are rounded to the nearest afterwards, which
-    undoes what is less than half the distance to the next one: `eps` times the greatest power of 2 below the weight.
+    Adam changes a weight by about the learning rate. 16-bit weights are then rounded to the nearest number, so a change
+    of less than half the distance to the next number is lost. This distance is `eps` times the largest power of 2
+    below the weight.
     """
     if name in LOSES_NOTHING:
         return 0.0
@@ -122,25 +124,25 @@ def lost_updates(parameters: Iterable[nn.Parameter], name: OptimizerName, learni
     return lost / total if total else 0.0
 
 
-def clip(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], greatest: float, norm: Tensor) -> None:
-    """Scale gradients down to a greatest norm, by what the optimizer reads them with if it can.
+def clip(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], max_norm: float, norm: Tensor) -> None:
+    """Clip gradients by norm. AdamW8bit applies the factor when it reads them.
 
     Args:
-        optimizer: What takes the step.
-        parameters: With gradients.
-        greatest: The norm that they may have.
-        norm: (), the norm that they have.
+        optimizer: The optimizer of the step.
+        parameters: Parameters with gradients.
+        max_norm: The largest norm after clipping.
+        norm: (), the norm of the gradients.
     """
     if isinstance(optimizer, AdamW8bit):
-        optimizer.gradient_scale = (greatest / (norm.float() + 1e-6)).clamp(max=1.0)  # as clip_grads_with_norm_ has it
+        optimizer.gradient_scale = (max_norm / (norm.float() + 1e-6)).clamp(max=1.0)  # as in clip_grads_with_norm_
     else:
-        nn.utils.clip_grads_with_norm_(parameters, greatest, norm)
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
 
 def build_schedule(
     optimizer: torch.optim.Optimizer, name: ScheduleName, warmup_ratio: float, steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Warm up linearly over `warmup_ratio` of the optimizer steps, then decay to zero at the last one."""
+    """A schedule with a linear warm-up over `warmup_ratio` of the steps, then a decay to zero at the last step."""
     from transformers import get_scheduler
 
     return get_scheduler(name, optimizer, num_warmup_steps=round(warmup_ratio * steps), num_training_steps=steps)
@@ -152,16 +154,16 @@ def set_options(
     learning_rate: float,
     weight_decay: float,
 ) -> None:
-    """Give an optimizer and its schedule, whose state was loaded, these options from the next step on.
+    """Set the options of an optimizer and its schedule after their states were loaded.
 
-    What does not differ from the loaded state stays bit for bit what it is.
+    Options that equal those of the loaded state leave it unchanged bit for bit.
     """
     schedule.base_lrs = [learning_rate for _ in optimizer.param_groups]
     for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
         group["weight_decay"] = _weight_decay(group["params"], weight_decay)
         group["initial_lr"] = learning_rate
         rate = learning_rate * factor(schedule.last_epoch)
-        if isinstance(group["lr"], torch.Tensor):  # as torchao keeps it
+        if isinstance(group["lr"], torch.Tensor):  # as in torchao
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate

@@ -1,6 +1,6 @@
-"""ProactiveAgent: reads a history, and writes an answer: a proposal, or null to stay silent.
+"""ProactiveAgent: reads a history and writes an answer: an offer, or null.
 
-Shape legend: R rows, L distinct tokens of their answers, N probes.
+Shape legend: R rows, L distinct tokens of their answers, N probed histories.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,12 @@ from datamodules.errors import UserError
 from datamodules.ranges import CountOrNone, NotNegative
 from models.decoding.branches import can_branch
 from models.decoding.generation import generate_answers
-from models.learning.answer_metrics import AnswerLosses, answer_losses, decision_figures, decisions, probed_rows
+from models.learning.answer_metrics import AnswerLosses, answer_losses, decisions, probed_rows, proposal_metrics
 from models.learning.checkpoint_contents import AgentCheckpoint
+from models.learning.finite_check import not_finite_error
 from models.learning.training import BackboneModule
-from models.networks.backbone import language_problem, position_room, token_losses
+from models.networks.configurations import max_positions
+from models.networks.heads import language_problem, token_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,9 +33,9 @@ class ProactiveAgent(BackboneModule):
     """A causal language model that learns the tokens of answers.
 
     Args:
-        null_weight: Factor on the loss of null answers, which are short: a step's loss is the mean over its tokens.
-        sampled_answers: After how many validation histories to write an answer at each validation, so that one can
-            read them; the share that is valid JSON is logged.
+        null_weight: Factor on the loss of null answers. They are short, and a step's loss is the mean over its tokens.
+        sampled_answers: Number of validation histories after which each validation generates an answer for people to
+            read. The share of answers in valid JSON is logged.
         options: See BackboneModule.
     """
 
@@ -43,31 +45,31 @@ class ProactiveAgent(BackboneModule):
     pipeline = "text-generation"
     constant_decisions = ("propose always", "never")
     head = "language model"
-    logged_figures = ("validation/loss", "validation/f1", "validation/auroc", "validation/json_validity")
+    monitored_metrics = ("validation/loss", "validation/f1", "validation/auroc", "validation/json_validity")
 
     def __init__(self, null_weight: NotNegative = 1.0, sampled_answers: CountOrNone = 8, **options: Any) -> None:
         super().__init__(**options)
         self.answers = AnswerLosses()
-        self.samples: list[dict[str, Any]] = []  # of the last validation
-        self._can_branch: bool | None = None  # found out at the first one
+        self.samples: list[dict[str, Any]] = []  # answers of the last validation
+        self._can_branch: bool | None = None  # determined at the first validation
 
     def refuse_network(self, network: "PreTrainedModel") -> None:
         if problem := language_problem(network):
             raise UserError(
                 f"model.backbone: {self.hparams['backbone']} cannot be trained as an agent: {problem}",
-                "Use a decoder; Llama, Qwen, Mistral, Gemma and Phi are known to serve.",
+                "Use a decoder, such as Llama, Qwen, Mistral, Gemma or Phi.",
             )
 
     def decision_metrics(self, probability_N: Tensor, rows: dict[str, Tensor], threshold: float) -> dict[str, Tensor]:
-        return decision_figures(probability_N, rows["target"], threshold, rows["scene"])
+        return proposal_metrics(probability_N, rows["target"], threshold, rows["scene"])
 
     def row_losses(self, batch: AgentBatch) -> Tensor:
         """The summed cross-entropy of each row's answer, (R,) float32."""
         assert self.network is not None, "configure_model makes the network"
         answers = batch["answers"]
         loss_L = token_losses(self.network, batch["inputs"], answers["predicted_at"], answers["target"])
-        none_R = torch.zeros(len(batch["row"]), dtype=loss_L.dtype, device=loss_L.device)
-        return none_R.index_add(0, answers["pair_row"], loss_L[answers["pair_token"]])
+        zero_R = torch.zeros(len(batch["row"]), dtype=loss_L.dtype, device=loss_L.device)
+        return zero_R.index_add(0, answers["pair_row"], loss_L[answers["pair_token"]])
 
     def loss(self, batch: AgentBatch) -> Tensor:
         weight_R = torch.where(batch["kind"] == AnswerKind.NULL, self.hparams["null_weight"], 1.0)
@@ -80,20 +82,22 @@ class ProactiveAgent(BackboneModule):
         self._collect(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the figures, and calibrate."""
+        """Log the metrics, and fit the calibration."""
         rows = self.answers.rows()
         if not torch.isfinite(rows["loss"]).all():
-            raise self.not_finite("an answer's loss in validation", float(rows["loss"].sum()))
-        figures = answer_losses(rows)
+            raise not_finite_error(
+                "an answer's loss in validation", float(rows["loss"].sum()), self.trainer.global_step
+            )
+        metrics = answer_losses(rows)
         offers_N, needed_N = decisions(rows)
         if len(needed_N):
             self.calibrate(offers_N, needed_N)
-            figures |= decision_figures(offers_N, needed_N)
+            metrics |= proposal_metrics(offers_N, needed_N)
         self.samples = self._write_samples()
         if self.samples:
             valid = [sample["valid"] for sample in self.samples]
-            figures["json_validity"] = torch.tensor(sum(valid) / len(valid))
-        self.log_dict({f"validation/{name}": value.float() for name, value in figures.items()}, prog_bar=True)
+            metrics["json_validity"] = torch.tensor(sum(valid) / len(valid))
+        self.log_dict({f"validation/{name}": value.float() for name, value in metrics.items()}, prog_bar=True)
 
     def on_test_epoch_start(self) -> None:
         self.answers.reset()
@@ -102,25 +106,25 @@ class ProactiveAgent(BackboneModule):
         self._collect(batch)
 
     def on_test_epoch_end(self) -> None:
-        """Put the probes of all ranks in `test_rows` and the figures in `test_figures`."""
+        """Store the probed histories of all ranks in `test_rows`, and the metrics in `test_metrics`."""
         rows = self.answers.rows()
         offers_N, needed_N = decisions(rows)
         scene_N = self.scenes_of("test", probed_rows(rows))
 
-        def figures(probability_N: Tensor, threshold: float) -> dict[str, Tensor]:
-            return answer_losses(rows) | decision_figures(probability_N, needed_N, threshold, scene_N)
+        def metrics(probability_N: Tensor, threshold: float) -> dict[str, Tensor]:
+            return answer_losses(rows) | proposal_metrics(probability_N, needed_N, threshold, scene_N)
 
         columns = {"probability": offers_N, "target": needed_N, "row": probed_rows(rows), "scene": scene_N}
-        self.note_test(columns, figures, len(rows["row"]))
+        self.record_test(columns, metrics, len(rows["row"]))
 
     def _write_samples(self) -> list[dict[str, Any]]:
-        """Greedy answers, without a grammar's help, after validation histories from all over the split."""
+        """Greedy answers, without a grammar, after validation histories spread over the split."""
         assert self.network is not None
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         probes = [example for example in data.rows("validation") if example.kind == AnswerKind.PROBE]
-        number = min(self.hparams["sampled_answers"], len(probes))
-        chosen = [probes[place * len(probes) // number] for place in range(number)]
-        max_length = min(data.prompt_length + SAMPLED_TOKENS, position_room(self.network.config))
+        count = min(self.hparams["sampled_answers"], len(probes))
+        chosen = [probes[index * len(probes) // count] for index in range(count)]
+        max_length = min(data.prompt_length + SAMPLED_TOKENS, max_positions(self.network.config))
         if self._can_branch is None and chosen:
             self._can_branch = can_branch(self.network, max_length)
         generated = generate_answers(
@@ -131,7 +135,7 @@ class ProactiveAgent(BackboneModule):
             max_new_tokens=SAMPLED_TOKENS,
             max_length=max_length,
             branched=self._can_branch,
-            wanted={(place, len(example.history)) for place, example in enumerate(chosen)},
+            wanted={(index, len(example.history)) for index, example in enumerate(chosen)},
         )
         texts = {answer.trace: data.tokenizer.decode(answer.token_ids) for answer in generated}
         return [
@@ -139,10 +143,10 @@ class ProactiveAgent(BackboneModule):
                 "history": f"{history_digest(example.history) % 2**64:016x}",
                 "event": example.history[-1].event,
                 "help_needed": example.help_needed,
-                "answer": texts[place],
-                "valid": read_answer(texts[place]) is not None,
+                "answer": texts[index],
+                "valid": read_answer(texts[index]) is not None,
             }
-            for place, example in enumerate(chosen)
+            for index, example in enumerate(chosen)
         ]
 
     def _collect(self, batch: list[AgentBatch]) -> None:

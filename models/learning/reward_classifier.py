@@ -1,4 +1,4 @@
-"""RewardClassifier: reads a history and one proposal, gives the probability that the user accepts it.
+"""RewardClassifier: reads a history and one proposal, and returns the probability that the user accepts it.
 
 Shape legend: R rows, C classes (rejected, accepted).
 """
@@ -14,9 +14,10 @@ from datamodules.batching.steps import RewardBatch
 from datamodules.corpus.records import Category
 from datamodules.ranges import NotNegative
 from models.learning.checkpoint_contents import RewardCheckpoint
-from models.learning.metrics import RewardMetrics, reward_figures
+from models.learning.finite_check import not_finite_error
+from models.learning.metrics import RewardMetrics, reward_metrics
 from models.learning.training import BackboneModule
-from models.networks.backbone import Pooling, classify, read_out, reads_last_token
+from models.networks.heads import Pooling, class_layer, classify, reads_last_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,9 +29,9 @@ class RewardClassifier(BackboneModule):
     """A backbone with a two-class head.
 
     Args:
-        pooling: Which state is read: "auto" (the last real token of a decoder, what an encoder's architecture
-            defines), "last", "cls" or "mean".
-        category_weights: Factors on the loss of rows by category, for example {missed_need: 2.0}; 1 if left out.
+        pooling: Which hidden states the head reads: "last" (the last real token), "cls", "mean", or "auto" (as
+            transformers defines it for the backbone: the last real token for a decoder, usually CLS for an encoder).
+        category_weights: Factors on the loss of rows by category, for example {missed_need: 2.0}. The default is 1.
         options: See BackboneModule.
     """
 
@@ -41,7 +42,7 @@ class RewardClassifier(BackboneModule):
     pipeline = "text-classification"
     card_tags = ("reward-model",)
     constant_decisions = ("accept everything", "reject everything")
-    logged_figures = ("validation/auroc", "validation/loss", "validation/accuracy", "validation/f1")
+    monitored_metrics = ("validation/auroc", "validation/loss", "validation/accuracy", "validation/f1")
     category_weight: Tensor
 
     def __init__(
@@ -62,16 +63,16 @@ class RewardClassifier(BackboneModule):
         return classify(self.network, inputs, self.hparams["pooling"]).float()
 
     def loss(self, batch: RewardBatch) -> Tensor:
-        """A micro-batch's part of the step's loss; a category's weight multiplies its rows' losses."""
+        """A micro-batch's part of the step's loss, (). Each row's loss is multiplied by its category's weight."""
         loss_R = nn.functional.cross_entropy(self(batch["inputs"]), batch["label"], reduction="none")
         return (loss_R * self.category_weight[batch["category"]] * batch["weight"]).sum()
 
     def refuse_network(self, network: "PreTrainedModel") -> None:
         if self.hparams["pooling"] != "auto":
-            read_out(network)
+            class_layer(network)
 
     def decision_metrics(self, probability_N: Tensor, rows: dict[str, Tensor], threshold: float) -> dict[str, Tensor]:
-        return reward_figures(probability_N, rows["target"], rows["category"], threshold, rows["scene"])
+        return reward_metrics(probability_N, rows["target"], rows["category"], threshold, rows["scene"])
 
     def read_rows(self, network: "PreTrainedModel", inputs: Inputs) -> Tensor:
         return classify(network, inputs, self.hparams["pooling"])
@@ -88,15 +89,15 @@ class RewardClassifier(BackboneModule):
         self._collect(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the figures, and calibrate."""
+        """Log the metrics, and fit the calibration."""
         rows = self.metrics.rows()
         probability_N, target_N = rows["probability"], rows["target"]
         if not torch.isfinite(probability_N).all():
-            raise self.not_finite("a probability in validation", float(probability_N.sum()))
+            raise not_finite_error("a probability in validation", float(probability_N.sum()), self.trainer.global_step)
         self.calibrate(probability_N, target_N)
-        figures = reward_figures(probability_N, target_N, rows["category"])
+        metrics = reward_metrics(probability_N, target_N, rows["category"])
         loss = nn.functional.binary_cross_entropy(probability_N, target_N.double())
-        logged = {"loss": loss, **{name: figures[name] for name in ("accuracy", "f1", "auroc")}}
+        logged = {"loss": loss, **{name: metrics[name] for name in ("accuracy", "f1", "auroc")}}
         self.log_dict({f"validation/{name}": value.float() for name, value in logged.items()}, prog_bar=True)
 
     def on_test_epoch_start(self) -> None:
@@ -106,17 +107,17 @@ class RewardClassifier(BackboneModule):
         self._collect(batch)
 
     def on_test_epoch_end(self) -> None:
-        """Put the rows of all ranks in `test_rows` and their figures in `test_figures`."""
+        """Store the rows of all ranks in `test_rows`, and their metrics in `test_metrics`."""
         rows = self.metrics.rows()
         scene_N = self.scenes_of("test", rows["row"])
 
-        def figures(probability_N: Tensor, threshold: float) -> dict[str, Tensor]:
-            return reward_figures(probability_N, rows["target"], rows["category"], threshold, scene_N)
+        def metrics(probability_N: Tensor, threshold: float) -> dict[str, Tensor]:
+            return reward_metrics(probability_N, rows["target"], rows["category"], threshold, scene_N)
 
-        self.note_test({**rows, "scene": scene_N}, figures, len(scene_N))
+        self.record_test({**rows, "scene": scene_N}, metrics, len(scene_N))
 
     def _collect(self, batch: list[RewardBatch]) -> None:
-        """Keep P(accepted), uncalibrated, of the rows that do not only fill a rank's share up."""
+        """Store uncalibrated P(accepted) of the rows, except those with weight 0, which only fill up a rank's share."""
         for micro_batch in batch:
             real_R = micro_batch["weight"] > 0
             probability_R = self(micro_batch["inputs"]).double().softmax(-1)[:, 1]

@@ -1,12 +1,12 @@
-"""Checkpoints that many ranks write together: a folder with each rank's shards, and one file with all else.
+"""Sharded checkpoints, which all ranks write together: a folder with each rank's shards, and one file with all else.
 
     last.ckpt/
-        weights/*.safetensors      written by PyTorch's distributed checkpoints, which join and cut shards again
-        optimizer/*.safetensors    the same for what the optimizer keeps of each weight
-        values.pt                  all that is no shard, as in a checkpoint of one file, and the files' checksums
+        weights/*.safetensors      written by PyTorch's distributed checkpointing, which also joins and reshards
+        optimizer/*.safetensors    the same for the optimizer's state of each weight
+        values.pt                  all that is not sharded, as in a checkpoint file, and checksums of the other files
 
-The usual format of distributed checkpoints has a pickled index, which could run code when it is loaded. Safetensors
-files carry their own; values.pt is loaded with weights_only.
+The usual format of distributed checkpointing has a pickled index, which could run code when it is loaded. Safetensors
+files contain their own index. values.pt is loaded with weights_only.
 """
 
 import contextlib
@@ -30,17 +30,17 @@ from datamodules.files.writing import checksum, remove
 VALUES = "values.pt"
 WEIGHTS = "weights"
 OPTIMIZER = "optimizer"
-FILE_SIZE = 2**31  # of a rank's shards: the writer holds a file's bytes twice
+FILE_SIZE = 2**31  # bytes of one file of a rank: the writer needs twice as much memory
 AT_WORKING_DIRECTORY, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2
 
 
 def is_sharded(path: Path) -> bool:
-    """Whether there is a checkpoint of many ranks."""
+    """Whether a path is a sharded checkpoint."""
     return (path / VALUES).is_file()
 
 
 def link(path: Path, other: Path) -> None:
-    """Give a checkpoint of either kind another name, without a copy of its content."""
+    """Give a checkpoint, a file or a folder, another name without copying its content (hard links)."""
     if path.is_dir():
         shutil.copytree(path, other, copy_function=os.link)
     else:
@@ -48,10 +48,10 @@ def link(path: Path, other: Path) -> None:
 
 
 def put_in_place(new: Path, target: Path) -> None:
-    """Rename a new file or folder to where the previous one is, which is then removed.
+    """Replace a file or folder by a new one, and remove the old one.
 
-    There is the old one or the new one at any moment. Where the system cannot exchange two folders in one step, a kill
-    in the middle can leave the old one under another name: see `settled`.
+    At any moment there is the old one or the new one. If the system cannot exchange two folders in one step, a kill in
+    between can leave the old one under another name; `recover` then restores it.
     """
     replaced = _replaced(target)
     if target.exists() and (target.is_dir() or new.is_dir()):
@@ -64,19 +64,19 @@ def put_in_place(new: Path, target: Path) -> None:
     remove(replaced)
 
 
-def settled(path: Path) -> Path:
-    """The path itself, once what a kill in the middle of `put_in_place` left aside is back there."""
+def recover(path: Path) -> Path:
+    """Restore a checkpoint that an interrupted `put_in_place` moved aside; return its path."""
     if not path.exists():
-        with contextlib.suppress(FileNotFoundError):  # there is none, or another rank has just done it
+        with contextlib.suppress(FileNotFoundError):  # nothing was moved, or another rank has restored it
             _replaced(path).rename(path)
     return path
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange the names of two files or folders in one step; False where the system or the disk cannot."""
+    """Exchange the names of two files or folders in one step; False if the system or the disk cannot."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    places = (AT_WORKING_DIRECTORY, os.fsencode(one), AT_WORKING_DIRECTORY, os.fsencode(other))
-    return rename is not None and rename(*places, EXCHANGE) == 0
+    paths = (AT_WORKING_DIRECTORY, os.fsencode(one), AT_WORKING_DIRECTORY, os.fsencode(other))
+    return rename is not None and rename(*paths, EXCHANGE) == 0
 
 
 def _replaced(path: Path) -> Path:
@@ -84,7 +84,7 @@ def _replaced(path: Path) -> Path:
 
 
 def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What is spread over ranks, and all else."""
+    """The sharded tensors of a state dict, and all other values."""
     from torch.distributed.tensor import DTensor
 
     shards: dict[str, Tensor] = {name: value for name, value in state.items() if isinstance(value, DTensor)}
@@ -92,40 +92,44 @@ def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def aliases(module: nn.Module) -> dict[str, str]:
-    """The further names of weights that have several, and the first one."""
+    """The further names of tied weights, each with the first name of the weight."""
     first: dict[int, str] = {}
     named = module.named_parameters(remove_duplicate=False)
     return {name: known for name, weight in named if (known := first.setdefault(id(weight), name)) != name}
 
 
 def write_shards(shards: dict[str, Tensor], folder: Path) -> None:
-    """Write every rank's shards; all ranks have to call this."""
+    """Write the shards of all ranks. All ranks must call this."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-    number, size, file_of = 1, 0, {}
+    file, size, file_of = 1, 0, {}
     for name, shard in shards.items():
         if size >= FILE_SIZE:
-            number, size = number + 1, 0
-        file_of[name] = number
+            file, size = file + 1, 0
+        file_of[name] = file
         size += shard.numel() * shard.element_size() // torch.distributed.get_world_size()
     writer = HuggingFaceStorageWriter(str(folder), file_of, save_distributed=True)
     dcp.save(shards, storage_writer=writer)
 
 
 def read_shards(folder: Path, targets: dict[str, Tensor]) -> None:
-    """Read into tensors, whole or spread over any number of ranks, what some number of ranks wrote."""
+    """Read shards into tensors, which are full or sharded over any number of ranks."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     if targets:
-        with _readable(folder), warnings.catch_warnings():  # each process reads its own part, and need not hear so
+        with _readable(folder), warnings.catch_warnings():  # each process reads its own part, as intended
             warnings.filterwarnings("ignore", ".*load in a single process.*")
             dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
 
 
-def stored(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """The shape and type of each tensor that ranks wrote."""
+def tensor_layouts(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """The shape and dtype of each tensor in a folder of shards.
+
+    Raises:
+        UserError: The folder has other files, or the files are too small for their tensors.
+    """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     if not folder.is_dir():
@@ -141,40 +145,40 @@ def stored(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 @contextlib.contextmanager
 def _readable(folder: Path) -> Iterator[None]:
-    """Tell in one line of files that are no shards of a checkpoint."""
+    """Turn any error about files that are not shards of a checkpoint into a UserError."""
     try:
         yield
-    except Exception as error:  # whatever a foreign or damaged file makes the reader say
+    except Exception as error:  # a foreign or damaged file can cause errors of many types
         reason = error_text(error, 200)
-        raise UserError(f"{folder}: no shards of a checkpoint ({reason})", "Give another checkpoint.") from error
+        raise UserError(f"{folder}: not the shards of a checkpoint ({reason})", "Give another checkpoint.") from error
 
 
-def read_whole(folder: Path) -> dict[str, Tensor]:
-    """All tensors that ranks wrote, each whole."""
-    targets = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in stored(folder).items()}
+def read_full(folder: Path) -> dict[str, Tensor]:
+    """Read all tensors of a folder of shards, each joined to a full tensor."""
+    targets = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in tensor_layouts(folder).items()}
     read_shards(folder, targets)
     return targets
 
 
 def files(folder: Path) -> set[str]:
-    """The names of the files of a checkpoint that hold shards."""
+    """The names of a checkpoint's files with shards."""
     return {path.relative_to(folder).as_posix() for name in (WEIGHTS, OPTIMIZER) for path in (folder / name).glob("*")}
 
 
 def checksums(folder: Path, files: Iterable[Path]) -> dict[str, int]:
-    """CRC-32 of files, by their names in the folder."""
+    """The CRC-32 of files, by their names in the folder."""
     return {path.relative_to(folder).as_posix(): checksum(path) for path in files}
 
 
 def content_digest(path: Path) -> str:
-    """A digest of a checkpoint's content, of either kind; it reads the archive's own checksums alone."""
-    with zipfile.ZipFile(path / VALUES if path.is_dir() else path) as archive:  # values.pt has those of the shards
+    """A digest of the content of a checkpoint, a file or a folder. It reads only checksums."""
+    with zipfile.ZipFile(path / VALUES if path.is_dir() else path) as archive:  # with checksums of the shards
         entries = [f"{entry.CRC} {entry.file_size} {entry.filename.partition('/')[2]}" for entry in archive.infolist()]
     return hashlib.sha256("\n".join(entries).encode()).hexdigest()
 
 
 def sync(folder: Path) -> None:
-    """See to it that a folder's entries are on the disk."""
+    """Write a folder's entries to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -182,11 +186,11 @@ def sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-# What an optimizer keeps of each weight, under the weight's name
+# Optimizer states by the names of weights
 
 
 def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's state by the names of the weights: `{"state": {"name|key": value}, "param_groups": [...]}`."""
+    """The state dict of an optimizer by names: `{"state": {"name|key": value}, "param_groups": [...]}`."""
     names = {id(weight): name for name, weight in module.named_parameters()}
     groups = [
         {
@@ -195,19 +199,23 @@ def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict
         }
         for group in optimizer.param_groups
     ]
-    state = {f"{names[id(p)]}|{key}": value for p, kept in optimizer.state.items() for key, value in kept.items()}
+    state = {f"{names[id(p)]}|{key}": value for p, saved in optimizer.state.items() for key, value in saved.items()}
     return {"state": state, "param_groups": groups}
 
 
-def numbered(state: dict[str, Any]) -> dict[str, Any]:
-    """The same as PyTorch's optimizers load it, by the weights' numbers."""
+def by_index(state: dict[str, Any]) -> dict[str, Any]:
+    """The result of `optimizer_state` as optimizers load it, by the indices of weights.
+
+    Raises:
+        UserError: A name is not in the groups.
+    """
     names = [name for group in state["param_groups"] for name in group["params"]]
-    number = {name: place for place, name in enumerate(names)}
-    by_number: dict[int, dict[str, Any]] = {}
+    index = {name: position for position, name in enumerate(names)}
+    by_weight: dict[int, dict[str, Any]] = {}
     for name, value in state["state"].items():
         weight, _, key = str(name).rpartition("|")
-        if weight not in number:
+        if weight not in index:
             raise UserError(f"optimizer_states: there is no weight {weight}", "Give another checkpoint.")
-        by_number.setdefault(number[weight], {})[key] = value
-    groups = [{**group, "params": [number[name] for name in group["params"]]} for group in state["param_groups"]]
-    return {"state": by_number, "param_groups": groups}
+        by_weight.setdefault(index[weight], {})[key] = value
+    groups = [{**group, "params": [index[name] for name in group["params"]]} for group in state["param_groups"]]
+    return {"state": by_weight, "param_groups": groups}

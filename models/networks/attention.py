@@ -1,10 +1,10 @@
-"""Attention over a prefix tree without most of what its mask hides, where torch has no kernel that skips it.
+"""Attentions that skip most masked pairs of a prefix tree, or the copies of grouped keys, where torch has no kernel.
 
-A token sees its ancestors alone, so a few neighbouring queries see few of a large tree's keys. Scaled dot product
-attention computes what its mask hides; so here it gets one block of queries after the other, each with the keys that
-any query of it sees. The result is the same to rounding, forward and backward.
+In a tree a token sees only its ancestors, so a block of neighbouring queries sees few of a large tree's keys. Scaled
+dot product attention also computes masked pairs. So `blockwise_attention` calls it once per block of queries, with the
+keys that the block sees. The result is the same up to rounding, forward and backward.
 
-Shape legend: T tokens of a tree, Q queries of a block, K keys that they see, H heads, D head size.
+Shape legend: T tokens of a tree, Q queries of a block, K keys, H heads, D head size, B rows.
 """
 
 from dataclasses import dataclass
@@ -13,35 +13,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCKWISE = "sdpa_blockwise"  # its name among the attentions of transformers
-GROUPED = "sdpa_grouped"  # the same, see `grouped_attention`
-FEW_QUERIES = 256  # of a head group, for which keys and values would be copied for each of its heads
-QUERIES = 128  # of a block: fewer see fewer hidden keys, but take more calls
+BLOCKWISE = "sdpa_blockwise"  # the name of `blockwise_attention` in transformers
+GROUPED = "sdpa_grouped"  # the name of `grouped_attention` in transformers
+MASKED_ATTENTIONS = ("sdpa", "eager", BLOCKWISE, GROUPED)  # those that take any mask as a tensor
+FEW_QUERIES = 256  # per group of heads: with more, copying keys and values is the smaller cost
+QUERIES = 128  # per block. Smaller blocks waste less masked compute but need more kernel calls
 
 
 @dataclass(frozen=True)
 class QueryBlocks:
-    """Some queries of a tree, block by block, and the keys that each block sees."""
+    """Queries of a tree in blocks, and the keys that each block sees."""
 
-    queries: Tensor  # int64, where in the tree they are
-    keys: Tensor  # int64, the same of the first block's keys, then of the second's, ...
-    masks: list[Tensor]  # of each block (1, 1, Q, K) bool: which query sees which key
+    queries: Tensor  # int64, indices in the tree
+    keys: Tensor  # int64, indices in the tree: the first block's keys, then the second's, ...
+    masks: list[Tensor]  # per block (1, 1, Q, K) bool, true where the query sees the key
 
 
 @dataclass(frozen=True)
 class TreeBlocks:
-    """What blockwise attention needs to know of a tree; found once, used by all layers."""
+    """The blocks of a tree, computed once for all layers."""
 
     every: QueryBlocks
-    read: QueryBlocks  # of the last layer: no one reads its other states
+    read: QueryBlocks  # for the last layer: only these states are read
 
 
 def tree_blocks(subtree_end_T: Tensor, read: Tensor) -> TreeBlocks:
     """The blocks of a tree.
 
     Args:
-        subtree_end_T: See `datamodules.batching.prefix_tree.Tree`.
-        read: Which tokens' final states will be read, each once.
+        subtree_end_T: (T,) int64, see `datamodules.batching.prefix_tree.Tree`.
+        read: int64, the indices of the final hidden states that are read, each once and in order.
     """
     every = torch.arange(len(subtree_end_T), device=subtree_end_T.device)
     return TreeBlocks(_blocks(subtree_end_T, every), _blocks(subtree_end_T, read))
@@ -60,7 +61,7 @@ def _blocks(subtree_end_T: Tensor, queries: Tensor) -> QueryBlocks:
 
 
 def register() -> None:
-    """Make these attentions some of those that transformers knows."""
+    """Register the attentions of this module with transformers."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -78,19 +79,19 @@ def blockwise_attention(
     tree_blocks: TreeBlocks | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """What sdpa of transformers gives: of rows by calling it, of a tree by calling it for each block.
+    """The sdpa attention of transformers, called once per block for a tree, and once for rows.
 
     Args:
         module: A layer's attention.
         query: (1, H, T, D).
         key: (1, H, T, D), or fewer heads.
-        value: As `key`.
-        attention_mask: The mask of rows.
-        tree_blocks: Of a tree, handed down by the backbone.
-        options: What else a backbone gives its attention, such as scaling and dropout.
+        value: Shaped as `key`.
+        attention_mask: The mask; used only for rows.
+        tree_blocks: The blocks of a tree, passed on by the backbone; None for rows.
+        options: Further arguments of the backbone, such as scaling and dropout.
 
     Returns:
-        (1, T, H, D); in the last layer 0 but for the states that are read.
+        (1, T, H, D). In the last layer of a tree, states that are not read are 0.
     """
     from transformers import AttentionInterface
 
@@ -101,9 +102,11 @@ def blockwise_attention(
     blocks = tree_blocks.read if is_last else tree_blocks.every
     if is_last:
         query = query.index_select(2, blocks.queries)
-    queries, keys = ([mask.shape[side] for mask in blocks.masks] for side in (-2, -1))
-    # One gather and one split for all blocks: so their gradients are added up once.
-    key_blocks, value_blocks = (states.index_select(2, blocks.keys).split(keys, 2) for states in (key, value))
+    queries = [mask.shape[-2] for mask in blocks.masks]
+    keys = [mask.shape[-1] for mask in blocks.masks]
+    # One gather and one split for all blocks, so that their gradients are added up once.
+    key_blocks = key.index_select(2, blocks.keys).split(keys, 2)
+    value_blocks = value.index_select(2, blocks.keys).split(keys, 2)
     parts = zip(query.split(queries, 2), key_blocks, value_blocks, blocks.masks, strict=True)
     output = torch.cat([sdpa(module, *part, **options)[0] for part in parts], dim=1)
     if is_last:
@@ -115,18 +118,18 @@ def blockwise_attention(
 def grouped_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """What sdpa of transformers gives, without copying keys and values for each head that shares them.
+    """The sdpa attention of transformers, without copies of the keys and values that several heads share.
 
-    Under a mask, transformers repeats the keys and values of a group for each of its heads. Where few tokens read a
-    long cache, that takes longer than all else. Here the heads of a group are more queries to the same keys.
+    With a mask, transformers copies the keys and values of a group for each of its heads. If few tokens read a long
+    cache, this takes most of the time. Here the heads of a group are further queries to the same keys.
 
     Args:
         module: A layer's attention.
         query: (B, H, T, D).
         key: (B, H / heads of a group, K, D).
-        value: As `key`.
-        attention_mask: (B, 1, T, K) or none.
-        options: What else a backbone gives its attention, such as scaling.
+        value: Shaped as `key`.
+        attention_mask: (B, 1, T, K) or None.
+        options: Further arguments of the backbone, such as scaling.
 
     Returns:
         (B, T, H, D).

@@ -1,4 +1,4 @@
-"""Functions over the inner modules of a network, run as the network's own forward."""
+"""Functions that call inner modules of a network, run as the network's own forward."""
 
 import types
 from collections.abc import Callable
@@ -16,10 +16,10 @@ NAME = "run_as_forward"
 def as_forward(
     function: Callable[Concatenate["PreTrainedModel", Parameters], Result],
 ) -> Callable[Concatenate["PreTrainedModel", Parameters], Result]:
-    """Let a function call modules inside a network that is sharded.
+    """Decorate a function that calls modules inside a network, so that it also works for a sharded network.
 
-    FSDP gathers what belongs to no block (embeddings, the last norm, the head) where the network's `forward` begins.
-    A function that calls its inner modules would find shards there.
+    FSDP gathers the parameters outside the blocks (embeddings, last norm, head) when the network's `forward` begins.
+    Without this decorator the inner modules would still have shards.
     """
 
     @wraps(function)
@@ -30,7 +30,7 @@ def as_forward(
         try:
             return method(function, *arguments, **options)
         except Exception:
-            if hasattr(network, "reset_iter_state"):  # else the next forward believes that this one still runs
+            if hasattr(network, "reset_iter_state"):  # else FSDP takes the next forward for a part of this one
                 network.reset_iter_state()
             raise
 
@@ -38,7 +38,7 @@ def as_forward(
 
 
 def register(network: "PreTrainedModel") -> None:
-    """Make a sharded network know the functions that run as its forward."""
+    """Prepare a sharded network for functions with `as_forward`."""
     from torch.distributed.fsdp import register_fsdp_forward_method
 
     def run(self: "PreTrainedModel", function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a step takes, in operations and against a device's peak: counted from shapes, not measured."""
+"""The operations of a step, counted from shapes, and the peak rates and memory of devices."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,11 +13,13 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Device:
-    """A device as its data sheet has it."""
+    """A device, according to its data sheet."""
 
-    peak: float  # operations a second on 16-bit numbers; dense, where data sheets double it for sparse matrices
+    peak: (
+        float  # operations per second in 16 bits, for dense matrices; some data sheets give twice this, for sparse ones
+    )
     memory: int  # bytes
-    family: str = ""  # of its architecture, where something was measured on one of them
+    family: str = ""  # its architecture, the key of MEASURED_UTILIZATION
 
 
 DEVICES = {
@@ -35,26 +37,27 @@ DEVICES = {
     "rtx 3090": Device(71e12, 24 * GIB),
 }
 
-# The share of the peak that a run reaches on one card, by family and by what is trained, from docs/results.md.
+# Model FLOPs utilization (share of the peak, 0 to 1) of a run on one card, by family and trained weights; see
+# docs/results.md.
 MEASURED_UTILIZATION = {
-    ("hopper", "all weights"): 0.36,  # 8B, trees of 2,200 tokens a step, blocks compiled, on an H200
+    ("hopper", "all weights"): 0.36,  # 8B on an H200: trees of 2,200 tokens per step, compiled blocks
 }
-ASSUMED_UTILIZATION = 0.4  # where nothing was measured
+ASSUMED_UTILIZATION = 0.4  # without a measurement
 
 
 def find_device(name: str) -> Device | None:
-    """The device of a name such as "NVIDIA H100 80GB HBM3"; None if it is none of those known."""
+    """The device with a name such as "NVIDIA H100 80GB HBM3"; None if it is unknown."""
     words = name.lower().replace("-", " ").split()
     return next((device for key, device in DEVICES.items() if set(key.split()) <= set(words)), None)
 
 
 def weight_count(module: nn.Module) -> int:
-    """How many weights a module's parameters hold; NF4 packs two of them into a byte."""
+    """The number of a module's weights. NF4 packs two weights into a byte."""
     return sum(_numel(parameter) for parameter in module.parameters())
 
 
 def trained_count(module: nn.Module) -> int:
-    """How many of a module's weights are trained."""
+    """The number of a module's trained weights."""
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
@@ -64,26 +67,26 @@ def _numel(parameter: nn.Parameter) -> int:
 
 
 def embedding_count(model: "PreTrainedModel") -> int:
-    """How many weights are only looked up: a token takes no product with them."""
+    """The number of weights in embeddings. They are looked up, not multiplied."""
     return sum(weight_count(module) for module in model.modules() if isinstance(module, nn.Embedding))
 
 
 @dataclass(frozen=True)
 class Operations:
-    """What a network takes for a forward and a backward pass.
+    """The operations of a forward and a backward pass.
 
-    A product with a weight takes 2 operations a token, and in the backward pass 2 for the gradient of its input and,
-    if it is trained, 2 for its own. Attention takes 12 D a layer and pair of tokens of which one sees the other. What
-    gradient checkpointing computes again is no work that the model takes, and is not in here.
+    A weight takes 2 operations per token in the forward pass. In the backward pass it takes 2 for the gradient of its
+    input and, if it is trained, 2 for its own. Attention takes 12 D operations per layer and visible pair of tokens.
+    The recomputation of gradient checkpointing is not counted, as usual for model FLOPs.
     """
 
-    token: int  # operations a token that the layers read
-    pair: int  # operations a pair of tokens, of which one sees the other
-    target: int  # operations a token to predict, by a language model's head
+    token: int  # operations per token that the layers read
+    pair: int  # operations per visible pair of tokens
+    target: int  # operations per token to predict, in a language model's head
 
     @classmethod
     def of(cls, model: "PreTrainedModel") -> "Operations":
-        """Count the operations of a network of transformers."""
+        """The operations of a network of transformers."""
         config = model.config.get_text_config()
         head = model.get_output_embeddings()
         layers = model.base_model
@@ -99,7 +102,7 @@ class Operations:
         )
 
     def count(self, tokens: int, pairs: int, targets: int = 0) -> int:
-        """The operations of some tokens read, pairs that see each other, and tokens predicted."""
+        """The operations for some numbers of tokens read, visible pairs, and tokens predicted."""
         return self.token * tokens + self.pair * pairs + self.target * targets
 
 

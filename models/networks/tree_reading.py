@@ -1,4 +1,4 @@
-"""How a causal backbone reads a prefix tree: its attention mask, and whether it reads one rightly.
+"""How a causal backbone reads a prefix tree: its attention mask, and a trial whether it reads trees correctly.
 
 Shape legend: R rows, T tokens of a tree, D hidden size.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from datamodules.batching.layouts import Inputs, TreeLayout, ancestors
-from models.networks.attention import BLOCKWISE, register, tree_blocks
+from models.networks.attention import BLOCKWISE, MASKED_ATTENTIONS, register, tree_blocks
 from models.networks.forward import as_forward
 from models.networks.operations import embedding_count, weight_count
 from models.networks.trials import (
@@ -19,20 +19,18 @@ from models.networks.trials import (
     LEAST,
     NO_DIFFERENCE,
     difference_problem,
-    finely_tried,
     random_tokens,
+    reading_problem,
     relative_difference,
-    tried,
 )
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
     from transformers import PreTrainedModel
 
-BLOCK = 128  # FlexAttention's block of tokens
-LEAST_HEAD = 16  # the size of a head that its kernels need at least
+BLOCK = 128  # tokens of a block of FlexAttention
+LEAST_HEAD_SIZE = 16  # that FlexAttention's kernels support
 OTHER_STATES = "a tree gives other states than its rows one by one"
-MASKED_ATTENTIONS = ("sdpa", "eager", "flex_attention", BLOCKWISE)  # those that take any mask
 
 
 @as_forward
@@ -42,27 +40,30 @@ def read_tree(model: "PreTrainedModel", inputs: Inputs) -> Tensor:
 
 
 def tree_states(model: "PreTrainedModel", inputs: Inputs, read: Tensor) -> Tensor:
-    """The final hidden states (1, T, D) of a tree, as far as they are read.
+    """The final hidden states (1, T, D) of a tree.
 
     Args:
-        model: Any model of transformers.
+        model: Any causal model of transformers.
         inputs: A tree.
-        read: int64, the places of the states that will be read; the others may be anything. Behind them may stand
-            states of padding.
+        read: int64, the indices of the states that the caller reads.
+
+    Returns:
+        The hidden states. Those that are not in `read` are undefined. States of padding may follow.
     """
     subtree_end_T = inputs["subtree_end"][0]
     input_ids, position_ids = inputs["input_ids"], inputs["position_ids"]
     attention = model.config._attn_implementation
     if attention == "flex_attention":
-        padding = -len(subtree_end_T) % BLOCK  # tokens that no one sees, and that see no one but themselves
-        input_ids, position_ids = (torch.nn.functional.pad(ids, (0, padding)) for ids in (input_ids, position_ids))
+        padding = -len(subtree_end_T) % BLOCK  # padding tokens see, and are seen by, only themselves
+        input_ids = torch.nn.functional.pad(input_ids, (0, padding))
+        position_ids = torch.nn.functional.pad(position_ids, (0, padding))
     options: dict[str, Any] = {}
-    alone: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    last_layer: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if attention == BLOCKWISE:
         read = read.unique()
         options["tree_blocks"] = tree_blocks(subtree_end_T, read)
-        alone = _last_feed_forward_at(model, read, len(subtree_end_T))
-    with alone:
+        last_layer = _last_feed_forward_at(model, read, len(subtree_end_T))
+    with last_layer:
         return model.base_model(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -73,34 +74,38 @@ def tree_states(model: "PreTrainedModel", inputs: Inputs, read: Tensor) -> Tenso
 
 
 @contextlib.contextmanager
-def _last_feed_forward_at(model: "PreTrainedModel", places: Tensor, tokens: int) -> Iterator[None]:
-    """Within it, the last layer's feed-forward part computes some places alone: no one reads its states elsewhere."""
+def _last_feed_forward_at(model: "PreTrainedModel", indices: Tensor, tokens: int) -> Iterator[None]:
+    """Compute the last layer's feed-forward part only at some indices. No other states of it are read."""
     layers = model.config.num_hidden_layers
     stacks = (m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == layers)
     feed_forward = getattr(next(stacks)[-1], "mlp", None)
-    recomputes = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())  # when the hooks are gone
+    # A backward pass that recomputes the layer runs after the hooks are removed.
+    recomputes = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     if feed_forward is None or recomputes:
         yield
         return
 
-    def take(module: torch.nn.Module, arguments: tuple[Tensor]) -> Tensor:
-        return arguments[0].index_select(1, places)
+    def select(module: torch.nn.Module, arguments: tuple[Tensor]) -> Tensor:
+        return arguments[0].index_select(1, indices)
 
     def put_back(module: torch.nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor:
-        return output.new_zeros(1, tokens, output.shape[-1]).index_copy(1, places, output)
+        return output.new_zeros(1, tokens, output.shape[-1]).index_copy(1, indices, output)
 
-    with feed_forward.register_forward_pre_hook(take), feed_forward.register_forward_hook(put_back):
+    with feed_forward.register_forward_pre_hook(select), feed_forward.register_forward_hook(put_back):
         yield
 
 
 def tree_mask(subtree_end_T: Tensor, attention: str, dtype: torch.dtype) -> "Tensor | BlockMask":
-    """The mask that lets each token of a tree see its ancestors, as transformers takes it.
+    """The attention mask of a tree: each token sees itself and its ancestors.
 
     Args:
         subtree_end_T: (T,) int64, see `datamodules.batching.prefix_tree.Tree`.
-        attention: sdpa takes (1, 1, T, T) bool; eager the same as 0 and the lowest number of `dtype`, to be added;
-            flex_attention a BlockMask over T rounded up to whole blocks.
-        dtype: That of the attention scores.
+        attention: The attention implementation of the network.
+        dtype: The dtype of the attention scores.
+
+    Returns:
+        For flex_attention a BlockMask over T rounded up to whole blocks. For eager (1, 1, T, T) of `dtype`, to be added
+        to the scores: 0 or the lowest number. For all others (1, 1, T, T) bool, true if visible.
     """
     if attention == "flex_attention":
         return _block_mask(subtree_end_T)
@@ -111,25 +116,26 @@ def tree_mask(subtree_end_T: Tensor, attention: str, dtype: torch.dtype) -> "Ten
 
 
 def choose_attention(model: "PreTrainedModel", device: str, longest: int, largest: int | None = None) -> str | None:
-    """Give a backbone the attention that computes least of what a tree's mask hides, if it takes it.
+    """Set the attention that computes fewest masked pairs of a tree, if the backbone supports it.
 
     Args:
-        model: A classifier of transformers with the attention of its own choice, which it otherwise keeps.
-        device: The type of its device. On others than cuda and cpu it keeps its own.
+        model: A network of transformers with transformers' default attention; it keeps that if no other is better.
+        device: The type of its device. On other devices than cuda and cpu it keeps its attention.
         longest: Tokens of the longest row.
         largest: Tokens of the largest tree.
 
     Returns:
-        What `tree_problem` says with the attention that it then has.
+        The result of `tree_problem` with the attention that the network then has.
     """
     own = model.config._attn_implementation
-    better = {"cuda": "flex_attention", "cpu": BLOCKWISE if own == "sdpa" else own}.get(device, own)
-    if better == "flex_attention" and _head_size(model) < LEAST_HEAD:  # which would show only when it is compiled
-        better = own
-    if better == BLOCKWISE:  # not where sdpa lacks something, such as a soft cap
+    better = own
+    if device == "cuda" and _head_size(model) >= LEAST_HEAD_SIZE:  # smaller heads fail only when it is compiled
+        better = "flex_attention"
+    if device == "cpu" and own == "sdpa":  # other attentions have parts that sdpa lacks, such as a soft cap
         register()
+        better = BLOCKWISE
     if better != own:
-        with contextlib.suppress(ValueError):  # a backbone without it keeps its own
+        with contextlib.suppress(ValueError):  # the backbone does not support it
             model.set_attn_implementation(better)
             if tree_problem(model, longest, largest) is None:
                 return None
@@ -143,83 +149,82 @@ def _head_size(model: "PreTrainedModel") -> int:
 
 
 def tree_problem(model: "PreTrainedModel", longest: int, largest: int | None = None) -> str | None:
-    """What keeps a backbone from reading trees as it reads rows; None if nothing does.
-
-    It is tried, first on short random rows that share their beginning, then on rows and a tree as long as the data
-    makes them: a window of attention, whatever a configuration calls it, a choice of keys, or rotary factors that
-    follow from the longest row show in long texts alone.
+    """Check that a backbone reads trees as it reads single rows; see `reading_problem`.
 
     Args:
-        model: A sequence classifier of transformers. One without weights, on the meta device, is not tried.
+        model: A network of transformers. On the meta device only its configuration is checked.
         longest: Tokens of the longest row.
-        largest: Tokens of the largest tree; if None, twice as many.
+        largest: Tokens of the largest tree; if None, twice as many as the longest row has.
+
+    Returns:
+        What is wrong, or None.
     """
-    attention = model.config._attn_implementation
-    if attention not in MASKED_ATTENTIONS:
-        return f"attention {attention} takes no mask of our own"
-    window = attention_window(model.config)
-    if window is not None and window < longest:
-        return f"its layers see {window} tokens back, and rows have up to {longest}"
-    if model.device.type == "meta":
-        return None
     tokens = max(longest, largest or 2 * longest)
-    return tried(
-        model, "them", lambda: _misread(model) or finely_tried(model, lambda: _misread_long(model, longest, tokens))
+    return reading_problem(
+        model,
+        "them",
+        (*MASKED_ATTENTIONS, "flex_attention"),  # FlexAttention takes the same masks as a BlockMask
+        ("rows", longest),
+        lambda: _short_tree_problem(model),
+        lambda: _long_tree_problem(model, longest, tokens),
     )
 
 
-def _misread(model: "PreTrainedModel") -> str | None:
-    """How trees of two short rows differ from the rows, or None."""
+def _short_tree_problem(model: "PreTrainedModel") -> str | None:
+    """Compare trees of two short rows with the rows."""
     tokens = random_tokens(model, 24)
     trunk, left, other, right = (tokens[start : start + 6] for start in range(0, 24, 6))
     left, other, right = [*trunk, 1, *left], [*trunk, 2, *other], [*trunk, 3, *right[:4]]  # in this order in a tree
     left_TD, other_TD, right_TD = (read_row(model, row) for row in (left, other, right))
     if relative_difference(left_TD[: len(trunk)], other_TD[: len(trunk)]) > NO_DIFFERENCE:
         return "the states of its tokens depend on what follows them"
-    merged_RD, beside_other_RD = (_read_rows_as_tree(model, [first, right]) for first in (left, other))
-    if relative_difference(merged_RD[1], beside_other_RD[1]) > NO_DIFFERENCE:
+    beside_left_RD = _read_rows_as_tree(model, [left, right])
+    beside_other_RD = _read_rows_as_tree(model, [other, right])
+    if relative_difference(beside_left_RD[1], beside_other_RD[1]) > NO_DIFFERENCE:
         return "a row's state depends on the other rows of its tree"
-    return difference_problem(model, merged_RD, torch.stack([left_TD[-1], right_TD[-1]]), OTHER_STATES)
+    return difference_problem(model, beside_left_RD, torch.stack([left_TD[-1], right_TD[-1]]), OTHER_STATES)
 
 
-def _misread_long(model: "PreTrainedModel", longest: int, tokens: int) -> str | None:
-    """How a tree of so many tokens differs from its rows, of which the first is the longest; None if it does not.
+def _long_tree_problem(model: "PreTrainedModel", longest: int, tokens: int) -> str | None:
+    """Compare a tree of `tokens` tokens with three of its rows.
 
-    Far behind it in the tree stand a row that left it half-way and one that left it at the beginning, both short
-    branches. In between, other branches fill the tree up.
+    The first row is the longest. Filling branches follow, then a row that leaves the first one halfway, and one that
+    leaves it near the beginning. So the ends of these short branches are far from the tokens that they see.
     """
     longest = max(longest, LEAST)
-    half, last = longest // 2, model.config.get_text_config().vocab_size - 1  # other rows go on with smaller tokens
+    half = longest // 2
+    last = model.config.get_text_config().vocab_size - 1  # sorts behind the tokens of the filling branches
     first, more = random_tokens(model, longest), random_tokens(model, tokens, seed=1)
     rows = [first, [*first[:half], last, *more[:FEW]], [*first[:FEW], last, *more[:FEW]]]
     branch = longest - half
     filling = [more[start : start + branch] for start in range(0, tokens - longest - 2 * FEW, branch)]
     found_RD = _read_rows_as_tree(model, [*rows, *([*first[:half], *part] for part in filling)])[: len(rows)]
-    problem = difference_problem(model, found_RD, torch.stack([read_row(model, row)[-1] for row in rows]), OTHER_STATES)
+    expected_RD = torch.stack([read_row(model, row)[-1] for row in rows])
+    problem = difference_problem(model, found_RD, expected_RD, OTHER_STATES)
     return problem and f"{problem}, in a tree of {tokens} tokens with rows of up to {longest}"
 
 
 def _read_rows_as_tree(model: "PreTrainedModel", rows: list[list[int]]) -> Tensor:
-    """The final states (R, D) at the ends of rows, in their order."""
+    """The final hidden states (R, D) at the ends of rows that are laid out as one tree, in the order of `rows`."""
     laid_out = TreeLayout(rows, token_budget=sum(map(len, rows))).lay_out(range(len(rows)))
     device, inputs = model.get_input_embeddings().weight.device, cast("dict[str, Tensor]", laid_out.inputs)
-    placed: Any = {name: value.to(device) for name, value in inputs.items()}
-    return read_tree(model, placed)[torch.tensor(laid_out.rows, device=device).argsort()]
+    on_device: Any = {name: value.to(device) for name, value in inputs.items()}
+    return read_tree(model, on_device)[torch.tensor(laid_out.rows, device=device).argsort()]
 
 
 @as_forward
 def read_row(model: "PreTrainedModel", row: list[int]) -> Tensor:
-    """The final states (T, D) of a row by itself."""
+    """The final hidden states (T, D) of a single row."""
     input_ids_1T = torch.tensor([row], device=model.get_input_embeddings().weight.device)
     output = model.base_model(input_ids=input_ids_1T, attention_mask=torch.ones_like(input_ids_1T))
     return output.last_hidden_state[0]
 
 
 def pair_cost(model: "PreTrainedModel") -> float:
-    """What attention to one token more costs a token, in units of the layers' products with their weights.
+    """The cost of attending to one more token, relative to the cost of one token in all linear layers.
 
-    A product with P weights takes 2 P operations a token, attention 4 D a token and pair in each layer. Where hidden
-    pairs are skipped, there is nothing to save by smaller trees.
+    A product with P weights takes 2 P operations per token. Attention takes 4 D operations per layer and pair of
+    tokens. If masked pairs are skipped, the result is 0, because smaller trees save nothing.
     """
     if model.config._attn_implementation in ("flex_attention", BLOCKWISE):
         return 0.0
@@ -227,20 +232,12 @@ def pair_cost(model: "PreTrainedModel") -> float:
     return 2 * layers * width / (weight_count(model.base_model) - embedding_count(model))
 
 
-def attention_window(config: Any) -> int | None:
-    """How many tokens back the layer of a backbone sees that sees the fewest; None if all see all."""
-    kinds = getattr(config, "layer_types", None)
-    windows = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-    found = [getattr(config, name, None) for kind, name in windows.items() if kinds is None or kind in kinds]
-    return min((window for window in found if window is not None), default=None)
-
-
 def _block_mask(subtree_end_T: Tensor) -> "BlockMask":
     from torch.nn.attention.flex_attention import create_block_mask
 
     padding = -len(subtree_end_T) % BLOCK
-    places = torch.arange(len(subtree_end_T), len(subtree_end_T) + padding, device=subtree_end_T.device)
-    end = torch.cat([subtree_end_T, places + 1])
+    index = torch.arange(len(subtree_end_T), len(subtree_end_T) + padding, device=subtree_end_T.device)
+    end = torch.cat([subtree_end_T, index + 1])
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query < end[key])

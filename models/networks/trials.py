@@ -1,15 +1,15 @@
-"""Trials of a backbone before its first step: what they share, and whether rows that are padded together stay the same.
+"""Trials: before the first step, compute the same in two ways and compare.
 
-A trial computes the same in two ways and compares. A backbone with random weights hardly minds what it sees, so what
-must not be seen is changed, and must change nothing at all; all else has to agree to float32's rounding.
+A backbone with random weights hardly depends on its input. So a trial changes tokens that must not be seen, and
+requires that nothing changes at all. All else must be equal up to the rounding of float32.
 
-Shape legend: R rows, D size of a state or number of logits.
+Shape legend: N rows or tokens, R rows, D size of a hidden state or number of logits.
 """
 
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -22,22 +22,76 @@ from datamodules.escaping import error_text
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# How far states may differ, relatively: rounding, by the dtype that they are computed in. In float32, sums of 14,336
-# products in another order differ by 1e-5 after a few dozen layers; what a network sees and should not changes more.
+# Accepted relative differences of hidden states, by the dtype of the computation. In float32, sums of 14,336 products
+# in another order differ by 1e-5 after a few dozen layers. A token that is seen but should not be changes more.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-NO_DIFFERENCE = 1e-6  # where the same computation is repeated, and only what must not be seen is another
+NO_DIFFERENCE = 1e-6  # accepted if the same is computed again and only hidden tokens differ
 HALF = (torch.float16, torch.bfloat16)
 FEW = 7  # tokens of a short row
-LEAST = 16  # tokens of a long one
+LEAST = 16  # tokens of a long row, at least
 REFUSALS = (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError, LookupError)
 
 
-def tried(model: "PreTrainedModel", what: str, trial: Callable[[], str | None]) -> str | None:
-    """What a trial finds wrong with a network in evaluation mode, or how that refuses `what`; None if all is well."""
+def reading_problem(
+    model: "PreTrainedModel",
+    what: str,
+    attentions: Collection[str],
+    lengths: tuple[str, int],
+    short_trial: Callable[[], str | None],
+    long_trial: Callable[[], str | None],
+) -> str | None:
+    """Check that a network reads something, such as trees, as it reads single rows.
+
+    The attention must take the masks, and its window must cover the longest row. Then a trial with a few tokens runs,
+    and one with as many as the data have: a window under an unknown name, a choice of keys, and rotary factors that
+    depend on the length show only in long texts.
+
+    Args:
+        model: A network of transformers. On the meta device only its configuration is checked.
+        what: What is read, for the message if the network refuses it.
+        attentions: The attentions that take the masks.
+        lengths: What the longest row consists of, for messages, and its number of tokens.
+        short_trial: Returns what is wrong, or None.
+        long_trial: Returns what is wrong, or None. It runs in float32 if the network can.
+
+    Returns:
+        What is wrong, or None.
+    """
+    attention = model.config._attn_implementation
+    if attention not in attentions:
+        return f"attention {attention} accepts no custom mask"
+    rows, longest = lengths
+    window = attention_window(model.config)
+    if window is not None and window < longest:
+        return f"its layers attend to the last {window} tokens, and {rows} have up to {longest}"
+    if model.device.type == "meta":
+        return None
+    return run_trial(model, what, lambda: short_trial() or run_in_float32(model, long_trial))
+
+
+def attention_window(config: Any) -> int | None:
+    """How many tokens back the layer with the smallest window sees; None if all layers see all tokens."""
+    kinds = getattr(config, "layer_types", None)
+    windows = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+    found = [getattr(config, name, None) for kind, name in windows.items() if kinds is None or kind in kinds]
+    return min((window for window in found if window is not None), default=None)
+
+
+def run_trial(model: "PreTrainedModel", what: str, trial: Callable[[], str | None]) -> str | None:
+    """Run a trial in evaluation mode, without gradients and compiled code.
+
+    Args:
+        model: The network.
+        what: What is read, for the message if the network refuses it.
+        trial: Returns what is wrong, or None.
+
+    Returns:
+        What is wrong, such as an error that the network raised, or None.
+    """
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), uncompiled(model), _whole_float32():
+        with torch.no_grad(), uncompiled(model), _full_float32_products():
             return trial()
     except torch.OutOfMemoryError:
         raise
@@ -49,7 +103,7 @@ def tried(model: "PreTrainedModel", what: str, trial: Callable[[], str | None]) 
 
 @contextlib.contextmanager
 def uncompiled(model: "PreTrainedModel") -> Iterator[None]:
-    """Within it, what is compiled runs as it was written: to compile for a few odd lengths takes a minute."""
+    """Run compiled code eagerly: compiling for a few odd lengths takes a minute."""
     if model.config._attn_implementation != "flex_attention" and "torch._dynamo" not in sys.modules:
         yield  # nothing has been compiled, and the import takes seconds
         return
@@ -58,98 +112,102 @@ def uncompiled(model: "PreTrainedModel") -> Iterator[None]:
         yield
 
 
-def finely_tried(model: "PreTrainedModel", trial: Callable[[], str | None]) -> str | None:
-    """What a trial finds in float32, also of a network whose weights have 16 bits.
+def run_in_float32(model: "PreTrainedModel", trial: Callable[[], str | None]) -> str | None:
+    """Run a trial in float32, also for a network with 16-bit weights.
 
-    In 16 bits rounding hides that a layer sees 4,000 tokens and not 4,096. Where a network does not compute in another
-    dtype than its own, such as in shards, its own has to do.
+    In 16 bits, rounding hides that a layer sees 4,000 tokens instead of 4,096. A network that cannot compute in
+    another dtype than its own, such as a sharded one, is tried in its own.
     """
     with _without_flex_attention(model):
-        if not _has_half_weights(model):
+        if not any(parameter.dtype in HALF for parameter in model.parameters()):
             return trial()
         try:
-            with _in_float32(model):
+            with _weights_in_float32(model):
                 return trial()
         except REFUSALS:
             return trial()
 
 
 def tolerance(model: "PreTrainedModel", dtype: torch.dtype) -> float:
-    """How far a model's states, computed in a dtype, may differ between two ways to compute the same."""
-    rounds_inputs = any(type(module).__name__ == "Linear8bitLt" for module in model.modules())  # to 8 bits
-    return max(TOLERANCE[dtype], TOLERANCE[torch.bfloat16] if rounds_inputs else 0.0)
+    """The accepted relative difference between two ways to compute hidden states in a dtype."""
+    if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):  # it rounds its inputs to 8 bits
+        return max(TOLERANCE[dtype], TOLERANCE[torch.bfloat16])
+    return TOLERANCE[dtype]
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """The greatest relative difference of some states or logits (N, D)."""
+    """The largest relative difference of two sets of hidden states or logits (N, D)."""
     found, expected = found.float(), expected.float()
     return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
 
 
 def difference_problem(model: "PreTrainedModel", found_ND: Tensor, expected_ND: Tensor, what: str) -> str | None:
-    """`what`, with how far states or logits (N, D) are from those expected; None if that is rounding."""
+    """Compare hidden states or logits (N, D).
+
+    Returns:
+        `what` with the relative difference, or None if the difference is within the tolerance.
+    """
     difference = relative_difference(found_ND, expected_ND)
     if difference <= tolerance(model, found_ND.dtype):
         return None
     return f"{what} (relative difference {difference:.1e})"
 
 
-def random_tokens(model: "PreTrainedModel", number: int, seed: int = 0) -> list[int]:
-    """Token ids from 4 on, which leaves three to tell rows apart by, and never the last one."""
-    most = model.config.get_text_config().vocab_size - 1
+def random_tokens(model: "PreTrainedModel", count: int, seed: int = 0) -> list[int]:
+    """Random token ids, at least 4 and less than the last id; callers mark rows with the ids left out."""
+    last = model.config.get_text_config().vocab_size - 1
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(4, most, (number,), generator=generator, device="cpu").tolist()
+    return torch.randint(4, last, (count,), generator=generator, device="cpu").tolist()
 
 
 def padding_problem(model: "PreTrainedModel", read: Callable[[Inputs], Tensor], longest: int) -> str | None:
-    """How rows that are padded together differ from the same rows one by one; None if they do not.
+    """Compare rows that are padded to one length with the same rows one by one.
 
     Args:
-        model: Any model of transformers.
-        read: What is read of padded rows, (R, D).
+        model: Any network of transformers.
+        read: Returns what the head reads of padded rows, (R, D).
         longest: Tokens of the longest row.
 
+    Returns:
+        What is wrong, or None.
+
     Raises:
-        UserError: It cannot read a single row.
+        UserError: The network cannot read a single row.
     """
     tokens = random_tokens(model, max(longest, LEAST))
-    short, shorter, whole = 0, 1, 2
+    short, shorter, full = 0, 1, 2
     pad_id = model.config.get_text_config().pad_token_id or 0
     layout = RowsLayout([tokens[:FEW], tokens[1:], tokens], pad_id, micro_batch_size=3)
     device = model.get_input_embeddings().weight.device
 
     def read_rows(*rows: int) -> Tensor:
         inputs = cast("dict[str, Tensor]", layout.lay_out(rows).inputs)
-        placed: Any = {name: value.to(device) for name, value in inputs.items()}
-        return read(placed)
+        on_device: Any = {name: value.to(device) for name, value in inputs.items()}
+        return read(on_device)
 
-    def one_after_the_other() -> str | None:
-        before, _, _, after = (read_rows(row) for row in (shorter, short, whole, shorter))
-        changes = relative_difference(after, before) > NO_DIFFERENCE
-        return "what it makes of a row depends on the rows that it read before" if changes else None
+    def one_by_one() -> str | None:
+        before, _, _, after = (read_rows(row) for row in (shorter, short, full, shorter))
+        if relative_difference(after, before) > NO_DIFFERENCE:
+            return "its result for a row depends on the rows that it read before"
+        return None
 
     def together() -> str | None:
-        alone, beside_longer = read_rows(short), read_rows(short, whole)[:1]
-        difference = relative_difference(beside_longer, alone)
-        if difference <= tolerance(model, alone.dtype):
-            return None
-        return f"a row beside a longer one gives other figures than alone (relative difference {difference:.1e})"
+        alone, beside_longer = read_rows(short), read_rows(short, full)[:1]
+        return difference_problem(
+            model, beside_longer, alone, "a row gives other results beside a longer one than alone"
+        )
 
-    if refusal := tried(model, "rows", one_after_the_other):
+    if refusal := run_trial(model, "rows", one_by_one):
         raise UserError(
             f"model.backbone: {type(model).__name__} cannot read rows of {len(tokens)} tokens: {refusal}",
             "Use another backbone, or a smaller data.max_length.",
         )
-    return tried(model, "padded rows", lambda: finely_tried(model, together))
-
-
-def _has_half_weights(model: nn.Module) -> bool:
-    return any(parameter.dtype in HALF for parameter in model.parameters())
+    return run_trial(model, "padded rows", lambda: run_in_float32(model, together))
 
 
 @contextlib.contextmanager
-def _whole_float32() -> Iterator[None]:
-    """Within it, products of float32 are not rounded to fewer bits, as a GPU may be told to do."""
+def _full_float32_products() -> Iterator[None]:
+    """Compute float32 products in full precision, even if the user has allowed less on a GPU."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -160,10 +218,10 @@ def _whole_float32() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_flex_attention(model: "PreTrainedModel") -> Iterator[None]:
-    """Within it, sdpa with the same mask: what is not compiled of FlexAttention holds all scores of long texts."""
+    """Use sdpa with the same mask in place of FlexAttention, which keeps all scores if it is not compiled."""
     own = model.config._attn_implementation
     if own == "flex_attention":
-        with contextlib.suppress(ValueError):  # a backbone may have more in its attention than sdpa can
+        with contextlib.suppress(ValueError):  # the backbone's attention has a part that sdpa lacks
             model.set_attn_implementation("sdpa")
     try:
         yield
@@ -172,22 +230,22 @@ def _without_flex_attention(model: "PreTrainedModel") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _in_float32(model: "PreTrainedModel") -> Iterator[None]:
-    """Within it, modules compute with their weights in float32, made of those in 16 bits when a module's turn comes."""
+def _weights_in_float32(model: "PreTrainedModel") -> Iterator[None]:
+    """Convert each module's 16-bit weights to float32 while the module runs."""
     own: dict[nn.Module, list[tuple[nn.Parameter, Tensor]]] = {}
 
-    def widen(module: nn.Module, arguments: Any) -> None:
+    def convert(module: nn.Module, arguments: Any) -> None:
         own[module] = [(p, p.data) for p in module.parameters(recurse=False) if p.dtype in HALF]
         for parameter, data in own[module]:
             parameter.data = data.float()
 
-    def give_back(module: nn.Module, arguments: Any, output: Any) -> None:
+    def restore(module: nn.Module, arguments: Any, output: Any) -> None:
         for parameter, data in own.pop(module, ()):
             parameter.data = data
 
     with contextlib.ExitStack() as stack:
         for module in model.modules():
             if any(True for _ in module.parameters(recurse=False)):
-                stack.enter_context(module.register_forward_pre_hook(widen))
-                stack.enter_context(module.register_forward_hook(give_back, always_call=True))
+                stack.enter_context(module.register_forward_pre_hook(convert))
+                stack.enter_context(module.register_forward_hook(restore, always_call=True))
         yield

@@ -1,4 +1,4 @@
-"""Files of weights and configurations: each tensor and each name is checked before it is used."""
+"""Checks of files with weights and configurations: each tensor and each name, before it is used."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,12 +24,12 @@ IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_imple
 
 def _file_name(name: str) -> str:
     if Path(name).name != name or name in ("", ".", ".."):
-        raise ValueError("expected the name of a file beside it")
+        raise ValueError("expected the name of a file in the same folder")
     return name
 
 
 def checked_configuration(value: dict[str, Any]) -> dict[str, Any]:
-    """A backbone's configuration; where it names code to fetch, as attention of a hub, it is refused."""
+    """Validate a backbone's configuration. One that names code to fetch, such as attention from a hub, is refused."""
     if not isinstance(value.get("model_type"), str):
         raise ValueError("expected an object that names its model_type")
     for name in IMPLEMENTATIONS:
@@ -38,7 +38,7 @@ def checked_configuration(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def checked_implementation(value: Any) -> Any:
-    """An implementation by name, if any; one that names code to fetch is refused."""
+    """Validate the name of an implementation, or None. A name of code to fetch is refused."""
     if value is not None and (not isinstance(value, str) or "/" in value):
         raise ValueError("expected an implementation that transformers has, not code of a hub")
     return value
@@ -51,23 +51,23 @@ Checked = Annotated[dict[str, Any], AfterValidator(json_object), AfterValidator(
 
 
 class Configuration(RootModel[Checked]):
-    """What config.json of a network holds."""
+    """The content of a network's config.json."""
 
     hint: ClassVar[str] = HINT
 
 
 class WeightsIndex(BaseModel):
-    """In which file beside it each tensor lies."""
+    """The file of each tensor, in the folder of the index."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
-    hint: ClassVar[str] = "Fetch the files again, or give others."
+    hint: ClassVar[str] = "Fetch the files again, or give another folder."
 
     weight_map: dict[str, FileName]
 
 
 @contextmanager
 def naming(where: Path | str) -> Iterator[None]:
-    """Let every UserError name the file that what is wrong stands in."""
+    """Prefix each UserError with the file that it is about."""
     try:
         yield
     except UserError as error:
@@ -77,53 +77,63 @@ def naming(where: Path | str) -> Iterator[None]:
 
 
 def refuse_other_tensors(found: Mapping[str, Any], needed: Mapping[str, Tensor]) -> None:
-    """Refuse weights that are not those of a network: one missing, one too many, of another shape, or not finite.
+    """Refuse tensors that are not exactly a network's: missing, unexpected, of another shape or type, or not finite.
+
+    Args:
+        found: The tensors of a file, by name.
+        needed: The tensors of the network, by name.
 
     Raises:
-        UserError: There is such a tensor; the first is named.
+        UserError: There is such a tensor. The message names the first.
     """
     refuse_names(needed.keys() - found.keys(), found.keys() - needed.keys())
     for name, own in needed.items():
         value = found[name]
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
-            raise UserError(f"{name} is no plain tensor but a {type(value).__name__}", HINT)
+            raise UserError(f"{name} is a {type(value).__name__}, not a plain tensor on the CPU", HINT)
         if value.shape != own.shape:
             refuse_other_shape(name, value.shape, own.shape)
         if value.is_floating_point() != own.is_floating_point():
-            raise UserError(f"{name} is of type {value.dtype}, not {own.dtype}", HINT)
+            raise UserError(f"{name} has the type {value.dtype}, not {own.dtype}", HINT)
     refuse_not_finite(found.items())
 
 
-def refuse_other_shape(name: str, there: Sequence[int], needed: Sequence[int]) -> NoReturn:
-    """Say that a tensor has another shape than the network's."""
-    raise UserError(f"{name} has the shape {tuple(there)}, not {tuple(needed)}", HINT)
+def refuse_other_shape(name: str, found: Sequence[int], needed: Sequence[int]) -> NoReturn:
+    """Refuse a tensor with another shape than the network's.
+
+    Raises:
+        UserError: Always.
+    """
+    raise UserError(f"{name} has the shape {tuple(found)}, not {tuple(needed)}", HINT)
 
 
 def refuse_names(missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """Refuse files that lack tensors of the network, or hold others.
+    """Refuse files that lack tensors of the network, or contain others.
 
     Raises:
-        UserError: There are such; the first is named.
+        UserError: There is such a tensor. The message names the first.
     """
-    for names, what in ((sorted(missing), "lacks"), (sorted(unexpected), "holds")):
-        if names:
-            others = "" if what == "lacks" else " that the network does not have"
-            raise UserError(f"{what} {len(names)} tensors{others}, the first of them {names[0]}", HINT)
+    if names := sorted(missing):
+        raise UserError(f"lacks {len(names)} tensors, the first of them {names[0]}", HINT)
+    if names := sorted(unexpected):
+        raise UserError(
+            f"contains {len(names)} tensors that the network does not have, the first of them {names[0]}", HINT
+        )
 
 
 def refuse_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse weights that hold NaN or infinities.
+    """Refuse weights with NaN or infinite values.
 
     Raises:
-        UserError: One does; it is named.
+        UserError: A tensor has such a value. The message names the tensor.
     """
     for name, value in tensors:
         if not all_finite(value):
-            raise UserError(f"{name} holds values that are no finite numbers", "Give weights that are undamaged.")
+            raise UserError(f"{name} contains values that are not finite", "Give undamaged weights.")
 
 
 def all_finite(value: Tensor) -> bool:
-    """Whether all values are finite, found out without a second tensor of that size."""
+    """Whether all values are finite, computed without a second tensor of that size."""
     if not value.is_floating_point() or not value.numel() or value.device.type == "meta":
         return True
     plain = value.detach().float() if value.element_size() == 1 else value.detach()
@@ -131,38 +141,42 @@ def all_finite(value: Tensor) -> bool:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """In which file beside a weights index each tensor lies.
+    """Read an index of weights: the name of each tensor's file, in the folder of the index.
 
     Raises:
-        UserError: It is no such index, or names files elsewhere.
+        UserError: The file is not such an index, or names files in other folders.
     """
     return read_json(path, WeightsIndex)[0].weight_map
 
 
 def safetensors_files(folder: Path, single: str) -> list[Path]:
-    """The files that a folder's weights lie in: those that its index names, or the single one.
+    """The files of a folder's weights: those that its index names, or the file `single`.
 
     Raises:
-        UserError: The index is none, or names files elsewhere or that are not there.
+        UserError: The index is invalid, or a file is missing.
     """
     index = folder / WEIGHTS_INDEX
     names = sorted(set(read_index(index).values())) if index.is_file() else [single]
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise UserError(f"{folder} has no {missing[0]}", "Fetch the files again, or give others.")
+        raise UserError(f"{folder} has no {missing[0]}", "Fetch the files again, or give another folder.")
     return [folder / name for name in names]
 
 
 def weights_in(files: Iterable[Path]) -> tuple[int, int]:
-    """How many tensors and how many weights safetensors files hold; none is read."""
+    """The number of tensors and of values in safetensors files, from their headers.
+
+    Raises:
+        UserError: A file is not in this format.
+    """
     from safetensors import SafetensorError, safe_open
 
     tensors = weights = 0
     for path in files:
         try:
             with safe_open(path, framework="pt") as source:
-                for name in source.keys():  # noqa: SIM118 - it is no mapping
+                for name in source.keys():  # noqa: SIM118 - it is not a mapping
                     tensors += 1
                     weights += torch.Size(source.get_slice(name).get_shape()).numel()
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: no safetensors file ({error})", "Give weights that are undamaged.") from error
+            raise UserError(f"{path}: not a safetensors file ({error})", "Give undamaged weights.") from error
     return tensors, weights

@@ -1,4 +1,4 @@
-"""What a step takes in memory, found without weights: shapes alone go through the network, and a tracker counts."""
+"""Estimates the memory of a step without weights: it runs the network on shapes, and a tracker counts bytes."""
 
 import contextlib
 import math
@@ -13,46 +13,48 @@ from torch import Tensor, nn
 from models.learning.adamw_8bit import layout
 from models.learning.optimizers import OptimizerName
 from models.learning.training import BackboneModule
-from models.networks.adapters import AdapterOptions, Quantization
-from models.networks.backbone import DtypeName, network_from_config
+from models.networks.adapters import AdapterOptions
+from models.networks.configurations import network_from_config
+from models.networks.network_options import DtypeName, NetworkOptions
+from models.networks.quantization import Quantization
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 Sharing = Literal["one device", "replicated", "sharded"]
-LAYERS_TRIED = (2, 4)  # from which those of any number of layers follow: each adds the same
-STATE_BLOCK, LEAST_8_BIT = 256, 4096  # bitsandbytes': values that share a scale; smaller tensors stay as they are
-CONTEXT = 2**30  # of a GPU's memory, for CUDA itself and its libraries; an assumption
-FAKE_TREE = ("input_ids", "position_ids", "subtree_end")  # what of a tree is as long as its tokens
+LAYERS_TRIED = (2, 4)  # numbers of layers that are run; each further layer adds the same
+STATE_BLOCK, LEAST_8_BIT = 256, 4096  # of bitsandbytes: values per scale; smallest tensor with an 8-bit state
+CONTEXT = 2**30  # bytes of a GPU for CUDA and its libraries; an assumption
+FAKE_TREE = ("input_ids", "position_ids", "subtree_end")  # tree fields with one entry per token
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What memory follows from, besides network and micro-batch."""
+    """What determines the memory, besides network and micro-batch."""
 
     dtype: DtypeName
-    precision: str  # as the trainer has it
+    precision: str  # of the trainer
     optimizer: OptimizerName
     checkpointing: bool = False
     adapter: AdapterOptions | None = None
     quantization: Quantization = "none"
-    tokens: int | None = None  # of a tree; as many as it has if None
+    tokens: int | None = None  # of a tree; as many as the given tree has if None
     devices: int = 1
     sharing: Sharing = "one device"
     on_gpu: bool = False
-    accumulates: bool = True  # whether a step has several micro-batches: the later ones find gradients already there
+    accumulates: bool = True  # whether a step has several micro-batches, so that gradients exist during the later ones
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank when it needs most: in the backward pass of a step that is not the first."""
+    """Bytes of one rank at the peak: in the backward pass of any step but the first."""
 
     weights: int
     gradients: int
     optimizer: int
-    activations: int  # what the backward pass needs, and what is only there for a moment
-    communication: int  # what ranks exchange
-    context: int
+    activations: int  # tensors for the backward pass, and temporary ones
+    communication: int  # buffers of the exchange between ranks
+    context: int  # of CUDA
 
     @property
     def peak(self) -> int:
@@ -60,13 +62,14 @@ class Memory:
 
 
 class MemoryPlan:
-    """The memory of a module under one setting after the other.
+    """The memory of a module with different settings.
 
     Args:
         module: A module without a network.
         config: Its network's configuration.
-        micro_batch: The largest that a step computes at once; its shapes alone are read.
-        attention: Of transformers, its own choice if None; for what has no tensors of tokens x tokens, that is near.
+        micro_batch: The largest micro-batch. Only its shapes are used.
+        attention: An attention of transformers, its default if None. The default is close to any attention that does
+            not store tokens x tokens scores.
     """
 
     def __init__(
@@ -83,7 +86,7 @@ class MemoryPlan:
         self._activations: dict[Setting, int] = {}
 
     def network(self, setting: Setting, layers: int | None = None) -> "PreTrainedModel":
-        """The network without weights: as configured, or with fewer layers."""
+        """The network on the meta device, with all its layers or `layers` of them."""
         settings = self.config.to_dict()
         if layers is not None:
             name = self.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
@@ -91,14 +94,15 @@ class MemoryPlan:
             if settings.get("layer_types"):
                 settings["layer_types"] = settings["layer_types"][:layers]
         dtype = compute_dtype(setting.precision) or setting.dtype
+        options = NetworkOptions(self.module.head, dtype=dtype, attn_implementation=self.attention)
         with torch.device("meta"):
-            network = network_from_config(self.module.head, settings, dtype, self.attention)
+            network = network_from_config(options, settings)
         if setting.adapter is not None:
-            _put_in_stand_ins(network, self.module.head == "classifier", setting)
+            _insert_replacements(network, self.module.head == "classifier", setting)
         return network
 
     def memory(self, setting: Setting) -> Memory:
-        """What one rank needs."""
+        """The memory of one rank."""
         network = self.network(setting)
         trained = [p for p in network.parameters() if p.requires_grad]
         ranks = setting.devices if setting.sharing == "sharded" else 1
@@ -114,23 +118,24 @@ class MemoryPlan:
         )
 
     def activations(self, setting: Setting) -> int:
-        """What a micro-batch's backward pass needs beside weights and gradients."""
+        """The peak bytes of a micro-batch's backward pass, without weights and gradients."""
         key = replace(setting, optimizer="adamw", devices=1, on_gpu=False)
         if key not in self._activations:
             layers = getattr(self.config, "num_hidden_layers", 0)
             if layers <= max(LAYERS_TRIED):
                 self._activations[key] = self._tracked(setting, None)
             else:
-                few, more = (self._tracked(setting, number) for number in LAYERS_TRIED)
-                a_layer = (more - few) / (LAYERS_TRIED[1] - LAYERS_TRIED[0])
-                self._activations[key] = round(few + a_layer * (layers - LAYERS_TRIED[0]))
+                few, more = LAYERS_TRIED
+                bytes_few, bytes_more = self._tracked(setting, few), self._tracked(setting, more)
+                per_layer = (bytes_more - bytes_few) / (more - few)
+                self._activations[key] = round(bytes_few + per_layer * (layers - few))
         return self._activations[key]
 
     def _tracked(self, setting: Setting, layers: int | None) -> int:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         mixed = setting.precision.endswith("-mixed")
-        if setting.sharing == "sharded" and mixed:  # the gathered weights are in 16 bits, without copies
+        if setting.sharing == "sharded" and mixed:  # gathered weights are in 16 bits, without copies
             setting, mixed = replace(setting, precision=setting.precision.replace("mixed", "true")), False
         meta = self.network(setting, layers)
         with FakeTensorMode(allow_non_fake_inputs=True), _in_place_of(self.module, meta) as network:
@@ -151,7 +156,7 @@ class MemoryPlan:
             return peak - sum(_bytes(p) for p in parameters) - sum(_bytes(p) for p in parameters if p.requires_grad)
 
     def _communication(self, network: "PreTrainedModel", setting: Setting, gradients: int) -> int:
-        """Buckets of gradients (DDP), or what of other ranks' weights is there at once (FSDP2)."""
+        """The buckets of gradients (DDP), or the weights that are gathered at the same time (FSDP2)."""
         if setting.sharing == "replicated":
             return gradients
         if setting.sharing == "one device" or setting.devices == 1:
@@ -164,12 +169,12 @@ class MemoryPlan:
 
 
 def compute_dtype(precision: str) -> DtypeName | None:
-    """What a precision turns a network's weights into; None if it leaves them as they are."""
+    """The dtype to which a precision converts a network's weights; None if it does not convert them."""
     return {"bf16-true": "bfloat16", "16-true": "float16"}.get(precision)  # type: ignore[return-value]
 
 
 def optimizer_bytes(parameter: Tensor, name: OptimizerName) -> int:
-    """The bytes that an optimizer keeps of a parameter."""
+    """The bytes of an optimizer's state for a parameter."""
     if name == "adamw_8bit":
         sizes = layout(parameter).values()
         return sum(shape.numel() * dtype.itemsize for shape, dtype in sizes)
@@ -183,12 +188,12 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _tracker() -> Any:
-    """PyTorch's tracker of memory, for networks with frozen weights as well."""
+    """PyTorch's memory tracker without hooks on gradients, which frozen weights cannot have."""
     from torch.distributed._tools.mem_tracker import MemTracker
 
     class Tracker(MemTracker):
         def _track_module_params_and_buffers(self, module: nn.Module, install_grad_hooks: bool = True) -> Any:
-            return super()._track_module_params_and_buffers(module, install_grad_hooks=False)  # frozen ones take none
+            return super()._track_module_params_and_buffers(module, install_grad_hooks=False)
 
     return Tracker()
 
@@ -203,7 +208,7 @@ def _in_place_of(module: BackboneModule, network: "PreTrainedModel") -> "Iterato
 
 
 def _fake(value: Any, tokens: int | None, name: str = "") -> Any:
-    """Tensors of the same shapes; a tree's with another number of tokens."""
+    """Zeros with the same shapes; for a tree with another number of tokens."""
     if isinstance(value, dict):
         is_tree = "subtree_end" in value
         return {key: _fake(part, tokens if is_tree or not name else None, key) for key, part in value.items()}
@@ -213,11 +218,11 @@ def _fake(value: Any, tokens: int | None, name: str = "") -> Any:
     return torch.zeros(shape, dtype=value.dtype)
 
 
-# In place of quantized layers and adapters, whose libraries want real numbers
+# Replacements of quantized layers and adapters, whose libraries do not run on shapes alone
 
 
 class _Dequantized(torch.autograd.Function):
-    """A product with a weight that is made for the moment, forward and backward."""
+    """A product with a weight that is dequantized temporarily, forward and backward."""
 
     @staticmethod
     def forward(ctx: Any, input_TD: Tensor, packed: Tensor, shape: torch.Size) -> Tensor:
@@ -234,11 +239,11 @@ class _Quantized(nn.Module):
     def __init__(self, layer: nn.Linear, kind: Quantization) -> None:
         super().__init__()
         numel, self.shape = layer.weight.numel(), layer.weight.shape
-        # NF4: two a byte, a byte for each 64's scale, and 4 for each 256 of those. Int8: a scale for each row.
+        # NF4: 2 weights per byte, 1 byte per scale of 64 weights, 4 bytes per 256 scales. Int8: 4 bytes per row.
         size = numel // 2 + numel // 64 + numel // 64 // 64 if kind == "nf4" else numel + 4 * self.shape[0]
         packed = torch.empty(size, dtype=torch.uint8, device=layer.weight.device)
         self.weight = nn.Parameter(packed, requires_grad=False)
-        vars(self.weight)["quant_state"] = SimpleNamespace(shape=self.shape)  # as `weight_count` reads it
+        vars(self.weight)["quant_state"] = SimpleNamespace(shape=self.shape)  # read by `weight_count`
         self.bias = layer.bias
 
     def forward(self, input_TD: Tensor) -> Tensor:
@@ -247,7 +252,7 @@ class _Quantized(nn.Module):
 
 
 class _Adapted(nn.Module):
-    """What peft's layer computes."""
+    """The computation of peft's LoRA layer."""
 
     def __init__(self, layer: nn.Module, width: tuple[int, int], adapter: AdapterOptions, dtype: torch.dtype) -> None:
         super().__init__()
@@ -259,15 +264,15 @@ class _Adapted(nn.Module):
 
     def forward(self, input_TD: Tensor) -> Tensor:
         output = self.layer(input_TD)
-        read = input_TD if torch.is_autocast_enabled("cpu") else input_TD.to(self.lora_A.weight.dtype)
-        return (output + self.lora_B(self.lora_A(self.dropout(read))) * self.scaling).to(output.dtype)
+        adapted_TD = input_TD if torch.is_autocast_enabled("cpu") else input_TD.to(self.lora_A.weight.dtype)
+        return (output + self.lora_B(self.lora_A(self.dropout(adapted_TD))) * self.scaling).to(output.dtype)
 
 
-def _put_in_stand_ins(network: "PreTrainedModel", new_head: bool, setting: Setting) -> None:
+def _insert_replacements(network: "PreTrainedModel", new_head: bool, setting: Setting) -> None:
     adapter = setting.adapter
     assert adapter is not None
     network.requires_grad_(False)
-    # A precision that turns weights into 16 bits does so with those of adapters as well.
+    # A precision that converts weights to 16 bits also converts adapters.
     dtype = getattr(torch, compute_dtype(setting.precision) or "float32")
     outputs = network.get_output_embeddings()
     for parent in list(network.base_model.modules()):
@@ -286,12 +291,18 @@ def _put_in_stand_ins(network: "PreTrainedModel", new_head: bool, setting: Setti
                 module.to(dtype).requires_grad_(True)
 
 
-# What would make it fit
+# Changes of settings
 
 
 @dataclass(frozen=True)
 class Change:
-    """A change of settings, and what it costs."""
+    """A change of settings that saves memory.
+
+    Attributes:
+        what: The change in words.
+        option: The command-line options of the change.
+        apply: Returns the changed setting.
+    """
 
     what: str
     option: str
@@ -299,11 +310,11 @@ class Change:
 
 
 def changes(longest: int, setting: Setting) -> list[Change]:
-    """Changes that save memory, the cheapest first.
+    """The changes that save memory, cheapest first.
 
     Args:
-        longest: Tokens of the longest row: a tree cannot be smaller.
-        setting: What is configured.
+        longest: Tokens of the longest row, which is the smallest possible tree.
+        setting: The current setting.
     """
     found = []
     if setting.tokens is not None and setting.tokens > longest:
@@ -364,7 +375,19 @@ def _more_devices(devices: int) -> Change:
 
 
 def cheapest_fit(plan: MemoryPlan, setting: Setting, longest: int, room: int) -> tuple[list[Change], Memory] | None:
-    """The first change alone that fits; else the first ones together; None if even all of them do not."""
+    """The cheapest changes with which a setting fits.
+
+    A single change is preferred. Otherwise the first changes are combined until the setting fits.
+
+    Args:
+        plan: Estimates the memory.
+        setting: The current setting.
+        longest: Tokens of the longest row.
+        room: Bytes of one device.
+
+    Returns:
+        The changes and the memory with them; None if the setting does not fit with all changes.
+    """
     offered = changes(longest, setting)
     for change in offered:
         if (memory := plan.memory(change.apply(setting))).peak <= room:
@@ -372,7 +395,7 @@ def cheapest_fit(plan: MemoryPlan, setting: Setting, longest: int, room: int) ->
     together: list[Change] = []
     devices_tried: Change | None = None
     for change in offered:
-        if "devices" in change.option:  # more of them take the place of fewer
+        if "devices" in change.option:  # a larger number of devices replaces a smaller one
             together = [one for one in together if one is not devices_tried]
             devices_tried = change
         together.append(change)

@@ -11,8 +11,9 @@ from torch import Tensor
 from datamodules.batching.rows import RowsDataModule
 from datamodules.errors import UserError
 from datamodules.files.writing import Unfinished
-from models.learning.sharded_files import put_in_place, settled
-from models.learning.training import EXPORT_STATE, BackboneModule, export_state
+from models.learning.saved_models import EXPORT_STATE, export_state, export_weights
+from models.learning.sharded_files import put_in_place, recover
+from models.learning.training import BackboneModule
 from models.reporting.model_card import model_card
 
 FILES = "files"  # in proactive.json: what the export wrote
@@ -47,7 +48,7 @@ def export_model(
         data: What it was trained on.
         record: What its test found out; without one the model card has no figures.
         folder: Where to.
-        weights: See `BackboneModule.export`.
+        weights: See `models.learning.saved_models.export_weights`.
 
     Raises:
         UserError: Something else than an export is there.
@@ -70,7 +71,7 @@ def _write(
     weights: dict[str, Tensor] | None,
 ) -> None:
     """Write all files of an export."""
-    model.export(folder, data.state_dict(), weights)
+    export_weights(model, folder, data.state_dict(), weights)
     data.tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(model_card(model, data, record), encoding="utf-8")
     content = export_state(folder)
@@ -85,7 +86,7 @@ def refuse_other_folder(folder: Path) -> None:
     Raises:
         UserError: There is a file, or a folder that is neither empty nor an export.
     """
-    settled(folder)
+    recover(folder)
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if folder.exists() and not is_export(folder):

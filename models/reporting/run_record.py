@@ -57,7 +57,7 @@ def run_record(model: BackboneModule, data: RowsDataModule, source: str) -> dict
         },
         "calibration": None if model.calibration is None else asdict(model.calibration),
         "readings": _readings(model),
-        "test": model.test_figures,
+        "test": model.test_metrics,
         "baselines": _baselines(model, data),
         "published": PUBLISHED_REWARD_ROWS if published else {},
         "versions": versions(),
@@ -159,7 +159,7 @@ def _readings(model: BackboneModule) -> dict[str, str]:
     labels = {"raw": "raw", "calibrated": "calibrated"}
     if model.calibration is not None:
         labels["f1_optimal"] = f"greatest F1, above {model.calibration.f1_threshold:.4f}"
-    return {name: labels[name] for name in model.test_figures}
+    return {name: labels[name] for name in model.test_metrics}
 
 
 def tested_record(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

@@ -71,6 +71,8 @@ def test_the_time_left_is_that_of_the_steps_left_at_the_rate_of_those_done(
         max_steps=150,
         max_epochs=5,
         num_training_batches=40,
+        limit_train_batches=1.0,
+        datamodule=SimpleNamespace(steps_per_epoch=40),
         current_epoch=2,
         is_global_zero=True,
         sanity_checking=False,

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.networks.backbone import network_from_config
+from models.networks.configurations import network_from_config
+from models.networks.network_options import NetworkOptions
 from tests.models.small import LLAMA, small_data
 
 
@@ -17,6 +18,6 @@ def base(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     data.setup("fit")
     torch.manual_seed(1)
     config = LLAMA | {"vocab_size": len(data.tokenizer), "pad_token_id": data.tokenizer.pad_token_id}
-    network_from_config("language model", config, "float32", None).save_pretrained(folder)
+    network_from_config(NetworkOptions("language model"), config).save_pretrained(folder)
     data.tokenizer.save_pretrained(folder)
     return folder

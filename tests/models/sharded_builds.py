@@ -12,8 +12,10 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from datamodules.errors import UserError
 from datamodules.prompting.tokenizers import train_tokenizer
-from models.networks.backbone import Head, build_network
-from models.networks.sharding import build_sharded_network, gather
+from models.networks.building import build_network
+from models.networks.distributed_loading import build_sharded_network
+from models.networks.network_options import Head, NetworkOptions
+from models.networks.sharding import gather
 
 TEXT = ["At 9:14 the user opens a file and reads the report about the printer."] * 20
 
@@ -27,9 +29,9 @@ def built(cases: list[tuple[Head, str]]) -> list[Any]:
         options: dict[str, Any] = {"mesh": mesh, "device": torch.device("cpu"), "precision": "32-true"}
         try:
             torch.manual_seed(1)
-            network = build_sharded_network(head, folder, tokenizer, **options)
+            network = build_sharded_network(NetworkOptions(head, folder), tokenizer, **options)
             torch.manual_seed(1)
-            expected = build_network(head, folder, tokenizer)
+            expected = build_network(NetworkOptions(head, folder), tokenizer)
         except UserError as error:
             results.append([error.what, error.hint])
             continue
@@ -45,8 +47,7 @@ def peak_memory(folder: str) -> dict[str, float]:
     """The most memory that any rank had, and how many weights are not those of the file."""
     config = json.loads(Path(folder, "config.json").read_text())
     network = build_sharded_network(
-        "language model",
-        folder,
+        NetworkOptions("language model", folder),
         train_tokenizer(TEXT, config["vocab_size"]),
         mesh=_mesh(),
         device=torch.device("cpu"),

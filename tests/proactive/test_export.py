@@ -11,7 +11,7 @@ import torch
 from callbacks.checkpoint_io import SafeCheckpointIO
 from models.learning.checkpoint_files import load_checkpoint
 from models.learning.reward_classifier import RewardClassifier
-from models.learning.training import EXPORT_STATE
+from models.learning.saved_models import EXPORT_STATE
 from proactive import export
 from tests.proactive.conftest import FinishedRun
 

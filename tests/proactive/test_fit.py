@@ -23,6 +23,7 @@ from datamodules.corpus.splits import split_by_scene
 from datamodules.prompting.tokenizers import tokenizer_from_state
 from models.learning.checkpoint_files import load_checkpoint
 from models.learning.reward_classifier import RewardClassifier
+from models.learning.saved_models import model_from_checkpoint
 from models.learning.training import BackboneModule
 from proactive import fit
 from tests.helpers import ROOT, SMALL_RUN
@@ -189,7 +190,7 @@ print(json.dumps([sorted(ours), labels, [row.double().softmax(-1).tolist() for r
     assert ours == []
     assert labels == {"0": "rejected", "1": "accepted"}
     checkpoint = torch.load(finished_run.folder / "checkpoints" / "best.ckpt", weights_only=True)
-    classifier = RewardClassifier.from_checkpoint(checkpoint).eval()
+    classifier = model_from_checkpoint(RewardClassifier, checkpoint).eval()
     tokenizer = tokenizer_from_state(checkpoint["RewardDataModule"]["tokenizer"])
     with torch.no_grad():
         expected = [

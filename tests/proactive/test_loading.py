@@ -14,6 +14,7 @@ from datamodules.corpus.records import Event
 from datamodules.corpus.traces import Pair
 from datamodules.errors import UserError
 from models.judging.judges import RewardJudge
+from models.learning.saved_models import export_weights
 from proactive.loading import LoadedAgent, events_of
 from tests.helpers import ROOT, environment_of_commands
 from tests.models.judging.test_local_agent import weights_of
@@ -77,7 +78,7 @@ def test_a_judge_scores_as_a_judge_of_an_evaluation_does(place: str, finished_ru
 @pytest.fixture(scope="module")
 def agent_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights, folder = weights_of(0), tmp_path_factory.mktemp("agent") / "export"
-    weights.model.export(folder, weights.state)
+    export_weights(weights.model, folder, weights.state)
     return folder
 
 

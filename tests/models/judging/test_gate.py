@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from datamodules.errors import UserError
 from models.judging.gate import MOST_POINTS, Gated, gate_threshold
-from models.learning.metrics import agent_figures
+from models.learning.metrics import agent_metrics
 from tests.datamodules.conftest import few_examples
 
 
@@ -65,8 +65,8 @@ def test_the_curve_runs_from_the_agent_as_it_is_to_never_proposing(drawn: list[t
     offers = [point["tp"] + point["fp"] for point in curve]
     assert offers == sorted(offers, reverse=True)
     names = ("tp", "fp", "tn", "fn")
-    as_it_is = agent_figures(proposed[:, None], accepted[:, None], made.trace)
-    never = agent_figures(torch.zeros_like(proposed)[:, None], null[:, None], made.trace)
+    as_it_is = agent_metrics(proposed[:, None], accepted[:, None], made.trace)
+    never = agent_metrics(torch.zeros_like(proposed)[:, None], null[:, None], made.trace)
     assert [curve[0][name] for name in names] == [float(as_it_is[name]) for name in names]
     assert [curve[-1][name] for name in names] == [float(never[name]) for name in names]
 

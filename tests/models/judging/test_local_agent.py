@@ -20,7 +20,7 @@ from models.judging.answer_log import AnswerLog
 from models.judging.description import joint_settings, shares
 from models.judging.weights import Tie, Weights, assign, one_for_each
 from models.learning.proactive_agent import ProactiveAgent
-from models.networks.backbone import build_network
+from models.networks.building import build_network
 from tests.models.small import SMALL_LLAMA
 
 AgentWeights = Weights[ProactiveAgent]
@@ -32,7 +32,7 @@ def weights_of(fold: int) -> AgentWeights:
     data.setup("test")
     torch.manual_seed(fold)
     model = ProactiveAgent(scratch=SMALL_LLAMA)
-    model.network = build_network("language model", "scratch", data.tokenizer, SMALL_LLAMA)
+    model.network = build_network(model.network_options, data.tokenizer)
     return Weights(model, data.state_dict(), f"fold {fold}")
 
 

@@ -13,7 +13,8 @@ from datamodules.errors import UserError
 from models.judging.scorer import Scorer
 from models.judging.weights import Weights
 from models.learning.calibration import Calibration
-from models.networks.backbone import build_network
+from models.networks.building import build_network
+from models.networks.network_options import NetworkOptions
 from tests.helpers import small_root
 from tests.models.small import small_classifier, small_data
 
@@ -38,7 +39,7 @@ def scorer(state: dict[str, Any]) -> Callable[..., Scorer]:
         with_options = state | {"hyperparameters": state["hyperparameters"] | hyperparameters}
         data = RewardDataModule.from_state(with_options)
         scratch = model.hparams["scratch"]
-        model.network = build_network("classifier", "scratch", data.tokenizer, scratch)
+        model.network = build_network(NetworkOptions("classifier", scratch=scratch), data.tokenizer)
         for parameter in model.network.parameters():  # those of a new network hardly mind what they read
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.3)

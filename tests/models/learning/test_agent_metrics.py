@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.learning.metrics import NO_VERDICT, PUBLISHED_AGENT_ROWS, AgentMetrics, agent_figures, deciding_candidate
+from models.learning.metrics import NO_VERDICT, PUBLISHED_AGENT_ROWS, AgentMetrics, agent_metrics, deciding_candidate
 from tests.datamodules.conftest import few_examples
 
 # Row real_average of eval/results/*.csv in thunlp/ProactiveAgent: recall, precision, accuracy, false alarm, F1, accept
@@ -114,7 +114,7 @@ def test_an_accepted_event_stays_accepted_with_more_candidates(drawn: list[list[
         assert torch.equal(now, (accepted[:, :k] == 1).any(1))
         assert bool((before <= now).all())
         before = now
-        found = agent_figures(proposed[:, :k], accepted[:, :k], torch.arange(len(drawn)))
+        found = agent_metrics(proposed[:, :k], accepted[:, :k], torch.arange(len(drawn)))
         assert int(found["tp"] + found["tn"]) == int(now.sum())
         counted = sum(int(found[name]) for name in ("tp", "fp", "tn", "fn", "undecided"))
         assert counted == int(found["events"]) == len(drawn)
@@ -137,7 +137,7 @@ def test_intervals_draw_whole_traces() -> None:
 def test_intervals_are_the_same_each_time_and_hold_the_figure() -> None:
     proposed, accepted = events(9, 7, 5, 3)
     trace = torch.arange(24) % 5
-    first, second = (agent_figures(proposed[:, None], accepted[:, None], trace, bootstrap=300) for _ in range(2))
+    first, second = (agent_metrics(proposed[:, None], accepted[:, None], trace, bootstrap=300) for _ in range(2))
     assert first == second
     for name in NAMES:
         assert first[f"{name}_low"] <= first[name] <= first[f"{name}_high"]

@@ -17,8 +17,10 @@ from datamodules.batching.answer_rows import AgentDataModule
 from models.decoding.branches import branch_problem
 from models.learning.proactive_agent import ProactiveAgent
 from models.learning.reward_classifier import RewardClassifier
+from models.learning.saved_models import model_from_checkpoint
 from models.learning.training import BackboneModule
-from models.networks.adapters import AdapterOptions, Quantization
+from models.networks.adapters import AdapterOptions
+from models.networks.quantization import Quantization
 from models.networks.tree_reading import tree_problem
 from tests.models.small import LLAMA, small_data, small_trainer
 
@@ -100,9 +102,9 @@ def test_a_kept_model_is_tested_under_another_default_device(case: str, root: Pa
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     found = []
     for strategy in ("auto", OtherDefault()):
-        kept = RewardClassifier.from_checkpoint(checkpoint)
+        kept = model_from_checkpoint(RewardClassifier, checkpoint)
         small_trainer(strategy=strategy).test(kept, small_data(root, layout="tree", tokenizer=str(base)), verbose=False)
-        found.append(kept.test_figures)
+        found.append(kept.test_metrics)
     assert found[0] == found[1]
 
 

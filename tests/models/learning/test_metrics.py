@@ -19,7 +19,7 @@ from models.learning.metrics import (
     RewardMetrics,
     decision_intervals,
     group_intervals,
-    reward_figures,
+    reward_metrics,
 )
 
 Row = tuple[float, bool, int]  # P(accepted), accepted, category's number
@@ -100,7 +100,7 @@ def test_the_published_rows_are_those_of_the_issue() -> None:
 @given(st.lists(a_row, min_size=1, max_size=30), st.sampled_from([0.0, 0.31, 0.5, 0.9]))
 @settings(deadline=None, max_examples=60)
 def test_every_figure_is_what_plain_python_makes_of_the_rows(rows: list[Row], threshold: float) -> None:
-    figures = reward_figures(*columns(rows), threshold)
+    figures = reward_metrics(*columns(rows), threshold)
     expected = plain_figures(rows, threshold)
     assert figures.keys() == expected.keys()
     for name, value in figures.items():
@@ -115,7 +115,7 @@ def test_how_the_rows_arrive_does_not_matter(rows: list[Row], size: int) -> None
     metrics.reset()
     for start in range(0, len(rows), size):
         metrics.update(*columns(rows[start : start + size]))
-    once = {name: float(value) for name, value in reward_figures(*columns(rows), 0.4).items()}
+    once = {name: float(value) for name, value in reward_metrics(*columns(rows), 0.4).items()}
     assert {name: float(value) for name, value in metrics.compute().items()} == pytest.approx(once)
 
 
@@ -128,7 +128,7 @@ def test_a_zero_denominator_gives_zero_and_no_warning(probability: list[float], 
     category = torch.full((2,), Category.FALSE_ALARM.number)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figures = reward_figures(torch.tensor(probability), torch.tensor(target), category, scene_N=torch.arange(2))
+        figures = reward_metrics(torch.tensor(probability), torch.tensor(target), category, scene_N=torch.arange(2))
     rows = [(p, bool(t), Category.FALSE_ALARM.number) for p, t in zip(probability, target, strict=True)]
     for name, expected in plain_figures(rows, 0.5).items():
         assert float(figures[name]) == pytest.approx(expected, abs=1e-6), name
@@ -136,7 +136,7 @@ def test_a_zero_denominator_gives_zero_and_no_warning(probability: list[float], 
 
 
 def test_a_probability_equal_to_the_threshold_is_rejected() -> None:
-    figures = reward_figures(torch.tensor([0.7, 0.7000001]).double(), torch.ones(2).long(), torch.zeros(2), 0.7)
+    figures = reward_metrics(torch.tensor([0.7, 0.7000001]).double(), torch.ones(2).long(), torch.zeros(2), 0.7)
     assert (int(figures["tp"]), int(figures["fn"])) == (1, 1)
 
 
@@ -147,13 +147,13 @@ def test_agreement_counts_within_each_category_alone() -> None:
     order = torch.arange(16).view(4, 4).T.flatten()  # rows of one category side by side
     target, category = target[order], torch.tensor(numbers * 4)[order]
     probability = torch.where(wrong.bool(), 1 - target, target).double()
-    figures = reward_figures(probability, target, category)
+    figures = reward_metrics(probability, target, category)
     assert [float(figures[f"agreement_{name}"]) for name in Category] == [1.0, 0.75, 0.5, 0.0]
 
 
 def test_intervals_hold_the_point_and_are_as_wide_as_theory_says() -> None:
     decided, target = published_counts()
-    figures = reward_figures(decided.double(), target, torch.zeros_like(target), scene_N=torch.arange(120))
+    figures = reward_metrics(decided.double(), target, torch.zeros_like(target), scene_N=torch.arange(120))
     for name in ("accuracy", "f1"):
         assert figures[f"{name}_low"] < figures[name] < figures[f"{name}_high"]
     accuracy = float(figures["accuracy"])
@@ -232,7 +232,7 @@ def test_two_ranks_give_the_figures_of_one_process(tmp_path: Path) -> None:
     rows: list[Row] = [((7 * n % 20) / 20 + 0.01, n % 3 == 0, n % 4) for n in range(11)]
     shares = [[rows[:6], rows[6:]], [rows[:9], rows[9:]], [rows, []]]
     torch.multiprocessing.spawn(rank, (tmp_path, shares), nprocs=2)
-    expected = reward_figures(*columns(rows))
+    expected = reward_metrics(*columns(rows))
     for number in (0, 1):
         for share, found in zip(shares, json.loads((tmp_path / f"{number}.json").read_text()), strict=True):
             assert found["rows"] == sorted(probability for probability, _, _ in rows)

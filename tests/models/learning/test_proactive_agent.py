@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-import models.networks.backbone
+import models.networks.heads
 from datamodules.batching.answer_rows import AgentDataModule, AnswerKind
 from datamodules.batching.layouts import Layout, RowsLayout, TreeLayout
 from datamodules.batching.steps import EncodedRows, share
 from datamodules.corpus.answers import Answer, read_answer, write_answer
 from datamodules.errors import UserError
-from models.learning.answer_metrics import AnswerLosses, answer_losses, decision_figures, decisions
+from models.learning.answer_metrics import AnswerLosses, answer_losses, decisions, proposal_metrics
 from models.learning.proactive_agent import ProactiveAgent
-from models.networks.backbone import language_logits, language_problem, token_losses
+from models.learning.saved_models import export_weights, model_from_checkpoint, model_from_export
+from models.networks.heads import language_logits, language_problem, token_losses
 from models.networks.tree_reading import choose_attention
 from tests.helpers import small_root
 from tests.models.networks.test_tree_reading import CASES, FAMILIES, SMALL, Result, assert_same, branches, result_of
@@ -111,7 +112,7 @@ def test_chunks_give_the_plain_loss_and_gradients_and_no_more_logits_at_once(
     whole = step(model, layout, rows, len(ids))
     seen: list[int] = []
     backbone.get_output_embeddings().register_forward_hook(lambda _, __, logits: seen.append(logits.numel()))
-    monkeypatch.setattr(models.networks.backbone, "LOGITS_AT_ONCE", 3 * SMALL["vocab_size"] + 5)
+    monkeypatch.setattr(models.networks.heads, "MAX_LOGITS", 3 * SMALL["vocab_size"] + 5)
     chunked = step(model, layout, rows, len(ids))
     assert_same(chunked, whole, whole.parts)
     assert max(seen) == 3 * SMALL["vocab_size"]
@@ -226,9 +227,9 @@ def test_checkpoint_and_export_give_the_same_losses(
     assert model.network is not None
     checkpoint: dict[str, Any] = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
     model.on_save_checkpoint(checkpoint)
-    model.export(tmp_path, data.state_dict())
-    from_export, state = ProactiveAgent.from_export(tmp_path)
-    for other in (ProactiveAgent.from_checkpoint(checkpoint), from_export):
+    export_weights(model, tmp_path, data.state_dict())
+    from_export, state = model_from_export(ProactiveAgent, tmp_path)
+    for other in (model_from_checkpoint(ProactiveAgent, checkpoint), from_export):
         other.eval()
         with torch.no_grad():
             assert torch.allclose(other.row_losses(batch), expected, rtol=1e-5)  # it may attend in another way
@@ -241,9 +242,9 @@ def test_an_export_of_the_other_model_is_refused(
 ) -> None:
     from models.learning.reward_classifier import RewardClassifier
 
-    trained[0].export(tmp_path, trained[1].state_dict())
+    export_weights(trained[0], tmp_path, trained[1].state_dict())
     with pytest.raises(UserError, match="task agent, not reward"):
-        RewardClassifier.from_export(tmp_path)
+        model_from_export(RewardClassifier, tmp_path)
 
 
 def test_a_negative_weight_is_refused() -> None:
@@ -282,7 +283,7 @@ def test_decisions_are_those_of_a_count_by_hand() -> None:
     rows = rows_of(*((-math.log(1 - p), 1, AnswerKind.PROBE, needed) for p, needed in probes))
     offers_N, needed_N = decisions(rows)
     assert offers_N.tolist() == pytest.approx([p for p, _ in probes])
-    figures = {name: float(value) for name, value in decision_figures(offers_N, needed_N).items()}
+    figures = {name: float(value) for name, value in proposal_metrics(offers_N, needed_N).items()}
     assert figures["precision"] == pytest.approx(2 / 3)
     assert figures["recall"] == pytest.approx(2 / 3)
     assert figures["accuracy"] == pytest.approx(3 / 5)

@@ -24,6 +24,7 @@ from datamodules.prompting.tokenizers import train_tokenizer
 from models.learning.calibration import Calibration, calibrated, fit_temperature, fit_threshold
 from models.learning.checkpoint_files import load_checkpoint
 from models.learning.reward_classifier import RewardClassifier
+from models.learning.saved_models import export_weights, model_from_checkpoint, model_from_export
 from tests.helpers import SignalAtStep
 from tests.models.small import (
     TRAIN_ROWS_A_STEP,
@@ -337,11 +338,11 @@ def test_what_was_never_validated_is_not_calibrated(root: Path, tmp_path: Path, 
     if trainer.global_step:
         assert load_checkpoint(tmp_path / "last.ckpt")["calibration"] is None
     trainer.test(classifier, data, verbose=False)
-    assert set(classifier.test_figures) == {"raw"}
+    assert set(classifier.test_metrics) == {"raw"}
     torch.testing.assert_close(classifier.test_rows["calibrated"], classifier.test_rows["probability"])
-    classifier.export(tmp_path / "export", data.state_dict())
+    export_weights(classifier, tmp_path / "export", data.state_dict())
     assert json.loads((tmp_path / "export" / "proactive.json").read_text())["calibration"] is None
-    assert RewardClassifier.from_export(tmp_path / "export")[0].calibration is None
+    assert model_from_export(RewardClassifier, tmp_path / "export")[0].calibration is None
 
 
 def test_a_run_that_is_stopped_before_its_first_validation_is_not_calibrated(root: Path, tmp_path: Path) -> None:
@@ -364,7 +365,7 @@ def test_the_calibration_of_an_older_checkpoint_is_read() -> None:
 def test_validation_alone_works_in_inference_mode(fitted: Fitted) -> None:
     """`Trainer.validate` keeps no gradients at all, and a temperature is fitted there as well."""
     _, data, path = fitted
-    classifier = RewardClassifier.from_checkpoint(load_checkpoint(path))
+    classifier = model_from_checkpoint(RewardClassifier, load_checkpoint(path))
     stored = classifier.temperature
     small_trainer().validate(classifier, data, verbose=False)
     assert classifier.temperature == pytest.approx(stored, rel=1e-3)
@@ -372,7 +373,7 @@ def test_validation_alone_works_in_inference_mode(fitted: Fitted) -> None:
 
 def test_a_test_reports_raw_and_calibrated_figures_of_every_row(fitted: Fitted) -> None:
     _, data, path = fitted
-    classifier = RewardClassifier.from_checkpoint(load_checkpoint(path))
+    classifier = model_from_checkpoint(RewardClassifier, load_checkpoint(path))
     stored = classifier.calibration
     assert stored is not None
     trainer = small_trainer()
@@ -389,9 +390,9 @@ def test_a_test_reports_raw_and_calibrated_figures_of_every_row(fitted: Fitted) 
         "calibrated": rows["calibrated"] > 0.5,
         "f1_optimal": rows["calibrated"] > stored.f1_threshold,
     }
-    assert set(classifier.test_figures) == set(readings)
+    assert set(classifier.test_metrics) == set(readings)
     for name, decided in readings.items():
-        figures = classifier.test_figures[name]
+        figures = classifier.test_metrics[name]
         assert figures["acceptance_rate"] == pytest.approx(float(decided.double().mean()))
         assert figures["people_acceptance_rate"] == pytest.approx(float(rows["target"].double().mean()))
         right = float((decided == rows["target"].bool()).double().mean())
@@ -433,9 +434,9 @@ def test_checkpoint_and_export_give_the_same_probabilities(
     if options.get("dtype") != "bfloat16":  # which may give two rows the same one
         assert expected.min() < expected.max()
 
-    loaded = RewardClassifier.from_checkpoint(load_checkpoint(tmp_path / "last.ckpt"))
-    classifier.export(tmp_path / "export", data.state_dict())
-    exported, state = RewardClassifier.from_export(tmp_path / "export")
+    loaded = model_from_checkpoint(RewardClassifier, load_checkpoint(tmp_path / "last.ckpt"))
+    export_weights(classifier, tmp_path / "export", data.state_dict())
+    exported, state = model_from_export(RewardClassifier, tmp_path / "export")
     assert state == json.loads(json.dumps(data.state_dict()))
     for other in (loaded, exported):
         assert torch.equal(probabilities(other, batch), expected)
@@ -450,7 +451,7 @@ def test_tested_weights_bring_their_own_calibration(fitted: Fitted) -> None:
     """The best weights are tested by a module that was trained on, and calibrated, since."""
     _, data, path = fitted
     stored = load_checkpoint(path)["calibration"]
-    classifier = RewardClassifier.from_checkpoint(load_checkpoint(path))
+    classifier = model_from_checkpoint(RewardClassifier, load_checkpoint(path))
     classifier.calibration = Calibration(stored["temperature"] / 3, 0.9, 1, 1)
     small_trainer().test(classifier, data, ckpt_path=str(path), weights_only=True, verbose=False)
     assert classifier.calibration == Calibration(**stored)
@@ -463,7 +464,7 @@ def test_a_folder_that_is_no_export_is_the_users_mistake(tmp_path: Path, content
     if content is not None:
         (tmp_path / "proactive.json").write_text(content)
     with pytest.raises(UserError, match=r"proactive\.json"):
-        RewardClassifier.from_export(tmp_path)
+        model_from_export(RewardClassifier, tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["tree", "rows"])
@@ -492,7 +493,7 @@ def test_a_prompt_that_ends_in_the_padding_token_is_read_as_the_exported_model_r
     assert data.layout == layout
     assert classifier.network is not None
     data.tokenizer.save_pretrained(tmp_path / "export")
-    classifier.export(tmp_path / "export", data.state_dict())
+    export_weights(classifier, tmp_path / "export", data.state_dict())
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "export").eval()
     segmenter = data.segmenter
     (batch, *_), rows = next(iter(data.test_dataloader())), data.rows("test")

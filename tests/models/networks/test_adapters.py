@@ -24,18 +24,15 @@ from datamodules.errors import UserError
 from models.learning.checkpoint_files import load_trained
 from models.learning.proactive_agent import ProactiveAgent
 from models.learning.reward_classifier import RewardClassifier
+from models.learning.saved_models import export_weights, model_from_export
 from models.learning.training import BackboneModule
-from models.networks.adapters import (
-    AdapterOptions,
-    Quantization,
-    add_adapter,
-    linear_layers,
-    merged_state,
-    target_layers,
-    trained_names,
-)
-from models.networks.backbone import Head, language_problem, network_from_config, weightless_network
+from models.networks.adapter_files import merged_state, trained_names
+from models.networks.adapters import AdapterOptions, add_adapter, linear_layers, target_layers
+from models.networks.configurations import meta_network, network_from_config
+from models.networks.heads import language_problem
+from models.networks.network_options import Head, NetworkOptions
 from models.networks.operations import weight_count
+from models.networks.quantization import Quantization
 from models.networks.tree_reading import pair_cost, tree_problem
 from tests.models.small import FAMILIES, LLAMA, fit, probabilities, small_data, small_trainer
 
@@ -195,11 +192,11 @@ def test_an_adapter_without_its_base_says_so(fitted: Callable[..., Any], base: P
     _, _, path = fitted("nf4")
     away = base.rename(tmp_path / "away")
     try:
-        with pytest.raises(UserError, match="adapter alone, and its base is missing"):
+        with pytest.raises(UserError, match="only the weights of an adapter are stored, and its base is missing"):
             load_trained(RewardClassifier, path, "--checkpoint")
         torch.manual_seed(2)
         config = json.loads((away / "config.json").read_text())
-        network_from_config("language model", config, "float32", None).save_pretrained(base)
+        network_from_config(NetworkOptions("language model"), config).save_pretrained(base)
         with pytest.raises(UserError, match="has other weights now"):
             load_trained(RewardClassifier, path, "--checkpoint")
     finally:
@@ -217,9 +214,9 @@ def test_an_exported_adapter_is_what_peft_loads(
     from transformers import AutoModelForSequenceClassification
 
     model, data, _ = fitted(kind)
-    model.export(tmp_path, data.state_dict())
+    export_weights(model, tmp_path, data.state_dict())
     assert not (tmp_path / "model.safetensors").exists()
-    again, _ = RewardClassifier.from_export(tmp_path)
+    again, _ = model_from_export(RewardClassifier, tmp_path)
     batch = a_batch(data)
     expected = probabilities(model, batch)
     assert torch.allclose(probabilities(again, batch), expected, rtol=1e-5)  # attends otherwise
@@ -247,9 +244,9 @@ def test_a_merged_export_is_adapter_plus_base(
     model, data, _ = fitted(kind, dtype)
     unmerged = model.adapter
     model.adapter = AdapterOptions(**{**vars(unmerged), "merge": True})
-    model.export(tmp_path, data.state_dict())
+    export_weights(model, tmp_path, data.state_dict())
     model.adapter = unmerged
-    again, _ = RewardClassifier.from_export(tmp_path)
+    again, _ = model_from_export(RewardClassifier, tmp_path)
     assert again.adapter is None
     assert not any("lora" in name for name in again.state_dict())
     if kind == "int8":
@@ -292,7 +289,7 @@ def weightless(kind: str, head: Head, **options: Any) -> Any:
     config = AutoConfig.for_model(kind, **{**FAMILIES[kind], "vocab_size": 300, "pad_token_id": 0, **options})
     if head == "classifier":
         config.num_labels = 2
-    return weightless_network(head, kind, config, dtype="float32", attn_implementation=None, trust_remote_code=False)
+    return meta_network(NetworkOptions(head, kind), config)
 
 
 @pytest.mark.parametrize(
@@ -300,16 +297,16 @@ def weightless(kind: str, head: Head, **options: Any) -> Any:
     [
         ("llama", "classifier", "nothing_proj", "LlamaForSequenceClassification has no such layer"),
         ("llama", "classifier", "proj", "has no such layer"),  # the end of a name, not a name
-        ("llama", "classifier", "score", "score is in the new head, which is trained whole"),
+        ("llama", "classifier", "score", "score is in the new head, which is trained as a whole"),
         ("roberta", "classifier", "out_proj", "out_proj is in the new head"),
         ("roberta", "classifier", "dense", "dense is in the new head"),  # as well as under it
         ("deberta-v2", "classifier", "pooler", "pooler is in the new head"),
-        ("llama", "classifier", "embed_tokens", "embed_tokens are embeddings"),
-        ("llama", "language model", "embed_tokens", "embed_tokens are embeddings"),
-        ("gpt2", "language model", "wpe", "wpe are embeddings"),
-        ("bert", "classifier", "word_embeddings", "word_embeddings are embeddings"),
-        ("llama", "language model", "input_layernorm", "is no linear layer but LlamaRMSNorm"),
-        ("llama", "language model", "self_attn", "is no linear layer but LlamaAttention"),
+        ("llama", "classifier", "embed_tokens", "embed_tokens is an embedding"),
+        ("llama", "language model", "embed_tokens", "embed_tokens is an embedding"),
+        ("gpt2", "language model", "wpe", "wpe is an embedding"),
+        ("bert", "classifier", "word_embeddings", "word_embeddings is an embedding"),
+        ("llama", "language model", "input_layernorm", "is not a linear layer but a LlamaRMSNorm"),
+        ("llama", "language model", "self_attn", "is not a linear layer but a LlamaAttention"),
         ("gpt2", "language model", "lm_head", "lm_head shares its weights with the embeddings"),
         ("gemma3_text", "language model", "lm_head", "lm_head shares its weights with the embeddings"),
     ],
@@ -323,7 +320,9 @@ def test_targets_that_cannot_be_right_are_refused(kind: str, head: Head, target:
 
 def test_targets_are_looked_at_before_weights_load(root: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = classifier(base, adapter={"targets": ["q_proj", "score"]})
-    monkeypatch.setattr("models.learning.training.build_network", lambda *_, **__: pytest.fail("weights are loaded"))
+    monkeypatch.setattr(
+        "models.learning.network_module.build_network", lambda *_, **__: pytest.fail("weights are loaded")
+    )
     with pytest.raises(UserError, match="score is in the new head"):
         fit(model, reward_data(root, base))
 
@@ -378,7 +377,7 @@ def test_what_is_left_out_is_said_with_its_share(caplog: pytest.LogCaptureFixtur
     )
     assert quantized.startswith(f"model.quantization: {linear / total:.1%} of the weights are kept in nf4; not ")
     assert f"embed_tokens.weight {embeddings / total:.1%}" in quantized
-    assert "MixtralExperts.gate_up_proj, MixtralExperts.down_proj are no linear layers" in warning
+    assert "MixtralExperts.gate_up_proj, MixtralExperts.down_proj are not linear layers" in warning
     assert f"{experts / total:.1%} of the weights get no adapter and are not quantized" in warning
     assert [record.levelname for record in caplog.records] == ["INFO", "INFO", "WARNING"]
 

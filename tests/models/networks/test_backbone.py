@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,22 +22,19 @@ from transformers import PreTrainedTokenizerFast
 from datamodules.batching.layouts import Inputs
 from datamodules.errors import UserError
 from datamodules.prompting.tokenizers import load_tokenizer, train_tokenizer
-from models.networks.backbone import (
+from models.networks.building import build_network, load_network
+from models.networks.configurations import (
     LABELS,
     SCRATCH_CONFIG,
-    Head,
-    Pooling,
-    build_network,
-    classify,
-    load_network,
+    max_positions,
+    meta_network,
     network_config,
     network_from_config,
-    position_room,
     quiet,
-    read_out,
-    weightless_network,
 )
-from models.networks.sharding import WeightFiles
+from models.networks.distributed_loading import WeightFiles
+from models.networks.heads import Pooling, class_layer, classify
+from models.networks.network_options import Head, NetworkOptions
 from tests.models.small import DECODERS, ENCODERS, FAMILIES, SMALL_LLAMA
 
 LENGTHS = (9, 5, 1)  # rows of one batch: none, some and nearly all of it padding
@@ -53,7 +51,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
     """A small Llama-type classifier with its tokenizer, as save_pretrained writes them."""
     folder = tmp_path_factory.mktemp("saved")
     with quiet():
-        build_network("classifier", "scratch", tokenizer, SMALL_LLAMA).save_pretrained(folder)
+        build_network(small_llama(), tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -66,9 +64,12 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 def build(family: str, tokenizer: PreTrainedTokenizerFast, **options: Any) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    return build_network(
-        "classifier", "scratch", tokenizer, {"model_type": family, **FAMILIES[family]}, **options
-    ).eval()
+    scratch = {"model_type": family, **FAMILIES[family]}
+    return build_network(NetworkOptions("classifier", scratch=scratch, **options), tokenizer).eval()
+
+
+def small_llama(**changes: Any) -> NetworkOptions:
+    return NetworkOptions("classifier", scratch=SMALL_LLAMA | changes)
 
 
 def padded_batch(tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
@@ -122,7 +123,7 @@ def test_a_padding_token_inside_the_text_does_not_end_it(tokenizer: PreTrainedTo
 
 
 def test_scratch_is_a_llama_of_a_few_million_parameters(tokenizer: PreTrainedTokenizerFast) -> None:
-    model = build_network("classifier", "scratch", tokenizer)
+    model = build_network(NetworkOptions("classifier"), tokenizer)
     assert SCRATCH_CONFIG["model_type"] == model.config.model_type == "llama"
     assert 1e6 < sum(parameter.numel() for parameter in model.parameters()) < 5e6
     assert model.config.vocab_size == len(tokenizer)
@@ -133,9 +134,10 @@ def test_scratch_is_a_llama_of_a_few_million_parameters(tokenizer: PreTrainedTok
 @pytest.mark.parametrize("load", ["build", "load"])
 def test_a_local_folder_gives_back_its_weights(load: str, saved: Path) -> None:
     path = str(saved)
-    model = (
-        build_network("classifier", path, load_tokenizer(path)) if load == "build" else load_network("classifier", path)
-    )
+    if load == "build":
+        model = build_network(NetworkOptions("classifier", path), load_tokenizer(path))
+    else:
+        model = load_network("classifier", path)
     weights = load_file(saved / "model.safetensors")
     assert weights.keys() == model.state_dict().keys()
     assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in weights.items())
@@ -145,10 +147,10 @@ def test_a_backbone_without_a_head_is_given_one(tmp_path: Path, tokenizer: PreTr
     body = build("bert", tokenizer).base_model
     with quiet():
         body.save_pretrained(tmp_path)
-    model = build_network("classifier", str(tmp_path), tokenizer)
+    model = build_network(NetworkOptions("classifier", str(tmp_path)), tokenizer)
     found, wanted = (part.embeddings.word_embeddings.weight for part in (model.base_model, body))
     assert torch.equal(found, wanted)
-    assert read_out(model).out_features == 2
+    assert class_layer(model).out_features == 2
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "roberta"])
@@ -164,23 +166,16 @@ def test_a_head_of_another_number_of_classes_is_replaced(
         saved = transformers.AutoModelForSequenceClassification.from_config(config)
         saved.save_pretrained(tmp_path)
     with caplog.at_level(logging.INFO, "proactive"):
-        model = build_network("classifier", str(tmp_path), tokenizer)
-    assert read_out(model).out_features == model.config.num_labels == 2
+        model = build_network(NetworkOptions("classifier", str(tmp_path)), tokenizer)
+    assert class_layer(model).out_features == model.config.num_labels == 2
     assert model.config.id2label == LABELS
     head = READ_OUT[family]
     kept = {name for name in saved.state_dict() if not name.startswith(head)}
     assert all(torch.equal(model.state_dict()[name], saved.state_dict()[name]) for name in kept)
-    assert 0 < float(read_out(model).weight.detach().std()) < 0.1
+    assert 0 < float(class_layer(model).weight.detach().std()) < 0.1
     assert f"has the shape ({classes}, 16), not (2, 16): the head is a new one, of 2 classes" in caplog.text
-    meta = weightless_network(
-        "classifier",
-        str(tmp_path),
-        network_config("classifier", str(tmp_path), tokenizer),
-        dtype="float32",
-        attn_implementation=None,
-        trust_remote_code=False,
-    )
-    files = WeightFiles.of(meta, "classifier", str(tmp_path))
+    options = NetworkOptions("classifier", str(tmp_path))
+    files = WeightFiles.of(meta_network(options, network_config(options, tokenizer)), options)
     assert set(files.keys) == set(files.files) == kept
 
 
@@ -207,7 +202,7 @@ def test_of_a_network_for_text_and_pictures_the_part_that_reads_text_serves(
     with quiet():
         whole = transformers.AutoModelForImageTextToText.from_config(config).eval()
         whole.save_pretrained(tmp_path / "whole")
-    model = build_network(head, str(tmp_path / "whole"), tokenizer).eval()
+    model = build_network(NetworkOptions(head, str(tmp_path / "whole")), tokenizer).eval()
     assert model.config.model_type == text_type
     ids_1T = torch.arange(5, 15)[None]
     with torch.no_grad():
@@ -285,7 +280,7 @@ def test_a_folder_that_cannot_serve_is_the_users_mistake(
 ) -> None:
     spoil(folder)
     with pytest.raises(UserError) as error:
-        build_network("classifier", str(folder), tokenizer)
+        build_network(NetworkOptions("classifier", str(folder)), tokenizer)
     assert str(folder) in error.value.what
     assert error.value.hint
     assert "\n" not in error.value.what + error.value.hint
@@ -305,7 +300,7 @@ def test_a_hub_id_that_cannot_be_reached_is_named(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # what no network looks like, at once
     with pytest.raises(UserError, match="nobody/no-such-model"):
-        build_network("classifier", "nobody/no-such-model", tokenizer)
+        build_network(NetworkOptions("classifier", "nobody/no-such-model"), tokenizer)
 
 
 def test_a_network_for_pictures_cannot_classify_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -313,7 +308,7 @@ def test_a_network_for_pictures_cannot_classify_text(tmp_path: Path, tokenizer: 
     with quiet():
         transformers.ViTForImageClassification(transformers.ViTConfig(**sizes)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=str(tmp_path)):
-        build_network("classifier", str(tmp_path), tokenizer)
+        build_network(NetworkOptions("classifier", str(tmp_path)), tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -331,12 +326,12 @@ def test_a_scratch_configuration_that_cannot_be_is_the_users_mistake(
     changes: dict[str, Any], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     with pytest.raises(UserError):
-        build_network("classifier", "scratch", tokenizer, SMALL_LLAMA | changes)
+        build_network(small_llama(**changes), tokenizer)
 
 
 def test_attention_that_does_not_exist_is_the_users_mistake(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UserError, match="attn_implementation"):
-        build_network("classifier", "scratch", tokenizer, SMALL_LLAMA, attn_implementation="no-such-attention")
+        build_network(replace(small_llama(), attn_implementation="no-such-attention"), tokenizer)
 
 
 CODE = """
@@ -372,10 +367,10 @@ def with_code(folder: Path, model_type: str) -> Path:
 
 
 LOADERS: dict[str, Callable[[Path, PreTrainedTokenizerFast], object]] = {
-    "backbone": lambda folder, tokenizer: build_network("classifier", str(folder), tokenizer),
+    "backbone": lambda folder, tokenizer: build_network(NetworkOptions("classifier", str(folder)), tokenizer),
     "export": lambda folder, tokenizer: load_network("classifier", str(folder)),
     "checkpoint": lambda folder, tokenizer: network_from_config(
-        "classifier", json.loads((folder / "config.json").read_text()), "float32", None
+        NetworkOptions("classifier"), json.loads((folder / "config.json").read_text())
     ),
     "tokenizer": lambda folder, tokenizer: load_tokenizer(str(folder)),
 }
@@ -406,7 +401,7 @@ def test_code_in_a_folder_is_run_where_asked_for(
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder.parent / "modules"))
     monkeypatch.syspath_prepend(str(folder.parent / "modules"))
     if loader == "backbone":
-        model = build_network("classifier", str(folder), tokenizer, trust_remote_code=True)
+        model = build_network(NetworkOptions("classifier", str(folder), trust_remote_code=True), tokenizer)
         assert type(model).__name__ == "Model"
     else:
         load_tokenizer(str(folder), trust_remote_code=True)
@@ -427,7 +422,7 @@ def test_dropout_reaches_all_that_the_backbone_has(family: str, tokenizer: PreTr
 
 def test_dropout_stays_as_configured_if_not_given(tokenizer: PreTrainedTokenizerFast) -> None:
     scratch = {"model_type": "bert", **ENCODERS["bert"], "hidden_dropout_prob": 0.3}
-    model = build_network("classifier", "scratch", tokenizer, scratch)
+    model = build_network(NetworkOptions("classifier", scratch=scratch), tokenizer)
     assert model.config.hidden_dropout_prob == 0.3
     assert model.config.attention_probs_dropout_prob == 0.1
 
@@ -435,9 +430,9 @@ def test_dropout_stays_as_configured_if_not_given(tokenizer: PreTrainedTokenizer
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_weights_are_stored_in_the_dtype_asked_for(dtype: Any, saved: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     for model in (
-        build_network("classifier", "scratch", tokenizer, SMALL_LLAMA, dtype=dtype),
-        build_network("classifier", str(saved), tokenizer, dtype=dtype),
-        network_from_config("classifier", json.loads((saved / "config.json").read_text()), dtype, None),
+        build_network(replace(small_llama(), dtype=dtype), tokenizer),
+        build_network(NetworkOptions("classifier", str(saved), dtype=dtype), tokenizer),
+        network_from_config(NetworkOptions("classifier", dtype=dtype), json.loads((saved / "config.json").read_text())),
     ):
         assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
 
@@ -484,11 +479,11 @@ def test_stretched_rotary_positions_reach_as_far_as_they_are_stretched(
     positions: int, rotary: dict[str, Any], room: int
 ) -> None:
     options = {**SMALL_LLAMA, "max_position_embeddings": positions, "rope_parameters": {"rope_theta": 1e4, **rotary}}
-    assert position_room(transformers.AutoConfig.for_model(**options)) == room
+    assert max_positions(transformers.AutoConfig.for_model(**options)) == room
 
 
 def test_a_folder_with_a_pipe_is_no_backbone(tmp_path: Path) -> None:
     """To read it would wait for ever."""
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(UserError, match=r"model.backbone: .*config.json: is a named pipe"):
-        network_config("classifier", str(tmp_path), None)  # type: ignore[arg-type]
+        network_config(NetworkOptions("classifier", str(tmp_path)), None)  # type: ignore[arg-type]

@@ -11,8 +11,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from datamodules.errors import UserError
-from models.networks.backbone import weightless_network
-from models.networks.sharding import blocks, build_sharded_network
+from models.networks.configurations import meta_network
+from models.networks.distributed_loading import build_sharded_network
+from models.networks.network_options import NetworkOptions
+from models.networks.sharding import blocks
 from tests.models.sharded_builds import built, peak_memory
 from tests.models.small import FAMILIES, SMALL_LLAMA
 from tests.ranks import on_ranks
@@ -84,9 +86,7 @@ def test_a_rank_holds_its_share_alone(tmp_path: Path) -> None:
         num_attention_heads=8,
         num_key_value_heads=8,
     )
-    network = weightless_network(
-        "language model", "scratch", config, dtype="float32", attn_implementation=None, trust_remote_code=False
-    )
+    network = meta_network(NetworkOptions("language model"), config)
     config.save_pretrained(tmp_path)
     weights = {name: torch.empty(p.shape).fill_(number) for number, (name, p) in enumerate(network.named_parameters())}
     size = sum(weight.numel() * 4 for weight in weights.values())
@@ -103,16 +103,14 @@ def test_a_precision_without_float32_masters_is_refused() -> None:
     nothing: Any = None
     with pytest.raises(UserError, match=r"trainer\.precision"):
         build_sharded_network(
-            "classifier", "scratch", nothing, mesh=nothing, device=torch.device("cpu"), precision="16-mixed"
+            NetworkOptions("classifier"), nothing, mesh=nothing, device=torch.device("cpu"), precision="16-mixed"
         )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_are_found_in_every_family(family: str) -> None:
     config = AutoConfig.for_model(family, **FAMILIES[family])
-    network: PreTrainedModel = weightless_network(
-        "classifier", family, config, dtype="float32", attn_implementation=None, trust_remote_code=False
-    )
+    network: PreTrainedModel = meta_network(NetworkOptions("classifier", family), config)
     found = blocks(network)
     assert len(found) == 2
     assert all(isinstance(block, nn.Module) for block in found)

@@ -22,7 +22,8 @@ from datamodules.errors import UserError
 from models.learning.reward_classifier import RewardClassifier
 from models.learning.training import BackboneModule
 from models.networks.attention import BLOCKWISE, QUERIES, tree_blocks
-from models.networks.tree_reading import attention_window, choose_attention, pair_cost, tree_mask, tree_problem
+from models.networks.tree_reading import choose_attention, pair_cost, tree_mask, tree_problem
+from models.networks.trials import attention_window
 from tests.helpers import PROACTIVEBENCH, SMALL_BACKBONE, needs_proactivebench
 from tests.models.small import EVERY_FAMILY, VOCABULARY
 
@@ -278,7 +279,7 @@ def test_an_epoch_on_the_real_rows_has_the_same_loss_curve() -> None:
     ("family", "settings_", "reason"),
     [
         ("bert", {}, "depend on what follows"),
-        ("mistral", {"sliding_window": 100}, "see 100 tokens back, and rows have up to 101"),
+        ("mistral", {"sliding_window": 100}, "attend to the last 100 tokens, and rows have up to 101"),
         ("gemma3_text", {"sliding_window": 64}, "see 64 tokens back"),
         ("bloom", {}, "it refuses them"),
         ("qwen3_next", {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "num_experts": 2}, "it refuses them"),
@@ -320,7 +321,7 @@ def test_a_backbone_that_drops_the_positions_is_found_out() -> None:
 def test_an_attention_without_masks_is_named() -> None:
     backbone = network("llama")
     backbone.config._attn_implementation = "flash_attention_2"
-    assert tree_problem(backbone, longest=64) == "attention flash_attention_2 takes no mask of our own"
+    assert tree_problem(backbone, longest=64) == "attention flash_attention_2 accepts no custom mask"
 
 
 def fit_one_step(layout: str, **options: Any) -> RewardDataModule:

@@ -16,9 +16,9 @@ from datamodules.batching.layouts import Inputs, TreeLayout
 from datamodules.errors import UserError
 from models.decoding.branches import branch_problem
 from models.learning.reward_classifier import RewardClassifier
-from models.networks.backbone import classify, last_states
+from models.networks.heads import classify, last_states
 from models.networks.tree_reading import choose_attention, tree_problem
-from models.networks.trials import TOLERANCE, finely_tried, padding_problem, relative_difference
+from models.networks.trials import TOLERANCE, padding_problem, relative_difference, run_in_float32
 from tests.models.small import EVERY_FAMILY as SIZES
 from tests.models.small import VOCABULARY, fit, small_data
 
@@ -79,8 +79,7 @@ def alone(model: PreTrainedModel, ids: list[list[int]]) -> Tensor:
 @pytest.fixture(autouse=True)
 def by_trial_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No window is known by its name here."""
-    for module in ("models.networks.tree_reading", "models.decoding.branches"):
-        monkeypatch.setattr(f"{module}.attention_window", lambda config: None)
+    monkeypatch.setattr("models.networks.trials.attention_window", lambda config: None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -144,7 +143,7 @@ def test_the_trial_in_float32_is_one_and_leaves_the_weights_as_they_were() -> No
         raise ValueError("in the middle of it")
 
     with pytest.raises(ValueError, match="in the middle"), torch.no_grad():
-        finely_tried(model, trial)
+        run_in_float32(model, trial)
     assert seen == [torch.float32, torch.bfloat16]  # what fails in float32 is tried in the network's own dtype
     assert {name: weight.data_ptr() for name, weight in model.named_parameters()} == data
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -152,7 +151,7 @@ def test_the_trial_in_float32_is_one_and_leaves_the_weights_as_they_were() -> No
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("longrope", "a row beside a longer one gives other figures than alone"), ("GPT-Neo's window", None)],
+    [("longrope", "a row gives other results beside a longer one than alone"), ("GPT-Neo's window", None)],
 )
 @pytest.mark.parametrize("head", ["classifier", "language model"])
 def test_rows_that_depend_on_their_mates_are_found_by_trial(kind: str, reason: str | None, head: str) -> None:

@@ -16,7 +16,8 @@ from transformers import AutoConfig
 from datamodules.batching.steps import batch_size
 from models.learning.reward_classifier import RewardClassifier
 from models.networks.adapters import AdapterOptions, add_adapter
-from models.networks.backbone import network_from_config
+from models.networks.configurations import network_from_config
+from models.networks.network_options import NetworkOptions
 from models.networks.operations import GIB, Operations, trained_count, weight_count
 from models.planning.memory import MemoryPlan, Setting, cheapest_fit, optimizer_bytes
 from tests.helpers import ROOT
@@ -154,7 +155,7 @@ def test_stand_ins_are_as_large_as_what_they_stand_for() -> None:
     for kind in ("none", "int8", "nf4"):
         setting = Setting("float32", "32-true", "adamw", adapter=AdapterOptions(), quantization=kind)  # type: ignore[arg-type]
         planned = plan.network(setting)
-        real = network_from_config("classifier", small.to_dict(), "float32", None)
+        real = network_from_config(NetworkOptions("classifier"), small.to_dict())
         add_adapter(real, "classifier", AdapterOptions(), kind)  # type: ignore[arg-type]
         assert trained_count(planned) == trained_count(real)
         assert weight_count(planned) == weight_count(real)

@@ -19,6 +19,7 @@ from datamodules.files.run_folders import EXPORT
 from datamodules.prompting.segments import Data
 from datamodules.prompting.templates import render
 from models.learning.reward_classifier import RewardClassifier
+from models.learning.saved_models import model_from_export
 from models.reporting.exports import export_model
 from models.reporting.run_record import run_record
 from tests.models.reporting.conftest import Run
@@ -91,7 +92,7 @@ def test_the_export_holds_safetensors_tokenizer_and_card_and_no_pickle(run: Run)
 
 
 def test_this_project_reads_its_export_back(run: Run) -> None:
-    classifier, state = RewardClassifier.from_export(run.folder / "export")
+    classifier, state = model_from_export(RewardClassifier, run.folder / "export")
     batch = next(iter(run.data.test_dataloader()))[0]
     assert torch.equal(probabilities(classifier, batch), probabilities(run.classifier, batch))
     assert classifier.calibration == run.classifier.calibration is not None
@@ -227,6 +228,6 @@ def test_an_encoder_is_exported_as_well(root: Path, tmp_path: Path) -> None:
     trainer = fit(classifier, data, max_steps=3)
     trainer.test(classifier, data, verbose=False)
     export_model(classifier, data, run_record(classifier, data, "weights"), tmp_path / "export")
-    again, _ = RewardClassifier.from_export(tmp_path / "export")
+    again, _ = model_from_export(RewardClassifier, tmp_path / "export")
     batch = next(iter(data.test_dataloader()))[0]
     assert torch.equal(probabilities(again, batch), probabilities(classifier, batch))

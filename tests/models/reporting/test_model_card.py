@@ -23,8 +23,9 @@ from datamodules.escaping import on_one_line
 from models.learning.proactive_agent import ProactiveAgent
 from models.learning.reward_classifier import RewardClassifier
 from models.learning.training import BackboneModule
-from models.networks.adapters import AdapterOptions, Quantization
-from models.networks.backbone import quiet
+from models.networks.adapters import AdapterOptions
+from models.networks.configurations import quiet
+from models.networks.quantization import Quantization
 from models.reporting.exports import export_model
 from models.reporting.model_card import hub_id, model_card, shown_name
 from models.reporting.run_record import run_record

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from datamodules.corpus.records import AnnotatedRow, Category
-from models.learning.metrics import reward_figures
+from models.learning.metrics import reward_metrics
 from models.reporting.run_page import WORST_MISTAKES, read_curves, reward_report
 from models.reporting.run_record import run_record
 from tests.models.reporting.conftest import Run
@@ -62,7 +62,7 @@ def made_of(probability: list[float], rows: list[AnnotatedRow], run: Run, **chan
         "category": torch.tensor([row.category.number for row in rows])[order],
         "row": order,
     }
-    figures = reward_figures(
+    figures = reward_metrics(
         columns["probability"], columns["target"], columns["category"], scene_N=torch.arange(len(rows))
     )
     record = deepcopy(run_record(run.classifier, run.data, "weights"))

@@ -14,6 +14,7 @@ from datamodules.batching.reward_rows import RewardDataModule
 from datamodules.corpus.records import Category
 from datamodules.corpus.sources import load_corpus
 from models.learning.reward_classifier import RewardClassifier
+from models.learning.saved_models import model_from_export
 from models.reporting.run_record import RECORDED_PACKAGES, notes, run_record
 from tests.helpers import PROACTIVEBENCH, needs_proactivebench
 from tests.models.reporting.conftest import Run
@@ -62,7 +63,7 @@ def test_it_counts_the_contaminated_test_rows(record: dict[str, Any], run: Run) 
 def test_it_holds_raw_and_calibrated_figures_with_intervals_beside_the_published_rows(
     record: dict[str, Any], run: Run
 ) -> None:
-    assert record["test"] == run.classifier.test_figures
+    assert record["test"] == run.classifier.test_metrics
     for reading in ("raw", "calibrated", "f1_optimal"):
         figures = record["test"][reading]
         assert figures["accuracy_low"] <= figures["accuracy"] <= figures["accuracy_high"]
@@ -93,7 +94,7 @@ def test_a_part_of_the_test_rows_is_said_everywhere(run: Run, tmp_path: Any) -> 
     from callbacks.html_report import HtmlReport
 
     callbacks = (MetricsFile(tmp_path), HtmlReport(tmp_path), ExportModel(tmp_path))
-    model = RewardClassifier.from_export(run.folder / "export")[0]
+    model = model_from_export(RewardClassifier, run.folder / "export")[0]
     small_trainer(*callbacks, limit_test_batches=1).test(model, run.data, verbose=False)
     record = json.loads((tmp_path / "metrics.json").read_text())
     used, rows = record["tested_rows"], len(run.data.split.test)
@@ -156,4 +157,4 @@ def test_it_says_which_weights_were_tested(run: Run, record: dict[str, Any]) -> 
 def test_a_second_test_writes_the_file_anew(run: Run, tmp_path: Any) -> None:
     (tmp_path / "metrics.json").write_text("former")
     small_trainer(MetricsFile(tmp_path)).test(run.classifier, run.data, verbose=False)
-    assert json.loads((tmp_path / "metrics.json").read_text())["test"] == run.classifier.test_figures
+    assert json.loads((tmp_path / "metrics.json").read_text())["test"] == run.classifier.test_metrics
