@@ -85,7 +85,7 @@ def test_a_kill_while_saving_loses_no_checkpoint(when: str, root: Path, tmp_path
         on_ranks(2, killed_while_saving, root, tmp_path, when, folder=tmp_path)
     last = tmp_path / "last.ckpt"
     assert last.exists() == (when == "write_shards")
-    assert load_run(shards.recover(last), "reward")["global_step"] == 1
+    assert load_run(shards.recover(last), RewardClassifier)["global_step"] == 1
 
 
 def test_a_full_disk_on_one_rank_is_told_by_all_and_loses_no_checkpoint(root: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The optimizer in 8 bits goes where AdamW goes, loses no small update, and is kept and cut without loss."""
+"""AdamW8bit converges like AdamW, loses no small update, and its state can be saved and sharded without loss."""
 
 import copy
 from typing import Any
@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def master(optimizer: AdamW8bit, weight: Tensor) -> Tensor:
-    """The weight with all the bits that the optimizer knows of it, float64."""
+    """The weight with all bits that the optimizer stores, float64."""
     whole = weight.detach()
     if "remainder" in optimizer.state[weight]:
         whole = _join(whole.reshape(1, -1), optimizer.state[weight]["remainder"].reshape(1, -1)).view(weight.shape)
@@ -27,7 +27,7 @@ def master(optimizer: AdamW8bit, weight: Tensor) -> Tensor:
 
 
 def weights(dtype: torch.dtype) -> list[nn.Parameter]:
-    """A matrix in blocks, a matrix that is not, and a vector."""
+    """A matrix with blocks, a matrix without, and a vector."""
     torch.manual_seed(0)
     shapes = ((32, 3 * BLOCK), (6, 10), (100,))
     return [nn.Parameter(torch.randn(shape).mul(0.02).to(dtype)) for shape in shapes]
@@ -54,7 +54,7 @@ def test_a_float_is_split_into_bfloat16_and_eight_bits_more(values: list[float])
     assert bool(((upper.float() - joined).abs() <= joined.abs() * 2**-8).all())
 
 
-def test_what_is_dropped_of_a_float_is_right_on_average() -> None:
+def test_stochastic_rounding_is_right_on_average() -> None:
     value = torch.full((1, 2**16), 0.7654321)
     joined = _join(*_split(value, _random_bits(value.shape, PLACE)))
     assert len(joined.unique()) == 2
@@ -62,7 +62,7 @@ def test_what_is_dropped_of_a_float_is_right_on_average() -> None:
     assert float(joined.double().mean()) == pytest.approx(0.7654321, abs=3e-7)
 
 
-def test_random_bits_follow_from_the_place_alone_and_are_even() -> None:
+def test_random_bits_depend_only_on_the_index_and_are_uniform() -> None:
     bits = _random_bits(torch.Size((1024, BLOCK)), PLACE)
     assert torch.equal(_random_bits(torch.Size((512, BLOCK)), PLACE + 512 * BLOCK), bits[512:])
     for bit in range(24):
@@ -74,7 +74,7 @@ def test_random_bits_follow_from_the_place_alone_and_are_even() -> None:
 
 @pytest.mark.parametrize("update", [1e-4, 1e-5, 1e-6])
 def test_small_updates_of_bfloat16_weights_are_not_lost(update: float) -> None:
-    """Rounded to bfloat16, whose steps are 1/256 below 1, they would be none."""
+    """Rounding to bfloat16, whose steps below 1 are 1/256, would lose them."""
     steps, means = 20, {}
     for name in ("adamw", "adamw_8bit"):
         weight = nn.Parameter(torch.ones(256, 256, dtype=torch.bfloat16))
@@ -89,8 +89,8 @@ def test_small_updates_of_bfloat16_weights_are_not_lost(update: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_it_goes_where_adamw_goes(dtype: torch.dtype) -> None:
-    """Over 200 steps with gradients as small as those of a large model whose norm is clipped to 1."""
+def test_it_converges_like_adamw(dtype: torch.dtype) -> None:
+    """Over 200 steps with gradients as small as in a large model with a norm clipped to 1."""
     found, expected = weights(dtype), [nn.Parameter(p.detach().float()) for p in weights(dtype)]
     begin = [p.detach().double() for p in expected]
     optimizer = AdamW8bit(found, lr=1e-5, weight_decay=0.1)
@@ -106,8 +106,8 @@ def test_it_goes_where_adamw_goes(dtype: torch.dtype) -> None:
         assert float((moved * wanted).sum() / wanted.square().sum()) == pytest.approx(1, abs=0.003)
 
 
-def test_a_small_moment_beside_a_large_one_is_kept() -> None:
-    """One gradient of a block is 1,000 times the others': each goes its learning rate a step all the same."""
+def test_a_small_moment_beside_a_large_one_is_not_lost() -> None:
+    """One gradient of a block is 1,000 times the others. Each weight still moves by its learning rate per step."""
     weight = nn.Parameter(torch.zeros(1, BLOCK))
     optimizer = AdamW8bit([weight], lr=1e-3)
     for _ in range(10):
@@ -120,8 +120,8 @@ def test_a_small_moment_beside_a_large_one_is_kept() -> None:
     assert bool((weight[0, 1:] > -3e-2).all())
 
 
-def test_a_second_moment_falls_as_it_should_though_by_less_than_a_code_a_step() -> None:
-    """Two neighbours; the gradient of one becomes a hundredth, and its moment follows in a few hundred steps."""
+def test_a_second_moment_decays_although_steps_are_smaller_than_a_code() -> None:
+    """The gradient of one of two neighbours falls to a hundredth. Its moment follows within a few hundred steps."""
     weight = nn.Parameter(torch.zeros(64, BLOCK))
     exact = torch.optim.AdamW([other := nn.Parameter(torch.zeros(64, BLOCK))], lr=0.0, weight_decay=0.0)
     optimizer = AdamW8bit([weight], lr=0.0)
@@ -137,7 +137,7 @@ def test_a_second_moment_falls_as_it_should_though_by_less_than_a_code_a_step() 
     assert found == pytest.approx(float(exact.state[other]["exp_avg_sq"][:, 1].mean()), rel=0.05)
 
 
-def test_it_takes_seven_bytes_a_parameter_with_the_gradient() -> None:
+def test_it_takes_seven_bytes_per_parameter_with_the_gradient() -> None:
     weight = nn.Parameter(torch.zeros(256, 512, dtype=torch.bfloat16))
     kept = sum(shape.numel() * dtype.itemsize for shape, dtype in layout(weight).values())
     assert kept / weight.numel() == 1 + 2 + 2 * 4 / BLOCK
@@ -150,7 +150,7 @@ def test_it_takes_seven_bytes_a_parameter_with_the_gradient() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_kept_state_goes_on_bit_for_bit(dtype: torch.dtype) -> None:
+def test_a_loaded_state_continues_bit_identically(dtype: torch.dtype) -> None:
     whole, parts = weights(dtype), weights(dtype)
     take(AdamW8bit(whole, lr=1e-3), whole, range(6))
     first = AdamW8bit(parts, lr=1e-3)
@@ -192,7 +192,7 @@ def test_it_clips_as_pytorch_does(greatest: float) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_update_is_one_graph_for_weights_of_every_size(dtype: torch.dtype) -> None:
-    """What a GPU runs compiled: the same to rounding, without a break, and compiled once for all matrices."""
+    """Compiled as on a GPU: equal up to rounding, without graph breaks, and compiled once for all matrices."""
     graphs: list[Any] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -216,7 +216,7 @@ def test_an_update_is_one_graph_for_weights_of_every_size(dtype: torch.dtype) ->
 
 
 def test_it_reads_nothing_back_from_the_device() -> None:
-    """A value that is read waits, on a GPU, for all that was asked of it before."""
+    """On a GPU, reading a value waits for all kernels before it."""
     some = weights(torch.bfloat16)
     optimizer = AdamW8bit(some, lr=1e-3)
     take(optimizer, some, range(1))

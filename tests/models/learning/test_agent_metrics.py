@@ -1,4 +1,4 @@
-"""Figures of an agent: the published counts give the published rows, and what an event counts as follows one rule."""
+"""Metrics of an agent: the published counts give the published metrics, and one rule chooses the candidate."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ NAMES = ("recall", "precision", "accuracy", "false_alarm", "f1", "accept_rate")
 
 
 def events(tp: int, fp: int, tn: int, fn: int) -> tuple[Tensor, Tensor]:
-    """Proposed and accepted of as many events of each kind."""
+    """`proposed` and `accepted` for some number of events of each kind."""
     kinds = [(1, 1)] * tp + [(1, 0)] * fp + [(0, 1)] * tn + [(0, 0)] * fn
     return torch.tensor([kind[0] for kind in kinds]), torch.tensor([kind[1] for kind in kinds])
 
@@ -46,7 +46,7 @@ def test_published_counts_give_published_rows(name: str) -> None:
 @pytest.mark.parametrize(
     ("counts", "f1"), [((111, 112, 4, 0), 66.47), ((80, 144, 2, 1), 52.46), ((95, 67, 50, 15), 69.85)]
 )
-def test_counts_of_the_issue(counts: tuple[int, int, int, int], f1: float) -> None:
+def test_f1_of_known_counts(counts: tuple[int, int, int, int], f1: float) -> None:
     metrics = AgentMetrics()
     metrics.update(*events(*counts))
     found = metrics.compute()
@@ -61,7 +61,7 @@ def test_every_published_row_is_tested() -> None:
 
 @few_examples
 @given(st.lists(st.integers(0, 5), min_size=4, max_size=4).filter(any))
-def test_figures_are_their_definitions(counts: list[int]) -> None:
+def test_metrics_equal_their_definitions(counts: list[int]) -> None:
     tp, fp, tn, fn = counts
     proposed, accepted = events(tp, fp, tn, fn)
     metrics = AgentMetrics()
@@ -80,7 +80,7 @@ def test_figures_are_their_definitions(counts: list[int]) -> None:
 
 
 def test_candidates_by_hand() -> None:
-    """Text rejected, then null accepted, then text accepted; an event of which no candidate is; one without verdict."""
+    """An event with a rejected, then two accepted candidates; one with none accepted; one without a verdict."""
     proposed = torch.tensor([[1, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
     accepted = torch.tensor([[0, 1, 1], [0, 0, 0], [NO_VERDICT, 0, 1], [NO_VERDICT] * 3])
     metrics = AgentMetrics()
@@ -121,7 +121,7 @@ def test_an_accepted_event_stays_accepted_with_more_candidates(drawn: list[list[
 
 
 def test_intervals_draw_whole_traces() -> None:
-    """Two traces, one all right, one all wrong: whole traces drawn give all or nothing, single events would not."""
+    """One trace is all right, one all wrong. Resamples of whole traces reach 0 and 1; single events would not."""
     proposed, accepted = events(20, 20, 0, 0)
     metrics = AgentMetrics(bootstrap=200)
     metrics.update(proposed, accepted, torch.tensor([0] * 20 + [1] * 20))
@@ -134,7 +134,7 @@ def test_intervals_draw_whole_traces() -> None:
     assert 0.2 < float(found["precision_low"]) < 0.5 < float(found["precision_high"]) < 0.8
 
 
-def test_intervals_are_the_same_each_time_and_hold_the_figure() -> None:
+def test_intervals_are_deterministic_and_contain_the_metric() -> None:
     proposed, accepted = events(9, 7, 5, 3)
     trace = torch.arange(24) % 5
     first, second = (agent_metrics(proposed[:, None], accepted[:, None], trace, bootstrap=300) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Temperature and threshold: against brute force, and where the rows settle nothing."""
+"""Temperature and threshold, compared with brute force, and for degenerate rows."""
 
 import math
 
@@ -40,7 +40,7 @@ def f1(rows: list[tuple[float, bool]], threshold: float) -> float:
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 2.5, 8.0])
-def test_the_temperature_undoes_a_known_scale(scale: float) -> None:
+def test_the_temperature_recovers_a_known_scale(scale: float) -> None:
     generator = torch.Generator().manual_seed(0)
     log_odds = torch.randn(20_000, generator=generator, dtype=torch.float64) * 2
     target = (torch.rand(20_000, generator=generator) < torch.sigmoid(log_odds)).long()
@@ -73,22 +73,22 @@ def test_no_other_temperature_in_range_makes_the_targets_likelier(rows: list[tup
         ([0.5, 0.5], [0, 1], LOW, HIGH),  # no temperature changes anything
     ],
 )
-def test_rows_that_settle_little_give_a_temperature_in_range(
+def test_degenerate_rows_give_a_temperature_in_range(
     probability: list[float], target: list[int], least: float, greatest: float
 ) -> None:
     temperature = fit_temperature(torch.tensor(probability, dtype=torch.float64), torch.tensor(target))
     assert least * 0.999 <= temperature <= greatest * 1.001
 
 
-def test_the_temperature_is_fitted_where_gradients_are_off() -> None:
-    """Lightning validates in inference mode; its tensors record no gradients."""
+def test_the_temperature_is_fitted_in_inference_mode() -> None:
+    """Lightning validates in inference mode, whose tensors record no gradients."""
     with torch.inference_mode():
         probability, target = torch.tensor([0.99, 0.99, 0.99, 0.01]), torch.tensor([1, 0, 1, 0])
         assert fit_temperature(probability, target) > 1.5
 
 
 @pytest.mark.parametrize("temperature", [0.05, 0.7, 1.0, 3.0, 20.0])
-def test_calibration_divides_the_log_odds_and_keeps_order_and_sides(temperature: float) -> None:
+def test_calibration_divides_the_log_odds_and_changes_no_decision(temperature: float) -> None:
     probability = torch.tensor([0.1, 0.4, 0.5, 0.8], dtype=torch.float64)
     result = calibrated(probability, temperature)
     for before, after in zip(probability.tolist(), result.tolist(), strict=True):
@@ -128,7 +128,7 @@ def test_the_threshold_lies_between_rows(probability: list[float], target: list[
 
 
 @pytest.mark.parametrize("fitted", [fit_temperature, fit_threshold])
-def test_what_is_not_a_number_is_refused(fitted: object) -> None:
-    """A temperature of NaN would be stored with the weights and spoil every later probability."""
+def test_nan_is_refused(fitted: object) -> None:
+    """A temperature of NaN would be saved with the weights and make all later probabilities NaN."""
     with pytest.raises((UserError, ValueError)):
         fitted(torch.tensor([0.2, math.nan, 0.7], dtype=torch.float64), torch.tensor([0, 1, 1]))  # type: ignore[operator]

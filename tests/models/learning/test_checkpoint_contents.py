@@ -1,4 +1,4 @@
-"""The records of what checkpoints and exports hold; bad ones are in tests/proactive/bad_inputs."""
+"""Records of checkpoints and exports. Bad files are in tests/proactive/bad_inputs."""
 
 from collections.abc import Iterator
 
@@ -16,10 +16,10 @@ def fresh_records() -> Iterator[None]:
     options_record.cache_clear()
 
 
-def test_options_are_those_of_our_own_classes_whatever_wraps_a_librarys(
+def test_options_are_those_of_our_own_classes_even_if_constructors_of_libraries_are_wrapped(
     fresh_records: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Trackers of memory and loaders without weights put wrappers around PyTorch's constructor."""
+    """Memory trackers and loaders without weights wrap PyTorch's constructors."""
 
     def wrapper(self: torch.nn.Module, module: torch.nn.Module) -> None:
         raise AssertionError("nothing is made")

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, never code, saved between steps only, and randomness that needs no state."""
+"""Checkpoints are complete or absent, run no code, and are saved only between steps; randomness needs no state."""
 
 import os
 import pickle
@@ -37,7 +37,7 @@ CONTENT: dict[str, Any] = {
 
 
 def run_content(task: str) -> dict[str, Any]:
-    """What the checkpoint of a run holds, with weights of nothing."""
+    """The content of a run's checkpoint, with empty weights."""
     data = {
         "hyperparameters": {"root": "embedded", "seed": 0},
         "prompt": {},
@@ -60,7 +60,7 @@ def run_content(task: str) -> dict[str, Any]:
 
 
 class Payload:
-    """Leaves a file behind when a pickle that holds it is loaded with trust."""
+    """Creates a file if a pickle with it is loaded without weights_only."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -70,7 +70,7 @@ class Payload:
 
 
 class Unpicklable:
-    """Fails in the middle of a save, after weights have been written."""
+    """Fails in the middle of a save, after weights were written."""
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         raise RuntimeError("this cannot be pickled")
@@ -89,7 +89,7 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+def test_a_saved_checkpoint_is_loaded(tmp_path: Path) -> None:
     content = run_content("reward")
     path = save(tmp_path / "new" / "folder" / "last.ckpt", content)
     assert same(load_checkpoint(path), content)
@@ -97,7 +97,7 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == ["last.ckpt"]
 
 
-def test_a_checkpoint_of_something_else_is_told_apart_from_a_runs(tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_not_one_of_a_run_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path / "last.ckpt")
     with pytest.raises(UserError, match="field task"):
         SafeCheckpointIO(RewardClassifier).load_checkpoint(path)
@@ -133,8 +133,8 @@ except UserError as error:
 """
 
 
-def test_no_room_for_a_checkpoint_is_said_and_keeps_the_former_file(tmp_path: Path) -> None:
-    """A limit on the size of files fails a write as a full disk does."""
+def test_a_full_disk_is_reported_and_keeps_the_former_file(tmp_path: Path) -> None:
+    """A limit on file sizes makes a write fail like a full disk."""
     path = save(tmp_path / "last.ckpt")
     result = subprocess.run(
         [sys.executable, "-c", FULL_DISK, path],
@@ -187,7 +187,7 @@ SPOILT: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("spoil", SPOILT)
-def test_what_is_no_good_checkpoint_is_named_refused_and_not_run(spoil: str, tmp_path: Path) -> None:
+def test_a_bad_checkpoint_is_named_and_refused_and_runs_no_code(spoil: str, tmp_path: Path) -> None:
     path = save(tmp_path / "last.ckpt")
     SPOILT[spoil](path)
     with pytest.raises(UserError) as error:
@@ -217,7 +217,7 @@ def test_the_newest_good_checkpoint_is_offered(spoil: str, tmp_path: Path) -> No
     assert str(tmp_path / "best.ckpt") in error.value.hint
 
 
-def test_where_there_is_no_good_one_none_is_offered(tmp_path: Path) -> None:
+def test_without_a_good_checkpoint_none_is_offered(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no good checkpoint"):
         load_checkpoint(tmp_path / "last.ckpt")
 
@@ -231,7 +231,7 @@ def refused_or_unchanged(path: Path) -> bool:
 
 @given(place=st.integers(0, 100_000), bit=st.integers(0, 7))
 @settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_flipped_bit_is_found_or_changes_nothing(place: int, bit: int, tmp_path: Path) -> None:
+def test_a_flipped_bit_is_detected_or_changes_nothing(place: int, bit: int, tmp_path: Path) -> None:
     path = save(tmp_path / "last.ckpt")
     content = bytearray(path.read_bytes())
     content[place % len(content)] ^= 1 << bit
@@ -244,8 +244,8 @@ def test_a_flipped_bit_is_found_or_changes_nothing(place: int, bit: int, tmp_pat
     [(-8, 0x10), (-38, 0x01), (-36, 0x08), (-37, 0x08), (0, 0x80)],
     ids=["a folder", "encrypted", "compressed", "a name in UTF-8", "another name"],
 )
-def test_a_flipped_bit_in_the_table_of_contents_is_found(offset: int, bit: int, tmp_path: Path) -> None:
-    """No checksum covers the archive's table; PyTorch reads a tensor that is called a folder there as zeros."""
+def test_a_flipped_bit_in_the_table_of_contents_is_detected(offset: int, bit: int, tmp_path: Path) -> None:
+    """No checksum covers the table of contents. PyTorch reads an entry marked as a folder as zeros."""
     path = save(tmp_path / "last.ckpt")
     content = bytearray(path.read_bytes())
     content[content.rindex(b"archive/data/0") + offset] ^= bit
@@ -254,7 +254,7 @@ def test_a_flipped_bit_in_the_table_of_contents_is_found(offset: int, bit: int, 
 
 
 class Saves(SafeCheckpointIO):
-    """Notes at which optimizer step and after which micro-batch of the epoch each checkpoint is saved."""
+    """Records the optimizer step and the micro-batch after which each checkpoint is saved."""
 
     def __init__(self) -> None:
         self.places: list[tuple[int, int]] = []
@@ -267,7 +267,7 @@ class Saves(SafeCheckpointIO):
 
 @pytest.fixture
 def handlers() -> Iterator[dict[int, Any]]:
-    """What SIGTERM and SIGINT did before the test, and do again after it."""
+    """The handlers of SIGTERM and SIGINT, restored after the test."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield before
     for number, handler in before.items():
@@ -276,7 +276,7 @@ def handlers() -> Iterator[dict[int, Any]]:
 
 @pytest.mark.parametrize("options", [{}, {"val_check_interval": 3}], ids=["whole epochs", "validation mid-step"])
 def test_last_is_saved_every_few_steps_and_at_the_end(root: Path, tmp_path: Path, options: dict[str, Any]) -> None:
-    """Four micro-batches make a step, and the loader gives them together."""
+    """A step has four micro-batches, which the loader returns together."""
     saves, data = Saves(), small_data(root)
     fit(small_classifier(), data, LastCheckpoint(tmp_path, 2), plugins=[saves], **options)
     batches = len(data.train_dataloader())
@@ -293,10 +293,10 @@ def test_last_is_current_at_the_end_of_a_run_without_validation(root: Path, tmp_
     assert load_checkpoint(tmp_path / "last.ckpt")["global_step"] == trainer.global_step
 
 
-def test_a_stop_by_max_steps_is_kept_as_any_place_in_an_epoch(
+def test_a_stop_by_max_steps_within_an_epoch_can_be_resumed(
     root: Path, tmp_path: Path, handlers: dict[int, Any]
 ) -> None:
-    """Lightning counts the epoch as done then, and a resume would leave its rest out."""
+    """Lightning would count the epoch as finished, and a resume would skip the rest of it."""
     fit(small_classifier(), small_data(root), LastCheckpoint(tmp_path / "end"), max_steps=2, limit_val_batches=0)
     stop = (SignalAtStep(2, signal.SIGTERM), LastCheckpoint(tmp_path / "stop"))
     with pytest.raises(Interrupted):
@@ -329,7 +329,7 @@ def test_a_signal_at_the_end_of_an_epoch_saves_after_its_validation(
     assert checkpoint["calibration"]["rows"] == len(data.split.validation)
 
 
-def test_signals_mean_after_a_run_what_they_meant_before(root: Path, tmp_path: Path, handlers: dict[int, Any]) -> None:
+def test_signal_handlers_are_restored_after_a_run(root: Path, tmp_path: Path, handlers: dict[int, Any]) -> None:
     fit(small_classifier(), small_data(root), LastCheckpoint(tmp_path), max_steps=1, limit_val_batches=0)
     assert {number: signal.getsignal(number) for number in handlers} == handlers
 
@@ -354,16 +354,16 @@ def drawn(root: Path, seed: int, waste: int = 0) -> dict[tuple[int, int], float]
     return draws.drawn
 
 
-def test_a_step_draws_by_its_number_alone(root: Path) -> None:
-    """Whatever was drawn before it, so that a resumed run needs no state of the generator."""
+def test_random_numbers_of_a_step_depend_only_on_seed_epoch_and_step(root: Path) -> None:
+    """Earlier random numbers have no effect, so a resumed run needs no state of the generator."""
     first = drawn(root, seed=7)
     assert drawn(root, seed=7, waste=3) == first
     assert len(set(first.values())) == len(first), "no two steps of two epochs draw alike"
     assert not set(drawn(root, seed=8).values()) & set(first.values())
 
 
-def test_ranks_draw_apart() -> None:
-    """A stand-in gives the rank: the callback reads two numbers of a trainer, and two ranks need two processes."""
+def test_ranks_draw_different_random_numbers() -> None:
+    """A fake trainer gives the rank: the callback reads only two of its numbers, and two ranks need two processes."""
     numbers = []
     for rank in (0, 1, 2, 0):
         trainer: Any = SimpleNamespace(current_epoch=1, global_rank=rank)

@@ -1,6 +1,6 @@
-"""configure_model under another default device than the CPU, as a trainer calls it where there is a GPU.
+"""configure_model with another default device than the CPU, as a trainer with a GPU calls it.
 
-The meta device stands for the GPU: whatever is made there by mistake has no values, and the first use of them fails.
+The meta device takes the place of the GPU. A tensor that is created there by mistake has no values, so its use fails.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ ADAPTED: tuple[Quantization, ...] = ("none", "int8", "nf4")
 
 
 class OtherDefault(SingleDeviceStrategy):
-    """The CPU, but new tensors are to be on the meta device while configure_model runs."""
+    """The CPU, with the meta device as default for new tensors while configure_model runs."""
 
     def __init__(self) -> None:
         super().__init__(device="cpu")
@@ -65,7 +65,7 @@ def agent(case: str, root: Path, base: Path) -> tuple[BackboneModule, Any]:
 
 
 def losses(model: BackboneModule, data: Any, *callbacks: Any, **options: Any) -> list[float]:
-    """Of a fit of two steps with a validation."""
+    """The losses of a fit of two steps with a validation."""
     found: list[float] = []
     original = model.training_step
 
@@ -82,9 +82,7 @@ def losses(model: BackboneModule, data: Any, *callbacks: Any, **options: Any) ->
 
 @pytest.mark.parametrize("case", ["scratch", "pretrained", "adapter on scratch", *ADAPTED])
 @pytest.mark.parametrize("task", [reward, agent])
-def test_trees_are_read_and_every_number_is_the_same_under_another_default_device(
-    task: Any, case: str, root: Path, base: Path
-) -> None:
+def test_losses_and_layout_do_not_depend_on_the_default_device(task: Any, case: str, root: Path, base: Path) -> None:
     runs = []
     for strategy in ("auto", OtherDefault()):
         model, data = task(case, root, base)
@@ -96,7 +94,9 @@ def test_trees_are_read_and_every_number_is_the_same_under_another_default_devic
 
 
 @pytest.mark.parametrize("case", ["pretrained", "nf4"])
-def test_a_kept_model_is_tested_under_another_default_device(case: str, root: Path, base: Path, tmp_path: Path) -> None:
+def test_a_loaded_model_is_tested_under_another_default_device(
+    case: str, root: Path, base: Path, tmp_path: Path
+) -> None:
     model, data = reward(case, root, base)
     losses(model, data, LastCheckpoint(tmp_path))
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
@@ -108,8 +108,8 @@ def test_a_kept_model_is_tested_under_another_default_device(case: str, root: Pa
     assert found[0] == found[1]
 
 
-def test_self_tests_say_their_device(root: Path, base: Path) -> None:
-    """Also where something else than configure_model calls them."""
+def test_trials_name_their_device(root: Path, base: Path) -> None:
+    """Also if other code than configure_model calls them."""
     model, data = agent("pretrained", root, base)
     losses(model, data)
     assert model.network is not None
@@ -120,8 +120,8 @@ def test_self_tests_say_their_device(root: Path, base: Path) -> None:
 
 
 @pytest.mark.parametrize("task", [reward, agent])
-def test_bf16_true_leaves_float32_what_has_to_be(task: Any, root: Path, base: Path) -> None:
-    """Rotary frequencies, and the sum of a step's loss; in bfloat16 the former would tell no far places apart."""
+def test_bf16_true_keeps_rotary_frequencies_and_the_loss_in_float32(task: Any, root: Path, base: Path) -> None:
+    """In bfloat16, rotary frequencies could not distinguish distant positions."""
     model, data = task("pretrained", root, base)
     model.hparams["dtype"] = "bfloat16"
     found = losses(model, data, precision="bf16-true")

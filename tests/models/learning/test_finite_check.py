@@ -1,4 +1,4 @@
-"""A number that is none is found a step late, and stays found."""
+"""A value that is not finite is reported one step late, and from then on."""
 
 import pytest
 import torch
@@ -6,12 +6,12 @@ import torch
 from models.learning.finite_check import FiniteCheck
 
 
-def test_nothing_noted_is_no_problem() -> None:
+def test_without_values_there_is_no_problem() -> None:
     assert FiniteCheck().problem() is None
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_the_first_number_that_is_none_is_told_with_its_step_and_stays_found(bad: float) -> None:
+def test_the_first_value_that_is_not_finite_is_reported_with_its_step_from_then_on(bad: float) -> None:
     check = FiniteCheck()
     check.note(3, {"the loss": torch.tensor(1.0), "the gradient norm": torch.tensor(2.0)})
     assert check.problem() is None

@@ -1,4 +1,4 @@
-"""Figures: against the published counts, against plain Python, with nothing to divide by, and on two ranks."""
+"""Metrics, compared with published counts and plain Python, with zero denominators, and on two ranks."""
 
 import itertools
 import json
@@ -43,8 +43,8 @@ def columns(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def plain_figures(rows: Sequence[Row], threshold: float) -> dict[str, float]:
-    """The same figures from their textbook definitions, one row at a time."""
+def plain_metrics(rows: Sequence[Row], threshold: float) -> dict[str, float]:
+    """The same metrics by their textbook definitions, row by row."""
 
     def ratio(part: float, whole: float) -> float:
         return part / whole if whole else 0.0
@@ -80,7 +80,7 @@ def plain_figures(rows: Sequence[Row], threshold: float) -> dict[str, float]:
     return figures
 
 
-def test_the_published_counts_give_the_published_figures() -> None:
+def test_the_published_counts_give_the_published_metrics() -> None:
     decided, target = published_counts()
     metrics = RewardMetrics()
     metrics.update(decided.double(), target, torch.zeros_like(target))
@@ -91,7 +91,7 @@ def test_the_published_counts_give_the_published_figures() -> None:
     assert [int(figures[name]) for name in ("tp", "fp", "tn", "fn", "rows")] == [56, 6, 54, 4, 120]
 
 
-def test_the_published_rows_are_those_of_the_issue() -> None:
+def test_the_published_rows_are_the_known_ones() -> None:
     named = ("GPT-4o", "GPT-4o-mini", "Llama-3.1-8B", "Llama-3.1-70B", "published 8B reward model")
     figures = [(PUBLISHED_REWARD_ROWS[name]["f1"], PUBLISHED_REWARD_ROWS[name]["accuracy"]) for name in named]
     assert figures == [(0.6704, 0.5083), (0.6324, 0.5833), (0.5846, 0.55), (0.6748, 0.5583), (0.918, 0.9167)]
@@ -99,9 +99,9 @@ def test_the_published_rows_are_those_of_the_issue() -> None:
 
 @given(st.lists(a_row, min_size=1, max_size=30), st.sampled_from([0.0, 0.31, 0.5, 0.9]))
 @settings(deadline=None, max_examples=60)
-def test_every_figure_is_what_plain_python_makes_of_the_rows(rows: list[Row], threshold: float) -> None:
+def test_each_metric_equals_plain_python(rows: list[Row], threshold: float) -> None:
     figures = reward_metrics(*columns(rows), threshold)
-    expected = plain_figures(rows, threshold)
+    expected = plain_metrics(rows, threshold)
     assert figures.keys() == expected.keys()
     for name, value in figures.items():
         assert float(value) == pytest.approx(expected[name], abs=1e-6), name
@@ -109,7 +109,7 @@ def test_every_figure_is_what_plain_python_makes_of_the_rows(rows: list[Row], th
 
 @given(st.lists(a_row, min_size=1, max_size=30), st.integers(1, 7))
 @settings(deadline=None, max_examples=20)
-def test_how_the_rows_arrive_does_not_matter(rows: list[Row], size: int) -> None:
+def test_metrics_do_not_depend_on_batches(rows: list[Row], size: int) -> None:
     metrics = RewardMetrics(threshold=0.4)
     metrics.update(torch.tensor([0.9]), torch.tensor([0]), torch.tensor([0]))
     metrics.reset()
@@ -130,7 +130,7 @@ def test_a_zero_denominator_gives_zero_and_no_warning(probability: list[float], 
         warnings.simplefilter("error")
         figures = reward_metrics(torch.tensor(probability), torch.tensor(target), category, scene_N=torch.arange(2))
     rows = [(p, bool(t), Category.FALSE_ALARM.number) for p, t in zip(probability, target, strict=True)]
-    for name, expected in plain_figures(rows, 0.5).items():
+    for name, expected in plain_metrics(rows, 0.5).items():
         assert float(figures[name]) == pytest.approx(expected, abs=1e-6), name
     assert all(math.isfinite(value) for value in figures.values())
 
@@ -151,7 +151,7 @@ def test_agreement_counts_within_each_category_alone() -> None:
     assert [float(figures[f"agreement_{name}"]) for name in Category] == [1.0, 0.75, 0.5, 0.0]
 
 
-def test_intervals_hold_the_point_and_are_as_wide_as_theory_says() -> None:
+def test_intervals_contain_the_metric_and_have_the_theoretical_width() -> None:
     decided, target = published_counts()
     figures = reward_metrics(decided.double(), target, torch.zeros_like(target), scene_N=torch.arange(120))
     for name in ("accuracy", "f1"):
@@ -163,7 +163,7 @@ def test_intervals_hold_the_point_and_are_as_wide_as_theory_says() -> None:
 
 
 def test_rows_of_a_scene_are_drawn_together() -> None:
-    """Twelve scenes of ten like rows know no more than twelve rows, however many rows there are."""
+    """Twelve scenes of ten equal rows have the intervals of twelve rows."""
     decided, target = published_counts()
     alike = torch.arange(120) // 10  # rows of a scene are decided alike
     figures = {
@@ -183,7 +183,7 @@ def test_one_scene_has_no_interval() -> None:
     assert decision_intervals(decided, target, torch.zeros(120).long()) == {"scenes": torch.tensor(1)}
 
 
-def test_intervals_follow_from_their_seed_and_leave_other_randomness_alone() -> None:
+def test_intervals_depend_only_on_their_seed_and_do_not_change_the_global_generator() -> None:
     counts = torch.randint(9, (12, 4), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)
     first = group_intervals(counts, 200, seed=3)
@@ -196,7 +196,7 @@ def test_intervals_follow_from_their_seed_and_leave_other_randomness_alone() -> 
     assert first != group_intervals(counts, 200, seed=4)
 
 
-def test_rows_can_be_looked_up_by_their_number() -> None:
+def test_rows_are_returned_by_index() -> None:
     metrics = RewardMetrics()
     metrics.update(torch.tensor([0.25, 0.75]), torch.tensor([0, 1]), torch.tensor([3, 2]), torch.tensor([7, 5]))
     rows = metrics.rows()
@@ -209,7 +209,7 @@ def test_rows_can_be_looked_up_by_their_number() -> None:
 
 
 def rank(number: int, folder: Path, shares: list[list[list[Row]]]) -> None:
-    """One of two processes: its figures for each division of the rows, as JSON."""
+    """One of two processes: its metrics for each division of the rows, as JSON."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=2)
     torch.set_num_threads(1)
     results = []
@@ -227,8 +227,8 @@ def rank(number: int, folder: Path, shares: list[list[list[Row]]]) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_give_the_figures_of_one_process(tmp_path: Path) -> None:
-    """Also with unequal shares and with a rank that holds nothing."""
+def test_two_ranks_give_the_metrics_of_one_process(tmp_path: Path) -> None:
+    """Also with unequal shares, and with a rank without rows."""
     rows: list[Row] = [((7 * n % 20) / 20 + 0.01, n % 3 == 0, n % 4) for n in range(11)]
     shares = [[rows[:6], rows[6:]], [rows[:9], rows[9:]], [rows, []]]
     torch.multiprocessing.spawn(rank, (tmp_path, shares), nprocs=2)

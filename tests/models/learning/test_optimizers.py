@@ -1,4 +1,4 @@
-"""Optimizers really step on this machine, spare vectors from decay, and follow their schedules."""
+"""Optimizers lower a loss on this machine, do not decay vectors, and follow their schedules."""
 
 import math
 import sys
@@ -33,7 +33,7 @@ def test_it_lowers_a_loss(name: OptimizerName) -> None:
     assert all(math.isfinite(loss) for loss in losses)
 
 
-def test_names_stand_for_what_they_say() -> None:
+def test_names_give_their_optimizers() -> None:
     import bitsandbytes
 
     layer = nn.Linear(64, 64)
@@ -51,7 +51,7 @@ def test_names_stand_for_what_they_say() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_matrices_decay_and_vectors_do_not(name: OptimizerName) -> None:
-    """With gradients of zero, decoupled decay is all that a step does."""
+    """With zero gradients a step only applies decoupled decay."""
     layer = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))
     nn.init.ones_(layer[0].weight)
     nn.init.ones_(layer[0].bias)
@@ -64,7 +64,7 @@ def test_matrices_decay_and_vectors_do_not(name: OptimizerName) -> None:
     assert (layer[1].weight == 1).all()
 
 
-def test_with_no_decay_adamw_is_adam() -> None:
+def test_adamw_without_decay_is_adam() -> None:
     torch.manual_seed(0)
     ours, theirs = nn.Linear(4, 4), nn.Linear(4, 4)
     theirs.load_state_dict(ours.state_dict())
@@ -78,14 +78,14 @@ def test_with_no_decay_adamw_is_adam() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_only_what_is_trained_is_optimized(name: OptimizerName) -> None:
+def test_only_trained_parameters_are_optimized(name: OptimizerName) -> None:
     layer = nn.Linear(64, 64)
     layer.weight.requires_grad_(False)
     optimizer = build_optimizer(layer.parameters(), name, 0.1, 0.0)
     assert [p for group in optimizer.param_groups for p in group["params"]] == [layer.bias]
 
 
-def test_bitsandbytes_that_does_not_load_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bitsandbytes_that_does_not_load_gives_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # a machine without its native library
     with pytest.raises(UserError, match="bitsandbytes does not load") as error:
         build_optimizer(nn.Linear(2, 2).parameters(), "paged_adamw_8bit", 0.1, 0.0)
@@ -116,8 +116,10 @@ def test_the_rate_rises_to_its_peak_and_falls_to_zero(name: ScheduleName, warmup
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("learning_rate", [1e-5, 1e-4, 1e-2])
-def test_updates_lost_to_rounding_are_those_that_a_step_does_not_make(dtype: torch.dtype, learning_rate: float) -> None:
-    """Counted before the first step, and found after it: Adam's first one moves every weight by the learning rate."""
+def test_lost_updates_equals_the_share_of_weights_that_a_step_does_not_change(
+    dtype: torch.dtype, learning_rate: float
+) -> None:
+    """Adam's first step moves each weight by the learning rate."""
     torch.manual_seed(0)
     weight = nn.Parameter((torch.randn(4000, 3) * 0.02).to(dtype))
     frozen = nn.Parameter(torch.ones(10**5, dtype=dtype), requires_grad=False)

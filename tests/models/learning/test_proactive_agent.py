@@ -1,4 +1,4 @@
-"""ProactiveAgent: the loss of answers, exactly; the decision to propose; what is kept."""
+"""ProactiveAgent: the exact loss of answers, the decision to make an offer, checkpoints and exports."""
 
 import math
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ def assert_tree_is_rows(model: ProactiveAgent, ids: list[list[int]], rows: Seque
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_gives_the_same_loss_and_gradients(family: str) -> None:
+def test_trees_and_rows_give_equal_loss_and_gradients_for_each_family(family: str) -> None:
     backbone = network(family)
     assert language_problem(backbone) is None
     model = agent(backbone, null_weight=2.5)
@@ -70,8 +70,8 @@ def test_every_family_gives_the_same_loss_and_gradients(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_attention_chosen_for_trees_gives_the_same(family: str) -> None:
-    """Trees of several blocks of queries; only the states that predict an answer's token are computed to the end."""
+def test_the_attention_chosen_for_trees_gives_equal_losses(family: str) -> None:
+    """Trees of several query blocks. The last layer computes only the states that predict answer tokens."""
     backbone = network(family)
     choose_attention(backbone, "cpu", longest=1024)
     ids = branches(trunk=300, number=9, length=12)
@@ -84,13 +84,13 @@ def test_the_attention_chosen_for_trees_gives_the_same(family: str) -> None:
     st.integers(9, 40),
     st.data(),
 )
-def test_random_trees_give_the_same(ids: list[list[int]], budget: int, data: st.DataObject) -> None:
+def test_random_trees_give_equal_loss_and_gradients(ids: list[list[int]], budget: int, data: st.DataObject) -> None:
     rows = data.draw(st.lists(st.integers(0, len(ids) - 1), min_size=1, max_size=10))
     assert_tree_is_rows(agent(network("llama")), ids, rows, budget)
 
 
-def test_the_loss_is_the_plain_one_and_null_weighs_what_it_should() -> None:
-    """Against cross-entropy over the network's own logits, row by row."""
+def test_the_loss_is_the_weighted_cross_entropy_of_the_answers() -> None:
+    """Compared with the cross-entropy of the network's own logits, row by row."""
     backbone, ids = network("llama"), CASES["a scene"]
     expected = 0.0
     for number, (row, places) in enumerate(zip(ids, answers_of(ids), strict=True)):
@@ -102,7 +102,7 @@ def test_the_loss_is_the_plain_one_and_null_weighs_what_it_should() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_chunks_give_the_plain_loss_and_gradients_and_no_more_logits_at_once(
+def test_chunks_give_the_plain_loss_and_gradients_with_few_logits_at_once(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone, ids = network(family), CASES["a scene"] * 3
@@ -119,18 +119,18 @@ def test_chunks_give_the_plain_loss_and_gradients_and_no_more_logits_at_once(
     assert len(seen) > 4
 
 
-def test_an_encoder_is_found_out() -> None:
+def test_an_encoder_is_detected() -> None:
     assert language_problem(network("bert")) == "it sees the tokens that it is to predict"
 
 
-def test_a_backbone_whose_logits_are_more_than_its_last_layers_is_found_out() -> None:
+def test_a_backbone_that_changes_the_logits_after_its_last_layer_is_detected() -> None:
     assert "relative difference" in str(language_problem(network("cohere", logit_scale=0.25)))
     gemma = network("gemma2", final_logit_softcapping=0.5)
     assert language_problem(gemma) is None
     assert float(language_logits(gemma, torch.randn(3, SMALL["hidden_size"]) * 1e3).abs().max()) <= 0.5
 
 
-def test_token_losses_of_no_tokens_are_none() -> None:
+def test_token_losses_of_no_tokens_are_empty() -> None:
     none = torch.zeros(0, dtype=torch.int64)
     inputs: Any = RowsLayout([[1, 2, 3]], 0, 1).lay_out([0]).inputs
     assert token_losses(network("llama"), inputs, none, none).shape == (0,)
@@ -174,7 +174,7 @@ def trained(root: Path) -> tuple[ProactiveAgent, AgentDataModule, dict[str, Tens
     return fitted(root)
 
 
-def test_a_fit_lowers_the_loss_and_logs_what_the_issue_names(
+def test_a_fit_lowers_the_loss_and_logs_all_metrics(
     trained: tuple[ProactiveAgent, AgentDataModule, dict[str, Tensor]],
 ) -> None:
     model, _, logged = trained
@@ -186,10 +186,10 @@ def test_a_fit_lowers_the_loss_and_logs_what_the_issue_names(
         assert sample["valid"] is (read_answer(sample["answer"]) is not None)
 
 
-def test_p_null_is_the_probability_of_silence_after_the_common_beginning(
+def test_p_null_is_the_probability_of_the_tokens_that_distinguish_null(
     trained: tuple[ProactiveAgent, AgentDataModule, dict[str, Tensor]],
 ) -> None:
-    """By hand: the network's own softmax along the tokens that tell silence from an offer."""
+    """Compared with the network's own softmax at the tokens that distinguish null from an offer."""
     model, data, _ = trained
     small_trainer().test(model, data, verbose=False)
     probes = [e for e in data.rows("test") if e.kind == AnswerKind.PROBE]
@@ -211,7 +211,7 @@ def test_p_null_is_the_probability_of_silence_after_the_common_beginning(
         assert int(model.test_rows["target"][number]) == int(bool(example.help_needed))
 
 
-def test_the_weight_of_null_moves_the_decision(root: Path) -> None:
+def test_null_weight_shifts_the_decision(root: Path) -> None:
     quiet, eager = (float(fitted(root, null_weight=weight)[2]["validation/loss_null"]) for weight in (10.0, 0.0))
     assert quiet < eager - 0.1
 
@@ -263,7 +263,7 @@ def rows_of(*rows: tuple[float, int, AnswerKind, int]) -> dict[str, Tensor]:
     return metric.rows()
 
 
-def test_losses_are_means_over_tokens_and_probes_count_in_none() -> None:
+def test_losses_are_means_over_tokens_without_probes() -> None:
     rows = rows_of(
         (6.0, 3, AnswerKind.TEXT, 1),
         (1.0, 1, AnswerKind.NULL, 0),
@@ -278,7 +278,7 @@ def test_losses_are_means_over_tokens_and_probes_count_in_none() -> None:
     assert answer_losses(rows_of((9.0, 1, AnswerKind.PROBE, 1))) == {}
 
 
-def test_decisions_are_those_of_a_count_by_hand() -> None:
+def test_decision_metrics_equal_a_count_by_hand() -> None:
     probes = [(0.9, 1), (0.2, 0), (0.8, 0), (0.4, 1), (0.7, 1)]  # P(proposal), help needed
     rows = rows_of(*((-math.log(1 - p), 1, AnswerKind.PROBE, needed) for p, needed in probes))
     offers_N, needed_N = decisions(rows)

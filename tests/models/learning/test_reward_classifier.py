@@ -1,4 +1,4 @@
-"""RewardClassifier: its loss, what stops it, its calibration, and that its weights come back as they were."""
+"""RewardClassifier: its loss, values that stop a run, its calibration, checkpoints and exports."""
 
 import json
 import logging
@@ -41,7 +41,7 @@ WEIGHTS = {"missed_need": 2.0, "false_alarm": 0.25}
 
 
 class CountValidations(Callback):
-    """How many validations ran, the sanity check not counted."""
+    """Counts validations, without the sanity check."""
 
     count = 0
 
@@ -50,7 +50,7 @@ class CountValidations(Callback):
 
 
 class Ledger(Callback):
-    """Computes each step's loss by hand and keeps it beside the one that is logged."""
+    """Computes each step's loss by hand, and stores it with the logged one."""
 
     def __init__(self, weights: dict[str, float] | None = None) -> None:
         self.weight = torch.tensor([(weights or {}).get(category.value, 1.0) for category in Category])
@@ -75,7 +75,7 @@ class Ledger(Callback):
 
 
 class Gradients(Callback):
-    """Keeps the gradients of the first step."""
+    """Stores the gradients of the first step."""
 
     def __init__(self) -> None:
         self.first: dict[str, Tensor] = {}
@@ -86,7 +86,7 @@ class Gradients(Callback):
 
 
 class Spoil(Callback):
-    """Makes one number of the model not a number, in the middle of the step after `step`."""
+    """Sets one weight to NaN, in the middle of the step after `step`."""
 
     def __init__(self, what: str, step: int = 0) -> None:
         self.what = what
@@ -112,7 +112,7 @@ class Spoil(Callback):
 
 
 class Blow(Callback):
-    """Lets the learning rate of one step be far too great, so that its weights are finite but useless."""
+    """Makes the learning rate of one step far too large, so that the weights are finite but useless."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == 3:
@@ -146,7 +146,7 @@ def test_no_weights_before_configure_model(fitted: Fitted) -> None:
 def test_each_steps_loss_is_the_mean_cross_entropy_of_its_rows(
     root: Path, weights: dict[str, float] | None, micro_batch_size: int
 ) -> None:
-    """Also in the short last step of an epoch, and whatever rows share a micro-batch."""
+    """Also in the short last step of an epoch, and for any division into micro-batches."""
     ledger = Ledger(weights)
     data = small_data(root, micro_batch_size=micro_batch_size)
     fit(small_classifier(category_weights=weights), data, ledger, num_sanity_val_steps=0)
@@ -156,7 +156,7 @@ def test_each_steps_loss_is_the_mean_cross_entropy_of_its_rows(
 
 
 @pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["plain", "category weights"])
-def test_accumulated_micro_batches_train_as_one_big_batch_does(root: Path, weights: dict[str, float] | None) -> None:
+def test_accumulated_micro_batches_train_like_one_large_batch(root: Path, weights: dict[str, float] | None) -> None:
     runs = []
     for micro_batch_size in (1, 2, TRAIN_ROWS_A_STEP):
         gradients, ledger = Gradients(), Ledger(weights)
@@ -172,7 +172,7 @@ def test_accumulated_micro_batches_train_as_one_big_batch_does(root: Path, weigh
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_gradient_checkpointing_changes_no_gradient(root: Path, family: str) -> None:
-    """With dropout: what is computed again must be dropped again."""
+    """With dropout: a recomputation must drop the same values."""
     found = []
     for on in (False, True):
         gradients = Gradients()
@@ -196,7 +196,7 @@ def test_the_learning_rate_follows_the_schedule_over_the_whole_run(root: Path) -
 
 
 def test_gradients_are_clipped_to_their_norm(root: Path) -> None:
-    """The step's whole gradient, after its micro-batches have been added up; what is logged is the norm before."""
+    """The gradient of the whole step is clipped. The logged norm is that before clipping."""
     norms = []
 
     class Norm(Callback):
@@ -234,7 +234,7 @@ def test_every_optimizer_trains_in_every_precision_and_with_clipped_gradients(
     assert all_finite(classifier.network.state_dict())
 
 
-def test_a_run_without_an_end_is_the_users_mistake(root: Path) -> None:
+def test_a_run_without_an_end_gives_a_user_error(root: Path) -> None:
     with pytest.raises(UserError, match="without an end"):
         fit(small_classifier(), small_data(root), max_epochs=-1)
 
@@ -263,7 +263,7 @@ def test_a_validation_that_is_not_finite_stops_the_run_too(root: Path, tmp_path:
     assert all_finite(load_checkpoint(tmp_path / "last.ckpt")["state_dict"])
 
 
-def test_a_good_checkpoint_remains_where_a_step_spoiled_the_weights_before_the_loss_showed_it(
+def test_a_good_checkpoint_remains_if_a_step_spoils_the_weights_before_the_loss_shows_it(
     root: Path, tmp_path: Path
 ) -> None:
     """The step that spoils the weights is saved before the next one finds the loss not finite."""
@@ -274,7 +274,7 @@ def test_a_good_checkpoint_remains_where_a_step_spoiled_the_weights_before_the_l
     assert any(weight < 100 for weight in greatest), greatest
 
 
-def test_rows_longer_than_the_backbone_has_positions_are_the_users_mistake(root: Path) -> None:
+def test_rows_longer_than_the_backbones_positions_give_a_user_error(root: Path) -> None:
     """data.max_length is 1024 unless set, and a BERT has 512 positions."""
     scratch = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     classifier = small_classifier(scratch={**scratch, "intermediate_size": 16, "max_position_embeddings": 64})
@@ -330,8 +330,8 @@ def test_a_run_that_has_validated_does_not_validate_again_at_its_end(root: Path)
 
 
 @pytest.mark.parametrize("options", [{"limit_val_batches": 0}, {"check_val_every_n_epoch": 2}, {"max_steps": 0}])
-def test_what_was_never_validated_is_not_calibrated(root: Path, tmp_path: Path, options: dict[str, Any]) -> None:
-    """A sanity check may have run: the network had learned nothing then, and nothing is fitted to it."""
+def test_a_run_without_validation_is_not_calibrated(root: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """A sanity check before training fits no calibration."""
     classifier, data = small_classifier(), small_data(root)
     trainer = fit(classifier, data, LastCheckpoint(tmp_path), max_epochs=1, **options)
     assert classifier.calibration is None
@@ -351,7 +351,7 @@ def test_a_run_that_is_stopped_before_its_first_validation_is_not_calibrated(roo
     assert load_checkpoint(tmp_path / "last.ckpt")["calibration"] is None
 
 
-def test_a_part_of_the_validation_rows_is_said(root: Path) -> None:
+def test_a_calibration_on_a_part_of_the_validation_rows_is_marked(root: Path) -> None:
     classifier, data = small_classifier(), small_data(root)
     fit(classifier, data, limit_val_batches=1)
     assert classifier.calibration is not None
@@ -362,8 +362,8 @@ def test_the_calibration_of_an_older_checkpoint_is_read() -> None:
     assert Calibration.of({"temperature": 2.0, "threshold": 0.3}) == Calibration(2.0, 0.3, None, None)
 
 
-def test_validation_alone_works_in_inference_mode(fitted: Fitted) -> None:
-    """`Trainer.validate` keeps no gradients at all, and a temperature is fitted there as well."""
+def test_validate_without_fit_works_in_inference_mode(fitted: Fitted) -> None:
+    """`Trainer.validate` records no gradients, but a temperature is fitted there too."""
     _, data, path = fitted
     classifier = model_from_checkpoint(RewardClassifier, load_checkpoint(path))
     stored = classifier.temperature
@@ -371,7 +371,7 @@ def test_validation_alone_works_in_inference_mode(fitted: Fitted) -> None:
     assert classifier.temperature == pytest.approx(stored, rel=1e-3)
 
 
-def test_a_test_reports_raw_and_calibrated_figures_of_every_row(fitted: Fitted) -> None:
+def test_a_test_reports_raw_and_calibrated_metrics_of_all_rows(fitted: Fitted) -> None:
     _, data, path = fitted
     classifier = model_from_checkpoint(RewardClassifier, load_checkpoint(path))
     stored = classifier.calibration
@@ -403,7 +403,7 @@ def test_a_test_reports_raw_and_calibrated_figures_of_every_row(fitted: Fitted) 
         assert float(trainer.callback_metrics[f"test/{name}_accuracy"]) == pytest.approx(right, abs=1e-6)
 
 
-def test_rows_that_only_fill_a_batch_up_are_not_measured(fitted: Fitted) -> None:
+def test_rows_that_only_fill_a_batch_are_not_counted(fitted: Fitted) -> None:
     classifier, data, _ = fitted
     batch = first_test_batch(data)
     classifier.metrics.reset()
@@ -426,7 +426,7 @@ def test_rows_that_only_fill_a_batch_up_are_not_measured(fitted: Fitted) -> None
 def test_checkpoint_and_export_give_the_same_probabilities(
     root: Path, tmp_path: Path, family: str, options: dict[str, Any]
 ) -> None:
-    """Bit for bit, and without the files that the backbone came from."""
+    """Bit-identical, and without the backbone's files."""
     classifier, data = small_classifier(family, **options), small_data(root)
     fit(classifier, data, LastCheckpoint(tmp_path))
     batch = list(data.test_dataloader())[-1][0]
@@ -447,8 +447,8 @@ def test_checkpoint_and_export_give_the_same_probabilities(
         assert {p.dtype for p in other.network.parameters()} == {p.dtype for p in classifier.network.parameters()}
 
 
-def test_tested_weights_bring_their_own_calibration(fitted: Fitted) -> None:
-    """The best weights are tested by a module that was trained on, and calibrated, since."""
+def test_tested_weights_use_their_own_calibration(fitted: Fitted) -> None:
+    """The best weights are tested by a module that was trained and calibrated further."""
     _, data, path = fitted
     stored = load_checkpoint(path)["calibration"]
     classifier = model_from_checkpoint(RewardClassifier, load_checkpoint(path))
@@ -460,7 +460,7 @@ def test_tested_weights_bring_their_own_calibration(fitted: Fitted) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"model": {"no_such_option": 1}}'])
-def test_a_folder_that_is_no_export_is_the_users_mistake(tmp_path: Path, content: str | None) -> None:
+def test_a_folder_that_is_not_an_export_gives_a_user_error(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "proactive.json").write_text(content)
     with pytest.raises(UserError, match=r"proactive\.json"):
@@ -472,7 +472,7 @@ def test_a_folder_that_is_no_export_is_the_users_mistake(tmp_path: Path, content
 def test_a_prompt_that_ends_in_the_padding_token_is_read_as_the_exported_model_reads_it(
     family: str, layout: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Many decoders pad with their end token, and chat prompts end in it once or twice."""
+    """Many decoders pad with their end token, and chat prompts end with it once or twice."""
     texts = ["Events:", "Offer: accepted?", "- The user opens a file."]
     tokenizer = train_tokenizer(texts, 300)
     tokenizer.pad_token = tokenizer.eos_token

@@ -1,6 +1,6 @@
-"""What the processor does in a step: it reads nothing back from the device, and its numbers are those of a plain loop.
+"""A step copies nothing from the device to the CPU, and its losses are those of a plain training loop.
 
-Where a value is read from a GPU, the processor waits for all that it has asked for, and the GPU then waits for it.
+A copy from a GPU waits for all queued kernels, and then the GPU waits for the CPU.
 """
 
 from collections import Counter
@@ -27,7 +27,7 @@ FIRST, LAST = 3, 5  # the steps that are looked at; before them come sizes, stat
 
 
 class Reads(Callback):
-    """Counts what is read back in some steps, callbacks included; what a loader reads is on the host."""
+    """Counts values copied to the CPU in some steps, including callbacks. A loader's tensors are on the CPU."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -63,10 +63,10 @@ def agent(root: Path, base: Path, **options: Any) -> tuple[BackboneModule, Any]:
     ids=["float32", "bfloat16", "adapter"],
 )
 @pytest.mark.parametrize("task", [reward, agent])
-def test_no_step_reads_anything_back(
+def test_no_step_waits_for_the_device(
     task: Any, options: dict[str, Any], precision: Any, root: Path, base: Path
 ) -> None:
-    """With what a GPU has as well: PyTorch's AdamW and the attention of trees read their numbers on a CPU."""
+    """With replacements for PyTorch's AdamW and the attention of trees, which read values on a CPU."""
     model, data = task(root, base, attn_implementation="sdpa", optimizer="adamw_8bit", **options)
     reads = Reads()
     callbacks = [SeedEachStep(), ThroughputLog(window=2), reads]
@@ -78,8 +78,8 @@ def test_no_step_reads_anything_back(
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
-def test_losses_are_those_of_a_plain_loop(optimizer: Any, root: Path) -> None:
-    """To the last bit: neither the checks nor what they wait for has a part in them."""
+def test_losses_equal_a_plain_training_loop(optimizer: Any, root: Path) -> None:
+    """Bit-identical: the checks do not change them."""
     options: dict[str, Any] = {"scratch": LLAMA, "optimizer": optimizer, "dropout": 0.0, "learning_rate": 1e-2}
     torch.manual_seed(0)
     model, data = RewardClassifier(**options), small_data(root, layout="tree", token_budget=400)
@@ -124,7 +124,7 @@ def test_losses_are_those_of_a_plain_loop(optimizer: Any, root: Path) -> None:
 def test_compiled_blocks_are_one_graph_for_all_layers_and_lengths(
     root: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Made in the first step; the trials before it compile nothing, and no later step does."""
+    """Only the first step compiles: neither the trials before it nor later steps do."""
     graphs: list[int] = []  # of each, in which step it was made
     steps: list[int] = []
 

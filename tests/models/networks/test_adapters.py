@@ -1,4 +1,4 @@
-"""LoRA and QLoRA: what is trained, kept, refused and exported, and that the self-tests see through it."""
+"""LoRA and QLoRA: trained weights, checkpoints, exports, refused options, and trials of quantized backbones."""
 
 import contextlib
 import json
@@ -61,7 +61,7 @@ def trained(module: BackboneModule) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_adapters_and_the_new_head_are_all_that_is_trained(root: Path, base: Path, kind: Quantization) -> None:
+def test_only_adapters_and_the_new_head_are_trained(root: Path, base: Path, kind: Quantization) -> None:
     model, data = classifier(base, kind), reward_data(root, base)
     fit(model, data, limit_train_batches=1, limit_val_batches=0)
     network = model.network
@@ -77,7 +77,7 @@ def test_adapters_and_the_new_head_are_all_that_is_trained(root: Path, base: Pat
     assert tree_problem(network, 160) is None
 
 
-def test_what_a_quantized_backbone_costs_is_what_it_cost_before(root: Path, base: Path) -> None:
+def test_quantization_does_not_change_the_counted_operations(root: Path, base: Path) -> None:
     counts, costs = [], []
     for kind in KINDS:
         model = classifier(base, kind, adapter={"rank": 1})
@@ -130,7 +130,7 @@ def test_a_fit_on_a_quantized_backbone_reduces_the_loss(root: Path, base: Path, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_run_goes_on_bit_for_bit(root: Path, base: Path, tmp_path: Path, kind: Quantization) -> None:
+def test_a_resumed_run_is_bit_identical(root: Path, base: Path, tmp_path: Path, kind: Quantization) -> None:
     def run(folder: Path, *callbacks: Callback, checkpoint: Path | None = None) -> RewardClassifier:
         model = classifier(base, kind, adapter={"dropout": 0.1})
         torch.manual_seed(0)
@@ -148,11 +148,11 @@ def test_a_resumed_run_goes_on_bit_for_bit(root: Path, base: Path, tmp_path: Pat
 
 
 class KilledError(Exception):
-    """Stands for the end of a process."""
+    """Simulates a killed process."""
 
 
 class KillAfter(Callback):
-    """Ends the run, without a save, after a step."""
+    """Ends the run after a step, without saving."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -164,7 +164,7 @@ class KillAfter(Callback):
 
 @pytest.fixture(scope="module")
 def fitted(root: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """Trained classifiers by quantization and dtype, with their data and checkpoint; each is trained once."""
+    """Trains each classifier once, by quantization and dtype; returns it with its data and checkpoint."""
     made: dict[tuple[str, str], Any] = {}
 
     def get(kind: Quantization, dtype: str = "float32") -> Any:
@@ -179,7 +179,7 @@ def fitted(root: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoint_holds_what_is_trained_alone(fitted: Callable[..., Any], kind: Quantization) -> None:
+def test_a_checkpoint_contains_only_trained_weights(fitted: Callable[..., Any], kind: Quantization) -> None:
     model, data, path = fitted(kind)
     checkpoint = torch.load(path, weights_only=True)
     assert set(checkpoint["state_dict"]) == trained_names(model)
@@ -188,7 +188,9 @@ def test_a_checkpoint_holds_what_is_trained_alone(fitted: Callable[..., Any], ki
     assert torch.allclose(probabilities(again, batch), probabilities(model, batch), rtol=1e-5)  # attends otherwise
 
 
-def test_an_adapter_without_its_base_says_so(fitted: Callable[..., Any], base: Path, tmp_path: Path) -> None:
+def test_an_adapter_with_a_missing_or_other_base_is_refused(
+    fitted: Callable[..., Any], base: Path, tmp_path: Path
+) -> None:
     _, _, path = fitted("nf4")
     away = base.rename(tmp_path / "away")
     try:
@@ -207,7 +209,7 @@ def test_an_adapter_without_its_base_says_so(fitted: Callable[..., Any], base: P
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_exported_adapter_is_what_peft_loads(
+def test_peft_loads_an_exported_adapter(
     fitted: Callable[..., Any], base: Path, tmp_path: Path, kind: Quantization
 ) -> None:
     from peft import PeftModel
@@ -255,7 +257,7 @@ def test_a_merged_export_is_adapter_plus_base(
     assert torch.allclose(probabilities(again, batch), probabilities(model, batch), rtol=0, atol=tolerance)
 
 
-def test_what_does_not_go_together_is_refused_before_any_weight_is_loaded(
+def test_options_that_do_not_fit_together_are_refused_before_weights_are_loaded(
     root: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refusal(model: RewardClassifier, **options: Any) -> str:
@@ -311,14 +313,14 @@ def weightless(kind: str, head: Head, **options: Any) -> Any:
         ("gemma3_text", "language model", "lm_head", "lm_head shares its weights with the embeddings"),
     ],
 )
-def test_targets_that_cannot_be_right_are_refused(kind: str, head: Head, target: str, message: str) -> None:
+def test_impossible_targets_are_refused(kind: str, head: Head, target: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         target_layers(weightless(kind, head), head, AdapterOptions(targets=[target]))
     assert caught.value.what.startswith(f"model.adapter.targets: {target}")
     assert "Use all-linear, or some of" in caught.value.hint
 
 
-def test_targets_are_looked_at_before_weights_load(root: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_targets_are_checked_before_weights_are_loaded(root: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = classifier(base, adapter={"targets": ["q_proj", "score"]})
     monkeypatch.setattr(
         "models.learning.network_module.build_network", lambda *_, **__: pytest.fail("weights are loaded")
@@ -327,8 +329,8 @@ def test_targets_are_looked_at_before_weights_load(root: Path, base: Path, monke
         fit(model, reward_data(root, base))
 
 
-def test_an_output_layer_of_its_own_may_have_an_adapter() -> None:
-    """Merged, the network gives the same logits, and embeddings stay what they were."""
+def test_an_untied_output_layer_can_have_an_adapter() -> None:
+    """The merged network gives the same logits, and its embeddings do not change."""
     config = AutoConfig.for_model(**{**LLAMA, "vocab_size": 300, "pad_token_id": 0, "tie_word_embeddings": False})
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(config)
@@ -360,7 +362,7 @@ def test_a_merge_of_plain_adapters_needs_no_bitsandbytes(monkeypatch: pytest.Mon
 MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 8, "vocab_size": 300}
 
 
-def test_what_is_left_out_is_said_with_its_share(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_names_weights_without_adapters_and_their_share(caplog: pytest.LogCaptureFixture) -> None:
     network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MIXTRAL))
     total = sum(weight.numel() for weight in network.parameters())
     experts = sum(weight.numel() for name, weight in network.named_parameters() if ".experts." in name)
@@ -382,14 +384,14 @@ def test_what_is_left_out_is_said_with_its_share(caplog: pytest.LogCaptureFixtur
     assert [record.levelname for record in caplog.records] == ["INFO", "INFO", "WARNING"]
 
 
-def test_where_nothing_large_is_left_out_nothing_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_no_warning_without_fused_experts(caplog: pytest.LogCaptureFixture) -> None:
     network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**LLAMA, "vocab_size": 300}))
     with caplog.at_level("INFO", "proactive"):
         add_adapter(network, "language model", AdapterOptions(rank=2))
     assert [record.levelname for record in caplog.records] == ["INFO"]
 
 
-def test_a_base_from_scratch_is_made_anew(root: Path, tmp_path: Path) -> None:
+def test_a_base_from_scratch_is_rebuilt_identically(root: Path, tmp_path: Path) -> None:
     model = RewardClassifier(scratch=LLAMA, adapter=AdapterOptions(rank=2), quantization="nf4")
     data = small_data(root, layout="tree", token_budget=400)
     fit(model, data, LastCheckpoint(tmp_path), limit_val_batches=0)

@@ -1,4 +1,4 @@
-"""Backbones of many families: what is read, what padding may not change, what is refused, and no code from a folder.
+"""Backbones of many families: pooling, padding, refused files and options, and no code from a folder.
 
 Shape legend: B rows, T tokens, D hidden size, C classes.
 """
@@ -58,7 +58,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
 
 @pytest.fixture
 def folder(saved: Path, tmp_path: Path) -> Path:
-    """A copy of `saved` for a test to spoil."""
+    """A copy of `saved` that a test can damage."""
     return Path(shutil.copytree(saved, tmp_path / "backbone"))
 
 
@@ -80,7 +80,7 @@ def padded_batch(tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("pooling", get_args(Pooling))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_row_is_read_as_by_hand_and_padding_changes_nothing(
+def test_pooling_equals_a_computation_by_hand_with_and_without_padding(
     family: str, pooling: Pooling, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     model = build(family, tokenizer)
@@ -100,8 +100,8 @@ def test_a_row_is_read_as_by_hand_and_padding_changes_nothing(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_plain_transformers_class_pools_as_auto_does(family: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    """So an exported model gives the same probabilities where this project is not installed."""
+def test_pooling_auto_equals_the_transformers_class(family: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """So an exported model gives the same probabilities without this project."""
     model = build(family, tokenizer)
     ids_BT, mask_BT = padded_batch(tokenizer)
     with torch.no_grad():
@@ -111,8 +111,8 @@ def test_the_plain_transformers_class_pools_as_auto_does(family: str, tokenizer:
         )
 
 
-def test_a_padding_token_inside_the_text_does_not_end_it(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Models without a padding token of their own pad with the end token, which a prompt may contain."""
+def test_a_padding_token_inside_a_row_does_not_end_the_row(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Models without a padding token pad with the end token, which a prompt can contain."""
     model = build("llama", tokenizer)
     ids_BT, mask_BT = padded_batch(tokenizer)
     ids_BT[1, 4] = tokenizer.pad_token_id
@@ -122,7 +122,7 @@ def test_a_padding_token_inside_the_text_does_not_end_it(tokenizer: PreTrainedTo
         torch.testing.assert_close(together, model.score.weight @ hidden_TD[-1], atol=2e-6, rtol=1e-4)
 
 
-def test_scratch_is_a_llama_of_a_few_million_parameters(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_scratch_is_a_llama_with_a_few_million_parameters(tokenizer: PreTrainedTokenizerFast) -> None:
     model = build_network(NetworkOptions("classifier"), tokenizer)
     assert SCRATCH_CONFIG["model_type"] == model.config.model_type == "llama"
     assert 1e6 < sum(parameter.numel() for parameter in model.parameters()) < 5e6
@@ -132,7 +132,7 @@ def test_scratch_is_a_llama_of_a_few_million_parameters(tokenizer: PreTrainedTok
 
 
 @pytest.mark.parametrize("load", ["build", "load"])
-def test_a_local_folder_gives_back_its_weights(load: str, saved: Path) -> None:
+def test_a_local_folder_is_loaded_with_its_weights(load: str, saved: Path) -> None:
     path = str(saved)
     if load == "build":
         model = build_network(NetworkOptions("classifier", path), load_tokenizer(path))
@@ -143,7 +143,7 @@ def test_a_local_folder_gives_back_its_weights(load: str, saved: Path) -> None:
     assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in weights.items())
 
 
-def test_a_backbone_without_a_head_is_given_one(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_backbone_without_a_head_gets_one(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     body = build("bert", tokenizer).base_model
     with quiet():
         body.save_pretrained(tmp_path)
@@ -155,10 +155,10 @@ def test_a_backbone_without_a_head_is_given_one(tmp_path: Path, tokenizer: PreTr
 
 @pytest.mark.parametrize("family", ["llama", "bert", "roberta"])
 @pytest.mark.parametrize("classes", [1, 3])
-def test_a_head_of_another_number_of_classes_is_replaced(
+def test_a_head_with_another_number_of_classes_is_replaced(
     family: str, classes: int, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Reward models end in one class, entailment in three; the backbone's own weights stay, in shards as well."""
+    """Reward models have one class, entailment models three. The backbone's weights are kept, also when sharded."""
     config = transformers.AutoConfig.for_model(
         family, **FAMILIES[family], vocab_size=len(tokenizer), pad_token_id=0, num_labels=classes
     )
@@ -191,7 +191,7 @@ TEXT_TYPES = {"gemma3": "gemma3_text", "llava": "llama", "mistral3": "mistral", 
 
 @pytest.mark.parametrize("head", get_args(Head))
 @pytest.mark.parametrize("family", MULTIMODAL)
-def test_of_a_network_for_text_and_pictures_the_part_that_reads_text_serves(
+def test_the_text_part_of_a_network_for_text_and_images_is_used(
     family: str, head: Head, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     text_type = TEXT_TYPES[family]
@@ -241,7 +241,7 @@ def pickle_only(folder: Path) -> None:
 
 
 def pickle_behind_an_index(folder: Path) -> None:
-    """An index of safetensors that names a pickle file."""
+    """Let an index of safetensors name a pickle file."""
     pickle_only(folder)
     names = torch.load(folder / "pytorch_model.bin", weights_only=True)
     index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "pytorch_model.bin")}
@@ -250,7 +250,7 @@ def pickle_behind_an_index(folder: Path) -> None:
 
 
 class Payload:
-    """Leaves a file behind when a pickle that holds it is loaded with trust."""
+    """Creates a file if a pickle with it is loaded without weights_only."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -275,7 +275,7 @@ class Payload:
         pytest.param(pickle_behind_an_index, id="pickle behind an index"),
     ],
 )
-def test_a_folder_that_cannot_serve_is_the_users_mistake(
+def test_an_unusable_folder_gives_a_user_error(
     spoil: Callable[[Path], None], folder: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     spoil(folder)
@@ -288,14 +288,14 @@ def test_a_folder_that_cannot_serve_is_the_users_mistake(
 
 
 @pytest.mark.parametrize("spoil", [cut_short, pickle_only, pickle_behind_an_index])
-def test_an_export_that_cannot_be_read_is_refused(spoil: Callable[[Path], None], folder: Path) -> None:
+def test_an_unreadable_export_is_refused(spoil: Callable[[Path], None], folder: Path) -> None:
     spoil(folder)
     with pytest.raises(UserError, match="backbone"):
         load_network("classifier", str(folder))
     assert not (folder.parent / "executed").exists()
 
 
-def test_a_hub_id_that_cannot_be_reached_is_named(
+def test_an_unreachable_hub_id_is_named_in_the_error(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # what no network looks like, at once
@@ -303,7 +303,7 @@ def test_a_hub_id_that_cannot_be_reached_is_named(
         build_network(NetworkOptions("classifier", "nobody/no-such-model"), tokenizer)
 
 
-def test_a_network_for_pictures_cannot_classify_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_network_for_images_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     with quiet():
         transformers.ViTForImageClassification(transformers.ViTConfig(**sizes)).save_pretrained(tmp_path)
@@ -322,14 +322,14 @@ def test_a_network_for_pictures_cannot_classify_text(tmp_path: Path, tokenizer: 
     ],
     ids=["unknown type", "no classifier of this type", "wrong kind of value", "sizes do not fit", "small vocabulary"],
 )
-def test_a_scratch_configuration_that_cannot_be_is_the_users_mistake(
+def test_an_invalid_scratch_configuration_gives_a_user_error(
     changes: dict[str, Any], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     with pytest.raises(UserError):
         build_network(small_llama(**changes), tokenizer)
 
 
-def test_attention_that_does_not_exist_is_the_users_mistake(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_an_unknown_attention_gives_a_user_error(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UserError, match="attn_implementation"):
         build_network(replace(small_llama(), attn_implementation="no-such-attention"), tokenizer)
 
@@ -355,7 +355,7 @@ class Tokenizer(PreTrainedTokenizerFast):
 
 
 def with_code(folder: Path, model_type: str) -> Path:
-    """Let a folder name code of its own for configuration, model and tokenizer; returns what that code would touch."""
+    """Let a folder name its own code for configuration, model and tokenizer; return the file that this code creates."""
     marker = folder.parent / "executed"
     (folder / "custom.py").write_text(CODE.format(marker=str(marker), model_type=model_type))
     parts = {"AutoConfig": "custom.Config", "AutoModelForSequenceClassification": "custom.Model"}
@@ -378,10 +378,10 @@ LOADERS: dict[str, Callable[[Path, PreTrainedTokenizerFast], object]] = {
 
 @pytest.mark.parametrize("model_type", ["own-type", "llama"])
 @pytest.mark.parametrize("loader", LOADERS)
-def test_code_in_a_folder_is_not_run_unless_asked_for(
+def test_code_in_a_folder_is_not_run_by_default(
     loader: str, model_type: str, folder: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Where the type is one that transformers knows, its own code serves; where not, the folder is refused."""
+    """If transformers knows the model type, its own code is used. Otherwise the folder is refused."""
     marker = with_code(folder, model_type)
     try:
         LOADERS[loader](folder, tokenizer)
@@ -393,10 +393,10 @@ def test_code_in_a_folder_is_not_run_unless_asked_for(
 
 
 @pytest.mark.parametrize("loader", ["backbone", "tokenizer"])
-def test_code_in_a_folder_is_run_where_asked_for(
+def test_code_in_a_folder_is_run_with_trust_remote_code(
     loader: str, folder: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also shows that the test above would see code run."""
+    """Also shows that the test above would detect code that runs."""
     marker = with_code(folder, "own-type")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder.parent / "modules"))
     monkeypatch.syspath_prepend(str(folder.parent / "modules"))
@@ -409,7 +409,7 @@ def test_code_in_a_folder_is_run_where_asked_for(
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "distilbert", "deberta-v2", "modernbert"])
-def test_dropout_reaches_all_that_the_backbone_has(family: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_dropout_sets_all_dropouts_of_the_backbone(family: str, tokenizer: PreTrainedTokenizerFast) -> None:
     ids_BT, mask_BT = padded_batch(tokenizer)
     for dropout in (0.0, 0.4):
         model = build(family, tokenizer, dropout=dropout).train()
@@ -420,7 +420,7 @@ def test_dropout_reaches_all_that_the_backbone_has(family: str, tokenizer: PreTr
         assert torch.equal(one, two) == (dropout == 0.0)
 
 
-def test_dropout_stays_as_configured_if_not_given(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_dropout_keeps_the_configured_values_by_default(tokenizer: PreTrainedTokenizerFast) -> None:
     scratch = {"model_type": "bert", **ENCODERS["bert"], "hidden_dropout_prob": 0.3}
     model = build_network(NetworkOptions("classifier", scratch=scratch), tokenizer)
     assert model.config.hidden_dropout_prob == 0.3
@@ -428,7 +428,7 @@ def test_dropout_stays_as_configured_if_not_given(tokenizer: PreTrainedTokenizer
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_weights_are_stored_in_the_dtype_asked_for(dtype: Any, saved: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_weights_are_stored_in_the_given_dtype(dtype: Any, saved: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     for model in (
         build_network(replace(small_llama(), dtype=dtype), tokenizer),
         build_network(NetworkOptions("classifier", str(saved), dtype=dtype), tokenizer),
@@ -438,7 +438,7 @@ def test_weights_are_stored_in_the_dtype_asked_for(dtype: Any, saved: Path, toke
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
-def test_attention_can_be_chosen_and_computes_the_same(family: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_attentions_compute_the_same(family: str, tokenizer: PreTrainedTokenizerFast) -> None:
     ids_BT, mask_BT = padded_batch(tokenizer)
     logits = []
     for attention in ("eager", "sdpa"):
@@ -449,8 +449,8 @@ def test_attention_can_be_chosen_and_computes_the_same(family: str, tokenizer: P
     torch.testing.assert_close(*logits, atol=2e-6, rtol=1e-4)
 
 
-def test_decoders_and_encoders_are_told_apart_by_what_they_read(tokenizer: PreTrainedTokenizerFast) -> None:
-    """By itself a decoder reads its last real token, and no encoder does."""
+def test_reads_last_token_distinguishes_decoders_from_encoders(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Without `pooling`, a decoder reads its last real token, and an encoder does not."""
     ids_BT, mask_BT = padded_batch(tokenizer)
     with torch.no_grad():
         for family in FAMILIES:
@@ -475,15 +475,15 @@ def test_decoders_and_encoders_are_told_apart_by_what_they_read(tokenizer: PreTr
                 "original_max_position_embeddings": 512}, 4096),
     ],
 )  # fmt: skip
-def test_stretched_rotary_positions_reach_as_far_as_they_are_stretched(
+def test_max_positions_includes_the_factor_of_stretched_rotary_positions(
     positions: int, rotary: dict[str, Any], room: int
 ) -> None:
     options = {**SMALL_LLAMA, "max_position_embeddings": positions, "rope_parameters": {"rope_theta": 1e4, **rotary}}
     assert max_positions(transformers.AutoConfig.for_model(**options)) == room
 
 
-def test_a_folder_with_a_pipe_is_no_backbone(tmp_path: Path) -> None:
-    """To read it would wait for ever."""
+def test_a_folder_with_a_named_pipe_is_refused(tmp_path: Path) -> None:
+    """Reading it would block forever."""
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(UserError, match=r"model.backbone: .*config.json: is a named pipe"):
         network_config(NetworkOptions("classifier", str(tmp_path)), None)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Networks whose weights are read shard by shard: the same ones as on one device, in a part of its memory."""
+"""Sharded networks: the same weights as on one device, in a part of its memory."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ from tests.ranks import on_ranks
 
 
 def saved(folder: Path, kind: type = AutoModelForCausalLM, family: str = "llama", **options: object) -> Path:
-    """A small backbone as its authors would publish it."""
+    """A small backbone, saved as its authors would publish it."""
     torch.manual_seed(7)
     config = AutoConfig.for_model(family, vocab_size=280, **{**FAMILIES[family], **options})
     kind.from_config(config).save_pretrained(folder, max_shard_size="20KB")  # several files and an index
@@ -29,7 +29,7 @@ def saved(folder: Path, kind: type = AutoModelForCausalLM, family: str = "llama"
 
 
 def change(folder: Path, name: str, tensor: torch.Tensor | None) -> str:
-    """Replace a tensor in a folder's files, or take it out; the name that it has there."""
+    """Replace a tensor in a folder's files, or remove it; return its name in the files."""
     for path in folder.glob("*.safetensors"):
         tensors = load_file(path)
         if name in tensors:
@@ -45,8 +45,8 @@ def change(folder: Path, name: str, tensor: torch.Tensor | None) -> str:
     return name
 
 
-def test_the_weights_are_those_that_one_device_loads(tmp_path: Path) -> None:
-    """A new head is drawn, tied embeddings stay one tensor, a base model's names lack its prefix, buffers are there."""
+def test_sharded_weights_equal_those_of_one_device(tmp_path: Path) -> None:
+    """With a new head, tied embeddings, names without the base model's prefix, and buffers."""
     cases = [
         ("classifier", saved(tmp_path / "language model")),
         ("language model", saved(tmp_path / "again")),
@@ -62,7 +62,7 @@ def test_the_weights_are_those_that_one_device_loads(tmp_path: Path) -> None:
             assert torch.equal(result["found"][name], weight), f"{case}: {name}"
 
 
-def test_a_missing_or_misshapen_tensor_names_itself(tmp_path: Path) -> None:
+def test_a_missing_or_misshapen_tensor_is_named(tmp_path: Path) -> None:
     missing, misshapen = saved(tmp_path / "missing"), saved(tmp_path / "misshapen")
     first = change(missing, "model.layers.1.mlp.up_proj.weight", None)
     second = change(misshapen, "model.norm.weight", torch.ones(3))
@@ -75,8 +75,8 @@ def test_a_missing_or_misshapen_tensor_names_itself(tmp_path: Path) -> None:
     assert all(hint for _, hint in results)
 
 
-def test_a_rank_holds_its_share_alone(tmp_path: Path) -> None:
-    """Each of 4 ranks stays below half of the model and 1 GB, libraries included; the model is far larger than that."""
+def test_no_rank_ever_has_all_weights(tmp_path: Path) -> None:
+    """Each of 4 ranks needs less than half of the model's bytes plus 1 GB, which is less than the whole model."""
     config = AutoConfig.for_model(
         "llama",
         vocab_size=280,

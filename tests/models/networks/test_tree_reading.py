@@ -1,4 +1,4 @@
-"""Trees against rows: the same loss and the same gradient of every parameter, or a refusal that says why."""
+"""Trees and rows give the same loss and the same gradient of each parameter, or a refusal with a reason."""
 
 import logging
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ Gradients = dict[str, Tensor]
 
 
 def network(family: str, attention: str | None = None, **settings: Any) -> PreTrainedModel:
-    """A small backbone with an attention of transformers, or with the one that trees have on a CPU."""
+    """A small backbone with an attention of transformers, or the default attention for trees on a CPU."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**SMALL, **settings})
     made = AutoModelForSequenceClassification.from_config(config, attn_implementation=attention).train()
@@ -56,7 +56,7 @@ def network(family: str, attention: str | None = None, **settings: Any) -> PreTr
 
 
 def branches(trunk: int, number: int, length: int, seed: int = 0) -> list[list[int]]:
-    """Rows that leave a trunk at random places."""
+    """Rows that branch off a trunk at random indices."""
     random = np.random.default_rng(seed)
     shared = random.integers(1, VOCABULARY, trunk).tolist()
     leave = [*sorted(random.integers(1, trunk + 1, number - 1).tolist()), trunk]
@@ -71,7 +71,7 @@ def classifier(backbone: PreTrainedModel, **options: Any) -> RewardClassifier:
 
 @dataclass
 class Result:
-    """Of one optimizer step."""
+    """The micro-batches of one optimizer step."""
 
     loss: float
     gradients: Gradients
@@ -79,7 +79,7 @@ class Result:
 
 
 def step(model: RewardClassifier, layout: Layout, rows: Sequence[int], number: int) -> Result:
-    """Loss and gradients; labels and categories follow from the rows' places."""
+    """Loss and gradients; labels and categories depend on the rows' indices."""
     data = EncodedRows(layout, {"label": torch.arange(number) % 2, "category": torch.arange(number) % 4})
     return result_of(model, data[share(layout.split(rows, 1), 0, 1, len(rows))])
 
@@ -113,7 +113,7 @@ def assert_same(found: Result, expected: Result, scale: dict[str, float]) -> Non
 
 
 def assert_tree_is_rows(model: RewardClassifier, ids: list[list[int]], rows: Sequence[int], budget: int = 2048) -> None:
-    """Tree against rows one at a time, and against padded rows."""
+    """Compare a tree with rows one by one, and with padded rows."""
     tree = step(model, TreeLayout(ids, budget), rows, len(ids))
     alone, padded = (step(model, RowsLayout(ids, 0, size), rows, len(ids)) for size in (1, 4))
     assert_same(tree, alone, alone.parts)
@@ -121,7 +121,7 @@ def assert_tree_is_rows(model: RewardClassifier, ids: list[list[int]], rows: Seq
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_gives_the_same_loss_and_gradients(family: str) -> None:
+def test_trees_and_rows_give_equal_loss_and_gradients_for_each_family(family: str) -> None:
     backbone = network(family)
     assert tree_problem(backbone, longest=1024) is None
     model = classifier(backbone)
@@ -130,8 +130,8 @@ def test_every_family_gives_the_same_loss_and_gradients(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_tree_of_several_blocks_gives_the_same(family: str) -> None:
-    """A trunk longer than a block, and branches over several blocks more."""
+def test_a_tree_of_several_blocks_gives_equal_loss_and_gradients(family: str) -> None:
+    """The trunk is longer than a block, and its branches take several more blocks."""
     backbone = network(family)
     assert backbone.config._attn_implementation == (BLOCKWISE if family != "gemma2" else "eager")
     ids = branches(QUERIES + 20, 12, 20)
@@ -147,11 +147,11 @@ def test_a_tree_of_several_blocks_gives_the_same(family: str) -> None:
         [[1, 2, *[3] * length] for length in range(QUERIES - 3, QUERIES + 3)],  # rows that begin the next ones
     ],
 )
-def test_blocks_of_any_shape_give_the_same(llama: RewardClassifier, ids: list[list[int]]) -> None:
+def test_blocks_of_any_shape_give_equal_loss_and_gradients(llama: RewardClassifier, ids: list[list[int]]) -> None:
     assert_tree_is_rows(llama, ids, range(len(ids)))
 
 
-def test_blocks_hide_what_the_mask_hides_and_little_else() -> None:
+def test_blocks_compute_the_mask_and_few_masked_pairs() -> None:
     ids = branches(QUERIES + 20, 30, 20)
     inputs = TreeLayout(ids, 4096).lay_out(range(len(ids))).inputs
     end, read = inputs["subtree_end"][0], inputs["read_out"]
@@ -166,7 +166,7 @@ def test_blocks_hide_what_the_mask_hides_and_little_else() -> None:
     assert sum(mask.numel() for mask in blocks.every.masks) < len(end) ** 2 / 2
 
 
-def test_a_backbone_that_takes_no_blocks_keeps_its_attention() -> None:
+def test_a_backbone_without_support_for_blocks_keeps_its_attention() -> None:
     backbone = network("llama", "sdpa")
     inner = backbone.model.forward
 
@@ -179,7 +179,7 @@ def test_a_backbone_that_takes_no_blocks_keeps_its_attention() -> None:
     assert_tree_is_rows(classifier(backbone), CASES["a scene"], range(5))
 
 
-def test_a_backbone_that_drops_the_blocks_reads_by_its_mask() -> None:
+def test_a_backbone_that_ignores_the_blocks_uses_the_mask() -> None:
     backbone = network("llama")
     inner = backbone.model.forward
     backbone.model.forward = lambda tree_blocks=None, **inputs: inner(**inputs)
@@ -188,13 +188,13 @@ def test_a_backbone_that_drops_the_blocks_reads_by_its_mask() -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_attentions_that_take_a_mask_give_the_same(attention: str) -> None:
+def test_attentions_with_masks_give_equal_loss_and_gradients(attention: str) -> None:
     backbone = network("llama", attention)
     assert tree_problem(backbone, longest=1024) is None
     assert_tree_is_rows(classifier(backbone), CASES["a scene"], range(5))
 
 
-def test_category_weights_and_gradient_checkpointing_give_the_same() -> None:
+def test_category_weights_and_gradient_checkpointing_give_equal_loss_and_gradients() -> None:
     backbone = network("llama")
     backbone.gradient_checkpointing_enable({"use_reentrant": False})
     model = classifier(backbone, category_weights={"missed_need": 2.0, "false_alarm": 0.25})
@@ -213,10 +213,10 @@ def llama() -> RewardClassifier:
     st.integers(9, 40),
     st.data(),
 )
-def test_random_trees_give_the_same(
+def test_random_trees_give_equal_loss_and_gradients(
     llama: RewardClassifier, ids: list[list[int]], budget: int, data: st.DataObject
 ) -> None:
-    """Any rows, any of them in a step, some twice, in as many micro-batches as the budget makes."""
+    """Random rows, a random choice of them in a step, some twice, in as many micro-batches as the budget requires."""
     assert llama.network is not None
     assert llama.network.config._attn_implementation == BLOCKWISE
     rows = data.draw(st.lists(st.integers(0, len(ids) - 1), min_size=1, max_size=10))
@@ -225,7 +225,7 @@ def test_random_trees_give_the_same(
 
 @needs_proactivebench
 @pytest.mark.parametrize("max_length", [1024, 180])  # none, and most, of the rows lose their oldest events
-def test_a_real_scene_gives_the_same(max_length: int) -> None:
+def test_a_real_scene_gives_equal_loss_and_gradients(max_length: int) -> None:
     data = RewardDataModule(root=str(PROACTIVEBENCH), split="published", max_length=max_length, vocabulary_size=1000)
     data.setup("fit")
     assert (data.truncated["train"] > 400) == (max_length == 180)
@@ -285,17 +285,17 @@ def test_an_epoch_on_the_real_rows_has_the_same_loss_curve() -> None:
         ("qwen3_next", {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "num_experts": 2}, "it refuses them"),
     ],
 )
-def test_what_cannot_read_trees_is_found_out(family: str, settings_: dict[str, Any], reason: str) -> None:
+def test_backbones_that_cannot_read_trees_are_detected(family: str, settings_: dict[str, Any], reason: str) -> None:
     assert reason in str(tree_problem(network(family, **settings_), longest=101))
 
 
-def test_a_window_as_long_as_the_longest_row_is_none() -> None:
+def test_a_window_as_long_as_the_longest_row_is_no_problem() -> None:
     assert tree_problem(network("mistral", sliding_window=101), longest=101) is None
     assert attention_window(network("llama").config) is None
 
 
-def test_a_backbone_that_drops_the_mask_is_found_out() -> None:
-    """The self-test looks at what comes out: here branches see each other, as they must not."""
+def test_a_backbone_that_ignores_the_mask_is_detected() -> None:
+    """The trial compares results: here branches see each other, which is wrong."""
     backbone = network("llama", "sdpa")
     inner = backbone.model.forward
 
@@ -307,7 +307,7 @@ def test_a_backbone_that_drops_the_mask_is_found_out() -> None:
     assert "depends on the other rows" in str(tree_problem(backbone, longest=64))
 
 
-def test_a_backbone_that_drops_the_positions_is_found_out() -> None:
+def test_a_backbone_that_ignores_the_positions_is_detected() -> None:
     backbone = network("gpt2")
     inner = backbone.transformer.forward
 
@@ -318,7 +318,7 @@ def test_a_backbone_that_drops_the_positions_is_found_out() -> None:
     assert "gives other states" in str(tree_problem(backbone, longest=64))
 
 
-def test_an_attention_without_masks_is_named() -> None:
+def test_an_attention_without_custom_masks_is_named() -> None:
     backbone = network("llama")
     backbone.config._attn_implementation = "flash_attention_2"
     assert tree_problem(backbone, longest=64) == "attention flash_attention_2 accepts no custom mask"
@@ -340,7 +340,7 @@ def fit_one_step(layout: str, **options: Any) -> RewardDataModule:
     return data
 
 
-def test_auto_falls_back_to_rows_and_says_so_once(
+def test_auto_falls_back_to_rows_and_logs_the_reason_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -358,8 +358,8 @@ def test_auto_is_tree_for_a_decoder() -> None:
     assert fit_one_step("auto", scratch=SMALL_BACKBONE, pooling="mean").layout == "rows"
 
 
-def test_pair_cost_counts_the_layers_alone() -> None:
-    """2 x layers x hidden size over the layers' weights: here 4 projections of 32 x 32 and 3 of 32 x 48 each."""
+def test_pair_cost_is_relative_to_the_layers_without_embeddings() -> None:
+    """2 x layers x hidden size / weights of the layers: here 4 projections of 32 x 32 and 3 of 32 x 48 per layer."""
     backbone = network("llama", "sdpa", num_key_value_heads=4)
     weights = 2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32
     assert pair_cost(backbone) == pytest.approx(2 * 2 * 32 / weights)
@@ -367,8 +367,8 @@ def test_pair_cost_counts_the_layers_alone() -> None:
     assert pair_cost(backbone) == 0
 
 
-def test_a_block_mask_hides_what_the_mask_hides() -> None:
-    """The mask alone, without the attention that reads it: that one has no backward on a CPU."""
+def test_a_block_mask_equals_the_plain_mask() -> None:
+    """Only the mask: FlexAttention has no backward pass on a CPU."""
     layout = TreeLayout(CASES["a scene"], 64)
     end = layout.lay_out(range(5)).inputs["subtree_end"][0]
     block_mask = tree_mask(end, "flex_attention", torch.float32)
@@ -381,7 +381,7 @@ def test_a_block_mask_hides_what_the_mask_hides() -> None:
 @pytest.mark.skipif(
     not torch.cuda.is_available(), reason="FlexAttention has no backward on a CPU, and there is no CUDA device"
 )
-def test_flex_attention_gives_the_same_and_compiles_once() -> None:
+def test_flex_attention_gives_equal_results_and_compiles_once() -> None:
     from torch._dynamo.utils import counters
 
     backbone = network("llama", hidden_size=128, head_dim=32).cuda()

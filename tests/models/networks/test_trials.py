@@ -1,4 +1,4 @@
-"""What a backbone makes of long texts is tried, not read off its configuration; and a row is not what its mates are.
+"""Trials detect backbones that treat long texts differently, and rows whose results depend on other rows.
 
 Shape legend: R rows, T tokens, D hidden size.
 """
@@ -49,7 +49,7 @@ ONLY_LANGUAGE = {
 
 
 def network(family: str, settings: dict[str, Any], auto: Any = AutoModelForSequenceClassification) -> PreTrainedModel:
-    """With weights large enough that a network minds what it sees."""
+    """With weights so large that the output depends on what the network sees."""
     torch.manual_seed(0)
     sizes = {name: size for name, size in SIZES.items() if not (family == "gpt_neo" and name.startswith("num_"))}
     made = auto.from_config(AutoConfig.for_model(family, **{**sizes, "num_labels": 2, **settings})).eval()
@@ -60,7 +60,7 @@ def network(family: str, settings: dict[str, Any], auto: Any = AutoModelForSeque
 
 
 def rows() -> list[list[int]]:
-    """Rows of a common trunk, short and long ones."""
+    """Short and long rows with a common trunk."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(4, VOCABULARY, (400,), generator=generator).tolist()
     return [[*tokens[:shared], *tokens[at : at + own]] for shared, own, at in ((9, 6, 60), (20, 5, 90), (60, 60, 120))]
@@ -78,14 +78,14 @@ def alone(model: PreTrainedModel, ids: list[list[int]]) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def by_trial_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No window is known by its name here."""
+    """Hide the names of windows, so that only trials can find them."""
     monkeypatch.setattr("models.networks.trials.attention_window", lambda config: None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", CHANGES_WITH_LENGTH)
-def test_what_changes_with_the_length_is_found_by_trial(kind: str, dtype: torch.dtype) -> None:
-    """In bfloat16 as well, where rounding hides a good part of it."""
+def test_trials_detect_networks_that_depend_on_the_length(kind: str, dtype: torch.dtype) -> None:
+    """Also in bfloat16, where rounding hides much of the difference."""
     model = network(*CHANGES_WITH_LENGTH[kind]).to(dtype)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     problem = choose_attention(model, "cpu", LONG)
@@ -100,7 +100,7 @@ def test_what_changes_with_the_length_is_found_by_trial(kind: str, dtype: torch.
 
 
 @pytest.mark.parametrize("kind", CHANGES_WITH_LENGTH | ONLY_LANGUAGE)
-def test_answers_that_change_with_the_length_are_found_by_trial(kind: str) -> None:
+def test_trials_detect_answers_that_depend_on_the_length(kind: str) -> None:
     model = network(*(CHANGES_WITH_LENGTH | ONLY_LANGUAGE)[kind], auto=AutoModelForCausalLM)
     problem = branch_problem(model, LONG)
     assert "the logits of an answer differ from those after its prompt" in str(problem)
@@ -109,8 +109,8 @@ def test_answers_that_change_with_the_length_are_found_by_trial(kind: str) -> No
     assert (branch_problem(model, SHORT) is None) == (kind != "GPT-Neo's window")
 
 
-def test_a_window_that_counts_the_tokens_between_shows_in_a_large_tree_of_short_rows() -> None:
-    """GPT-Neo's looks back over other branches, which no row of 24 tokens has before it."""
+def test_trials_detect_a_window_over_tree_indices_in_a_large_tree_of_short_rows() -> None:
+    """GPT-Neo's window counts tokens of other branches, which a row of 24 tokens does not have."""
     model = network(*CHANGES_WITH_LENGTH["GPT-Neo's window"])
     assert tree_problem(model, SHORT, 2 * SHORT) is None
     assert "other states" in str(tree_problem(model, SHORT, 400))
@@ -118,7 +118,7 @@ def test_a_window_that_counts_the_tokens_between_shows_in_a_large_tree_of_short_
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt_neox", "opt", "mixtral", "smollm3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_the_same_at_any_length_passes(family: str, dtype: torch.dtype) -> None:
+def test_networks_that_do_not_depend_on_the_length_pass(family: str, dtype: torch.dtype) -> None:
     options: dict[str, Any] = {"ffn_dim": 48, "word_embed_proj_dim": 32} if family == "opt" else {}
     settings = {**options, **({"num_local_experts": 4} if family == "mixtral" else {})}
     model = network(family, settings).to(dtype)
@@ -131,7 +131,7 @@ def test_what_is_the_same_at_any_length_passes(family: str, dtype: torch.dtype) 
     assert relative_difference(found, alone(model, ids)) < 10 * TOLERANCE[dtype]
 
 
-def test_the_trial_in_float32_is_one_and_leaves_the_weights_as_they_were() -> None:
+def test_a_trial_in_float32_computes_in_float32_and_restores_the_weights() -> None:
     model = network("llama", {}).to(torch.bfloat16)
     weights = dict(model.named_parameters())
     data = {name: weight.data_ptr() for name, weight in weights.items()}
@@ -154,7 +154,7 @@ def test_the_trial_in_float32_is_one_and_leaves_the_weights_as_they_were() -> No
     [("longrope", "a row gives other results beside a longer one than alone"), ("GPT-Neo's window", None)],
 )
 @pytest.mark.parametrize("head", ["classifier", "language model"])
-def test_rows_that_depend_on_their_mates_are_found_by_trial(kind: str, reason: str | None, head: str) -> None:
+def test_trials_detect_rows_that_depend_on_other_rows(kind: str, reason: str | None, head: str) -> None:
     if head == "classifier":
         model = network(*CHANGES_WITH_LENGTH[kind])
         problem = padding_problem(model, lambda inputs: classify(model, inputs, "auto"), LONG)
@@ -166,8 +166,8 @@ def test_rows_that_depend_on_their_mates_are_found_by_trial(kind: str, reason: s
     assert (reason or "None") in str(problem)
 
 
-def test_a_network_that_remembers_the_longest_row_is_refused() -> None:
-    """With dynamic rope a row's figures depend on all rows that were read before it."""
+def test_a_network_that_depends_on_earlier_rows_is_refused() -> None:
+    """With dynamic rope the result for a row depends on all earlier rows."""
     model = network(*CHANGES_WITH_LENGTH["dynamic rope"])
     with pytest.raises(UserError, match="depends on the rows that it read before"):
         padding_problem(model, lambda inputs: classify(model, inputs, "auto"), LONG)
@@ -184,10 +184,10 @@ def test_a_network_that_reads_no_rows_is_refused() -> None:
 
 
 @pytest.mark.parametrize("layout", ["auto", "rows"])
-def test_rows_that_depend_on_their_mates_are_computed_one_by_one(
+def test_rows_that_depend_on_other_rows_are_computed_one_by_one(
     layout: str, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So trees, rows and one by one agree: here all three are one by one, and the run says why."""
+    """So trees, padded rows and single rows agree: all are computed one by one, and the log says why."""
     said: list[str] = []
     monkeypatch.setattr(logging.getLogger("proactive"), "info", lambda text, *_: said.append(text))
     scratch = {**SIZES, "model_type": "phi3", "rope_parameters": LONG_ROPE, "original_max_position_embeddings": 48}
@@ -203,8 +203,8 @@ def test_rows_that_depend_on_their_mates_are_computed_one_by_one(
     assert min(length for _, length in lengths) < 160
 
 
-def test_the_longest_row_is_the_datas_own(root: Path) -> None:
-    """A backbone whose window no row fills reads trees, though data.max_length is longer."""
+def test_the_longest_row_of_the_data_decides_not_max_length(root: Path) -> None:
+    """A window longer than all rows is no problem, even if data.max_length is longer than the window."""
     data = small_data(root, layout="auto", max_length=400, token_budget=800)
     data.setup("fit")
     assert data.longest < 400
@@ -218,7 +218,7 @@ def test_the_longest_row_is_the_datas_own(root: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_trial_compiles_nothing_and_rounds_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled blocks and FlexAttention run as written, and products are float32's own, whatever the run asked for."""
+    """Compiled blocks and FlexAttention run eagerly, with full float32 products, whatever the run's options are."""
     from torch._dynamo.utils import counters
 
     model = network("llama", {"head_dim": 16}).to(dtype)

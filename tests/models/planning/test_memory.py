@@ -1,4 +1,4 @@
-"""Planned memory against what a small fit takes, and against what is known of parts."""
+"""Planned memory, compared with the memory of small fits and with known parts."""
 
 import json
 import os
@@ -90,7 +90,7 @@ def measured(root: Path, options: dict[str, Any], data_options: dict[str, Any]) 
         ("tree", {"adapter": {"rank": 8, "dropout": 0.0}, "attn_implementation": "eager"}),
     ],
 )
-def test_a_plan_is_within_15_percent_of_what_a_fit_takes(root: Path, layout: str, options: dict[str, Any]) -> None:
+def test_a_plan_is_within_15_percent_of_a_fits_memory(root: Path, layout: str, options: dict[str, Any]) -> None:
     data_options = SIZES | {"layout": layout}
     data = small_data(root, **data_options)
     data.setup("fit")
@@ -125,7 +125,7 @@ def plan_8b(**options: Any) -> tuple[MemoryPlan, Setting]:
     return MemoryPlan(RewardClassifier(), LLAMA_8B, batch), replace(setting, **options)
 
 
-def test_parts_of_an_8b_model_are_what_is_known_of_them() -> None:
+def test_memory_of_an_8b_model_has_the_known_parts() -> None:
     plan, setting = plan_8b()
     memory = plan.memory(setting)
     parameters = weight_count(plan.network(setting))
@@ -148,8 +148,8 @@ def test_four_bits_and_an_adapter_fit_24_gib() -> None:
     assert memory.peak < 12 * GIB
 
 
-def test_stand_ins_are_as_large_as_what_they_stand_for() -> None:
-    """Quantized layers and adapters as the libraries make them."""
+def test_replacements_have_as_many_weights_as_the_libraries_layers() -> None:
+    """Compared with the quantized layers and adapters of the libraries."""
     small = AutoConfig.for_model(**SHAPE | {"num_hidden_layers": 2, "vocab_size": 300, "num_labels": 2})
     plan = MemoryPlan(RewardClassifier(), small, {})
     for kind in ("none", "int8", "nf4"):
@@ -175,7 +175,7 @@ def test_the_cheapest_change_that_fits_is_found() -> None:
     assert cheapest_fit(plan, setting, longest=256, room=GIB) is None
 
 
-def test_eight_bit_optimizers_keep_small_tensors_as_they_are() -> None:
+def test_eight_bit_optimizers_keep_float32_state_for_small_tensors() -> None:
     vector, matrix = torch.empty(1024), torch.empty(256, 256)
     assert optimizer_bytes(vector, "paged_adamw_8bit") == optimizer_bytes(vector, "adamw") == 8 * 1024
     assert optimizer_bytes(matrix, "paged_adamw_8bit") == 2 * 2**16 + 2 * 4 * 2**8
