@@ -1,4 +1,4 @@
-"""The one exception for mistakes that the person at the terminal can mend, and the mistakes of a resume."""
+"""UserError, the exception for errors that the user can fix; and the check of a resumed run's options."""
 
 import json
 import shlex
@@ -7,11 +7,11 @@ from typing import Any
 
 from datamodules.escaping import printable, shortened
 
-LONGEST_MESSAGE = 1000  # characters of what went wrong; a name or value in it may have any length
+LONGEST_MESSAGE = 1000  # characters; names and values in a message may have any length
 
 
 class UserError(Exception):
-    """Something the user gave is wrong: `what` happened, and `hint` what to do about it, one printable line each."""
+    """An error that the user can fix. `what` says what is wrong, `hint` what to do; each is one printable line."""
 
     def __init__(self, what: str, hint: str) -> None:
         self.what = shortened(printable(what), LONGEST_MESSAGE)
@@ -23,23 +23,26 @@ class UserError(Exception):
 
 
 def refuse_changes(group: str, before: Mapping[str, Any], now: Mapping[str, Any], may_change: Collection[str]) -> None:
-    """Refuse a resume with other options than the run began with.
+    """Refuse to resume a run with other options.
 
     Args:
-        group: What the options belong to, as the command line names it: data, model, ..., or nothing.
-        before: The options that a checkpoint was written with.
-        now: Those that are given now; one that only one side knows is null on the other.
-        may_change: The names of those that a resume may change.
+        group: Group of the options on the command line, such as data or model; empty for none.
+        before: Options in the checkpoint.
+        now: Options of the resumed run. An option that only one side has counts as null on the other.
+        may_change: Names of the options that may change.
 
     Raises:
-        UserError: Another one differs; the message has its name and both values.
+        UserError: Another option differs; the message states its name and both values.
     """
     for name in {**before, **now}:
-        was, given = before.get(name), now.get(name)
-        if was != given and name not in may_change and not name.startswith("_"):
-            values = [value if isinstance(value, str) else json.dumps(value, default=str) for value in (given, was)]
+        if before.get(name) != now.get(name) and name not in may_change and not name.startswith("_"):
+            old, new = _as_argument(before.get(name)), _as_argument(now.get(name))
             option = f"{group}.{name}" if group else name
             raise UserError(
-                f"{option}: {values[0]}, but the checkpoint's run has {values[1]}",
-                f"Resume with --{option} {shlex.quote(values[1])}, or start a new run.",
+                f"{option}: {new}, but the checkpoint's run has {old}",
+                f"Resume with --{option} {shlex.quote(old)}, or start a new run.",
             )
+
+
+def _as_argument(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -1,45 +1,41 @@
-"""Text that a terminal, a line and a spreadsheet show as it is."""
+"""Escaping of foreign text for terminals, single lines and spreadsheets."""
 
 import json
 import re
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def printable(text: str) -> str:
-    """Text on one line that a terminal shows, and does not obey: other characters arrive escaped."""
+    """Escape line breaks, control characters and everything else that is not printable."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def shortened(text: str, most: int) -> str:
-    """The first characters of a text, `most` at most."""
+    """Return a text with at most `most` characters; a longer one ends in …."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def error_text(error: BaseException, most: int) -> str:
-    """An exception's message on one line, `most` characters at most."""
+    """Return the message of an exception on one line, with at most `most` characters."""
     return shortened(" ".join(str(error).split()), most)
 
 
-FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")  # of a cell that spreadsheets compute instead of showing it
+FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")  # first characters of a cell that a spreadsheet takes for a formula
 
 
 def as_cell(text: str) -> str:
-    """A text as a cell of a CSV file: an apostrophe before what a spreadsheet would take for a formula."""
+    """Return a cell of a CSV file for a text: an apostrophe before what a spreadsheet would take for a formula."""
     return f"'{text}" if text.lstrip("'").startswith(FORMULA_STARTS) else text
 
 
 def of_cell(cell: str) -> str:
-    """The text that `as_cell` made a cell of."""
+    """Return the text of a cell from `as_cell`."""
     return cell[1:] if cell.startswith("'") and cell.lstrip("'").startswith(FORMULA_STARTS) else cell
 
 
 def on_one_line(text: str) -> str:
-    """Text with its line breaks and other control characters escaped as JSON does it."""
+    """Escape line breaks and other control characters as JSON does; all other text stays as it is."""
     return _CONTROL.sub(lambda match: json.dumps(match[0])[1:-1], text)
 
 
-# Everything that a terminal, an editor or str.splitlines takes for the end of a line, and other control characters.
+# Control characters, and everything that a terminal, an editor or str.splitlines takes for the end of a line.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")

@@ -1,7 +1,7 @@
-"""The ranges of numbers that options, checkpoints and exports may hold, as annotations of what takes them.
+"""Ranges of numbers in options, checkpoints and exports, as annotations of parameters.
 
-The parsers of the commands check them and show them in --help; `refuse_unsound` checks what comes past a parser, such
-as the options in a checkpoint.
+The parsers of the commands check them and show them in --help. `refuse_unsound` checks values that no parser has seen,
+such as the options in a checkpoint.
 """
 
 import math
@@ -18,7 +18,7 @@ from datamodules.errors import UserError
 
 
 class Finite:
-    """A number that is neither infinite, nor NaN, nor a boolean."""
+    """A finite number: not infinite, not NaN, not a boolean."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         return core_schema.no_info_before_validator_function(_refuse_no_number, handler(source))
@@ -31,14 +31,14 @@ def _refuse_no_number(value: Any) -> Any:
     try:
         sound = not isinstance(value, bool) and math.isfinite(float(value))
     except (ValueError, TypeError, OverflowError):
-        return value  # what is said of its type is clearer
+        return value  # the message about its type is clearer
     if not sound:
         raise ValueError("Input should be a finite number")
     return value
 
 
 class FolderNamed:
-    """A text that names a folder, hidden from nobody and no path."""
+    """A name of a folder: not hidden, and not a path."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         return core_schema.no_info_after_validator_function(_refuse_path, handler(source))
@@ -60,15 +60,15 @@ Share = Annotated[float, Ge(0), Le(1), FINITE]
 ShareBelowOne = Annotated[float, Ge(0), Lt(1), FINITE]
 PositiveShare = Annotated[float, Gt(0), Le(1), FINITE]
 Count = Annotated[int, Ge(1), Le(2**31 - 1), FINITE]
-CountOrNone = Annotated[int, Ge(0), Le(2**31 - 1), FINITE]  # none at all counts too
-Seed = Annotated[int, Ge(0), Le(2**32 - 1), FINITE]  # as NumPy takes it
-Folds = Annotated[int, Ge(3), Le(10_000), FINITE]  # to train, to validate, to test
+CountOrNone = Annotated[int, Ge(0), Le(2**31 - 1), FINITE]  # 0 means none
+Seed = Annotated[int, Ge(0), Le(2**32 - 1), FINITE]  # the range of NumPy
+Folds = Annotated[int, Ge(3), Le(10_000), FINITE]  # at least one each to train, validate and test
 Vocabulary = Annotated[int, Ge(259), Le(2**20), FINITE]  # at least every byte and three special tokens
 Workers = Annotated[int, Ge(0), Le(256), FINITE]  # processes
-Temperature = Annotated[float, Ge(0), Le(100), FINITE]  # of sampling
+Temperature = Annotated[float, Ge(0), Le(100), FINITE]  # for sampling
 Tries = Annotated[int, Ge(1), Le(1000), FINITE]
-FolderName = Annotated[str, MaxLen(60), FolderNamed()]  # in up to 240 bytes; file systems take 255
-_PLAIN = {  # pydantic's words for ranges, as regular expressions
+FolderName = Annotated[str, MaxLen(60), FolderNamed()]  # at most 240 bytes; file systems allow 255
+_PLAIN = {  # pydantic's messages as regular expressions, and our words for them
     r"greater than or equal to (\S+)": r"\1 or more",
     r"less than or equal to (\S+)": r"\1 or less",
     r"greater than": "more than",
@@ -77,12 +77,15 @@ _PLAIN = {  # pydantic's words for ranges, as regular expressions
 
 
 def refuse_unsound(annotated: Any, values: Mapping[str, Any], group: str) -> None:
-    """Raise a UserError for the first value that is not of the type, or in the range, that is annotated for it.
+    """Check that values have the annotated types and ranges.
 
     Args:
-        annotated: A class, whose constructor and those of its bases are annotated, or a mapping of names to types.
-        values: By the names of parameters; names that are not annotated are passed over.
-        group: What the values belong to, as the command line names it; empty for no group.
+        annotated: A class with annotated constructors, its own and those of its bases; or a mapping of names to types.
+        values: Values by name of parameter; names without annotation are ignored.
+        group: Group of the values on the command line; empty for none.
+
+    Raises:
+        UserError: A value does not fit; the message names the first one.
     """
     adapters = _adapters(annotated) if isinstance(annotated, type) else _adapters_of(annotated)
     for name, value in values.items():
@@ -96,13 +99,13 @@ def refuse_unsound(annotated: Any, values: Mapping[str, Any], group: str) -> Non
 
 
 def reason(error: ValidationError) -> str:
-    """What pydantic has against a value, in a few words."""
+    """Return pydantic's reason for refusing a value, in a few words."""
     first = error.errors(include_url=False)[0]
     return worded(first["msg"], repr(first["input"]))
 
 
 def worded(message: str, given: str) -> str:
-    """A message of pydantic as the end of a sentence that begins with the name of an option."""
+    """Rewrite a message of pydantic so that it can follow the name of an option."""
     said = message.removeprefix("Value error, ").replace("Input should be ", "expected ", 1)
     for theirs, plain in _PLAIN.items():
         said = re.sub(theirs, plain, said)

@@ -1,17 +1,52 @@
-"""A bag of words: what counting words comes to, so that a model's figures can be seen beside it."""
+"""A bag-of-words classifier: a baseline for the metrics of a model."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from datamodules.corpus.records import Event
 
+Decision = tuple[str, bool]  # the words that a decision is based on, see `marked_words`, and the correct decision
 Scorer = Callable[[Sequence[str]], Tensor]
 
 
+@dataclass(frozen=True)
+class WordScores:
+    """Scores of a bag of words that was fitted on the training rows.
+
+    Attributes:
+        majority: The more frequent class of the training rows.
+        validation: (N,) float64, P(positive class) of the validation rows.
+        validation_target: (N,) int64, 1 for the positive class.
+        test: (N,) float64, P(positive class) of the test rows.
+    """
+
+    majority: bool
+    validation: Tensor
+    validation_target: Tensor
+    test: Tensor
+
+
+def word_scores(
+    train: Sequence[Decision], validation: Sequence[Decision], test: Sequence[Decision]
+) -> WordScores | None:
+    """Fit a bag of words on training rows and score the others; None if there are no training rows."""
+    if not train:
+        return None
+    texts, labels = zip(*train, strict=True)
+    score = bag_of_words(texts, labels)
+    return WordScores(
+        majority=sum(labels) * 2 > len(labels),
+        validation=score([text for text, _ in validation]),
+        validation_target=torch.tensor([int(label) for _, label in validation], dtype=torch.int64),
+        test=score([text for text, _ in test]),
+    )
+
+
 def marked_words(history: Sequence[Event], proposal: str | None = None) -> str:
-    """Every word of a history and a proposal; those of the last event and of the proposal are told apart."""
+    """All words of a history and a proposal, each with a prefix: history_, last_ (of the last event) or offer_."""
     parts = {
         "history": " ".join(event.event for event in history),
         "last": history[-1].event if history else "",
@@ -24,11 +59,11 @@ def bag_of_words(texts: Sequence[str], labels: Sequence[bool]) -> Scorer:
     """Fit a logistic regression on TF-IDF weights of words.
 
     Args:
-        texts: As `marked_words` gives them, at least one.
-        labels: Whether each is of the positive class.
+        texts: Texts from `marked_words`, at least one.
+        labels: Whether each text belongs to the positive class.
 
     Returns:
-        What gives P(positive class) of texts, (N,) float64; the share of positive labels where all are alike.
+        A function that maps texts to P(positive class), (N,) float64. If all labels are equal, it returns their value.
     """
     if len(set(labels)) < 2:
         return lambda scored: torch.full((len(scored),), float(labels[0]), dtype=torch.float64)

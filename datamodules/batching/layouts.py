@@ -1,4 +1,4 @@
-"""How the rows of a micro-batch are laid out for the backbone: padded rows, or prefix trees."""
+"""Layouts of a micro-batch: padded rows, or a prefix tree."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,19 +12,19 @@ from datamodules.batching.prefix_tree import Integers, PrefixOrder, build_tree, 
 
 
 class Inputs(TypedDict):
-    """What a backbone reads of R rows: padded rows with an attention mask, or one tree with the other fields."""
+    """Input of a backbone for R rows: padded rows with an attention mask, or one tree with the other fields."""
 
-    input_ids: Tensor  # (R, T) int64, padded on the right; of a tree (1, T)
+    input_ids: Tensor  # (R, T) int64, padded on the right; (1, T) for a tree
     attention_mask: NotRequired[Tensor]  # (R, T) int64, 1 for real tokens
     position_ids: NotRequired[Tensor]  # (1, T) int64
     subtree_end: NotRequired[Tensor]  # (1, T) int64, see Tree
-    read_out: NotRequired[Tensor]  # (R,) int64, where the rows' last tokens are
+    read_out: NotRequired[Tensor]  # (R,) int64, positions of the rows' last tokens
 
 
 class AnswerTokens(TypedDict):
-    """The tokens of R rows' answers: L distinct ones, which stand in rows P times in all."""
+    """Answer tokens of R rows: L positions to predict, in P pairs of a token and a row that contains it."""
 
-    predicted_at: Tensor  # (L,) int64, which state, of all rows' one after the other, predicts each token
+    predicted_at: Tensor  # (L,) int64, position of the predicting state, in the states of all rows one after the other
     target: Tensor  # (L,) int64, token ids
     pair_token: Tensor  # (P,) int64, 0 to L - 1
     pair_row: Tensor  # (P,) int64, 0 to R - 1
@@ -32,7 +32,7 @@ class AnswerTokens(TypedDict):
 
 @dataclass(frozen=True)
 class LaidOut:
-    """Rows as the backbone reads them, in the order of its outputs; `answers` if the layout knows of any."""
+    """The input for some rows, with the rows in the order of outputs; `answers` is None for rows with a label."""
 
     rows: Sequence[int]
     inputs: Inputs
@@ -40,23 +40,23 @@ class LaidOut:
 
 
 class Layout(Protocol):
-    """How the rows of a micro-batch are laid out for the backbone.
+    """Divides rows into micro-batches and makes the input of each.
 
-    Those below take all rows' token ids, and of each row's answer, if there are any to learn, the places of its
-    tokens in the row, above 0.
+    Constructors take the token ids of all rows and, for agents, the positions of each row's answer tokens, which are
+    above 0.
     """
 
     def split(self, rows: Sequence[int], ranks: int) -> list[list[int]]:
-        """Divide rows into micro-batches that fit; at most the last `ranks` - 1 places of a round stay empty."""
+        """Divide rows into micro-batches; in the last round, fewer than `ranks` ranks may stay without one."""
         ...
 
     def lay_out(self, rows: Sequence[int]) -> LaidOut:
-        """The rows of a micro-batch for the backbone."""
+        """Make the input of a micro-batch."""
         ...
 
 
 class RowsLayout:
-    """Row by row: rows of similar length together, padded."""
+    """Padded rows; rows of similar length form a micro-batch."""
 
     def __init__(
         self,
@@ -84,20 +84,20 @@ class RowsLayout:
         inputs = Inputs(input_ids=input_ids, attention_mask=(torch.arange(width) < lengths[:, None]).long())
         answers = None
         if self.answers is not None:
-            mine = [self.answers[row] for row in rows]
-            pair_row = np.repeat(np.arange(len(rows)), [len(places) for places in mine])
-            place = np.concatenate(mine) + pair_row * width
+            positions = [self.answers[row] for row in rows]
+            pair_row = np.repeat(np.arange(len(rows)), list(map(len, positions)))
+            position = np.concatenate(positions) + pair_row * width
             answers = AnswerTokens(
-                predicted_at=torch.from_numpy(place - 1),
-                target=input_ids.flatten()[torch.from_numpy(place)],
-                pair_token=torch.arange(len(place)),
+                predicted_at=torch.from_numpy(position - 1),
+                target=input_ids.flatten()[torch.from_numpy(position)],
+                pair_token=torch.arange(len(position)),
                 pair_row=torch.from_numpy(pair_row),
             )
         return LaidOut(rows, inputs, answers)
 
 
 class TreeLayout:
-    """As prefix trees of at most `token_budget` tokens; for `pair_cost` see `tree.split`."""
+    """Prefix trees of at most `token_budget` tokens; for `pair_cost` see `prefix_tree.split`."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class TreeLayout:
 
     def split(self, rows: Sequence[int], ranks: int) -> list[list[int]]:
         parts = split(self._order(rows), range(len(rows)), self.token_budget, ranks, self.pair_cost)
-        return [[rows[place] for place in part] for part in parts]
+        return [[rows[index] for index in part] for part in parts]
 
     def lay_out(self, rows: Sequence[int]) -> LaidOut:
         answers = None if self.answers is None else [self.answers[row] for row in rows]
@@ -126,17 +126,17 @@ class TreeLayout:
         )
         answer_tokens = None
         if answers is not None:
-            place, pair_token = np.unique(tree.answer_place, return_inverse=True)
+            position, pair_token = np.unique(tree.answer_place, return_inverse=True)
             answer_tokens = AnswerTokens(
-                predicted_at=torch.from_numpy(tree.parent[place]),
-                target=torch.from_numpy(tree.input_ids[place]),
+                predicted_at=torch.from_numpy(tree.parent[position]),
+                target=torch.from_numpy(tree.input_ids[position]),
                 pair_token=torch.from_numpy(pair_token),
                 pair_row=torch.from_numpy(tree.answer_branch),
             )
-        return LaidOut([rows[place] for place in tree.rows], inputs, answer_tokens)
+        return LaidOut([rows[index] for index in tree.rows], inputs, answer_tokens)
 
     def _order(self, rows: Sequence[int]) -> PrefixOrder:
-        """Of these rows alone: all rows' token ids may be more than memory holds."""
+        """Sort only these rows: the token ids of all rows may not fit into memory."""
         return PrefixOrder([self.input_ids[row] for row in rows])
 
 

@@ -1,12 +1,12 @@
-"""Prefix trees: rows that begin alike share the computation of what they share.
+"""Prefix trees: several rows in one sequence, in which tokens of a shared prefix appear once.
 
-In a causal backbone, a token's state depends on the tokens before it alone. So rows merge wherever their token
-ids agree from the beginning, also inside a segment, and each shared token is computed once: the result is that
-of the rows one by one, to rounding. The same thought, elsewhere: Tree Training (arXiv 2511.00413) and prefix
-sharing for preference pairs (arXiv 2410.20305).
+In a causal backbone, a token's hidden state depends only on the tokens before it. So rows are merged as long as their
+token ids agree from the beginning, also inside a segment. Each shared token is computed once, and the result equals
+that of single rows up to rounding. Related work: Tree Training (arXiv 2511.00413), prefix sharing for preference pairs
+(arXiv 2410.20305).
 
-No tree of nodes is built. Sorted rows are a tree: a row adds the tokens that it does not share with the row
-before it, and so the tokens that rows add, one row after the other, are the tree in depth-first order.
+No tree of nodes is built, because sorted rows are already a tree: each row adds the tokens that it does not share with
+the row before it. The added tokens of all rows, one row after the other, are the tree in depth-first order.
 
 Shape legend: N rows of a split, R rows of one tree, T tokens of one tree.
 """
@@ -24,10 +24,10 @@ Integers = npt.NDArray[np.int64]
 
 
 class PrefixOrder:
-    """The lexicographic order of rows of token ids, and how many tokens neighbours in it share.
+    """Lexicographic order of rows of token ids, and the number of tokens that neighbours share.
 
     Args:
-        input_ids: N rows of token ids, of any lengths above 0.
+        input_ids: N rows of token ids, each with at least one.
     """
 
     def __init__(self, input_ids: Sequence[npt.ArrayLike]) -> None:
@@ -40,52 +40,52 @@ class PrefixOrder:
         self._shared = np.array([common_prefix(self.input_ids[a], self.input_ids[b]) for a, b in pairs], dtype=np.int64)
 
     def sorted(self, rows: Sequence[int]) -> Integers:
-        """The rows, which may repeat, in this order: (R,)."""
+        """Sort rows, which may repeat: (R,)."""
         given = np.asarray(rows, dtype=np.int64)
         return given[np.argsort(self._rank[given], kind="stable")]
 
     def shared(self, rows: Integers) -> Integers:
-        """How many tokens each of some sorted rows shares with the one before it, 0 for the first: (R,)."""
+        """Count the tokens that each sorted row shares with the row before it, (R,); 0 for the first row."""
         shared = np.zeros(len(rows), dtype=np.int64)
         if len(rows) > 1:
             rank = self._rank[rows]
             same = rank[1:] == rank[:-1]
-            # What two rows share is the least that neighbours from the one to the other share; a row is all its own.
+            # Two rows share the minimum of what the neighbours between them share. Equal rows share all tokens.
             neighbours = np.append(self._shared[: rank[-1]], self.lengths.max())
-            least = np.minimum.reduceat(neighbours, rank[:-1])
-            shared[1:] = np.where(same, self.lengths[rows[1:]], least)
+            minimum = np.minimum.reduceat(neighbours, rank[:-1])
+            shared[1:] = np.where(same, self.lengths[rows[1:]], minimum)
         return shared
 
     def tokens(self, rows: Sequence[int]) -> int:
-        """How many tokens the tree of some rows has."""
+        """Count the tokens of the tree of some rows."""
         ordered = self.sorted(rows)
         return int(self.lengths[ordered].sum() - self.shared(ordered).sum())
 
 
 @dataclass(frozen=True)
 class Tree:
-    """Merged rows, their T tokens in depth-first order.
+    """R merged rows with T tokens in depth-first order.
 
-    The ancestors of token q, itself included, are the tokens k with k <= q < subtree_end[k].
+    Token q attends to the tokens k with k <= q < subtree_end[k]: to itself and to its ancestors.
     """
 
-    rows: Integers  # (R,) which rows, in the order of their branches
-    read_out: Integers  # (R,) where each row's last token is
+    rows: Integers  # (R,) index of each row, in the order of branches
+    read_out: Integers  # (R,) position of each row's last token
     input_ids: Integers  # (T,)
-    position_ids: Integers  # (T,) how many tokens precede each one in its row
-    parent: Integers  # (T,) where the token before each one in its row is; -1 for a first token
-    subtree_end: Integers  # (T,) one past the last descendant of each token
-    answer_branch: Integers  # (P,) which branch, 0 to R - 1, each of P answer tokens stands in
-    answer_place: Integers  # (P,) where that token is: one that several rows share stands here once for each
+    position_ids: Integers  # (T,) number of tokens before each token in its row
+    parent: Integers  # (T,) position of the token before each token in its row; -1 for a first token
+    subtree_end: Integers  # (T,) position after the last descendant of each token
+    answer_branch: Integers  # (P,) branch, 0 to R - 1, of each of P answer tokens
+    answer_place: Integers  # (P,) position of that token; a token of several answers is listed once for each
 
 
 def build_tree(order: PrefixOrder, rows: Sequence[int], answers: Sequence[Integers] | None = None) -> Tree:
-    """Merge rows.
+    """Merge rows into a tree.
 
     Args:
         order: The order of all rows.
-        rows: Which of them to merge; they may repeat.
-        answers: For each row of `order`, which of its tokens, counted from 0, are its answer. None if none are.
+        rows: Indices of the rows to merge; they may repeat.
+        answers: For each row of `order`, the positions of its answer tokens in the row. None if there are no answers.
     """
     ordered = order.sorted(rows)
     shared = order.shared(ordered)
@@ -95,12 +95,14 @@ def build_tree(order: PrefixOrder, rows: Sequence[int], answers: Sequence[Intege
     input_ids, position_ids = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
     parent, subtree_end = np.arange(-1, size - 1), np.full(size, size, dtype=np.int64)
     answer_places: list[Integers] = []
-    path = np.empty(int(lengths.max(initial=0)), dtype=np.int64)  # of the current row: where each of its tokens is
+    path = np.empty(
+        int(lengths.max(initial=0)), dtype=np.int64
+    )  # position in the tree of each token of the current row
     read_out = np.empty(len(ordered), dtype=np.int64)
     depth = 0
     for number, (row, common, length) in enumerate(zip(ordered, shared, lengths, strict=True)):
         start, end = starts[number], starts[number + 1]
-        subtree_end[path[common:depth]] = start  # this row branches off below them
+        subtree_end[path[common:depth]] = start  # the row branches off before them
         path[common:length] = np.arange(start, end)
         input_ids[start:end] = order.input_ids[row][common:]
         position_ids[start:end] = np.arange(common, length)
@@ -118,22 +120,23 @@ def build_tree(order: PrefixOrder, rows: Sequence[int], answers: Sequence[Intege
 def split(
     order: PrefixOrder, rows: Sequence[int], token_budget: int, ranks: int = 1, pair_cost: float = 0.0
 ) -> list[Integers]:
-    """Divide rows into trees within a budget, cut where that makes all of them together cheapest to compute.
+    """Divide rows into trees within a token budget, at minimal total cost.
 
     Args:
         order: The order of all rows.
-        rows: Which of them to divide; they may repeat.
-        token_budget: The greatest number of tokens of one tree; at least the longest row's.
-        ranks: How many devices share the trees. Above 1, trees are made as equal as the number that the budget
-            needs, rounded up to a multiple of `ranks`, allows; there may be fewer trees than that multiple.
-        pair_cost: What attention to one token more costs a token, in units of all else that a token costs: a
-            tree of t tokens costs t + pair_cost t^2. Above 0 where attention computes what its mask hides.
+        rows: Indices of the rows to divide; they may repeat.
+        token_budget: Maximum number of tokens of a tree; at least the length of the longest row.
+        ranks: Number of ranks that share the trees. If there are several, the number of trees that the budget needs
+            is rounded up to a multiple of `ranks`. Then the largest tree is made as small as this number allows; fewer
+            trees may result.
+        pair_cost: Cost of a pair of tokens in attention, relative to all other cost of one token: a tree of t tokens
+            costs t + pair_cost t^2. It is above 0 if attention also computes masked pairs.
 
     Returns:
-        The rows of each tree.
+        The row indices of each tree.
 
     Raises:
-        UserError: A row alone exceeds the budget.
+        UserError: A single row exceeds the budget.
     """
     ordered = order.sorted(rows)
     shared = order.shared(ordered)
@@ -148,7 +151,7 @@ def split(
     if ranks > 1:
         trees = -(-len(cuts) // ranks) * ranks
         low, high = longest, token_budget
-        while low < high:  # the least cap that needs no more trees
+        while low < high:  # find the smallest budget that needs no more trees
             middle = (low + high) // 2
             if len(tried := _cuts(added, shared, middle, pair_cost)) <= trees:
                 cuts, high = tried, middle
@@ -157,22 +160,22 @@ def split(
     return np.split(ordered, cuts[1:])
 
 
-def _cuts(added: Integers, shared: Integers, cap: int, pair_cost: float) -> list[int]:
-    """Where each tree begins, such that all together cost the least and none has more than `cap` tokens.
+def _cuts(added: Integers, shared: Integers, budget: int, pair_cost: float) -> list[int]:
+    """Return the first row of each tree, at minimal total cost, with at most `budget` tokens in each tree.
 
-    A tree of rows i to j - 1 has the tokens that they add and those that row i shares with the row before it.
+    A tree of rows i to j - 1 has the tokens that these rows add, and those that row i shares with the row before it.
     """
     before = np.concatenate([[0], np.cumsum(added)])
-    cost = np.zeros(len(added) + 1)  # of the first j rows in the best way
-    begin = np.zeros(len(added) + 1, dtype=np.int64)  # where the last tree of that way begins
+    cost = np.zeros(len(added) + 1)  # minimal cost of the first j rows
+    begin = np.zeros(len(added) + 1, dtype=np.int64)  # first row of their last tree
     first = 0
     for j in range(1, len(added) + 1):
-        while before[j] - before[first] + shared[first] > cap:
+        while before[j] - before[first] + shared[first] > budget:
             first += 1
         tokens = before[j] - before[first:j] + shared[first:j]
-        ways = cost[first:j] + tokens + pair_cost * tokens**2 + 1  # of equal ways the one with fewer trees
-        begin[j] = first + int(ways.argmin())
-        cost[j] = ways.min()
+        costs = cost[first:j] + tokens + pair_cost * tokens**2 + 1  # 1 per tree: at equal cost, prefer fewer trees
+        begin[j] = first + int(costs.argmin())
+        cost[j] = costs.min()
     cuts: list[int] = []
     j = len(added)
     while j:
@@ -182,7 +185,7 @@ def _cuts(added: Integers, shared: Integers, cap: int, pair_cost: float) -> list
 
 
 def common_prefix(first: npt.ArrayLike, second: npt.ArrayLike) -> int:
-    """How many token ids two rows share from their beginning on."""
+    """Count the token ids that two rows share from the beginning."""
     a, b = np.asarray(first), np.asarray(second)
     length = min(len(a), len(b))
     different = np.flatnonzero(a[:length] != b[:length])

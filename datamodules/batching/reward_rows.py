@@ -7,9 +7,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from datamodules.batching.bag_of_words import marked_words
+from datamodules.batching.bag_of_words import Decision, marked_words
 from datamodules.batching.prefix_tree import Integers
-from datamodules.batching.rows import Encoded, RowsDataModule, Stage, log
+from datamodules.batching.rows import RowsDataModule, Stage, log
+from datamodules.batching.tokenized_split import TokenizedSplit
 from datamodules.corpus.records import AnnotatedRow
 from datamodules.corpus.sources import PUBLISHED_TEST_DIGEST, Corpus, test_digest
 from datamodules.corpus.splits import Split, split_by_scene, split_published
@@ -18,10 +19,10 @@ from datamodules.prompting.templates import PromptTemplate, render_proposal, tra
 
 
 class RewardDataModule(RowsDataModule):
-    """Annotated rows: a history, a proposal, and whether it was accepted.
+    """Annotated rows: history, proposal, judgment.
 
     Args:
-        balance: "category" draws training rows so that all categories are equally frequent.
+        balance: "category" samples training rows so that all categories are equally frequent.
         options: See RowsDataModule.
     """
 
@@ -38,13 +39,13 @@ class RewardDataModule(RowsDataModule):
             return split_published(corpus, self.validation_fraction, self.seed)
         return split_by_scene(corpus, self.folds, self.fold, self.seed)
 
-    def decisions(self, rows: Sequence[AnnotatedRow]) -> list[tuple[str, bool]]:
-        """Whether a proposal is accepted."""
+    def decisions(self, rows: Sequence[AnnotatedRow]) -> list[Decision]:
+        """Return for each row whether its proposal is accepted."""
         return [(marked_words(row.history, row.proposal), row.accepted) for row in rows]
 
     @property
     def tests_published_rows(self) -> bool:  # type: ignore[override]
-        """Whether the test rows are those that the published figures are of."""
+        """Whether the test rows are those of the published metrics."""
         return self.split_name == "published" and test_digest(self.split.test) == PUBLISHED_TEST_DIGEST
 
     def training_text(self) -> list[str]:
@@ -57,14 +58,14 @@ class RewardDataModule(RowsDataModule):
     def end(self) -> list[int]:
         return self.segmenter.suffix
 
-    def encode(self, stage: Stage) -> Encoded:
+    def encode(self, stage: Stage) -> TokenizedSplit:
         rows: list[AnnotatedRow] = getattr(self.split, stage)
         found = self.tokenize(stage, rows)
         frequency = Counter(row.category for row in rows)
-        return Encoded(
+        return TokenizedSplit(
             input_ids=self._without_padding_at_the_end(stage, list(found.rows.with_format("numpy")["input_ids"][:])),
             scenes=[row.scene for row in rows],
-            digest=found.digest,
+            token_digest=found.digest,
             columns={
                 "label": torch.tensor([int(row.accepted) for row in rows], dtype=torch.int64),
                 "category": torch.tensor([row.category.number for row in rows], dtype=torch.int64),
@@ -73,18 +74,19 @@ class RewardDataModule(RowsDataModule):
         )
 
     def without_padding_at_the_end(self, row: Integers) -> Integers:
-        """A row as far as transformers reads it: its classifiers read a row's last token that is no padding token.
+        """Return a row up to its last token that is not padding; transformers' classifiers read that token.
 
-        Where the end token also pads, a prompt may end in it; a row of an exported model is then read before it.
+        If the end token is also the padding token, a prompt may end in it. The exported model then reads the token
+        before it.
         """
         return row[: np.flatnonzero(row != self.tokenizer.pad_token_id)[-1] + 1]
 
     def _without_padding_at_the_end(self, stage: Stage, rows: list[Integers]) -> list[Any]:
         kept = [self.without_padding_at_the_end(row) for row in rows]
-        shorter = sum(len(row) < len(whole) for row, whole in zip(kept, rows, strict=True))
+        shorter = sum(len(after) < len(before) for after, before in zip(kept, rows, strict=True))
         if shorter and stage == "train":
             log.info(
                 f"data.prompt: {shorter} of {len(rows)} train rows end in {self.tokenizer.pad_token}, which is also "
-                "the padding token; they are read at the token before it, as transformers reads them"
+                "the padding token; the classifier reads the token before it, as in transformers"
             )
         return kept

@@ -1,4 +1,4 @@
-"""Steps and micro-batches: which rows go together, in which order, on which rank, and in which layout."""
+"""Steps and micro-batches: the rows of each step, their order, their rank and their layout."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,35 +15,35 @@ from datamodules.errors import UserError
 
 
 class Batch(TypedDict):
-    """What every micro-batch of R rows has."""
+    """A micro-batch of R rows."""
 
     inputs: Inputs
-    row: Tensor  # (R,) int64, the row's place in its split
-    weight: Tensor  # (R,) float32, see MicroBatch; 0 for a row that only fills a rank's share up
-    size: dict[str, int]  # the fields of its BatchSize
+    row: Tensor  # (R,) int64, index of the row in its split
+    weight: Tensor  # (R,) float32, see MicroBatch; 0 for a filler row
+    size: dict[str, int]  # fields of its BatchSize
 
 
 class RewardBatch(Batch):
-    """Proposals to judge."""
+    """Proposals to classify."""
 
     label: Tensor  # (R,) int64, 1 for accepted
-    category: Tensor  # (R,) int64, the category's index
+    category: Tensor  # (R,) int64, index of the category
 
 
 class AgentBatch(Batch):
-    """Answers to write."""
+    """Answers to learn or to measure."""
 
     answers: AnswerTokens
-    kind: Tensor  # (R,) int64, the index of the answer's AnswerKind
+    kind: Tensor  # (R,) int64, index of the AnswerKind
     help_needed: Tensor  # (R,) int64, 1 if help was needed, 0 if not, -1 if that is unknown
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows computed together.
+    """Indices of the rows of a micro-batch, and the weight of each.
 
-    `weight` is such that the sum of weight x loss over a step's rows, averaged over ranks (as DDP and FSDP do
-    with gradients), is the mean loss of the step's rows, or of their tokens.
+    The mean loss of a step is the sum of weight x loss over its rows, or their tokens, averaged over ranks as DDP and
+    FSDP average gradients.
     """
 
     rows: tuple[int, ...]
@@ -54,37 +54,37 @@ Step = tuple[MicroBatch, ...]  # one rank's share of an optimizer step
 
 
 def refuse_unequal_parts(batch_size: int, scenes_per_step: int | None) -> None:
-    """Raise a UserError if a step's rows cannot be taken in equal parts from its scenes."""
+    """Raise a UserError unless `scenes_per_step` divides `batch_size`."""
     if scenes_per_step is None or (scenes_per_step > 0 and batch_size % scenes_per_step == 0):
         return
-    fits = max((n for n in range(1, max(scenes_per_step, 1) + 1) if batch_size % n == 0), default=1)
+    divisor = max(n for n in range(1, max(scenes_per_step, 1) + 1) if batch_size % n == 0)
     raise UserError(
-        f"data.scenes_per_step: {batch_size} rows a step cannot be taken in equal parts from {scenes_per_step} scenes",
-        f"Make data.batch_size a multiple of it, or give --data.scenes_per_step {fits}.",
+        f"data.scenes_per_step: {batch_size} rows a step cannot come in equal parts from {scenes_per_step} scenes",
+        f"Make data.batch_size a multiple of it, or give --data.scenes_per_step {divisor}.",
     )
 
 
 @dataclass(frozen=True)
 class BatchSize:
-    """What is in a micro-batch or several."""
+    """Counts of one or several micro-batches."""
 
-    rows: int = 0  # those that only fill a rank's share up are none
-    tokens: int = 0  # computed, padding included
-    effective_tokens: int = 0  # of all rows, one by one and without padding
+    rows: int = 0  # without filler rows
+    tokens: int = 0  # computed, with padding
+    effective_tokens: int = 0  # of single rows, without padding
     real_tokens: int = 0  # computed, without padding
-    pairs: int = 0  # of tokens, of which one sees the other
-    targets: int = 0  # tokens to predict, each once where rows share it
+    pairs: int = 0  # of a query and a key that it attends to
+    targets: int = 0  # tokens to predict; a token of several answers counts once
 
     def __add__(self, other: "BatchSize") -> "BatchSize":
         return BatchSize(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 def batch_size(micro_batch: Any) -> BatchSize:
-    """What is in a micro-batch, whatever its layout."""
+    """Count the rows and tokens of a micro-batch in any layout."""
     inputs = micro_batch["inputs"]
     rows = (micro_batch["weight"] > 0).sum()
     if "subtree_end" in inputs:
-        depth_1T = inputs["position_ids"] + 1  # a token sees those before it in its row, and itself
+        depth_1T = inputs["position_ids"] + 1  # a token attends to itself and to those before it
         real, pairs = torch.tensor(inputs["input_ids"].numel()), depth_1T.sum()
         effective = depth_1T[0, inputs["read_out"]].sum()
     else:
@@ -99,21 +99,22 @@ def batch_size(micro_batch: Any) -> BatchSize:
 
 
 class StepSampler(Sampler[Step]):
-    """Every row once an epoch, in steps of `batch_size` rows over all ranks, in an order set by seed and epoch.
+    """Yields the steps of an epoch: every row once, `batch_size` rows per step, in an order set by seed and epoch.
 
     Args:
-        layout: Divides a step's rows into micro-batches, which changes no step's loss.
-        scenes: The scene of each row.
-        batch_size: Rows a step, over all ranks together; an epoch's last step may have fewer.
-        scenes_per_step: From how many scenes, in equal parts, a step takes its rows, as long as scenes have rows
-            left for a part; what remains is mixed. None draws from all rows alike.
-        seed: Together with the epoch's number, settles the order.
-        rank: Whose share of each step to give.
-        world_size: How many ranks share a step; each gets equally many micro-batches.
-        odds: An epoch draws as many rows with replacement, each in proportion to its odds.
-        sizes: How many times each row counts in a step's mean, such as its number of tokens; once if None.
+        layout: Divides the rows of a step into micro-batches. The loss of a step does not depend on it.
+        scenes: Scene of each row.
+        batch_size: Rows of a step, over all ranks. The last step of an epoch may have fewer.
+        scenes_per_step: Number of scenes of a step, each with the same number of rows, as long as enough scenes have
+            rows left. The remaining rows are mixed. None draws from all rows.
+        seed: Sets the order, together with the epoch.
+        rank: Rank whose micro-batches to yield.
+        world_size: Number of ranks. Each gets the same number of micro-batches.
+        odds: If given, an epoch samples N rows with replacement, with probabilities proportional to their odds.
+        sizes: Weight of each row in the mean of a step, such as its number of tokens; 1 if None.
 
-    `batch_size` has to be a multiple of `scenes_per_step`, see `refuse_unequal_parts`.
+    Raises:
+        UserError: `scenes_per_step` does not divide `batch_size`.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class StepSampler(Sampler[Step]):
         self.odds = odds
         self.sizes = sizes
         self.epoch = 0
-        self.first_step = 0  # of the epoch; a resumed run has done those before it
+        self.first_step = 0  # steps before it are skipped, see `StepLoader`
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -154,7 +155,7 @@ class StepSampler(Sampler[Step]):
             yield share(self.layout.split(rows, self.world_size), self.rank, self.world_size, total)
 
     def steps(self) -> list[list[int]]:
-        """The rows of each step of this epoch, the same on every rank and in every layout."""
+        """Return the rows of each step of this epoch. They are equal on all ranks and in all layouts."""
         random = np.random.default_rng([self.seed, self.epoch])
         if self.odds is None:
             rows = random.permutation(len(self.scenes)).tolist()
@@ -163,11 +164,11 @@ class StepSampler(Sampler[Step]):
             rows = random.choice(len(odds), size=len(odds), p=odds / odds.sum()).tolist()
         steps, rest = self._from_few_scenes(rows, random)
         steps += [rest[start : start + self.batch_size] for start in range(0, len(rest), self.batch_size)]
-        whole = [step for step in steps if len(step) == self.batch_size]
-        return [whole[place] for place in random.permutation(len(whole))] + steps[len(whole) :]
+        full = [step for step in steps if len(step) == self.batch_size]
+        return [full[index] for index in random.permutation(len(full))] + steps[len(full) :]
 
     def _from_few_scenes(self, rows: list[int], random: np.random.Generator) -> tuple[list[list[int]], list[int]]:
-        """Whole steps of `scenes_per_step` scenes each, and the rows that are left, those of a scene together."""
+        """Return full steps of `scenes_per_step` scenes each, and the remaining rows, sorted by scene."""
         if self.scenes_per_step is None:
             return [], rows
         size = self.batch_size // self.scenes_per_step
@@ -178,7 +179,7 @@ class StepSampler(Sampler[Step]):
         remaining = np.array([len(part) for part in left], dtype=np.int64)
         steps: list[list[int]] = []
         while True:
-            # The scenes with the most rows left first, so that scenes do not run out while others are still full.
+            # Prefer the scenes with the most rows left, so that all scenes run out at about the same time.
             drawn = random.permutation(len(left))
             order = drawn[np.argsort(-(remaining[drawn] // size), kind="stable")].tolist()
             chosen = order[: self.scenes_per_step]
@@ -191,7 +192,7 @@ class StepSampler(Sampler[Step]):
 
 
 class EvaluationSampler(Sampler[Step]):
-    """Every row once, in micro-batches that follow from the layout alone; each is a step of its own."""
+    """Yields every row once, in the micro-batches of the layout; each is one step."""
 
     def __init__(self, layout: Layout, rows: int, rank: int = 0, world_size: int = 1) -> None:
         parts = layout.split(range(rows), world_size) if rows else []
@@ -205,24 +206,28 @@ class EvaluationSampler(Sampler[Step]):
 
 
 def share(parts: Sequence[Sequence[int]], rank: int, world_size: int, total: int) -> Step:
-    """One rank's micro-batches of a step whose mean is over `total` rows or tokens, equally many on each rank.
+    """Return the micro-batches of one rank. Each rank gets the same number.
 
-    A rank left without rows computes the first one of the step and gives it no weight.
+    Args:
+        parts: Rows of all micro-batches of the step.
+        rank: The rank.
+        world_size: Number of ranks.
+        total: Number of rows, or tokens, that the loss of the step is the mean of. A rank without a micro-batch
+            computes a filler row with weight 0.
     """
     rounds = -(-len(parts) // world_size)
-    mine = [parts[place] if place < len(parts) else None for place in range(rank, rounds * world_size, world_size)]
     return tuple(
-        MicroBatch(tuple(part), world_size / total) if part is not None else MicroBatch((parts[0][0],), 0.0)
-        for part in mine
+        MicroBatch(tuple(parts[index]), world_size / total) if index < len(parts) else MicroBatch((parts[0][0],), 0.0)
+        for index in range(rank, rounds * world_size, world_size)
     )
 
 
 class EncodedRows(Dataset[list[dict[str, Any]]]):
-    """Tokenized rows that give the micro-batches of each step asked for.
+    """Dataset of tokenized rows. Its index is a step, its item the list of the step's micro-batches.
 
     Args:
-        layout: How rows are laid out.
-        columns: What a micro-batch has of each row besides: tensors (N, ...) by name.
+        layout: Makes the input of a micro-batch.
+        columns: More fields of each row, tensors (N, ...) by name.
     """
 
     def __init__(self, layout: Layout, columns: Mapping[str, Tensor]) -> None:
@@ -243,7 +248,7 @@ class EncodedRows(Dataset[list[dict[str, Any]]]):
         }
         if laid_out.answers is not None:
             batch["answers"] = laid_out.answers
-        return {**batch, "size": vars(batch_size(batch))}  # counted here, where all of it is on the host
+        return {**batch, "size": vars(batch_size(batch))}  # counted here, before the batch is copied to the device
 
 
 class StepLoader(DataLoader[list[dict[str, Any]]]):

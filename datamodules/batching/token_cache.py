@@ -1,4 +1,4 @@
-"""Tokenized rows on disk, found again by all that they follow from."""
+"""A cache of tokenized rows on disk, keyed by everything that the rows depend on."""
 
 import hashlib
 import importlib.metadata
@@ -19,86 +19,92 @@ if TYPE_CHECKING:
     import datasets
 
 log = logging.getLogger("proactive")
-LIBRARIES = ("tokenizers", "transformers")  # tokenize, and read chat templates
+LIBRARIES = ("tokenizers", "transformers")  # they tokenize, and render chat templates
+Columns = Mapping[str, str | list[str]]  # type of each column, such as "int32"; ["int32"] for lists of it
 
 
-class Notes(BaseModel):
-    """What stands beside the file of some rows."""
+class CacheNote(BaseModel):
+    """The JSON file beside a cached file."""
 
     digest: str
     counts: dict[str, int]
-    checksum: int  # of the file
+    checksum: int  # CRC-32 of the cached file
 
 
 @dataclass(frozen=True)
 class CachedRows:
-    """Rows of token ids."""
+    """Rows of token ids.
+
+    Attributes:
+        rows: The rows.
+        digest: Digest of the rows in their order.
+        counts: What `write` counted.
+    """
 
     rows: "datasets.Dataset"
-    digest: str  # of the rows in their order; it knows nothing of how they came into being
-    counts: dict[str, int]  # what was counted while they were written
+    digest: str
+    counts: dict[str, int]
 
 
 def cached_rows(
-    what: Any,
+    key: Any,
     write: Callable[[Counter[str]], Iterable[Mapping[str, Any]]],
-    columns: Mapping[str, str | list[str]],
+    columns: Columns,
     folder: Path | None = None,
     label: str = "tokenizing",
 ) -> CachedRows:
-    """Rows from the cache, or written there now, a row at a time.
+    """Return rows from the cache, or write them there, one row at a time.
 
     Args:
-        what: Everything that the rows follow from besides the code, as JSON can write it.
-        write: Gives the rows; takes a counter to count in.
-        columns: The type of each column, such as "int32" or "string"; of lists in brackets.
-        folder: Where to keep the rows; the cache of Hugging Face `datasets` if None.
-        label: What the progress bar says.
+        key: Everything that the rows depend on, besides the code. Must be JSON.
+        write: Yields the rows, and counts into its argument.
+        columns: Type of each column.
+        folder: Where to keep the rows; None for the cache of Hugging Face `datasets`.
+        label: Text of the progress bar.
     """
     import datasets
     from datasets.arrow_writer import ArrowWriter
     from datasets.utils import tqdm
 
     folder = folder or Path(datasets.config.HF_DATASETS_CACHE, "proactive")
-    path = folder / f"{hashlib.sha256(json.dumps([what, code_digest()]).encode()).hexdigest()[:32]}.arrow"
-    if (found := _kept(path)) is None:
+    path = folder / f"{hashlib.sha256(json.dumps([key, code_digest()]).encode()).hexdigest()[:32]}.arrow"
+    if (note := _note_of(path)) is None:
         features = {
             name: datasets.List(datasets.Value(kind[0])) if isinstance(kind, list) else datasets.Value(kind)
             for name, kind in columns.items()
         }
         counts: Counter[str] = Counter()
         digest = hashlib.sha256()
-        with Unfinished(path) as rows, Unfinished(path.with_suffix(".json")) as notes:
+        with Unfinished(path) as rows, Unfinished(path.with_suffix(".json")) as note_file:
             with ArrowWriter(path=str(rows.path), features=datasets.Features(features)) as writer:
                 for row in tqdm(write(counts), desc=label, unit=" rows"):
                     digest.update(json.dumps([row[name] for name in columns]).encode())
                     writer.write(row)
                 writer.finalize()
-            found = Notes(digest=digest.hexdigest(), counts=dict(counts), checksum=checksum(rows.path))
-            notes.path.write_text(found.model_dump_json())
-            for file in (rows, notes):
+            note = CacheNote(digest=digest.hexdigest(), counts=dict(counts), checksum=checksum(rows.path))
+            note_file.path.write_text(note.model_dump_json())
+            for file in (rows, note_file):
                 file.path.replace(file.target)
-    return CachedRows(datasets.Dataset.from_file(str(path)), found.digest, found.counts)
+    return CachedRows(datasets.Dataset.from_file(str(path)), note.digest, note.counts)
 
 
-def _kept(path: Path) -> Notes | None:
-    """What is known of rows in the cache; None if there are none, or they are damaged and have to be made anew."""
-    notes = path.with_suffix(".json")
+def _note_of(path: Path) -> CacheNote | None:
+    """Read the note of a cached file; None if there is no such file, or if it is damaged."""
     try:
-        found = Notes.model_validate_json(notes.read_bytes())
-        if checksum(path) == found.checksum:
-            return found
+        note = CacheNote.model_validate_json(path.with_suffix(".json").read_bytes())
+        if checksum(path) == note.checksum:
+            return note
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
         pass
-    log.warning(f"{path} is damaged, so it is made anew")
+    log.warning(f"{path} is damaged and is written again")
     return None
 
 
 @cache
 def code_digest() -> str:
-    """A digest of the code that renders and tokenizes rows: this package, and the versions of `LIBRARIES`."""
+    """Return a digest of the code that renders and tokenizes: this package, and the versions of `LIBRARIES`."""
     digest = hashlib.sha256(json.dumps([importlib.metadata.version(name) for name in LIBRARIES]).encode())
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())

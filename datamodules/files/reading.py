@@ -1,4 +1,4 @@
-"""Reading what somebody else wrote: regular files of a bounded size, UTF-8 text, JSON of a bounded depth."""
+"""Reading foreign files: regular files of limited size, UTF-8 text, JSON of limited depth."""
 
 import re
 import stat
@@ -9,9 +9,9 @@ from typing import IO
 
 from datamodules.errors import UserError
 
-MOST_AT_ONCE = 16 * 2**20  # bytes of what is parsed as a whole: a record, a JSON or YAML file, a server's response
-MOST_ROWS = 4 * 2**30  # bytes of a file of records, all of which are kept in memory
-MOST_DEPTH = 100  # JSON lists and objects within one another
+MOST_AT_ONCE = 16 * 2**20  # bytes of a text that is parsed at once: a record, a JSON or YAML file, a server's response
+MOST_ROWS = 4 * 2**30  # bytes of a file of records, which is kept in memory
+MOST_DEPTH = 100  # nested JSON lists and objects
 PATH_HINT = "Check the path and its permissions."
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _KINDS = {
@@ -21,22 +21,22 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-# What stands up to the next bracket that is not in a string, and that bracket; nothing at the text's end.
+# Text up to the next bracket outside of strings, and the bracket as a group; the group is empty at the end.
 _BRACKETS = re.compile(r'(?:[^"\[\]{}]++|"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z))*+([\[\]{}]|\Z)', re.DOTALL)
 
 
 def require_regular(path: Path, option: str = "", hint: str = PATH_HINT) -> int:
-    """The size of a regular file in bytes.
+    """Check that a file is regular, and return its size in bytes.
 
-    To open a named pipe waits for ever, and a device may never end.
+    Opening a named pipe can block forever, and a device may have no end.
 
     Args:
         path: The file.
-        option: What the user gave it as, for messages.
-        hint: What to do if it cannot be read.
+        option: Option that gave the file, for messages.
+        hint: What the user should do if it cannot be read.
 
     Raises:
-        UserError: There is no such file, or it is something else.
+        UserError: There is no such file, or it is not regular.
     """
     where = f"{option}: {path}" if option else str(path)
     try:
@@ -50,10 +50,10 @@ def require_regular(path: Path, option: str = "", hint: str = PATH_HINT) -> int:
 
 
 def require_regular_files(target: Path, option: str = "") -> None:
-    """Refuse what is neither a file nor a folder, and a folder that holds such a thing; not what lies deeper.
+    """Check that a file is regular, or that all files directly in a folder are.
 
     Raises:
-        UserError: There is such a thing, or the folder cannot be read.
+        UserError: A file is not regular, or the folder cannot be read.
     """
     if not target.is_dir():
         require_regular(target, option)
@@ -63,17 +63,17 @@ def require_regular_files(target: Path, option: str = "") -> None:
     except OSError as error:
         raise UserError(f"{option}: {target}: {error.strerror}", PATH_HINT) from error
     for path in paths:
-        require_regular(path, option, "Take it out of the folder.")
+        require_regular(path, option, "Remove it from the folder.")
 
 
 def open_file(path: Path, most: int | None = MOST_AT_ONCE, option: str = "", hint: str = PATH_HINT) -> BufferedReader:
-    """Open a regular file to read its bytes; arguments and errors as of `require_regular`.
+    """Open a regular file to read its bytes; see `require_regular` for the other arguments and errors.
 
     Args:
-        most: How many bytes it may hold; any number if None.
+        most: Maximum number of bytes; None for no limit.
 
     Raises:
-        UserError: It also holds too many bytes.
+        UserError: The file has more bytes.
     """
     size = require_regular(path, option, hint)
     where = f"{option}: {path}" if option else str(path)
@@ -86,14 +86,14 @@ def open_file(path: Path, most: int | None = MOST_AT_ONCE, option: str = "", hin
 
 
 def read_text(path: Path, most: int = MOST_AT_ONCE, option: str = "", hint: str = PATH_HINT) -> str:
-    """A whole file as text, without a byte order mark.
+    """Read a file as text, without a byte order mark.
 
     Raises:
-        UserError: As `open_file`, or it is not UTF-8.
+        UserError: See `open_file`, or the file is not UTF-8.
     """
     where = f"{option}: {path}" if option else str(path)
     with open_file(path, most, option, hint) as file:
-        content = file.read(most + 1)  # what the system shows as a file, as in /proc, may have no size
+        content = file.read(most + 1)  # files of the system, such as those in /proc, report size 0
     if len(content) > most:
         raise _too_long(where, "more", most)
     try:
@@ -104,7 +104,7 @@ def read_text(path: Path, most: int = MOST_AT_ONCE, option: str = "", hint: str 
 
 
 def text_lines(file: IO[bytes], path: Path) -> Iterator[tuple[str, str]]:
-    """Each line of a file, without its end, behind where it stands; only line feeds end a line.
+    """Yield the path and number of each line, for messages, and its text. Only line feeds end lines.
 
     Raises:
         UserError: A line is too long, or not UTF-8.
@@ -122,33 +122,36 @@ def text_lines(file: IO[bytes], path: Path) -> Iterator[tuple[str, str]]:
 
 
 def is_deep(text: str) -> bool:
-    """Whether JSON has more than `MOST_DEPTH` lists and objects within one another; in linear time, unparsed."""
+    """Check, without parsing and in linear time, whether JSON has more than `MOST_DEPTH` nested lists and objects."""
     if text.count("[") + text.count("{") <= MOST_DEPTH:
         return False
     depth = 0
     for found in _BRACKETS.finditer(text):
-        depth += (found[1] in ("[", "{")) - (found[1] in ("]", "}"))
+        if found[1] in ("[", "{"):
+            depth += 1
+        elif found[1] in ("]", "}"):
+            depth -= 1
         if depth > MOST_DEPTH:
             return True
     return False
 
 
 def refuse_long(where: str, length: int) -> None:
-    """Refuse what is parsed at once, if it has too many bytes.
+    """Refuse a text that is too long to be parsed at once.
 
     Raises:
-        UserError: It has; the message names `where` and the limit.
+        UserError: It has more than `MOST_AT_ONCE` bytes; the message names `where` and the limit.
     """
     if length > MOST_AT_ONCE:
         raise _too_long(where, f"{length:,} bytes", MOST_AT_ONCE)
 
 
 def not_utf8(where: str) -> UserError:
-    """The error of text in another encoding."""
+    """Return the error for text in another encoding."""
     return UserError(f"{where}: is not UTF-8", "Save the file as UTF-8 text.")
 
 
 def _too_long(where: str, size: str, most: int) -> UserError:
     return UserError(
-        f"{where}: holds {size}, and the limit is {most:,} bytes", "Divide it, or take out what does not belong there."
+        f"{where}: holds {size}, and the limit is {most:,} bytes", "Split it, or remove what does not belong there."
     )

@@ -1,4 +1,4 @@
-"""Run folders, and writing a file so that it is there whole or not at all."""
+"""Run folders: their names, their numbers and their locks."""
 
 import contextlib
 import errno
@@ -20,12 +20,12 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"
 LOCK = ".lock"
-AGREED_AFTER = 120  # seconds at most, between the starts of a job's first and last rank
-RUN_FOLDER_VARIABLE = "PROACTIVE_RUN_FOLDER"  # by it the processes that rank 0 starts know their run's folder
+AGREED_AFTER = 120  # seconds: maximum time between the starts of a job's first and last rank
+RUN_FOLDER_VARIABLE = "PROACTIVE_RUN_FOLDER"  # tells the processes that rank 0 starts the folder of their run
 
 
 def new_run_folder(root: Path, name: str) -> Path:
-    """Make and return `root/name/n` for the smallest n that comes after every other one."""
+    """Make and return `root/name/n`, where n is the greatest number there plus one."""
     parent = root / name
     try:
         while True:
@@ -33,7 +33,7 @@ def new_run_folder(root: Path, name: str) -> Path:
             folder = parent / str(max((number(path) for path in parent.iterdir()), default=-1) + 1)
             try:
                 folder.mkdir()
-            except (FileExistsError, FileNotFoundError):  # another run took it, or removed the parent, in this moment
+            except (FileExistsError, FileNotFoundError):  # another run took it or removed the parent at this moment
                 continue
             return folder
     except OSError as error:
@@ -43,23 +43,26 @@ def new_run_folder(root: Path, name: str) -> Path:
 
 
 def missing_folders(folder: Path) -> list[Path]:
-    """A folder and those that it lies in, as far as they do not exist; the innermost first."""
+    """Return those of a folder and its parents that do not exist, the innermost first."""
     return [one for one in (folder, *folder.parents) if not one.exists()]
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
-    """Remove folders in their order, up to the first that is not empty."""
+    """Remove folders in order, up to the first that is not empty."""
     with contextlib.suppress(OSError):
         for folder in folders:
             folder.rmdir()
 
 
 class EmptyFolderGuard:
-    """Removes a run's folder if it holds its lock alone when this process ends, however that is, and others behind it.
+    """Removes a run folder that holds nothing but its lock when this process ends, even if it is killed.
 
-    A run's number is taken by making its folder, so that runs that start together get different ones; but nothing is
-    written there before the weights are loaded, and a process that is killed until then cannot remove the folder. So
-    another one waits for its end.
+    A run takes its number by making its folder, so runs that start at the same time get different numbers. Nothing is
+    written there before the weights are loaded. If the process is killed before, it cannot remove the folder itself, so
+    a helper process waits for its end.
+
+    Args:
+        folders: The run folder, and the parents to remove if they are empty then, the innermost first.
     """
 
     def __init__(self, folders: Sequence[Path]) -> None:
@@ -71,21 +74,24 @@ class EmptyFolderGuard:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is sent to all processes of a session
+            start_new_session=True,  # Ctrl-C signals all processes of a session
         )
 
     def end(self) -> None:
-        """Remove the folders as far as they hold nothing but a lock, and wait no longer."""
+        """Remove the folders if they hold nothing but a lock, and end the helper process."""
         assert self._waiting.stdin is not None
         self._waiting.stdin.close()
         self._waiting.wait()
 
 
 def agreed_folder(parent: Path, choose: Callable[[], Path]) -> Path:
-    """The folder that rank 0 chooses, on every rank of a job whose ranks torchrun or SLURM has started.
+    """Return the folder that rank 0 chooses, on every rank of a job that torchrun or SLURM has started.
 
-    They have to agree on it before they are connected: by the store that torchrun keeps, or by a file named by SLURM's
-    job. In any other process it is its own choice.
+    Ranks need it before they are connected. They exchange it through torchrun's store, or through a file that is named
+    after the SLURM job. Other processes choose for themselves.
+
+    Raises:
+        UserError: The file of rank 0 does not appear within `AGREED_AFTER` seconds.
     """
     environment = os.environ
     if "TORCHELASTIC_RUN_ID" in environment:
@@ -105,14 +111,16 @@ def agreed_folder(parent: Path, choose: Callable[[], Path]) -> Path:
         end = time.monotonic() + AGREED_AFTER
         while not note.is_file():
             if time.monotonic() > end:
-                raise UserError(f"rank 0 has left no {note}", "Put --run.root where all nodes see the same files.")
+                raise UserError(
+                    f"rank 0 has not written {note}", "Put --run.root on a file system that all nodes share."
+                )
             time.sleep(0.2)
         return Path(note.read_text(encoding="utf-8"))
     return choose()
 
 
 def latest_run_folder(root: Path, name: str) -> Path:
-    """The run folder with the greatest number.
+    """Return the run folder with the greatest number.
 
     Raises:
         UserError: There is none.
@@ -125,35 +133,35 @@ def latest_run_folder(root: Path, name: str) -> Path:
 
 
 def number(path: Path) -> int:
-    """The number that a run folder is named by; -1 if it is none."""
+    """Return the number of a run folder; -1 if its name is no number."""
     return int(path.name) if path.name.isdecimal() else -1
 
 
 class RunLock:
-    """Keeps a run folder for this process and the others of its job, until it ends, however that is.
+    """Locks a run folder for this process and the others of its job, until this process ends, even if it is killed.
 
     Args:
         folder: The run folder.
 
     Raises:
-        UserError: Another process has it.
+        UserError: Another process has locked it.
     """
 
     def __init__(self, folder: Path) -> None:
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         self._file = os.fdopen(descriptor, "w")
         try:
-            # One of the process, and not of the open file: workers that outlive a killed process do not keep it.
+            # A lock of the process, not of the open file: workers that outlive a killed process do not keep it.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.close()
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise UserError(
-                    f"{folder / LOCK}: {error.strerror}", "Put --run.root where files can be locked."
+                    f"{folder / LOCK}: {error.strerror}", "Put --run.root on a file system with file locks."
                 ) from error
             raise UserError(
                 f"{folder} is in use: another process is training there",
-                "Wait for its end, or start a new run without --ckpt_path.",
+                "Wait until it ends, or start a new run without --ckpt_path.",
             ) from error
-        for place in (folder, folder / CHECKPOINTS):
-            remove_leftovers(place)
+        for locked in (folder, folder / CHECKPOINTS):
+            remove_leftovers(locked)

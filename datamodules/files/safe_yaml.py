@@ -1,7 +1,7 @@
-"""The one way in which YAML is read: configurations, prompts, and values of options.
+"""Safe reading of YAML: configurations, prompts, and values of options.
 
-What could run away, or become something else than texts, numbers, booleans, null, lists and mappings, is refused: tags,
-deep nesting, aliases that multiply, NUL, and files that are none or too large. Dates stay texts.
+The result consists of texts, numbers, booleans, null, lists and mappings. Dates stay texts. Tags, deep nesting, aliases
+that multiply, NUL, and files that are too large or not regular are refused.
 """
 
 from pathlib import Path
@@ -11,19 +11,19 @@ import yaml
 from jsonargparse import _loaders_dumpers
 
 MOST_BYTES = 2**18
-MOST_LEVELS = 64  # of lists and mappings within each other
-MOST_NODES = 2**17  # with each alias counted as all that it stands for
-_Loader: Any = _loaders_dumpers.get_yaml_default_loader()  # to which 1e-3 is a number, and a date a text
+MOST_LEVELS = 64  # nested lists and mappings
+MOST_NODES = 2**17  # each alias counts as everything that it expands to
+_Loader: Any = _loaders_dumpers.get_yaml_default_loader()  # reads 1e-3 as a number, and a date as text
 
 
 class TextLoader(yaml.SafeLoader):
-    """PyYAML's loader in Python, which reads surrogate pairs as JSON has them, with jsonargparse's idea of numbers."""
+    """PyYAML's Python loader, which reads surrogate pairs as JSON does, with jsonargparse's number formats."""
 
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 class SoundLoader(_Loader):
-    """The loader of jsonargparse, which also tries texts within configurations as YAML; it has no setting for that."""
+    """The loader of jsonargparse for texts in configurations, with our checks. It has no setting for a loader."""
 
     def __init__(self, stream: Any) -> None:
         if isinstance(stream, str):
@@ -35,14 +35,14 @@ _loaders_dumpers.yaml_default_loader = SoundLoader  # type: ignore[assignment]
 
 
 class NotYamlError(yaml.YAMLError):
-    """A text is no YAML that is read here; the message says why, in one line."""
+    """A text is not YAML, or is refused; the message says why in one line."""
 
 
 def parse_yaml(text: str) -> Any:
-    """What a YAML text says, in plain types.
+    """Parse YAML into plain types.
 
     Raises:
-        NotYamlError: It is no YAML, or more than is read.
+        NotYamlError: The text is not YAML, or is refused.
     """
     try:
         _refuse_unsound(text)
@@ -54,14 +54,14 @@ def parse_yaml(text: str) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file says, in plain types.
+    """Parse a YAML file into plain types.
 
     Raises:
-        OSError: It cannot be read.
-        NotYamlError: It is no file of YAML in UTF-8, or more than is read.
+        OSError: The file cannot be read.
+        NotYamlError: It is not a regular file of YAML in UTF-8, or is refused.
     """
     if path.exists() and not path.is_file():
-        raise NotYamlError("it is no file")
+        raise NotYamlError("it is not a regular file")
     with path.open("rb") as file:
         content = file.read(MOST_BYTES + 1)
     try:
@@ -72,15 +72,16 @@ def read_yaml(path: Path) -> Any:
 
 
 def _refuse_unsound(text: str) -> None:
+    """Raise a NotYamlError for a YAML text that is too large, or that has tags, deep nesting or too many values."""
     if len(text) > MOST_BYTES:
         raise NotYamlError(f"it has more than {MOST_BYTES:,} bytes")
-    sizes: dict[str, int] = {}  # of what an anchor names
-    open_nodes: list[tuple[str | None, int]] = []  # the lists and mappings around, and what came before each
+    sizes: dict[str, int] = {}  # number of values of each anchor
+    open_nodes: list[tuple[str | None, int]] = []  # the open lists and mappings: anchor, number of values before
     nodes = 0
     for event in yaml.parse(text, Loader=TextLoader):
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
-                raise _problem("an alias of nothing, or of what it lies in", event)
+                raise _problem("an alias without an anchor, or within its own anchor", event)
             nodes += sizes[event.anchor]
         elif isinstance(event, (yaml.ScalarEvent, yaml.CollectionStartEvent)):
             nodes += 1
@@ -89,9 +90,9 @@ def _refuse_unsound(text: str) -> None:
             if isinstance(event, yaml.CollectionStartEvent):
                 open_nodes.append((event.anchor, nodes - 1))
                 if len(open_nodes) > MOST_LEVELS:
-                    raise _problem(f"more than {MOST_LEVELS} lists and mappings within each other", event)
+                    raise _problem(f"more than {MOST_LEVELS} nested lists and mappings", event)
             else:
-                if "\0" in event.value or not _whole(event.value):
+                if "\0" in event.value or not _has_no_lone_surrogate(event.value):
                     raise _problem("NUL, or half a surrogate pair", event)
                 if event.anchor:
                     sizes[event.anchor] = 1
@@ -103,8 +104,8 @@ def _refuse_unsound(text: str) -> None:
             raise _problem(f"more than {MOST_NODES:,} values, aliases included", event)
 
 
-def _whole(text: str) -> bool:
-    """Whether a text has no half of a surrogate pair."""
+def _has_no_lone_surrogate(text: str) -> bool:
+    """Check that a text has no unpaired surrogates."""
     try:
         text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
     except UnicodeDecodeError:
@@ -113,4 +114,4 @@ def _whole(text: str) -> bool:
 
 
 def _problem(what: str, event: yaml.Event) -> NotYamlError:
-    return NotYamlError(f"it holds {what}, in line {event.start_mark.line + 1}")  # type: ignore[union-attr]
+    return NotYamlError(f"it contains {what}, in line {event.start_mark.line + 1}")  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Writing files and folders so that they are there whole or not at all, and so that no link leads elsewhere."""
+"""Atomic writing: a file or folder is complete or absent, and no link can redirect the write."""
 
 import contextlib
 import errno
@@ -14,24 +14,24 @@ from typing import IO, Self
 
 from datamodules.errors import UserError
 
-UNFINISHED = ".unfinished"  # ends the name of what is being written
+UNFINISHED = ".unfinished"  # suffix of files that are being written
 CHUNK = 2**24
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Unfinished:
-    """A new file or folder beside its place, for as long as it is written.
+    """A temporary file or folder next to its final path.
 
-    It has a name that nothing had, so that no link can lead the writing elsewhere; and this process holds a lock on
-    it, so that what a killed one left behind is told apart and removed by the next that writes there. What is still
-    there at the end, for it was not put in its place, is removed.
+    Its name did not exist before, so no link can redirect the write. This process holds a lock on it, so the next
+    writer recognizes and removes what a killed process left. At the end it is removed, unless it was renamed to its
+    final path.
 
     Args:
-        target: Its place.
-        folder: Whether it is a folder.
+        target: The final path.
+        folder: Whether to make a folder.
 
     Raises:
-        UserError: It cannot be made, or, at the end, the disk was full while it was written.
+        UserError: It cannot be made, or the disk was full while it was written.
     """
 
     def __init__(self, target: Path, *, folder: bool = False) -> None:
@@ -48,7 +48,7 @@ class Unfinished:
                 self.path = Path(name)
         except OSError as error:
             raise cannot_write(target, error) from error
-        with contextlib.suppress(OSError):  # not every network's disk can lock
+        with contextlib.suppress(OSError):  # some network file systems have no locks
             fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.path.chmod((0o777 if folder else 0o666) & ~_umask())
 
@@ -63,15 +63,15 @@ class Unfinished:
             raise cannot_write(self.target, reason) from error
 
     def end(self) -> None:
-        """Remove what was not put in its place."""
+        """Remove the temporary file or folder if it was not renamed."""
         remove(self.path)
         os.close(self._held)
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove what killed processes were writing in a folder, of one name or of any."""
+    """Remove temporary files of killed processes from a folder: those for one name, or all."""
     for found in folder.glob(f".{glob.escape(name) if name else '*'}.*{UNFINISHED}"):
-        with contextlib.suppress(OSError):  # somebody writes it, it is a link, or it is gone
+        with contextlib.suppress(OSError):  # it is being written, is a link, or is gone
             held = os.open(found, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -81,7 +81,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link, or a folder with all that it holds, if there is one."""
+    """Remove a file, a link, or a folder with its contents, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -89,13 +89,13 @@ def remove(path: Path) -> None:
 
 
 def sync(file: IO[str] | IO[bytes]) -> None:
-    """See to it that a file's content is on the disk."""
+    """Flush a file to the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def no_room(error: BaseException) -> str | None:
-    """Why the disk took no more, if that is behind an error; libraries hide it behind errors of their own."""
+    """Return the reason if a full disk caused an error, also behind the errors of libraries; otherwise None."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError):
@@ -105,17 +105,19 @@ def no_room(error: BaseException) -> str | None:
     for number in NO_ROOM:
         if os.strerror(number) in text:
             return os.strerror(number)
-    return "the disk took only a part of it" if "inline_container" in text else None  # PyTorch's writer
+    return "a part could not be written" if "inline_container" in text else None  # PyTorch's writer
 
 
 def cannot_write(target: Path, reason: OSError | str) -> UserError:
-    """The error that says so."""
+    """Return the error for a file that cannot be written."""
     why = (reason.strerror or str(reason)) if isinstance(reason, OSError) else reason
-    return UserError(f"cannot write {target}: {why}", "Make room there, or choose another place; nothing was replaced.")
+    return UserError(
+        f"cannot write {target}: {why}", "Make room on the disk, or choose another path; nothing was replaced."
+    )
 
 
 def checksum(path: Path) -> int:
-    """The CRC-32 of a file."""
+    """Return the CRC-32 of a file."""
     found = 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -130,7 +132,7 @@ def _umask() -> int:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a UTF-8 file under another name in the same folder, then rename it into place.
+    """Write a UTF-8 file under a temporary name in the same folder, then rename it.
 
     Raises:
         UserError: The disk is full, or the file cannot be made.

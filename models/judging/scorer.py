@@ -81,7 +81,7 @@ class Scorer:
         data = self.data
         recent = pair.history[-data.max_length :]  # an event has at least one token
         where = pair.where or f"a proposal after {len(pair.history)} events"
-        found = data.row_ids(recent, [render_proposal(data.template, pair.proposal)], where)
+        found = data.row_tokenizer.encode(recent, [render_proposal(data.template, pair.proposal)], where)
         self.truncated += found.truncated or len(recent) < len(pair.history)
         return data.without_padding_at_the_end(np.array(found.input_ids))
 

@@ -94,7 +94,7 @@ def test_a_contaminated_run_is_stamped_everywhere(root: Path, call: Callable[...
         (["--task=judge"], "there is no task judge"),
         (["--task=agent", "--run.monitor=validation/accuracy"], "validation/accuracy"),
         (["--task=agent", "--data.conversations=[nothing.json]"], "nothing.json: No such file"),
-        (["--task=agent", "--data.annotated=false"], "leaves nothing to learn from"),
+        (["--task=agent", "--data.annotated=false"], "leaves no training data"),
         (["--task=agent", "--model.null_weight=-1"], "null_weight"),
         (
             ["--task=agent", "--model.scratch={model_type: bert}", "--data.max_length=512"],

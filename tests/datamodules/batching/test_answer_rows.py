@@ -209,7 +209,7 @@ def test_conversations_that_tell_a_tested_event_are_left_out(
         with caplog.at_level(logging.INFO, logger="proactive"):
             logging.getLogger("proactive").propagate = True
             data = made(root, **options)
-        assert "conversations left out: 1 for events of test scenes" in caplog.text
+        assert "conversations left out: 1 with events of test scenes" in caplog.text
         assert int((data._encoded["train"].columns["kind"] == AnswerKind.CONVERSATION).sum()) == 2
     allowed = made(root, **options, allow_contamination=True)
     assert int((allowed._encoded["train"].columns["kind"] == AnswerKind.CONVERSATION).sum()) == 3
@@ -233,8 +233,8 @@ def test_what_the_chat_format_changes_is_told(
         with caplog.at_level(logging.INFO, logger="proactive"):
             logging.getLogger("proactive").propagate = True
             data = made(root, tokenizer=str(tmp_path / "tokenizer"), **options)
-        assert "conversations left out: 1 for the chat format leaves nothing of their last answer" in caplog.text
-        assert "conversations learned as the chat format writes them, with texts changed: 2" in caplog.text
+        assert "conversations left out: 1 whose last answer is empty in the chat format" in caplog.text
+        assert "conversations whose texts the chat format changes: 2" in caplog.text
         assert int((data._encoded["train"].columns["kind"] == AnswerKind.CONVERSATION).sum()) == 2
 
 
@@ -270,7 +270,7 @@ def test_a_resumed_run_needs_the_same_conversations(root: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"annotated": False}, "leaves nothing to learn"),
+        ({"annotated": False}, "leaves no training data"),
         ({"conversations": ["nothing.json"]}, "nothing.json: No such file"),
         ({"max_length": 30}, "instructions and answer of row"),
     ],
@@ -287,7 +287,7 @@ def test_a_test_split_that_measures_nothing_is_said_before_anything_is_trained(
     split = made(root).split
     undecided = Split(split.train, split.validation, [row_of(["another scene"], "Help.", False)])
     monkeypatch.setattr(AgentDataModule, "divide", lambda data, corpus: undecided)
-    with pytest.raises(UserError, match="of no history in the test split is it known whether help was needed"):
+    with pytest.raises(UserError, match="no history of the test split says whether help was needed"):
         made(root)
 
 

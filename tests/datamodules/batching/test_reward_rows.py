@@ -12,7 +12,7 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
-from datamodules.batching import rows as rows_module
+from datamodules.batching import row_tokenizer as row_tokenizer_module
 from datamodules.batching import token_cache as cache_module
 from datamodules.batching.reward_rows import RewardDataModule
 from datamodules.batching.steps import RewardBatch
@@ -209,7 +209,7 @@ def test_long_histories_lose_their_oldest_events_and_are_counted(root: Path, cap
             assert (len(ids) == len(all_ids)) is (len(all_ids) - len(last) + data.branch_length <= limit)
         assert data.truncated[name] == long > 0
         said = f"{long} of {len(rows)} {name} rows lost their oldest events to data.max_length {limit}, of which "
-        assert f"{said}{data.branch_length} are kept for the proposal" in caplog.text
+        assert f"{said}{data.branch_length} are reserved for the proposal" in caplog.text
 
 
 def histories(data: RewardDataModule) -> Iterator[tuple[AnnotatedRow, list[int]]]:
@@ -272,13 +272,13 @@ def test_of_a_long_history_no_more_is_rendered_than_can_be_read(root: Path, monk
     first, *events, branch = data.segmenter.encode(render(data.template, row))
     expected, _ = truncate([first, *events, branch], 200 - len(data.segmenter.prefix), data.branch_length)
     rendered: list[int] = []
-    whole = rows_module.render_history
+    whole = row_tokenizer_module.render_history
 
     def watched(template: PromptTemplate, history: tuple[Event, ...]) -> list[Segment]:
         rendered.append(len(history))
         return whole(template, history)
 
-    monkeypatch.setattr(rows_module, "render_history", watched)
+    monkeypatch.setattr(row_tokenizer_module, "render_history", watched)
     (found,) = data.tokenize("test", [row]).rows["input_ids"]
     assert list(found) == [*data.segmenter.prefix, *expected]
     assert data.truncated["test"] == 1

@@ -349,7 +349,7 @@ def test_auto_falls_back_to_rows_and_logs_the_reason_once(
     with caplog.at_level(logging.INFO, "proactive"):
         assert fit_one_step("auto", scratch=encoder).layout == "rows"
     assert sum("data.layout: rows" in message for message in caplog.messages) == 1
-    with pytest.raises(UserError, match=r"data\.layout: tree does not serve here"):
+    with pytest.raises(UserError, match=r"data\.layout: tree is not possible"):
         fit_one_step("tree", scratch=encoder)
 
 

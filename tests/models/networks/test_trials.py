@@ -197,7 +197,7 @@ def test_rows_that_depend_on_other_rows_are_computed_one_by_one(
     fit(model, data, max_steps=1)
     assert data.layout == "rows"
     assert data.micro_batch_size == 1
-    assert sum("data.micro_batch_size: 1, for rows do not serve together" in text for text in said) == 1
+    assert sum("data.micro_batch_size: 1, because padded rows are not possible" in text for text in said) == 1
     lengths = [batch["inputs"]["input_ids"].shape for step in data.test_dataloader() for batch in step]
     assert {rows for rows, _ in lengths} == {1}
     assert min(length for _, length in lengths) < 160

@@ -1,0 +1,57 @@
+"""Tokenized conversations of a split."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datamodules.batching.token_cache import Columns
+from datamodules.corpus.conversations import mentions, read_conversations, telltale_pattern
+from datamodules.prompting.conversation_tokenizer import ConversationTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+COLUMNS: Columns = {"input_ids": ["int32"], "answer": ["int32"], "scene": "string"}
+REWRITTEN = "rewritten"  # among the counts, conversations that are learned with changed texts
+SCENE_NUMBERS = 2**64  # a conversation's scene is a hash of 64 bits
+
+
+def conversation_rows(
+    paths: Sequence[Path],
+    tokenizer: "PreTrainedTokenizerFast",
+    *,
+    max_length: int,
+    validation: bool,
+    validation_fraction: float,
+    held_out_events: Sequence[str] | None,
+    counts: Counter[str],
+) -> Iterator[dict[str, Any]]:
+    """Yield the tokenized conversations of the training or validation split.
+
+    Args:
+        paths: Conversation files.
+        tokenizer: Tokenizes them in its chat format.
+        max_length: Maximum number of tokens of a conversation.
+        validation: Whether to yield the validation split.
+        validation_fraction: Share of the conversations that validate. Conversations with the same beginning have the
+            same scene, and so the same split.
+        held_out_events: Conversations that contain one of these events are left out; None to leave none out.
+        counts: Counts the conversations that are left out, by reason, and those that are rewritten.
+    """
+    conversation_tokenizer = ConversationTokenizer(tokenizer, max_length)
+    guard = None if held_out_events is None else telltale_pattern(held_out_events)
+    for path in paths:
+        for conversation in read_conversations(path):
+            validates = int(conversation.scene, 16) < validation_fraction * SCENE_NUMBERS
+            if validates is not validation:
+                continue
+            if mentions(conversation, guard):
+                counts["with events of test scenes"] += 1
+            elif (encoded := conversation_tokenizer.encode(conversation)) is None:
+                counts["too long"] += 1
+            elif encoded[1]:
+                yield {"input_ids": encoded[0], "answer": encoded[1], "scene": conversation.scene}
+            else:
+                counts["whose last answer is empty in the chat format"] += 1
+    counts[REWRITTEN] += conversation_tokenizer.rewritten

@@ -1,0 +1,46 @@
+"""The tokenized rows of a split."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from torch import Tensor
+
+from datamodules.batching.prefix_tree import Integers
+
+
+@dataclass(frozen=True)
+class TokenizedSplit:
+    """The N tokenized rows of a split.
+
+    Attributes:
+        input_ids: Token ids of each row.
+        scenes: Scene of each row.
+        token_digest: Digest of all token ids and of the positions that are learned.
+        columns: More fields of each row for its batch, tensors (N, ...) by name.
+        answers: Positions of the learned tokens in each row; None for rows with a label.
+        odds: Relative frequency of each row in an epoch; None if every row comes once.
+    """
+
+    input_ids: Sequence[Sequence[int]]
+    scenes: Sequence[str]
+    token_digest: str
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    answers: Sequence[Integers] | None = None
+    odds: Sequence[float] | None = None
+
+    @cached_property
+    def lengths(self) -> Integers:
+        """Number of tokens of each row, (N,)."""
+        return np.fromiter(map(len, self.input_ids), dtype=np.int64)
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of everything that training on these rows depends on: tokens, learned positions, columns, order."""
+        digest = hashlib.sha256(json.dumps([self.token_digest, list(self.scenes)]).encode())
+        for name, column in sorted(self.columns.items()):
+            digest.update(name.encode() + column.numpy().tobytes())
+        return digest.hexdigest()
