@@ -36,6 +36,7 @@ from callbacks.seeding import SeedEachStep
 from callbacks.throughput import ThroughputLog
 from callbacks.watch_ranks import WatchRanks, following_parent
 from datamodules.errors import UserError
+from datamodules.escaping import error_text
 from datamodules.files.run_folders import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -297,7 +298,7 @@ class FitCLI(LightningCLI):
         try:
             return super().instantiate_trainer(**given, **kwargs)
         except (ValueError, TypeError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = error_text(error, 300)
             raise UserError(
                 f"trainer: {reason}{_meant(reason)}", "Change the trainer's options; see --help."
             ) from error

@@ -1,7 +1,7 @@
-"""The agent's answer: one JSON object, written strictly and read tolerantly.
+"""An agent's answer: one JSON object, written strictly and read tolerantly.
 
-Written: `purpose`, `thoughts`, `proposal` and `response`, in this order, those that are empty left out. Read: also
-inside a code fence or between other text, with the published field names, and with what models write for null.
+The fields are `purpose`, `thoughts`, `proposal` and `response`, in this order; empty ones are not written. Reading also
+accepts code fences, text around the object, the published field names, and the words that models write for null.
 """
 
 import json
@@ -17,7 +17,7 @@ from datamodules.corpus.replies import TWICE, UNREADABLE, Found, conclusion, is_
 FIELDS = ("purpose", "thoughts", "proposal", "response")
 PUBLISHED_NAMES = {"proactive task": "proposal", "proactive_task": "proposal"}
 AGENT_PROMPT = Path(__file__).with_name("agent_endpoint_prompt.yaml")
-# What models write in place of null; without marks around it, in lower case.
+# Words that models write for null; without punctuation, in lower case.
 NO_PROPOSAL = {
     *("null", "none", "nil", "no", "false", "undefined", "n/a", "na", "not applicable", "nothing", "no proposal"),
     *("no offer", "no task", "no action", "no action needed", "no help needed", "no help", "silence", "stay silent"),
@@ -25,7 +25,7 @@ NO_PROPOSAL = {
 _PLACEHOLDER = re.compile(r"<[^<>]*>|str(?:ing)?(?:\s*(?:\||or)\s*(?:null|none))?", re.IGNORECASE)
 _SCHEMA_KEYS = {"anyOf", "oneOf", "allOf", "enum"}
 _SCHEMA_TYPES = ("string", "null", "object", ["string", "null"])
-ANSWER_SCHEMA: dict[str, Any] = {  # what constrained decoding writes; RFC 8259 JSON, JSON Schema 2020-12
+ANSWER_SCHEMA: dict[str, Any] = {  # schema of constrained decoding; RFC 8259 JSON, JSON Schema 2020-12
     "type": "object",
     "properties": {
         "purpose": {"type": "string"},
@@ -39,10 +39,10 @@ ANSWER_SCHEMA: dict[str, Any] = {  # what constrained decoding writes; RFC 8259 
 
 
 class Answer(BaseModel):
-    """What the agent makes of a history.
+    """An answer to a history.
 
-    `purpose` is what the user wants, `thoughts` what the agent makes of it, `proposal` the task that it offers or
-    None for none, `response` what it says to the user. All but the proposal may be empty.
+    `purpose` is what the user wants, `thoughts` the agent's reasoning, `proposal` the offered task or None, `response`
+    the text for the user. All but the proposal may be empty.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -54,20 +54,18 @@ class Answer(BaseModel):
 
 
 def write_answer(answer: Answer) -> str:
-    """The answer as JSON on one line."""
+    """Return the answer as JSON on one line."""
     fields = {name: getattr(answer, name) for name in FIELDS}
     kept = {name: value for name, value in fields.items() if value or name == "proposal"}
     return json.dumps(kept, ensure_ascii=False)
 
 
 def read_answer(text: str, prompt: str | None = None) -> Answer | None:
-    """The answer that a model's reply comes to, see `conclusion`; None if there is none that can be read.
-
-    Raises nothing, whatever the text.
+    """Return the final answer of a model's reply, see `conclusion`; None if none can be read. Never raises.
 
     Args:
-        text: What the model wrote.
-        prompt: What it was told to answer, whose examples are no answers; if None, the shipped prompt for endpoints.
+        text: The reply.
+        prompt: The prompt, whose examples are not answers; None for the shipped prompt for endpoints.
     """
     told = _shipped_prompt() if prompt is None else prompt
 
@@ -101,14 +99,14 @@ def _field(name: str) -> str:
     return PUBLISHED_NAMES.get(plain, plain)
 
 
-_FORM = object()  # not a proposal, but what stands for one in a form
+_FORM = object()  # a placeholder instead of a proposal
 
 
 def _proposal(value: Any) -> Any:
-    """The proposal that a field holds: text, None, `UNREADABLE`, or `_FORM`.
+    """Return the proposal in a field: text, None, `UNREADABLE`, or `_FORM` for a placeholder.
 
-    Nothing in any form is None. An operation with its arguments, which some models offer, is text as JSON. A list is
-    what its only item is. Other numbers, true, and several proposals do not say what is offered.
+    Empty values are None. An operation with its arguments, which some models offer, becomes JSON text. A list of one
+    item is that item. Numbers, true and several proposals are unreadable.
     """
     if value is None or value is False or value in ("", [], {}):
         return None
@@ -123,13 +121,13 @@ def _proposal(value: Any) -> Any:
     if _PLACEHOLDER.fullmatch(text):
         return _FORM
     if not any(character.isalnum() for character in text):
-        return _FORM if {*text} & {*".…?"} else None  # "..." stands for something, "-" and "[]" for nothing
+        return _FORM if {*text} & {*".…?"} else None  # "..." is a placeholder; "-" and "[]" are null
     bare = " ".join(text.casefold().split()).strip(" .,;:!'\"`()[]{}*_-")
     return None if bare in NO_PROPOSAL else text
 
 
 def _text(value: Any) -> str:
-    """A field as text that UTF-8 can write; what is no text as JSON, and "" where a field within stands twice."""
+    """Return a field as text that UTF-8 can write. Other values become JSON, or "" if they contain duplicate fields."""
     try:
         text = "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     except (TypeError, RecursionError):

@@ -1,4 +1,4 @@
-"""The times of events as a person reads them: clock times, and the gap to the event before."""
+"""Times of events for display: clock times, and the gap since the previous event."""
 
 import re
 from collections.abc import Sequence
@@ -7,13 +7,13 @@ from datetime import UTC, datetime
 
 from datamodules.corpus.records import Event
 
-_WORDS = re.compile(r"Day (\d{1,4}), (\d{1,2}):(\d{2}) (AM|PM)")  # the published rows' other form
+_WORDS = re.compile(r"Day (\d{1,4}), (\d{1,2}):(\d{2}) (AM|PM)")  # the other form of times in published rows
 _UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 @dataclass(frozen=True)
 class Moment:
-    """An event with its clock time, its whole time, and the gap to the event before, empty where that is not known."""
+    """An event with its clock time, its full time, and the gap since the previous event, empty if unknown."""
 
     event: str
     clock: str
@@ -22,7 +22,7 @@ class Moment:
 
 
 def moments(events: Sequence[Event]) -> list[Moment]:
-    """The events of a session in order. Epoch seconds are told in UTC, for nothing says where the user was."""
+    """Convert the events of a session, in order. Epoch seconds are shown in UTC, because time zones are unknown."""
     found: list[Moment] = []
     before: tuple[bool, float] | None = None
     for event in events:
@@ -38,7 +38,7 @@ def moments(events: Sequence[Event]) -> list[Moment]:
 
 
 def _seconds(time: str) -> tuple[bool, float] | None:
-    """Whether a time is epoch seconds, and how many seconds; None if it is in words of another form."""
+    """Return whether a time is epoch seconds, and the number of seconds; None for unknown words."""
     if found := _WORDS.fullmatch(time):
         day, hour, minute = int(found[1]), int(found[2]), int(found[3])
         return False, float((day * 24 + hour % 12 + 12 * (found[4] == "PM")) * 3600 + minute * 60)
@@ -51,7 +51,7 @@ def _seconds(time: str) -> tuple[bool, float] | None:
 
 
 def _gap(seconds: float) -> str:
-    """A gap in its two greatest units, such as +1 h 5 min."""
+    """Format a gap in its two greatest units, such as +1 h 5 min."""
     sign, rest = "−" if seconds < 0 else "+", abs(seconds)
     if rest < 10:
         return f"{sign}{rest:.1f} s".replace(".0 s", " s")

@@ -1,7 +1,7 @@
-"""Conversation files in the published format: read one at a time, tokenized turn by turn, kept on disk.
+"""Conversation files in the published format, read one conversation at a time.
 
-A file is a JSON list, or JSON lines, of {"conversations": [{"role": ..., "content": ...}, ...]}. What an assistant says
-is learned. Conversations that begin alike share what they share, as all rows do.
+A file is a JSON list, or JSON lines, of {"conversations": [{"role": ..., "content": ...}, ...]}. The turns of the
+assistant are learned.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import mmap
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import IO, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, model_validator
 from pydantic_core import PydanticCustomError
@@ -19,17 +19,14 @@ from datamodules.corpus.records import Text, parse_json, validate
 from datamodules.errors import UserError
 from datamodules.files.reading import MOST_AT_ONCE, not_utf8, open_file, refuse_long, text_lines
 
-if TYPE_CHECKING:
-    pass
-
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-SHORTEST_TELLTALE = 20  # characters: what is shorter may stand in any conversation by chance
+SHORTEST_TELLTALE = 20  # characters; a shorter event may occur in a conversation by chance
 PAGE = "docs/how-to/conversations.md"
-# Where a JSON text's values begin and end; a string is one mark, whatever stands in it.
+# Where JSON values begin and end. A string with all its contents is one match.
 _JSON_MARKS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{},]', re.DOTALL)
 _NOT_BLANK = re.compile(rb"\S")
 
-# Formats of other projects, by the fields that tell them: what they are, and what to do.
+# Formats of other projects: the fields that identify each, its name, and how to convert it.
 OTHER_FORMATS: tuple[tuple[set[str], str, str], ...] = (
     ({"messages"}, 'OpenAI\'s "messages"', "Rename it, as in jq -c '{conversations: .messages}'"),
     (
@@ -55,7 +52,7 @@ class Message(BaseModel):
 
 
 class Conversation(BaseModel):
-    """Turns, one of them an assistant's after another one."""
+    """Turns, at least one of them an assistant's that is not the first."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
     page: ClassVar[str] = PAGE
@@ -87,7 +84,7 @@ class Conversation(BaseModel):
 
     @property
     def scene(self) -> str:
-        """A name that conversations share whose first two turns are the same: 16 hexadecimal digits."""
+        """Digest of the first two turns, 16 hexadecimal digits. Conversations that share it are in the same split."""
         turns = [[message.role, message.content] for message in self.conversations[:2]]
         return hashlib.blake2b(json.dumps(turns).encode(), digest_size=8).hexdigest()
 
@@ -113,7 +110,7 @@ def _other_format(what: str, hint: str) -> PydanticCustomError:
 
 
 def read_conversations(path: Path) -> Iterator[Conversation]:
-    """The conversations of a file; one at a time is in memory.
+    """Yield the conversations of a file. Only one is in memory at a time.
 
     Raises:
         UserError: The file cannot be read, or a record does not fit.
@@ -128,7 +125,7 @@ def read_conversations(path: Path) -> Iterator[Conversation]:
 
 
 def _items_of_list(path: Path, file: IO[bytes]) -> Iterator[tuple[str, str]]:
-    """Each item's text, behind where it stands; the file is mapped into memory, not read into it."""
+    """Yield the location and the text of each item. The file is mapped into memory, not read."""
     content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     depth = index = start = place = 0
     while True:
@@ -141,7 +138,10 @@ def _items_of_list(path: Path, file: IO[bytes]) -> Iterator[tuple[str, str]]:
                 f"{where}: expected JSON: the file ends within the list", "Mend that text, or end the list."
             )
         sign = mark[0]
-        depth += (sign in (b"[", b"{")) - (sign in (b"]", b"}"))
+        if sign in (b"[", b"{"):
+            depth += 1
+        elif sign in (b"]", b"}"):
+            depth -= 1
         if depth == 1 and sign == b"[" and not start:
             start = mark.end()
         elif depth == 0 or (depth == 1 and sign == b","):
@@ -163,12 +163,12 @@ def _item(text: bytes, where: str) -> str:
 
 
 def telltale_pattern(events: Collection[str]) -> re.Pattern[str] | None:
-    """What finds the text of events in a conversation, as it is or as a JSON string; None if there is none to find."""
+    """Return a pattern that finds events in a conversation, as text or as a JSON string; None without long events."""
     texts = {text for text in events if len(text) >= SHORTEST_TELLTALE}
     quoted = {json.dumps(text, ensure_ascii=ascii_only)[1:-1] for text in texts for ascii_only in (True, False)}
     return re.compile("|".join(map(re.escape, sorted(texts | quoted)))) if texts else None
 
 
 def mentions(conversation: Conversation, pattern: re.Pattern[str] | None) -> bool:
-    """Whether a turn contains one of the events of `telltale_pattern`."""
+    """Check whether a turn contains an event of `telltale_pattern`."""
     return pattern is not None and any(pattern.search(message.content) for message in conversation.conversations)

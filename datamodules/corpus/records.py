@@ -1,9 +1,8 @@
-"""Validated records of ProactiveBench's files, and the readers that turn a file into them.
+"""Validated records of ProactiveBench's files, and their readers.
 
-Nothing is dropped or coerced in silence: a record that does not fit is refused with its file, its line (or
-index) and its field. What the published files really contain is tolerated on purpose, and only that: both
-spellings of judgment, times in words, the text "null" for no proposal, `other_infomation`, a UTF-8 byte
-order mark, CRLF line ends and a blank last line.
+Nothing is dropped or converted silently: a record that does not fit is refused with its file, its line or index, and
+its field. Only the peculiarities of the published files are accepted: both spellings of judgment, times in words, the
+text "null" for no proposal, `other_infomation`, a UTF-8 byte order mark, CRLF line ends and a blank last line.
 """
 
 import hashlib
@@ -35,16 +34,16 @@ from datamodules.files.reading import MOST_AT_ONCE, MOST_DEPTH, MOST_ROWS, is_de
 
 
 class Category(StrEnum):
-    """What an annotated row shows, from its proposal, its judgment and whether help was needed."""
+    """Type of an annotated row; follows from its proposal and its judgment."""
 
-    MISSED_NEED = "missed_need"  # null proposed although help was needed: null is wrong
-    NON_RESPONSE = "non_response"  # null proposed and no help needed: null is right
-    CORRECT_DETECTION = "correct_detection"  # a proposal in text that was accepted
-    FALSE_ALARM = "false_alarm"  # a proposal in text that was rejected
+    MISSED_NEED = "missed_need"  # null, rejected: help was needed
+    NON_RESPONSE = "non_response"  # null, accepted: no help was needed
+    CORRECT_DETECTION = "correct_detection"  # text, accepted
+    FALSE_ALARM = "false_alarm"  # text, rejected
 
     @property
     def number(self) -> int:
-        """The position of this category in `list(Category)`: how a batch names it, 0 to 3."""
+        """Index of this category in `list(Category)`, 0 to 3."""
         return list(Category).index(self)
 
 
@@ -55,12 +54,14 @@ PUBLISHED_CATEGORIES = {
     "Correct-Detection (CD)": Category.CORRECT_DETECTION,
     "False-Alarm (FA)": Category.FALSE_ALARM,
 }
-_PUBLISHED_NAMES = {category: name for name, category in reversed(PUBLISHED_CATEGORIES.items())}  # the files' own
+_PUBLISHED_NAMES = {
+    category: name for name, category in reversed(PUBLISHED_CATEGORIES.items())
+}  # as the files write them
 
 
 @dataclass(frozen=True)
 class _Refused:
-    """In place of a value that JSON does not have: no field takes it, and the one that refuses it is named."""
+    """Replaces a value that JSON does not have. Every field refuses it, so the error names the field."""
 
     why: str
 
@@ -69,9 +70,9 @@ class _Refused:
 
 
 def _unicode(value: Any) -> Any:
-    """Text that UTF-8 can write. JSON and YAML can escape half a surrogate pair, which nothing else takes."""
+    """Check that UTF-8 can write a text. JSON and YAML can escape half a surrogate pair, which is not valid text."""
     if isinstance(value, str) and not _is_unicode(value):
-        try:  # YAML leaves the halves of a pair apart
+        try:  # YAML does not join the halves of a pair
             return value.encode("utf-16", "surrogatepass").decode("utf-16")
         except UnicodeDecodeError:
             raise ValueError("expected text, got half a surrogate pair") from None
@@ -94,7 +95,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def json_object(value: Any) -> Any:
-    """An object of any content that JSON can write."""
+    """Check that JSON can write an object."""
     if isinstance(value, dict):
         try:
             sound = _is_unicode(json.dumps(value, ensure_ascii=False, allow_nan=False))
@@ -106,12 +107,12 @@ def json_object(value: Any) -> Any:
 
 
 def _proposal(value: Any) -> Any:
-    """The published files write "no proposal" both as null and as the text "null"."""
+    """Return a proposal. The published files write no proposal both as null and as the text "null"."""
     return None if isinstance(value, str) and value.strip().lower() == "null" else _text(value)
 
 
 def _proposals(*kinds: type, with_null: bool = False) -> Callable[[Any], Any]:
-    """Proposals of some kinds, with or without those that are null; a bad one is named by its place in the file."""
+    """Return a validator for lists of proposals, which drops null unless `with_null`; errors state the index."""
 
     def kept(value: Any) -> Any:
         if not isinstance(value, (list, tuple)):
@@ -139,7 +140,7 @@ def _judgment(value: Any) -> Any:
 
 
 def _judgments(value: Any) -> Any:
-    """The judgments of several proposals; that of a single one may stand alone."""
+    """Return the judgments of several proposals; the judgment of a single one needs no list."""
     return tuple(_judgment(item) for item in value) if isinstance(value, (list, tuple)) else (_judgment(value),)
 
 
@@ -164,7 +165,7 @@ def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 Unicode = Annotated[str, BeforeValidator(_unicode)]
-Text = Annotated[str, BeforeValidator(_text)]  # not blank, either
+Text = Annotated[str, BeforeValidator(_text)]  # not blank
 Proposal = Annotated[str | None, BeforeValidator(_proposal)]
 Judgment = Annotated[bool, BeforeValidator(_judgment)]
 JUDGMENT_SPELLINGS = ("valid", "judgment", "judgement")
@@ -172,7 +173,7 @@ JUDGMENT_SPELLINGS = ("valid", "judgment", "judgement")
 
 class _Record(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, populate_by_name=False)
-    page: ClassVar[str] = "docs/how-to/own-data.md"  # where every field is shown
+    page: ClassVar[str] = "docs/how-to/own-data.md"  # documents every field
 
     @model_validator(mode="before")
     @classmethod
@@ -184,21 +185,21 @@ class _Record(BaseModel):
 
 
 class Event(_Record):
-    """One line of what the user did; `time` is epoch seconds as text, or words."""
+    """One line of what the user did; `time` is epoch seconds as text, or words such as "Day 1, 8:00 PM"."""
 
     time: Text
     event: Text
 
 
-# Only the first mistake is told, and millions of them would fill the memory.
+# Only the first error is reported. Millions of them would fill the memory.
 History = Annotated[tuple[Event, ...], FailFast(), BeforeValidator(_tuple)]
 
 
 class AnnotatedRow(_Record):
-    """A history, one proposal made after it, and what people said of that proposal.
+    """A history, a proposal after it, and its judgment.
 
-    `annotation` holds the single annotators' answers; `category` and `help_needed` may be left out where the
-    other fields settle them, and must agree with those fields where they are given.
+    `annotation` holds the answers of the single annotators. `category` and `help_needed` are optional, and must agree
+    with the other fields.
     """
 
     history: History = Field(validation_alias="obs")
@@ -233,16 +234,16 @@ class AnnotatedRow(_Record):
 
     @cached_property
     def history_digest(self) -> int:
-        """As `history_digest` gives it."""
+        """See `history_digest`."""
         return history_digest(self.history)
 
     @cached_property
     def scene(self) -> str:
-        """As `scene_of` gives it."""
+        """See `scene_of`."""
         return scene_of(self.history)
 
     def published(self) -> dict[str, Any]:
-        """The row as the published files write it."""
+        """Return the row in the published layout."""
         return {
             "obs": [event.model_dump() for event in self.history],
             "pred_task": self.proposal,
@@ -254,15 +255,15 @@ class AnnotatedRow(_Record):
 
 
 class TraceProposals(_Record):
-    """The reference proposals of one step of the agent's test set."""
+    """Reference proposals of one trace step of the agent's test set."""
 
     candidate_task: Annotated[tuple[str, ...], BeforeValidator(_proposals(str))]
 
 
 class TestStep(_Record):
-    """One step of a test trace: an event and what could have been offered after it."""
+    """One step of a test trace: an event and its reference proposals."""
 
-    __test__ = False  # not a test class, whatever pytest makes of the name
+    __test__ = False  # pytest collects classes of this name otherwise
 
     observation: Event
     agent_response: TraceProposals
@@ -271,9 +272,9 @@ class TestStep(_Record):
 
 
 class PublishedStep(_Record):
-    """One step of a trace that an agent answered, and, once it is judged, a judgment for each of its proposals.
+    """One step of a trace that an agent answered, with a judgment of each proposal if there are any.
 
-    No proposal in `agent_response` means null. One may also be an operation with its arguments, as an object.
+    An empty `agent_response` means null. A proposal may also be an operation with its arguments, as an object.
     """
 
     page: ClassVar[str] = "docs/how-to/evaluate-an-endpoint.md"
@@ -301,7 +302,7 @@ class PublishedStep(_Record):
 
 
 class TraceSplit(_Record):
-    """Some of a root's test traces, by their file names, each once."""
+    """Names of some of a root's test traces, each once."""
 
     theme: Text | None = None
     files: Annotated[tuple[Text, ...], FailFast(), BeforeValidator(_tuple), AfterValidator(_distinct)]
@@ -311,13 +312,13 @@ RecordType = TypeVar("RecordType", bound=BaseModel)
 
 
 def read_jsonl(path: Path, record: type[RecordType]) -> list[RecordType]:
-    """Read one record a line.
+    """Read one record per line.
 
     Raises:
         UserError: The file cannot be read, or a line is not such a record.
     """
     records: list[RecordType] = []
-    blank = ""  # where a line without a record is, which may be the last one only
+    blank = ""  # location of a blank line; only the last line may be blank
     with open_file(path, MOST_ROWS) as file:
         for where, line in text_lines(file, path):
             if blank:
@@ -330,20 +331,20 @@ def read_jsonl(path: Path, record: type[RecordType]) -> list[RecordType]:
 
 
 def read_json(path: Path, record: type[RecordType], most: int = MOST_AT_ONCE) -> tuple[RecordType, Any]:
-    """Read a file that is one JSON object, of `most` bytes at most, as a record and as it stands.
+    """Read a file of one JSON object with at most `most` bytes; return the record and the parsed JSON.
 
     Raises:
-        UserError: The file cannot be read, is no JSON, or is not such a record.
+        UserError: The file cannot be read, is not JSON, or is not such a record.
     """
     content = parse_json(read_text(path, most), str(path))
     return validate(content, record, str(path)), content
 
 
 def read_json_list(path: Path, record: type[RecordType]) -> list[RecordType]:
-    """Read a file that is one JSON list of records.
+    """Read a file of one JSON list of records.
 
     Raises:
-        UserError: The file cannot be read, is no JSON list, or an item is not such a record.
+        UserError: The file cannot be read, is not a JSON list, or an item is not such a record.
     """
     items = parse_json(read_text(path), str(path))
     if not isinstance(items, list):
@@ -352,10 +353,10 @@ def read_json_list(path: Path, record: type[RecordType]) -> list[RecordType]:
 
 
 def read_json_mapping(path: Path, record: type[RecordType]) -> dict[str, RecordType]:
-    """Read a file that is one JSON object of records by name.
+    """Read a file of one JSON object of records by name.
 
     Raises:
-        UserError: The file cannot be read, is no JSON object, or a value is not such a record.
+        UserError: The file cannot be read, is not a JSON object, or a value is not such a record.
     """
     items = parse_json(read_text(path), str(path))
     if not isinstance(items, dict):
@@ -390,13 +391,13 @@ def _hint(record: type[BaseModel]) -> str:
 
 
 def history_digest(events: Iterable[Event]) -> int:
-    """A 64-bit digest of a history, signed so that an int64 tensor holds it."""
+    """Return a digest of a history: 64 bits, signed, so that it fits into an int64 tensor."""
     text = json.dumps([[event.time, event.event] for event in events])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)
 
 
 def history_digests_of(events: Iterable[Event]) -> Iterator[int]:
-    """The digest of each history of a trace, the shortest first, as `history_digest` gives it, in linear time."""
+    """Yield `history_digest` of each history of a trace, the shortest first, in linear time."""
     digest = hashlib.blake2b(b"[", digest_size=8)
     for number, event in enumerate(events):
         digest.update(f"{', ' if number else ''}{json.dumps([event.time, event.event])}".encode())
@@ -406,15 +407,15 @@ def history_digests_of(events: Iterable[Event]) -> Iterator[int]:
 
 
 def scene_of(events: Sequence[Event]) -> str:
-    """The session that a history or trace belongs to, named by its first event: histories of a session share it."""
+    """Return the name of the scene of a history or trace: a digest of its first event, 16 hexadecimal digits."""
     return format(history_digest(events[:1]) & (2**64 - 1), "016x")
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text, in which no field is there twice and no number is none.
+    """Parse JSON. Duplicate fields, NaN and infinity become values that every record refuses.
 
     Raises:
-        UserError: It is no JSON, or nested too deeply; the message names `where`.
+        UserError: The text is not JSON, or nested too deeply; the message names `where`.
     """
     if is_deep(text):
         raise UserError(
@@ -442,6 +443,6 @@ def parse_json(text: str, where: str) -> Any:
 def _shorten(value: Any, limit: int = 80) -> str:
     try:
         text = str(value) if isinstance(value, _Refused) else json.dumps(value, ensure_ascii=False, default=str)
-    except (TypeError, ValueError, RecursionError):  # names that are no text, or what holds itself
+    except (TypeError, ValueError, RecursionError):  # names that are not text, or a cycle
         text = f"a {type(value).__name__}"
     return shortened(text, limit)

@@ -1,7 +1,7 @@
-"""What a model's reply concludes: behind its thoughts, and of several JSON objects the one that counts.
+"""The final answer of a model's reply.
 
-Nothing that is not final counts: no thought, no example that the prompt gave, nothing that was cut off. Where a reply
-holds several answers that differ and none is clearly the last word, it has none.
+Reasoning text, examples from the prompt and truncated text are not answers. If a reply holds several different answers,
+and none clearly ends it, it has no answer.
 """
 
 import json
@@ -15,14 +15,14 @@ from datamodules.files.reading import is_deep
 
 Value = TypeVar("Value")
 
-MOST_FAILURES = 1000  # braces that begin no JSON object; a reply of more of them holds no answer
-UNREADABLE = object()  # the decision of an answer that does not say what it decides
-CUT_OFF = object()  # in place of an object that the reply ends in
-TWICE = object()  # in place of the value of a field that stands twice in an object, with two values
+MOST_FAILURES = 1000  # braces that begin no JSON object; a reply with more of them has no answer
+UNREADABLE = object()  # decision of an answer whose decision cannot be read
+CUT_OFF = object()  # replaces an object within which the reply ends
+TWICE = object()  # replaces the value of a duplicate field with different values
 
-# The marks of thoughts: <think> of most models, with <thinking>, <reasoning>, <seed:think> or <|begin_of_thought|> as
-# its like; Mistral's [THINK]; Kimi's ◁think▷; the channels of gpt-oss, also where a server dropped their special
-# tokens; Gemma's.
+# Delimiters of reasoning text: <think> of most models, and similar ones such as <thinking>, <reasoning>, <seed:think>
+# and <|begin_of_thought|>; Mistral's [THINK]; Kimi's ◁think▷; the channels of gpt-oss, also if a server dropped their
+# special tokens; Gemma's.
 _NAMES = r"(?:think(?:ing)?|thoughts?|reason(?:ing)?(?:_content)?|reflection|analysis|scratchpad|inner_monologue)"
 _CLOSE = "|".join(
     (
@@ -46,29 +46,31 @@ _OPEN = "|".join(
 )
 _THOUGHT_ENDS = re.compile(_CLOSE, re.IGNORECASE)
 _MARKS = re.compile(rf"(?P<object>\{{)|(?P<close>{_CLOSE})|(?P<open>{_OPEN})", re.IGNORECASE)
-# What may stand around an answer on lines of its own: fences, emphasis, tags, special tokens.
+# Allowed around an answer on its lines: fences, emphasis, tags, special tokens.
 _MARKUP = re.compile(r"(?:\s|`++\w*+|</?\w++>|<\|\w++\|>|[*_.])*+")
-_TAIL = re.compile(r"[\w.+-]*\s*")  # of a text that was cut off within a number, true, false or null, or before a sign
+_TAIL = re.compile(
+    r"[\w.+-]*\s*"
+)  # rest of a text that was truncated within a number, true, false or null, or before a bracket or comma
 _DESCRIPTION = re.compile(r"""^[\s{*-]*["'`]?(\w[\w ]*?)["'`]?\s*:\s*["'`]?(.+?)["'`]?,?[\s}]*$""", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Found(Generic[Value]):
-    """An answer in a reply: `decision`, by which answers agree or differ, and all that it says."""
+    """An answer in a reply. Two answers agree if their `decision` is equal; `value` is the whole answer."""
 
     decision: Any
     value: Value | None = None
 
 
 def conclusion(text: str, read: Callable[[dict[str, Any]], Found[Value] | None]) -> Found[Value] | None:
-    """The answer that a reply comes to; None if it holds none. Raises nothing, whatever the text.
+    """Return the final answer of a reply; None if it has no answer. Never raises.
 
-    Answers that agree are one. Of several that differ, those count that stand on lines of their own; if these differ
-    as well, the last one, provided that it ends the reply.
+    If all answers agree, the last one is returned. Otherwise only answers on separate lines count, if there are any. If
+    these differ too, the last answer is returned if it ends the reply, else an `UNREADABLE` one.
 
     Args:
-        text: What the model wrote.
-        read: The answer that a JSON object is; None for an object that is none.
+        text: The reply.
+        read: Returns the answer that a JSON object is, or None.
     """
     spoken = behind_thoughts(text)
     if spoken is None:
@@ -88,17 +90,17 @@ def conclusion(text: str, read: Callable[[dict[str, Any]], Found[Value] | None])
 
 
 def _is_alone(text: str, start: int, end: int) -> bool:
-    """Whether nothing but markup stands beside a part of a text, on its lines."""
+    """Check that the lines of a part of a text contain nothing else but markup."""
     line_start, line_end = text.rfind("\n", 0, start) + 1, text.find("\n", end)
     after = text[end:] if line_end < 0 else text[end:line_end]
     return bool(_MARKUP.fullmatch(text, line_start, start) and _MARKUP.fullmatch(after))
 
 
 def behind_thoughts(text: str) -> str | None:
-    """What a model says beside its thoughts; None if it was cut off within one.
+    """Return a reply without its reasoning text; None if the reply ends within reasoning.
 
-    What stands before the end of a thought that has no beginning is a thought too: some prompts begin it. Marks within
-    a JSON object are text.
+    If an end of reasoning has no beginning, everything before it is reasoning: some prompts contain the beginning.
+    Delimiters within a JSON object are text.
     """
     spoken = ""
     begin = place = failures = 0
@@ -120,7 +122,7 @@ def behind_thoughts(text: str) -> str | None:
 
 @lru_cache(maxsize=16)
 def examples(prompt: str) -> Mapping[str, frozenset[str]]:
-    """By field, in lower case: what a prompt says or shows that stands in it, as `_plain` gives it."""
+    """Return the example values of each field in a prompt; names and values as in `_plain`."""
     found: dict[str, set[str]] = {}
     shown = [item for content, _, _ in _objects(prompt) or () for item in content.items()]
     for name, value in [*shown, *_DESCRIPTION.findall(prompt)]:
@@ -130,7 +132,7 @@ def examples(prompt: str) -> Mapping[str, frozenset[str]]:
 
 
 def is_example(texts: Mapping[str, str], prompt: str) -> bool:
-    """Whether an answer's texts, by field, all stand in the prompt as what belongs in that field."""
+    """Check whether all texts of an answer, by field, are examples of that field in the prompt."""
     known = examples(prompt)
     given = {name: text for name, text in texts.items() if text.strip()}
     return bool(given) and all(_plain(text) in known.get(_plain(name), ()) for name, text in given.items())
@@ -141,9 +143,9 @@ def _plain(text: str) -> str:
 
 
 def _objects(text: str) -> list[tuple[dict[str, Any], int, int]] | None:
-    """The JSON objects in a text, from left to right, with where they begin and end; none within another one.
+    """Return the outermost JSON objects in a text, from left to right, with their start and end.
 
-    None if the text ends within an object, or holds too many braces that begin none.
+    None if the text ends within an object, or contains more than `MOST_FAILURES` braces that begin no object.
     """
     objects: list[tuple[dict[str, Any], int, int]] = []
     failures, start = 0, text.find("{")
@@ -159,7 +161,7 @@ def _objects(text: str) -> list[tuple[dict[str, Any], int, int]] | None:
 
 
 def _decode(text: str, start: int) -> Any:
-    """The JSON object that begins at a place and where it ends; None if none does, `CUT_OFF` if the text ends in it."""
+    """Return the JSON object at `start` and its end; None if there is none, `CUT_OFF` if the text ends within it."""
     try:
         content, end = _DECODER.raw_decode(text, start)
         return None if is_deep(text[start:end]) else (content, end)
@@ -180,13 +182,13 @@ _DECODER = json.JSONDecoder(strict=False, object_pairs_hook=_unique)
 
 
 def _answers(content: dict[str, Any], read: Callable[[dict[str, Any]], Found[Value] | None]) -> list[Found[Value]]:
-    """The answer that an object is, or those that it holds."""
+    """Return the answer that an object is, or the answers in it."""
     answers: list[Found[Value]] = []
     within: list[Any] = [content]
     for value in within:
         if isinstance(value, list):
             within.extend(value)
-        elif isinstance(value, dict) and not value.keys() & {"$schema", "properties"}:  # a schema is none
+        elif isinstance(value, dict) and not value.keys() & {"$schema", "properties"}:  # a JSON schema is no answer
             if (found := read(value)) is not None:
                 answers.append(found)
             else:

@@ -1,8 +1,7 @@
-"""Where the rows come from: the embedded simulator, a local directory, or the published files by download."""
+"""Sources of rows: the embedded simulator, a local directory, or a download of the published files."""
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from datamodules.corpus.records import AnnotatedRow, TestStep, read_json_list, read_jsonl
 from datamodules.errors import UserError
+from datamodules.escaping import error_text
 from datamodules.files.reading import open_file
 
 PUBLISHED_COMMIT = "86383616ee530e9bcd1e9fe2269703ef3e3d8478"
@@ -31,8 +31,8 @@ PUBLISHED_SHA256 = {
     "test_data/writing_15.json": "5d5cfa5e45894469458614bb8b260458b84c07a67033082a667f7026e06b14ec",
     "test_data/writing_16.json": "0f97f544da9353e55fe17e7ea5e1cb6d27dd50f2ff1fd74a729a2782d879c213",
 }
-# Of the rows of test_data.jsonl, by `test_digest`, and of the 12 test traces, by `traces_digest`: as the test set has
-# them, and as they are recorded with the agents' answers.
+# `test_digest` of the rows of test_data.jsonl; `traces_digest` of the 12 test traces, in the test set and as recorded
+# with the answers of agents.
 PUBLISHED_TEST_DIGEST = "cdeaba8419002d90"
 PUBLISHED_TRACES_DIGESTS = ("4345087ce462c492", "62505f22097c41fe")
 TRAIN_FILE = "reward_data/train_data.jsonl"
@@ -43,9 +43,9 @@ SPLITS_FILE = "test_data/splits.json"
 
 @dataclass(frozen=True)
 class Corpus:
-    """Everything one root holds: annotated rows in two files, and the agent's test traces by file name.
+    """The contents of a root: annotated rows of two files, and the agent's test traces by file name.
 
-    `splits_file` divides the traces; it is read by who needs it.
+    `splits_file` names splits of the traces. It is not read here.
     """
 
     root: str
@@ -54,7 +54,7 @@ class Corpus:
     traces: dict[str, list[TestStep]] = field(default_factory=dict)
     splits_file: Path | None = None
 
-    @cached_property  # 100,000 rows are read thousands of times
+    @cached_property  # accessed thousands of times
     def rows(self) -> list[AnnotatedRow]:
         """The rows of both files."""
         return self.train + self.test
@@ -64,8 +64,8 @@ def load_corpus(root: str, seed: int = 0) -> Corpus:
     """Load the rows of `root`: "embedded", "published", or a directory in the published layout.
 
     Args:
-        root: Where the data is.
-        seed: Which embedded data; without effect on files.
+        root: Source of the data.
+        seed: Seed of the embedded data; files do not depend on it.
 
     Raises:
         UserError: A file is missing or a record does not fit.
@@ -85,19 +85,19 @@ def load_corpus(root: str, seed: int = 0) -> Corpus:
     paths |= {name: path for name in (TRAIN_FILE, TEST_FILE) if (path := Path(root, name)).exists()}
     if TRAIN_FILE not in paths:
         raise UserError(
-            f"data.root: {root} has no {TRAIN_FILE}", "Put the annotated rows there, one JSON object a line."
+            f"data.root: {root} has no {TRAIN_FILE}", "Put the annotated rows there, one JSON object per line."
         )
     return read_directory(paths, root)
 
 
 def test_digest(rows: Sequence[AnnotatedRow]) -> str:
-    """A digest of some annotated rows, 16 hexadecimal digits."""
+    """Return a digest of annotated rows, 16 hexadecimal digits."""
     content = [[row.history_digest, row.proposal, row.accepted] for row in rows]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def read_directory(paths: Mapping[str, Path], root: str) -> Corpus:
-    """Read the files of a published layout, given each one's path by its name in that layout."""
+    """Read files in the published layout; `paths` maps the name of each in that layout to its path."""
     traces = {
         Path(name).name: read_json_list(path, TestStep)
         for name, path in paths.items()
@@ -105,7 +105,7 @@ def read_directory(paths: Mapping[str, Path], root: str) -> Corpus:
     }
     train = read_jsonl(paths[TRAIN_FILE], AnnotatedRow)
     if not train:
-        raise UserError(f"{paths[TRAIN_FILE]}: holds no row", "Put the annotated rows there, one JSON object a line.")
+        raise UserError(f"{paths[TRAIN_FILE]}: holds no row", "Put the annotated rows there, one JSON object per line.")
     test = read_jsonl(paths[TEST_FILE], AnnotatedRow) if TEST_FILE in paths else []
     return Corpus(root, train, test, traces, paths.get(SPLITS_FILE))
 
@@ -113,18 +113,18 @@ def read_directory(paths: Mapping[str, Path], root: str) -> Corpus:
 def download_published(
     url: str = PUBLISHED_URL, sha256: Mapping[str, str] = PUBLISHED_SHA256, cache: Path | None = None
 ) -> dict[str, Path]:
-    """Fetch the published files through the `datasets` cache and check each one's digest.
+    """Download the published files through the `datasets` cache, and check their digests.
 
     Args:
-        url: The address of the folder that holds reward_data/ and test_data/.
-        sha256: The expected digest of each file, by its name below `url`.
-        cache: Where to keep the files; the `datasets` download cache if None.
+        url: Address of the folder with reward_data/ and test_data/.
+        sha256: Expected digest of each file, by its name below `url`.
+        cache: Folder to keep the files in; None for the download cache of `datasets`.
 
     Returns:
-        The path in the cache of each file, by name.
+        The path of each file in the cache, by name.
 
     Raises:
-        UserError: A file cannot be had, or is not the one that the digest names.
+        UserError: A file cannot be downloaded, or its digest differs.
     """
     from datasets import DownloadConfig, DownloadManager, are_progress_bars_disabled
     from datasets.utils.logging import set_verbosity_error
@@ -135,14 +135,14 @@ def download_published(
             cache_dir=cache,
             max_retries=3,
             disable_tqdm=are_progress_bars_disabled(),
-            use_etag=False,  # the digest says which file it is: what is cached needs no network
+            use_etag=False,  # digests identify the files, so cached files need no network
         ),
         record_checksums=False,
     )
     try:
         paths = {name: Path(path) for name, path in manager.download({n: f"{url}/{n}" for n in sha256}).items()}
-    except Exception as error:  # the HTTP client has errors of its own, which `datasets` lets through
-        reason = re.sub(r"\s+", " ", str(error)) or type(error).__name__
+    except Exception as error:  # `datasets` does not wrap the errors of its HTTP client
+        reason = error_text(error, 300) or type(error).__name__
         raise UserError(
             f"cannot fetch the published data from {url}: {reason}",
             "Check the network, or give --data.root a directory that holds reward_data/ and test_data/.",
@@ -153,6 +153,6 @@ def download_published(
         if digest != sha256[name]:
             raise UserError(
                 f"{url}/{name} has SHA-256 {digest}, expected {sha256[name]}: it is not the published file",
-                f"Delete {path} and try again; if it stays so, do not use that source.",
+                f"Delete {path} and try again; if the digest still differs, do not use that source.",
             )
     return paths

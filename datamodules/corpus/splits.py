@@ -1,4 +1,4 @@
-"""Which rows train, which validate, which test; and how much of the test the training rows give away."""
+"""Splits into training, validation and test rows, and how contaminated the test rows are."""
 
 import warnings
 from collections.abc import Iterable, Sequence
@@ -25,9 +25,9 @@ class Split:
 
 @dataclass(frozen=True)
 class Contamination:
-    """How many test rows have a history that also occurs in the training rows, and how many in the validation rows.
+    """Number of test rows whose history also occurs in the training rows, and in the validation rows.
 
-    `validated_rows` is None where an old checkpoint does not say what it was validated on.
+    `validated_rows` is None if an old checkpoint does not state its validation rows.
     """
 
     test_rows: int
@@ -46,14 +46,14 @@ class Contamination:
 
     @property
     def validation(self) -> str:
-        """What is known of the validation rows, in words."""
+        """The count for the validation rows, in words."""
         if self.validated_rows is None:
             return "how many have one of the validation rows is unknown: the checkpoint does not say"
         return f"{self.validated_rows} have one of the validation rows"
 
 
 def split_published(corpus: Corpus, validation_fraction: float, seed: int = 0) -> Split:
-    """Test on the root's own test file; validate on a part of its training rows, drawn within each category.
+    """Test on the root's own test file; validate on a share of its training rows, stratified by category.
 
     Raises:
         UserError: The root has no test file, or too few rows of a category to validate on.
@@ -82,9 +82,9 @@ def split_outside_traces(corpus: Corpus, validation_fraction: float, seed: int =
     """Test on the scenes of the root's test traces; train and validate on whole scenes outside them.
 
     Args:
-        corpus: What a root holds.
-        validation_fraction: The part of the scenes that validates, at least one.
-        seed: Which ones.
+        corpus: Contents of a root.
+        validation_fraction: Share of these scenes that validate; at least one does.
+        seed: Seed of the choice.
 
     Raises:
         UserError: The root has no test traces or no rows of their scenes, or fewer than two scenes outside them.
@@ -115,9 +115,9 @@ def split_outside_traces(corpus: Corpus, validation_fraction: float, seed: int =
 
 
 def split_by_scene(corpus: Corpus, folds: int, fold: int, seed: int = 0) -> Split:
-    """Hold whole scenes out: fold `fold` of all rows tests, the next fold validates, the rest trains.
+    """Hold out whole scenes: fold `fold` of all rows tests, the next fold validates, the others train.
 
-    Scenes are spread over the folds so that each fold has each category about equally often.
+    Folds have about the same share of each category.
 
     Raises:
         UserError: There are fewer scenes than folds, or no such fold.
@@ -136,7 +136,7 @@ def split_by_scene(corpus: Corpus, folds: int, fold: int, seed: int = 0) -> Spli
     categories = [row.category.value for row in corpus.rows]
     try:
         with warnings.catch_warnings():
-            # Also a category that is rarer than folds is spread as far as it goes.
+            # A category with fewer rows than folds is spread as far as possible.
             warnings.filterwarnings("ignore", message="The least populated class in y has only", category=UserWarning)
             held_out = [list(test) for _, test in splitter.split(scenes, categories, scenes)]
     except ValueError as error:
@@ -150,14 +150,14 @@ def split_by_scene(corpus: Corpus, folds: int, fold: int, seed: int = 0) -> Spli
 
 
 def history_digests(rows: Iterable[AnnotatedRow]) -> list[int]:
-    """The distinct histories of some rows, as sorted digests."""
+    """Return the sorted digests of the distinct histories of some rows."""
     return sorted({row.history_digest for row in rows})
 
 
 def contamination(
     training_digests: Iterable[int], test: Sequence[AnnotatedRow], validation_digests: Iterable[int] | None = ()
 ) -> Contamination:
-    """Count the test rows whose history was trained on, and validated on; None for the latter if that is unknown."""
+    """Count the test rows whose history was trained on or validated on; None if the latter is unknown."""
 
     def count(digests: Iterable[int]) -> int:
         known = set(digests)

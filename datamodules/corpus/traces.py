@@ -1,4 +1,4 @@
-"""The agent's traces: events with what was proposed after each, read as recorded and laid out as judged."""
+"""Traces of agents: reading recorded traces, and writing judged ones."""
 
 import hashlib
 import json
@@ -29,9 +29,9 @@ PUBLISHED_NOTES = {"Purpose": "purpose", "Thoughts": "thoughts", "Response": "re
 
 @dataclass(frozen=True)
 class Trace:
-    """The events of one session, and whether the user was done with a task at each.
+    """The events of one session, and for each whether the user had completed a task.
 
-    `name` is the name of its file, by which split files know it.
+    `name` is the name of its file. Split files refer to it.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Trace:
     task_status: tuple[bool, ...]
 
     def history(self, step: int, longest: int | None = None) -> tuple[Event, ...]:
-        """What is known at a step, counted from 0; of that the last `longest` events, or all."""
+        """Return the history at a trace step, counted from 0, with at most its last `longest` events."""
         return self.events[0 if longest is None else max(step + 1 - longest, 0) : step + 1]
 
 
@@ -48,10 +48,10 @@ class Candidate:
     """One answer of an agent.
 
     Attributes:
-        proposal: What is offered; None for nothing.
-        written: The proposal as files show it; some recorded ones are operations with arguments.
-        notes: Purpose, Thoughts and Response, and whatever else a recorded step holds.
-        parsed: Whether the agent's text could be read; if not, it counts as no proposal.
+        proposal: The proposal; None for null.
+        written: The proposal as files write it; some recorded ones are operations with arguments.
+        notes: Purpose, Thoughts, Response, and the other fields of a recorded step.
+        parsed: Whether the agent's text could be read. If not, it counts as null.
     """
 
     proposal: str | None
@@ -61,18 +61,18 @@ class Candidate:
 
     @classmethod
     def of(cls, answer: Answer | None) -> "Candidate":
-        """The candidate that an agent's answer is; None is an answer that could not be read."""
+        """Make a candidate of an agent's answer; None is an answer that could not be read."""
         if answer is None:
             return cls(None, parsed=False)
         notes = {name: getattr(answer, field) for name, field in PUBLISHED_NOTES.items() if getattr(answer, field)}
         return cls(answer.proposal, answer.proposal, notes)
 
 
-Answers = Mapping[str, Sequence[Sequence[Candidate]]]  # by trace name: for each event, its candidates
+Answers = Mapping[str, Sequence[Sequence[Candidate]]]  # by name of the trace: the candidates after each event
 
 
 class Pair(NamedTuple):
-    """A proposal, or None for none, after a history; `where` says in words which, for messages and logs."""
+    """A history and a proposal or None; `where` describes the pair in messages and logs."""
 
     history: History
     proposal: str | None
@@ -80,7 +80,7 @@ class Pair(NamedTuple):
 
 
 class Offer(NamedTuple):
-    """A proposal, or None for none, after the event `step` (from 0) of a trace."""
+    """A proposal or None after the event `step` (from 0) of a trace."""
 
     trace: str
     step: int
@@ -89,25 +89,25 @@ class Offer(NamedTuple):
 
 @dataclass(frozen=True)
 class Recorded:
-    """Traces with what an agent answered, and the judgments that stand beside it, if any do."""
+    """Traces with the answers of an agent, and with judgments if there are any."""
 
     traces: list[Trace]
     answers: dict[str, list[list[Candidate]]]
     judgments: dict[Offer, bool]
 
     def add(self, name: str, steps: Sequence[PublishedStep]) -> None:
-        """Take a trace in; of two judgments on one offer the first counts."""
+        """Add a trace. If a proposal has two judgments, the first counts."""
         self.traces.append(Trace(name, tuple(s.observation for s in steps), tuple(s.task_status for s in steps)))
         self.answers[name] = [_candidates(step) for step in steps]
         for number, step in enumerate(steps):
-            # What has no response is not counted by the published scoring, whatever its judgment.
+            # The published scoring ignores the judgment of a step without a response.
             judged = zip(self.answers[name][number], step.judgment, strict=False) if step.agent_response else ()
             for candidate, accepted in judged:
                 self.judgments.setdefault(Offer(name, number, candidate.proposal), accepted)
 
 
 def root_traces(corpus: Corpus) -> list[Trace]:
-    """The test traces of a data root."""
+    """Return the test traces of a root."""
     return [
         Trace(name, tuple(step.observation for step in steps), tuple(step.task_status for step in steps))
         for name, steps in corpus.traces.items()
@@ -115,7 +115,7 @@ def root_traces(corpus: Corpus) -> list[Trace]:
 
 
 def traces_digest(traces: Sequence[Trace]) -> str:
-    """A digest of the names and events of some traces, 16 hexadecimal digits."""
+    """Return a digest of the names and events of traces, 16 hexadecimal digits."""
     content = [[trace.name, [event.model_dump() for event in trace.events]] for trace in traces]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 

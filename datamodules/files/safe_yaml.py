@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 from jsonargparse import _loaders_dumpers
 
+from datamodules.escaping import error_text
+
 MOST_BYTES = 2**18
 MOST_LEVELS = 64  # nested lists and mappings
 MOST_NODES = 2**17  # each alias counts as everything that it expands to
@@ -50,7 +52,7 @@ def parse_yaml(text: str) -> Any:
     except NotYamlError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError
-        raise NotYamlError(" ".join(str(error).split())[:300]) from error
+        raise NotYamlError(error_text(error, 300)) from error
 
 
 def read_yaml(path: Path) -> Any:

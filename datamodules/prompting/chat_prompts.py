@@ -1,4 +1,4 @@
-"""Chats with models behind endpoints: the prompts of agent and judge, and reading the judge's verdict."""
+"""Prompts of agents and judges behind endpoints, and reading a judge's verdict."""
 
 import json
 import re
@@ -58,7 +58,7 @@ VERDICT_FORMAT = Schema("verdict", {"thought": _TEXT, "judgment": {"type": "stri
 
 
 class ChatPrompt(BaseModel):
-    """What an endpoint's model is told; the shipped files explain the parts."""
+    """Prompt of a model behind an endpoint; the shipped files explain the parts."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -71,7 +71,7 @@ class ChatPrompt(BaseModel):
 
         Args:
             path: The file.
-            with_proposal: Whether it must say where the proposal stands, as a judge's must; an agent's must not.
+            with_proposal: Whether it must have a placeholder for the proposal (judge) or must not (agent).
 
         Raises:
             UserError: The file cannot be read, lacks a part, has an unknown one, or does not say where the data stands.
@@ -93,11 +93,11 @@ class ChatPrompt(BaseModel):
 
     @property
     def text(self) -> str:
-        """All that the model is told, without the data."""
+        """The whole prompt, without data."""
         return f"{self.system}\n{self.user}"
 
     def messages(self, history: Sequence[Event], proposal: str | None = None) -> Messages:
-        """The chat about a history, and for a judge about a proposal; data stands in it as JSON, so as data."""
+        """Return the chat for a history, and for a judge also a proposal. Data is inserted as JSON."""
         values = {
             "events": json.dumps([event.model_dump() for event in history], ensure_ascii=False, indent=1),
             "proposal": json.dumps(proposal, ensure_ascii=False),
@@ -107,20 +107,20 @@ class ChatPrompt(BaseModel):
 
 
 def read_verdict(text: str, prompt: str | None = None) -> bool | None:
-    """Whether a judge's reply says accepted; None if it says nothing clear. Raises nothing, whatever the text.
+    """Return whether a judge's reply accepts; None if it is unclear. Never raises.
 
-    Read is the JSON object with a verdict that the reply comes to, see `conclusion`; where there is none, a last line
-    behind all thoughts that is one of the words accepted and rejected alone.
+    The verdict is in the final JSON object of the reply, see `conclusion`. If there is none, the last line may be the
+    word accepted or rejected.
 
     Args:
-        text: What the judge wrote.
-        prompt: What it was told, whose examples are no verdicts; the shipped prompt if None.
+        text: The reply.
+        prompt: The prompt, whose examples are not verdicts; None for the shipped prompt.
     """
     return read_judgment(text, prompt)[0]
 
 
 def read_judgment(text: str, prompt: str | None = None) -> tuple[bool | None, str]:
-    """As `read_verdict`, with the judge's reason where its JSON gives one."""
+    """Return the same as `read_verdict`, and the judge's reason if its JSON gives one."""
     told = _shipped_prompt() if prompt is None else prompt
     if found := conclusion(text, lambda content: _judgment(content, told)):
         return (None, "") if found.decision is UNREADABLE else (found.decision, found.value or "")

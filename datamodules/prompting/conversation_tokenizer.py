@@ -1,4 +1,4 @@
-"""Conversations to token ids, by a tokenizer's chat template."""
+"""Token ids of conversations in a tokenizer's chat format."""
 
 import re
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from datamodules.corpus.conversations import Conversation, Message
 from datamodules.errors import UserError
-from datamodules.escaping import on_one_line
+from datamodules.escaping import error_text, on_one_line
 from datamodules.prompting.segments import Data, SegmentTokenizer
 
 if TYPE_CHECKING:
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 
 class ConversationTokenizer:
-    """Token ids of conversations in a tokenizer's own chat format, or in a plain one where it has none.
+    """Tokenizes conversations in a tokenizer's chat format, or in a plain format if it has none.
 
-    Every turn is tokenized on its own, so conversations that begin alike share their token ids, and special tokens
-    come from the chat's format alone. An assistant's turn is learned with the end token that follows it, as the format
-    writes it: many trim its text, some cut a part of it.
+    Every turn is tokenized on its own, so conversations with the same beginning share its token ids, and special tokens
+    come from the chat format only. An assistant's turn is learned as the format writes it, with the end token after it:
+    many formats trim texts, some drop a part.
 
     Args:
-        tokenizer: Whose chat format.
-        max_length: The greatest number of tokens of a conversation.
+        tokenizer: The tokenizer.
+        max_length: Maximum number of tokens of a conversation.
 
     Attributes:
-        rewritten: Conversations of which the chat format changed a text.
+        rewritten: Number of conversations with a text that the chat format changed.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", max_length: int) -> None:
@@ -35,17 +35,19 @@ class ConversationTokenizer:
         self.rewritten = 0
         self._segmenter = SegmentTokenizer(tokenizer)
         self._special = set(tokenizer.get_added_vocab().values())
-        self._prefix = [] if tokenizer.chat_template else self._segmenter.prefix  # a chat format has its own
+        self._prefix = [] if tokenizer.chat_template else self._segmenter.prefix  # a chat format contains its own
 
     def encode(self, conversation: Conversation) -> tuple[list[int], list[int]] | None:
-        """Token ids, and which of them are learned, counted from 0; what follows the last answer is left out.
+        """Return token ids, and the positions of the learned ones. Turns after the last answer are left out.
 
-        Of a conversation of more than `max_length` tokens a later part is encoded as if it were the whole: a system's
-        turn at its beginning, and all from the earliest user's turn that leaves room. None if there is none. Nothing is
-        learned if the chat format leaves nothing of the last answer.
+        A conversation that is too long is shortened to its system turn and the turns from the earliest user turn that
+        fits.
+
+        Returns:
+            None if no part fits. No positions if the last answer is empty in the chat format.
 
         Raises:
-            UserError: The tokenizer's chat format does not take such turns, or changes them.
+            UserError: The chat format does not accept these turns, or changes more than their texts.
         """
         messages = conversation.conversations
         messages = messages[: max(place for place, turn in enumerate(messages) if turn.role == "assistant") + 1]
@@ -61,7 +63,7 @@ class ConversationTokenizer:
         return None
 
     def _encode(self, messages: Sequence[Message]) -> tuple[list[int], list[int], list[int]]:
-        """Token ids of a whole conversation, which of them are learned, and where each turn's text begins."""
+        """Return token ids of turns, the positions of the learned ones, and the position of each turn's text."""
         pieces, texts = self._format(messages)
         *before, end = self._segmenter.encode([(piece,) for piece in pieces])
         contents = self._segmenter.encode([(Data(text),) for text in texts])
@@ -82,7 +84,7 @@ class ConversationTokenizer:
         return ids, learned if follows_answer else [], starts
 
     def _format(self, messages: Sequence[Message]) -> tuple[list[str], list[str]]:
-        """What the format puts before each turn's text and after the last one, and what it makes of each text."""
+        """Return what the format writes before each text and after the last, and each text as it writes it."""
         texts = [message.content for message in messages]
         if not self.tokenizer.chat_template:
             end = {"assistant": f"{self.tokenizer.eos_token}\n"}
@@ -107,7 +109,7 @@ class ConversationTokenizer:
         return pieces, texts
 
     def _as_written(self, messages: Sequence[Message], stand_ins: list[str], pieces: list[str], place: int) -> str:
-        """What the format makes of one turn's text; the others' stand-ins stay in place."""
+        """Return one text as the format writes it; the other turns keep their placeholders."""
         mixed = [*stand_ins[:place], messages[place].content, *stand_ins[place + 1 :]]
         text = self._apply(messages, mixed)
         before = _joined(pieces[: place + 1], stand_ins[:place])
@@ -120,16 +122,16 @@ class ConversationTokenizer:
         turns = [{"role": turn.role, "content": text} for turn, text in zip(messages, texts, strict=True)]
         try:
             return str(self.tokenizer.apply_chat_template(turns, tokenize=False))
-        except Exception as error:  # a template raises what it likes
+        except Exception as error:  # a template can raise anything
             raise UserError(
                 f"data.conversations: the tokenizer's chat format refuses turns of {[m.role for m in messages]}: "
-                f"{' '.join(str(error).split())[:200]}",
+                f"{error_text(error, 200)}",
                 "Bring the conversations into an order that the backbone knows.",
             ) from error
 
 
 def _joined(pieces: Sequence[str], texts: Sequence[str]) -> str:
-    """Pieces and texts in turn, a piece first."""
+    """Join pieces and texts alternately, beginning with a piece."""
     return "".join(part for pair in zip_longest(pieces, texts, fillvalue="") for part in pair)
 
 

@@ -1,4 +1,4 @@
-"""Segments of a prompt and their token ids, with text from the data that stays data."""
+"""Segments of a prompt and their token ids. Text from data never becomes a special token."""
 
 import json
 import re
@@ -19,32 +19,32 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 @dataclass(frozen=True)
 class Data:
-    """Text that came from the data: never special tokens."""
+    """Text from data, which never becomes special tokens."""
 
     text: str
 
 
-Segment = tuple[str | Data, ...]  # the template's own text as str, in turn with text from the data
+Segment = tuple[str | Data, ...]  # texts of the template (str) and of the data
 
 
 class SegmentTokenizer:
-    """Token ids of segments under one tokenizer, each distinct text tokenized once.
+    """Tokenizes segments. Each distinct text is tokenized once.
 
-    Special tokens come from the template alone. `prefix` and `suffix` are what the tokenizer itself puts
-    around a text: [CLS] and [SEP], a beginning-of-text token, or nothing.
+    Special tokens come from the template only. `prefix` and `suffix` are the token ids that the tokenizer adds around a
+    text: [CLS] and [SEP], a beginning-of-text token, or none.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
         from tokenizers import Tokenizer
 
         self.tokenizer = tokenizer
-        # Without this, "<tool_call>" in the data would become a token of its own: not every added one is special.
+        # Otherwise "<tool_call>" in the data would become one token, because some added tokens are not special.
         plain = json.loads(tokenizer.backend_tokenizer.to_str())
         plain["added_tokens"] = [{**token, "special": True} for token in plain["added_tokens"]]
         self._plain = Tokenizer.from_str(json.dumps(plain))
         self._plain.no_padding()
         self._plain.no_truncation()
-        self._plain.encode_special_tokens = True  # means: take them apart
+        self._plain.encode_special_tokens = True  # splits special tokens in a text into ordinary ones
         special = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._special = re.compile(f"({'|'.join(map(re.escape, special))})") if special else None
         self._control, self._spelled = _control_tokens(tokenizer)
@@ -55,7 +55,7 @@ class SegmentTokenizer:
         self.prefix, self.suffix = full[:start], full[start + len(bare) :]
 
     def encode(self, segments: Iterable[Segment]) -> list[list[int]]:
-        """Token ids of each segment, without prefix and suffix."""
+        """Return the token ids of each segment, without prefix and suffix."""
         split = [self._split(segment) for segment in segments]
         unknown = list({p for parts in split for p in parts if isinstance(p, str) and p not in self._ids})
         if unknown:
@@ -63,7 +63,7 @@ class SegmentTokenizer:
         return [[i for p in parts for i in (self._ids[p] if isinstance(p, str) else [p])] for parts in split]
 
     def _split(self, segment: Segment) -> list[str | int]:
-        """Texts and special token ids in turn; a text may join the template's words with the data's."""
+        """Split a segment into texts and special token ids. A text may join text of the template and the data."""
         parts: list[str | int] = []
 
         def add_text(text: str) -> None:
@@ -84,11 +84,11 @@ class SegmentTokenizer:
         return parts
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of plain texts, none of them a control token.
+        """Return token ids of texts, without control tokens.
 
-        Unigram, WordLevel and some WordPiece models have their control tokens among their words, so a text that spells
-        one, also in full-width letters, would become it. Such a text is cut within that word, and its parts are
-        tokenized on their own.
+        In Unigram, WordLevel and some WordPiece models, control tokens are ordinary vocabulary, so a text that spells
+        one would become it, also in full-width letters. Such a text is split within that word, and its parts are
+        tokenized separately.
         """
         encodings = self._plain.encode_batch(list(texts), add_special_tokens=False)
         return [self._without_control(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
@@ -98,7 +98,7 @@ class SegmentTokenizer:
         taken = [span for token, span in spans if self._is_control(token, text[slice(*span)])]
         if not taken:
             return list(encoding.ids)
-        alone = {begin: end for begin, end in taken if end - begin == 1}  # characters that cannot be cut
+        alone = {begin: end for begin, end in taken if end - begin == 1}  # single characters, which cannot be split
         cuts = sorted({0, len(text), *alone.values(), *((begin + end) // 2 for begin, end in taken)})
         parts = [_escaped(text[a:b]) if a in alone else text[a:b] for a, b in pairwise(cuts)]
         return [token for ids in self._tokenize(parts) for token in ids]
@@ -110,11 +110,11 @@ class SegmentTokenizer:
 
 
 def _control_tokens(tokenizer: "PreTrainedTokenizerFast") -> tuple[set[int], dict[int, str]]:
-    """The tokens that no text from the data may become.
+    """Return the tokens that text from data must not become.
 
     Returns:
-        The ids that no text gives: special tokens, and added ones that are no mere white space. And by id the spelling
-        of those that other texts give by right: the token of unknown words, and bytes such as <0x0A>.
+        The ids of special and added tokens, except white space. And the spelling by id of tokens that only their own
+        spelling must not become: the token of unknown words, and bytes such as <0x0A>.
     """
     added = {token: number for token, number in tokenizer.get_added_vocab().items() if token.strip(" \t\r\n\u2581")}
     control = {*added.values(), *tokenizer.all_special_ids}
@@ -125,20 +125,20 @@ def _control_tokens(tokenizer: "PreTrainedTokenizerFast") -> tuple[set[int], dic
 
 
 def _escaped(character: str) -> str:
-    """A character that is a control token by itself, as JSON may write it."""
+    """Escape a character that is a control token as JSON does."""
     if character in r"\u0123456789abcdef":
         raise UserError(f"the tokenizer has {character!r} as a special token", "Use a tokenizer without it.")
     return f"\\u{ord(character):04x}"
 
 
 def truncate(segments_ids: Sequence[Sequence[int]], limit: int, branch_length: int = 0) -> tuple[list[int], int]:
-    """Join the token ids of a row's segments within `limit` tokens, dropping the oldest events first.
+    """Join the token ids of a row's segments, dropping the oldest events beyond `limit` tokens.
 
     Args:
         segments_ids: Token ids of the instructions, of each event in time order, and of the proposal.
-        limit: The greatest number of tokens; instructions and proposal are kept even where they exceed it.
-        branch_length: Tokens that are kept free for the proposal, however short it is: so all rows of a history whose
-            proposals are no longer than that keep the same events.
+        limit: Maximum number of tokens. Instructions and proposal are kept even if they exceed it.
+        branch_length: Tokens reserved for the proposal. So all rows of a history keep the same events, unless a
+            proposal is longer.
 
     Returns:
         The joined ids and the number of events dropped.
@@ -153,5 +153,5 @@ def truncate(segments_ids: Sequence[Sequence[int]], limit: int, branch_length: i
 
 
 def plain_text(segment: Segment) -> str:
-    """A segment's text, whether the template's or the data's."""
+    """Return the text of a segment."""
     return "".join(part.text if isinstance(part, Data) else part for part in segment)

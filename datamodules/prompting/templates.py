@@ -1,9 +1,8 @@
-"""Rows to segments to token ids: the prompt templates, and a rendering that text from the data cannot break.
+"""Prompt templates, which render rows as segments.
 
-A prompt is a list of segments in a fixed order (instructions, events, then the proposal with its verdict slot or the
-agent's answer), each tokenized on its own: so rows that share a history share its token ids, and truncation can take
-whole events.
-Text from the data stays on one line and is never read as a special token, whatever it looks like.
+A prompt is a list of segments in a fixed order: instructions, events, then the proposal with its verdict slot, or the
+agent's answer. Each segment is tokenized on its own, so rows with the same history have the same token ids for it, and
+truncation drops whole events. Text from data is escaped to one line and never becomes a special token.
 """
 
 import hashlib
@@ -12,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -23,9 +22,6 @@ from datamodules.files.reading import read_text
 from datamodules.files.safe_yaml import NotYamlError, parse_yaml
 from datamodules.prompting.segments import Data, Segment, plain_text
 
-if TYPE_CHECKING:
-    pass
-
 MOST_PROMPT = 2**20  # bytes of a prompt file
 PROMPT_HINT = "Give the path of a prompt file."
 DEFAULT_PROMPT = Path(__file__).with_name("reward_prompt.yaml")
@@ -34,7 +30,7 @@ _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
 class Template(BaseModel):
-    """The parts that every prompt has; `placeholders` names what stands for text from the data in each part."""
+    """The parts of every prompt. `placeholders` names the data that may be inserted into each part."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
     default: ClassVar[Path]
@@ -57,7 +53,7 @@ class Template(BaseModel):
 
     @classmethod
     def parse(cls, parts: Any, where: str) -> Self:
-        """Make a template of the parts in a mapping; see `read` for what is raised."""
+        """Make a template from a mapping of its parts; for errors see `read`."""
         try:
             template = cls.model_validate(parts)
         except ValidationError as error:
@@ -86,7 +82,7 @@ class Template(BaseModel):
 
 
 class PromptTemplate(Template):
-    """How a judge reads a row; `reward_prompt.yaml` explains each part."""
+    """Prompt of a reward classifier; `reward_prompt.yaml` explains each part."""
 
     default = DEFAULT_PROMPT
     placeholders: ClassVar[dict[str, set[str]]] = {**Template.placeholders, "proposal": {"proposal"}}
@@ -96,7 +92,7 @@ class PromptTemplate(Template):
 
 
 class AgentTemplate(Template):
-    """How an agent reads a history; `agent_prompt.yaml` explains each part."""
+    """Prompt of an agent; `agent_prompt.yaml` explains each part."""
 
     default = DEFAULT_AGENT_PROMPT
 
@@ -104,22 +100,22 @@ class AgentTemplate(Template):
 
 
 def render(template: PromptTemplate, row: AnnotatedRow) -> list[Segment]:
-    """The segments of a row: instructions, each event in time order, the proposal with its verdict slot."""
+    """Render a row: instructions, events in time order, proposal with verdict slot."""
     return [*render_history(template, row.history), render_proposal(template, row.proposal)]
 
 
 def render_proposal(template: PromptTemplate, proposal: str | None) -> Segment:
-    """The segment of a proposal, with its verdict slot."""
+    """Render a proposal with its verdict slot."""
     return _fill(template.no_proposal, {}) if proposal is None else _fill(template.proposal, {"proposal": proposal})
 
 
 def render_history(template: Template, history: Iterable[Event]) -> list[Segment]:
-    """The segments of a history: instructions, and each event in the order given."""
+    """Render a history: instructions, and the events in the given order."""
     return [_fill(template.instructions, {}), *(render_event(template, event) for event in history)]
 
 
 def render_event(template: Template, event: Event) -> Segment:
-    """The segment of one event."""
+    """Render one event."""
     return _event_segment(template.event, event.time, event.event)
 
 
@@ -129,7 +125,7 @@ def _event_segment(text: str, time: str, event: str) -> Segment:
 
 
 def history_key(template: Template, history: Iterable[Event]) -> bytes:
-    """A digest of what `render_history` gives."""
+    """Return a digest of what `render_history` returns."""
     events = (_event_key(template.event, event.time, event.event) for event in history)
     return hashlib.sha256(b"".join((repr(_fill(template.instructions, {})).encode(), *events))).digest()
 
@@ -153,5 +149,5 @@ def _fill(text: str, values: Mapping[str, str]) -> Segment:
 
 
 def training_text(template: PromptTemplate, rows: Iterable[AnnotatedRow]) -> list[str]:
-    """Every distinct segment of some rows as plain text, in order of appearance: what a tokenizer is trained on."""
+    """Return the distinct segments of rows as text, in order of appearance, to train a tokenizer on."""
     return list(dict.fromkeys(plain_text(segment) for row in rows for segment in render(template, row)))

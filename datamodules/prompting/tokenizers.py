@@ -1,4 +1,4 @@
-"""Tokenizers: trained on the run's own text, loaded by name, and carried inside a checkpoint as plain text."""
+"""Tokenizers: trained on the text of a run, loaded by name, or stored in a checkpoint as text."""
 
 import re
 from collections.abc import Iterable
@@ -6,22 +6,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datamodules.errors import UserError
+from datamodules.escaping import error_text
 from datamodules.files.reading import require_regular_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# A tokenizer's training takes quadratic time in the length of a word.
+# Training time is quadratic in the length of a word.
 _LONG_RUN = re.compile(r"(\S{1000}|\s{1000})")
-SCRATCH = "scratch"  # in place of a backbone's name: everything is made new from the run's own text
+SCRATCH = "scratch"  # as name of a backbone: train the tokenizer, initialize the weights
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> "PreTrainedTokenizerFast":
-    """Train a byte-level BPE tokenizer, so that every text can be written in it.
+    """Train a byte-level BPE tokenizer, which can encode every text.
 
     Args:
-        texts: What to train on.
-        vocabulary_size: The greatest number of tokens, at least 259: every byte and three special tokens.
+        texts: Training texts.
+        vocabulary_size: Maximum number of tokens, at least 259: all bytes and three special tokens.
+
+    Raises:
+        UserError: `vocabulary_size` is too small.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -53,7 +57,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> "PreTrainedTok
     """Load the tokenizer of a hub id or a local path, with a padding token and padding on the right.
 
     Raises:
-        UserError: There is none, or it is not of the `tokenizers` kind.
+        UserError: There is none, or it is not a fast tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -63,7 +67,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> "PreTrainedTok
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(
-            f"cannot load the tokenizer of {name}: {' '.join(str(error).split())[:200]}",
+            f"cannot load the tokenizer of {name}: {error_text(error, 200)}",
             "Give a folder that save_pretrained wrote, or a hub id that this machine can reach.",
         ) from error
     if not tokenizer.is_fast:
@@ -77,7 +81,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> "PreTrainedTok
 
 
 def tokenizer_state(tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
-    """Everything needed to rebuild a tokenizer, in plain types that a checkpoint may hold."""
+    """Return everything needed to rebuild a tokenizer, in plain types for a checkpoint."""
     return {
         "json": tokenizer.backend_tokenizer.to_str(),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
@@ -86,10 +90,10 @@ def tokenizer_state(tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
 
 
 def tokenizer_from_state(state: dict[str, Any]) -> "PreTrainedTokenizerFast":
-    """The tokenizer that `tokenizer_state` described.
+    """Rebuild a tokenizer from its `tokenizer_state`.
 
     Raises:
-        UserError: It describes none, or names a special token that the tokenizer does not have.
+        UserError: The state is damaged, or names a special token that the tokenizer does not have.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -104,6 +108,6 @@ def tokenizer_from_state(state: dict[str, Any]) -> "PreTrainedTokenizerFast":
             chat_template=state.get("chat_template"),  # older checkpoints have none
             **state["special"],
         )
-    except Exception as error:  # whatever a damaged description makes the library say
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # a damaged state can cause any error in the library
+        reason = error_text(error, 200)
         raise UserError(f"tokenizer: cannot be read: {reason}", "Give a checkpoint that is undamaged.") from error
