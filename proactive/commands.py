@@ -19,6 +19,7 @@ COMMANDS = {  # module: what it does
     "plan": "reckon what a run would take in memory and time",
     "export": "write the weights of a run as a folder that transformers loads",
     "annotate": "let people label offers, measure how far they agree, and read traces",
+    "simulate": "make training data by simulated users, assistants and judges",
     "completion": "print the script that lets bash or zsh complete commands and options",
 }
 HELP = "\n".join(

@@ -20,6 +20,7 @@ TEST_SCENES = 14
 EVENTS_PER_SCENE = 8
 PROPOSALS_PER_EVENT = 4
 FIRST_EPOCH_SECOND = 1_717_300_000
+Topic = tuple[str, str]  # the thing that a session is about, and the place where it lies
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Domain:
     """The vocabulary of one kind of session: `{thing}` and `{place}` stand for the topic and where it lies."""
 
     apps: Sequence[str]
-    topics: Sequence[tuple[str, str]]  # (thing, place)
+    topics: Sequence[Topic]
     events: dict[str, Sequence[str]]  # by hidden state; "any" fits every state
     proposals: dict[str, Sequence[str]]  # by what they help with: "obstacle" or "search"
 
@@ -208,19 +209,19 @@ def simulate(seed: int = 0) -> tuple[list[AnnotatedRow], list[AnnotatedRow], dic
 
 def _scene(random: Random, domain: Domain, number: int) -> tuple[list[AnnotatedRow], list[TestStep]]:
     topic = domain.topics[number // len(DOMAINS) % len(domain.topics)]  # each in equally many scenes
-    state = _state(random)
+    state = draw_state(random)
     second = FIRST_EPOCH_SECOND + number * 86_400.0
     as_words = random.random() < 0.3
     history: tuple[Event, ...] = ()
     rows: list[AnnotatedRow] = []
     steps: list[TestStep] = []
     for _ in range(EVENTS_PER_SCENE):
-        event = Event(time=_time(second, as_words), event=_event(random, domain, topic, state))
+        event = Event(time=_time(second, as_words), event=draw_event(random, domain, topic, state))
         history = (*history, event)
-        silence = _annotate(random, ACCEPTS_NULL[state])
+        silence = annotate(random, domain, topic, state, None)
         rows += [_row(random, domain, topic, state, history, silence) for _ in range(PROPOSALS_PER_EVENT)]
         apt = "search" if state == "exploring" else "obstacle"
-        fitting = [] if _majority(silence) else [_fill(text, topic) for text in domain.proposals[apt]]
+        fitting = [] if majority(silence) else [_fill(text, topic) for text in domain.proposals[apt]]
         steps.append(
             TestStep(
                 observation=event,
@@ -229,17 +230,23 @@ def _scene(random: Random, domain: Domain, number: int) -> tuple[list[AnnotatedR
             )
         )
         second += random.uniform(5, 400)
-        if random.random() > STAY:
-            state = _state(random)
+        state = next_state(random, state)
     unique = {(row.history_digest, row.proposal): row for row in rows}  # no proposal twice after one history
     return list(unique.values()), steps
 
 
-def _state(random: Random) -> str:
+def draw_state(random: Random) -> str:
+    """A hidden state, by the chances of `STATES`."""
     return random.choices(list(STATES), list(STATES.values()))[0]
 
 
-def _event(random: Random, domain: Domain, topic: tuple[str, str], state: str) -> str:
+def next_state(random: Random, state: str) -> str:
+    """The hidden state after one more event."""
+    return draw_state(random) if random.random() > STAY else state
+
+
+def draw_event(random: Random, domain: Domain, topic: Topic, state: str) -> str:
+    """What the user does in a hidden state."""
     if random.random() > SHOWS_STATE:
         template = random.choice(ANY_STATE_EVENTS)
     else:
@@ -247,45 +254,60 @@ def _event(random: Random, domain: Domain, topic: tuple[str, str], state: str) -
     return _fill(template, topic, random.choice(domain.apps))
 
 
+def draw_proposal(random: Random, domain: Domain, topic: Topic) -> str | None:
+    """An offer on the topic or on another domain's, or silence."""
+    if random.random() < NULL_PROPOSAL:
+        return None
+    helps_with = random.choice(("obstacle", "search"))
+    on_topic = random.random() < ON_TOPIC
+    other = random.choice([other for other in DOMAINS.values() if other.topics != domain.topics])
+    source, subject = (domain, topic) if on_topic else (other, random.choice(other.topics))
+    return _fill(random.choice(source.proposals[helps_with]), subject)
+
+
+def annotate(random: Random, domain: Domain, topic: Topic, state: str, proposal: str | None) -> tuple[bool, ...]:
+    """Whether each annotator accepts a proposal of `draw_proposal`, given the user's hidden state."""
+    chance = _acceptance(domain, topic, state, proposal)
+    return tuple(random.random() < chance + bias for bias in ANNOTATOR_BIAS)
+
+
+def majority(annotation: tuple[bool, ...]) -> bool:
+    """Whether most annotators accept."""
+    return sum(annotation) * 2 > len(annotation)
+
+
+def _acceptance(domain: Domain, topic: Topic, state: str, proposal: str | None) -> float:
+    if proposal is None:
+        return ACCEPTS_NULL[state]
+    for helps_with, templates in domain.proposals.items():
+        if proposal in (_fill(template, topic) for template in templates):
+            return ACCEPTS_TEXT[state, helps_with]
+    return ACCEPTS_OFF_TOPIC
+
+
 def _row(
     random: Random,
     domain: Domain,
-    topic: tuple[str, str],
+    topic: Topic,
     state: str,
     history: tuple[Event, ...],
     silence: tuple[bool, ...],
 ) -> AnnotatedRow:
     """A row with a proposal that is drawn; `silence` is what the annotators say of null after this history."""
-    if random.random() < NULL_PROPOSAL:
-        proposal, annotation = None, silence
-    else:
-        helps_with = random.choice(("obstacle", "search"))
-        on_topic = random.random() < ON_TOPIC
-        other = random.choice([other for other in DOMAINS.values() if other is not domain])
-        source, subject = (domain, topic) if on_topic else (other, random.choice(other.topics))
-        proposal = _fill(random.choice(source.proposals[helps_with]), subject)
-        annotation = _annotate(random, ACCEPTS_TEXT[state, helps_with] if on_topic else ACCEPTS_OFF_TOPIC)
+    proposal = draw_proposal(random, domain, topic)
+    annotation = silence if proposal is None else annotate(random, domain, topic, state, proposal)
     return AnnotatedRow.model_validate(
         {
             "obs": history,
             "pred_task": proposal,
-            "valid": _majority(annotation),
-            "help_needed": not _majority(silence),
+            "valid": majority(annotation),
+            "help_needed": not majority(silence),
             "annotation": annotation,
         }
     )
 
 
-def _annotate(random: Random, chance: float) -> tuple[bool, ...]:
-    """Whether each annotator accepts, with about this chance."""
-    return tuple(random.random() < chance + bias for bias in ANNOTATOR_BIAS)
-
-
-def _majority(annotation: tuple[bool, ...]) -> bool:
-    return sum(annotation) * 2 > len(annotation)
-
-
-def _fill(template: str, topic: tuple[str, str], app: str = "") -> str:
+def _fill(template: str, topic: Topic, app: str = "") -> str:
     thing, place = topic
     return template.format(thing=thing, place=place, app=app)
 

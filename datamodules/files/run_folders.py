@@ -42,6 +42,26 @@ def new_run_folder(root: Path, name: str) -> Path:
         ) from error
 
 
+def output_folder(output: Path | None, name: str, log: str) -> Path:
+    """The folder of a command that goes on where it stopped: the given one if it is new, empty, or the command's.
+
+    Args:
+        output: What --output says; if None, a new folder in `runs/name`.
+        name: The command.
+        log: The file by which its folders are known.
+
+    Raises:
+        UserError: It is a file, or holds other things.
+    """
+    if output is None:
+        return new_run_folder(Path("runs"), name)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output: {output} is a file", "Give the path of a folder.")
+    if output.is_dir() and any(output.iterdir()) and not (output / log).exists():
+        raise UserError(f"--output: {output} holds other things than `{name}` wrote", "Give the path of a new folder.")
+    return output
+
+
 def missing_folders(folder: Path) -> list[Path]:
     """Return those of a folder and its parents that do not exist, the innermost first."""
     return [one for one in (folder, *folder.parents) if not one.exists()]

@@ -40,14 +40,14 @@ class NotYamlError(yaml.YAMLError):
     """A text is not YAML, or is refused; the message says why in one line."""
 
 
-def parse_yaml(text: str) -> Any:
-    """Parse YAML into plain types.
+def parse_yaml(text: str, most: int = MOST_BYTES) -> Any:
+    """Parse YAML of at most `most` characters into plain types.
 
     Raises:
         NotYamlError: The text is not YAML, or is refused.
     """
     try:
-        _refuse_unsound(text)
+        _refuse_unsound(text, most)
         return yaml.load(text, Loader=TextLoader)  # noqa: S506, it is a SafeLoader
     except NotYamlError:
         raise
@@ -73,10 +73,10 @@ def read_yaml(path: Path) -> Any:
     return parse_yaml(text)
 
 
-def _refuse_unsound(text: str) -> None:
+def _refuse_unsound(text: str, most: int = MOST_BYTES) -> None:
     """Raise a NotYamlError for a YAML text that is too large, or that has tags, deep nesting or too many values."""
-    if len(text) > MOST_BYTES:
-        raise NotYamlError(f"it has more than {MOST_BYTES:,} bytes")
+    if len(text) > most:
+        raise NotYamlError(f"it has more than {most:,} bytes")
     sizes: dict[str, int] = {}  # number of values of each anchor
     open_nodes: list[tuple[str | None, int]] = []  # the open lists and mappings: anchor, number of values before
     nodes = 0

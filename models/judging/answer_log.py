@@ -5,7 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -65,6 +65,7 @@ class AnswerLog:
         finish_reason: str | None = None,
         usage: Usage | None = None,
         seconds: float | None = None,
+        notes: Mapping[str, Any] | None = None,
     ) -> None:
         """Keep a text; it is synced to the file, if one is open, before this returns.
 
@@ -75,9 +76,11 @@ class AnswerLog:
             finish_reason: Why the text ended, if known.
             usage: The tokens of a request to an endpoint.
             seconds: How long that request took, with its retries.
+            notes: More entries for the file.
         """
         self._note(key, text, finish_reason)
         entry: dict[str, Any] = {"key": key, "where": where, "text": text, "finish_reason": finish_reason}
+        entry |= notes or {}
         if usage is not None:
             self.usage += usage
             reported = {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}

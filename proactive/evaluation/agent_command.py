@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from callbacks.progress import counted
 from datamodules.errors import UserError
-from datamodules.files.run_folders import METRICS_FILE, REPORT_FILE, missing_folders, new_run_folder, remove_empty
+from datamodules.files.run_folders import METRICS_FILE, REPORT_FILE, missing_folders, output_folder, remove_empty
 from datamodules.prompting.chat_prompts import AGENT_PROMPT, JUDGE_PROMPT
 from datamodules.ranges import NotNegative, Seed, Temperature, Tries
 from models.judging.agents import AnswerOptions
@@ -90,7 +90,7 @@ def evaluate_agent_command(options: "Namespace", arguments: Sequence[str]) -> No
     """Evaluate, write the folder, print the tables; say how to go on where that is cut short."""
     evaluation = prepare(options)
     around = missing_folders(options.output or Path("runs", "evaluate"))
-    folder = _output_folder(options.output)
+    folder = output_folder(options.output, "evaluate", ANSWERS_FILE)
     with _stoppable() as signals:
         try:
             record = asyncio.run(carry_out(evaluation, folder, partial(counted, quiet=options.quiet)))
@@ -108,17 +108,6 @@ def evaluate_agent_command(options: "Namespace", arguments: Sequence[str]) -> No
     if not options.quiet:
         show(*agent_tables(record))
         say(f"figures, judged traces and {REPORT_FILE} are in {folder}")
-
-
-def _output_folder(output: Path | None) -> Path:
-    """A new folder, or the given one if it is new, empty, or an evaluation's."""
-    if output is None:
-        return new_run_folder(Path("runs"), "evaluate")
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output: {output} is a file", "Give the path of a folder.")
-    if output.is_dir() and any(output.iterdir()) and not (output / ANSWERS_FILE).exists():
-        raise UserError(f"--output: {output} holds other things than an evaluation", "Give the path of a new folder.")
-    return output
 
 
 def _forget_empty(folder: Path, around: Sequence[Path]) -> bool:

@@ -130,9 +130,10 @@ def test_quiet_prints_nothing_and_json_is_still_json(call: Callable, tmp_path: P
         ("inspect", ["--help"], "usage: python -m proactive.inspect"),
         ("inspect", ["--root", "nowhere"], "data.root: nowhere is not a directory"),  # after the imports
         ("annotate", ["--help"], "usage: python -m proactive.annotate"),
+        ("simulate", ["traces", "--max_acts=2"], "traces, training data and report.html are in runs/simulate/0"),
     ],
 )
-def test_inspect_and_annotate_start_without_torch(command: str, arguments: list[str], said: str) -> None:
+def test_some_commands_start_without_torch(command: str, arguments: list[str], said: str, tmp_path: Path) -> None:
     """So that they start in about a second, and not in several."""
     script = """
 import runpy, sys
@@ -145,6 +146,7 @@ finally:
 """
     ended = subprocess.run(
         [sys.executable, "-c", script, command, *arguments],
+        cwd=tmp_path,
         env=environment_of_commands(),
         capture_output=True,
         text=True,

@@ -558,5 +558,5 @@ def test_traces_without_judgments_and_folders_of_other_things_are_refused(
     (tmp_path / "full" / "metrics.json").write_text("{}")
     with chat_server(plain_chat) as chat:
         ended = call(evaluate.main, "agent", *both(chat), "--output=full")
-        assert "holds other things than an evaluation" in ended.err
+        assert "holds other things than `evaluate` wrote" in ended.err
         assert not chat.bodies

@@ -1,0 +1,110 @@
+"""`python -m proactive.simulate`: sessions of simulated users and assistants, and training data of them."""
+
+if __name__ == "__main__":
+    from proactive.commands import start
+
+    start("simulate")
+
+import asyncio
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datamodules.files.run_folders import REPORT_FILE, output_folder
+from datamodules.ranges import Seed, Tries
+from proactive.commands import program
+from proactive.parser import Parser
+from proactive.simulation.log import LOG_FILE, SimulationLog
+from proactive.simulation.loop import LoopOptions
+from proactive.simulation.questions import ROLES, Players
+from proactive.simulation.scenes import embedded_scenes, read_scenes
+from proactive.simulation.scripted import ScriptedRole
+from proactive.simulation.simulation import Simulation, derive, prepared, simulate
+from proactive.terminal import Table, say, show
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, and carry out one of the subcommands."""
+    parser = Parser(prog=program("simulate"), description="Simulate sessions, and make training data of them.")
+    subcommands = parser.add_subcommands()
+    subcommands.add_subcommand("traces", _traces_parser(), help="simulate sessions, and derive their training data")
+    subcommands.add_subcommand("rows", _rows_parser(), help="derive the training data of simulated sessions again")
+    options = parser.parse_args(arguments)
+    {"traces": _traces, "rows": _rows}[options.subcommand](options[options.subcommand])
+
+
+def _traces_parser() -> Parser:
+    parser = Parser(prog="simulate traces", description="Let scripted roles play sessions: environment, user, "
+        "assistant and judge.")  # fmt: skip
+    add = parser.add_argument
+    add("--scenes", type=Path, help="A file of scenes as the published scenes.yaml, or a folder that has one. If left "
+        "out, a scene for each topic of the embedded simulator.")  # fmt: skip
+    add("--output", type=Path, help="The folder to write; the same one goes on where a simulation stopped. A new one "
+        "in runs/simulate if left out.")  # fmt: skip
+    add("--trials", type=Tries, default=1, help="Sessions of each scene.")
+    add("--scenes-at-once", type=Tries, default=32, help="Sessions that run side by side; it changes no result.")
+    parser.add_class_arguments(LoopOptions, as_group=False)
+    add("--seed", type=Seed, default=0, help="Another seed, other sessions.")
+    add("--data.root", type=str, default="embedded", help="Example events of this root's test traces are kept from the "
+        "roles, and simulated events are compared with them.")  # fmt: skip
+    add("--contaminated", action="store_true", help="Show such example events to the roles, and mark the result.")
+    return _common(parser)
+
+
+def _rows_parser() -> Parser:
+    parser = Parser(prog="simulate rows", description="Write training data, summary and report of log and traces.")
+    parser.add_argument("folder", type=Path, help="A folder that `simulate traces` wrote.")
+    return _common(parser)
+
+
+def _common(parser: Parser) -> Parser:
+    parser.add_argument("--quiet", action="store_true", help="Print nothing but errors.")
+    parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
+    return parser
+
+
+def _traces(options: "Namespace") -> None:
+    given = embedded_scenes() if options.scenes is None else read_scenes(options.scenes)
+    scenes, examples = prepared(given, options.data.root, options.contaminated)
+    bounds = LoopOptions(**{one.name: options[one.name] for one in fields(LoopOptions)})
+    simulation = Simulation(scenes, examples, options.trials, options.seed, bounds, options.scenes_at_once)
+    folder = output_folder(options.output, "simulate", LOG_FILE)
+    log = SimulationLog()
+    players: Players = dict.fromkeys(ROLES, ScriptedRole(log))
+    asyncio.run(simulate(simulation, players, log, folder, (lambda text: None) if options.quiet else say))
+    _finish(folder, options.quiet)
+
+
+def _rows(options: "Namespace") -> None:
+    _finish(options.folder, options.quiet)
+
+
+def _finish(folder: Path, quiet: bool) -> None:
+    record = derive(folder)
+    if not quiet:
+        show(_table(record))
+        say(f"traces, training data and {REPORT_FILE} are in {folder}")
+
+
+def _table(record: dict[str, Any]) -> Table:
+    table = Table(title="Simulation")
+    table.add_column("")
+    table.add_column("number", justify="right")
+    contamination = record["contamination"]
+    lines = {
+        **{f"trials: {end}": count for end, count in record["trials"]["ends"].items()},
+        **{f"failures: {cause}": count for cause, count in record["trials"]["failures"].items()},
+        **{f"events: {source}": count for source, count in record["events"].items()},
+        **{f"rows: {category.replace('_', ' ')}": count for category, count in record["rows"].items()},
+        "conversations": record["conversations"],
+        "preferences": record["preferences"],
+        "near-duplicate events": record["near_duplicates"]["events"],
+        f"events in the test traces of {contamination['root']}": contamination["events_of_test_traces"],
+        f"example events in the test traces of {contamination['root']}": contamination["examples_of_test_traces"],
+    }
+    for name, value in lines.items():
+        table.add_row(name, f"{value:,}")
+    return table

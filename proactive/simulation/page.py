@@ -1,0 +1,45 @@
+"""report.html of a simulation."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from models.reporting.templates_folder import TEMPLATES
+from models.reporting.timeline import ShownOffer, ShownStep, ShownTrace, outcome, outcomes_of, timelines
+from proactive.simulation.traces import Attempt, Step
+
+SHOWN = 12  # traces
+
+
+def report(record: Mapping[str, Any], traces: Mapping[str, list[Step]]) -> str:
+    """The page as HTML; text from data and models stands in it escaped.
+
+    Args:
+        record: What summary.json holds.
+        traces: The traces, of which the first `SHOWN` are shown.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    folders = [Path(__file__).with_name("templates"), TEMPLATES]
+    environment = Environment(loader=FileSystemLoader(folders), undefined=StrictUndefined, autoescape=True)
+    shown = timelines([[_shown(name, steps) for name, steps in list(traces.items())[:SHOWN]]])
+    return environment.get_template("simulation_report.html").render(
+        record=record, timelines=shown, traces=len(traces), sources=[""], outcomes=outcomes_of(shown)
+    )
+
+
+def _shown(name: str, steps: list[Step]) -> ShownTrace:
+    return ShownTrace(name, tuple(step.event for step in steps), tuple(map(_shown_step, steps)))
+
+
+def _shown_step(step: Step) -> ShownStep:
+    last = len(step.attempts) - 1
+    offers = tuple(_shown_offer(attempt, place == last) for place, attempt in enumerate(step.attempts))
+    decided = [outcome(attempt.proposal is not None, attempt.accepted) for attempt in step.attempts]
+    return ShownStep(offers, decided[-1] if decided else "undecided")
+
+
+def _shown_offer(attempt: Attempt, counts: bool) -> ShownOffer:
+    notes = {"Purpose": attempt.purpose, "Thoughts": attempt.thoughts, "Response": attempt.response}
+    shown = {title: text for title, text in notes.items() if text}
+    return ShownOffer(attempt.proposal, True, attempt.accepted, thought=attempt.reason, notes=shown, counts=counts)

@@ -1,0 +1,109 @@
+"""What came of a simulation, in figures: summary.json."""
+
+import json
+import re
+import statistics
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from datamodules.corpus.records import PUBLISHED_CATEGORIES, Category
+from datamodules.corpus.sources import TRAIN_FILE
+from models.judging.budget import Usage
+from proactive.simulation.log import LOG_FILE, OUTCOME, entries
+from proactive.simulation.questions import ROLES
+from proactive.simulation.scenes import SceneDescription
+from proactive.simulation.traces import Step
+from proactive.simulation.training_data import CONVERSATIONS_FILE, PREFERENCES_FILE, Records
+
+SUMMARY_FILE = "summary.json"
+
+
+def summary(
+    folder: Path,
+    settings: dict[str, Any],
+    scenes: Sequence[SceneDescription],
+    traces: dict[str, list[Step]],
+    files: dict[str, Records],
+    tested: Collection[str],
+) -> dict[str, Any]:
+    """All figures.
+
+    Args:
+        folder: The simulation's, for its log.
+        settings: As the log's first line has them.
+        scenes: The scenes as they were given to the roles.
+        traces: The traces that are finished.
+        files: The training data.
+        tested: The texts of all events of the data root's test traces.
+    """
+    steps = [step for trace in traces.values() for step in trace]
+    log = list(entries(folder / LOG_FILE))
+    attempts = [attempt for step in steps for attempt in step.attempts]
+    gaps = [float(b.event.time) - float(a.event.time) for trace in traces.values() for a, b in pairwise(trace)]
+    categories = Counter(PUBLISHED_CATEGORIES[row["category"]] for row in files[TRAIN_FILE])
+    return {
+        "settings": settings,
+        "trials": _trials(json.loads(entry["text"]) for entry in log if entry["kind"] == OUTCOME),
+        "events": dict(Counter(step.source for step in steps)),
+        "proposals": {
+            "offers": dict(Counter(one.judgment for one in attempts if one.proposal is not None)),
+            "silence": dict(Counter(one.judgment for one in attempts if one.proposal is None)),
+        },
+        "rows": {category.value: categories[category] for category in Category},
+        "conversations": len(files[CONVERSATIONS_FILE]),
+        "preferences": len(files[PREFERENCES_FILE]),
+        "roles": {role: _role([entry for entry in log if entry.get("role") == role]) for role in ROLES},
+        "near_duplicates": {
+            "scenes": near_duplicates(f"{one.environment.description} {one.user.goal}" for one in scenes),
+            "events": near_duplicates(step.event.event for step in steps),
+        },
+        "burstiness": burstiness(gaps),
+        "contamination": {
+            **settings["examples"],
+            "events": len(steps),
+            "events_of_test_traces": sum(step.event.event in tested for step in steps),
+        },
+    }
+
+
+def near_duplicates(texts: Iterable[str]) -> int:
+    """How many texts have the words of an earlier one, in any order, whatever their numbers and signs."""
+    words = Counter(frozenset(re.findall(r"[^\W\d_]+", text.casefold())) for text in texts)
+    return words.total() - len(words)
+
+
+def burstiness(gaps: Sequence[float]) -> float | None:
+    """(s - m) / (s + m) of the gaps' mean m and standard deviation s (Goh and Barabasi, 2008).
+
+    -1 is a regular beat, 0 a Poisson process, 1 the burstiest; None for fewer than two gaps.
+    """
+    if len(gaps) < 2:
+        return None
+    mean, deviation = statistics.fmean(gaps), statistics.pstdev(gaps)
+    return (deviation - mean) / (deviation + mean)
+
+
+def _trials(outcomes: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    found = sorted(outcomes, key=lambda outcome: outcome["trial"])
+    failures = [outcome for outcome in found if outcome["end"] == "failed"]
+    return {
+        "ends": dict(sorted(Counter(outcome["end"] for outcome in found).items())),
+        "failures": dict(sorted(Counter(outcome["cause"] for outcome in failures).items())),
+        "failed": {outcome["trial"]: outcome["reason"] for outcome in failures},
+    }
+
+
+def _role(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Questions, and what endpoints took to answer them."""
+    used = sum((Usage.of(entry["usage"]) for entry in answers if "usage" in entry), Usage())
+    return {
+        "answers": len(answers),
+        "asked_again": sum(entry["attempt"] > 0 for entry in answers),
+        "prompt_tokens": used.prompt_tokens,
+        "completion_tokens": used.completion_tokens,
+        "without_usage": used.unreported,
+        "seconds": round(sum(entry.get("seconds") or 0.0 for entry in answers), 3),
+    }
