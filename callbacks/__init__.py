@@ -1,1 +1,1 @@
-"""What happens around training: checkpoints, progress, the run folder, the report, the export."""
+"""Lightning callbacks: checkpoints, stopping, progress, throughput, report, export; the sharded strategy."""

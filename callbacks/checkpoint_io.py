@@ -1,4 +1,4 @@
-"""Checkpoints that are written atomically and loaded without running code."""
+"""Writes checkpoints atomically and loads them without running code."""
 
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from models.learning.training import BackboneModule
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Atomic saves, loads with weights_only, and errors that say what to do.
+    """Saves atomically, loads with weights_only, and raises a UserError for a damaged file.
 
     Args:
-        kind: The class of the model whose checkpoints are loaded.
+        kind: The class of the model.
     """
 
     def __init__(self, kind: type[BackboneModule]) -> None:

@@ -13,18 +13,22 @@ from models.reporting.run_record import tested_record
 
 
 class ExportModel(Callback):
-    """Writes `export/` when the test has ended, whole or not at all."""
+    """Writes `export/` atomically after the test.
+
+    Args:
+        folder: The run folder.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        refuse_other_folder(self.folder / EXPORT)  # rather than when all is trained
+        refuse_other_folder(self.folder / EXPORT)  # before training, not after it
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, BackboneModule)
         assert pl_module.network is not None
-        weights = gather(pl_module.network)  # all ranks take part
+        weights = gather(pl_module.network)  # a collective
         if trainer.is_global_zero:
             data = trainer.datamodule  # type: ignore[attr-defined]
             record = tested_record(trainer, pl_module)

@@ -1,4 +1,4 @@
-"""FullySharded: the strategy that spreads weights, gradients and optimizer over ranks, and saves them so."""
+"""FullySharded: a strategy that shards weights, gradients and optimizer state, and saves sharded checkpoints."""
 
 import contextlib
 from collections.abc import Callable, Generator, Mapping
@@ -24,8 +24,11 @@ class FullySharded(ModelParallelStrategy):
     """PyTorch's FSDP2 over all ranks, with checkpoints that any number of ranks can load.
 
     Args:
-        replicas: How many times all weights exist. 1 spreads them over all ranks. The number of nodes keeps one set a
-            node, so that weights are gathered within a node, and gradients alone cross the network.
+        replicas: Number of copies of the weights, a divisor of the number of ranks. 1 shards them over all ranks. With
+            one replica for each node, ranks gather weights within a node, and only gradients cross the network.
+
+    Raises:
+        UserError: The number of ranks is not a multiple of `replicas`.
     """
 
     def __init__(self, replicas: int = 1) -> None:
@@ -48,9 +51,10 @@ class FullySharded(ModelParallelStrategy):
 
     @contextlib.contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:
-        """Replicas exchange gradients once a step; within one, each micro-batch's are cut to shards at once.
+        """Delay the all-reduce between replicas to the end of the step.
 
-        For else every rank would hold a whole gradient, which is what sharding is there to avoid.
+        Within a replica, gradients are reduced to shards after each micro-batch; otherwise every rank would hold full
+        gradients.
         """
         self._exchange_between_replicas(False)
         try:
@@ -80,7 +84,7 @@ class FullySharded(ModelParallelStrategy):
         return shards.optimizer_state(self.lightning_module, plain)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Write the folder beside its place, and rename it when every rank has written its part."""
+        """Write a folder next to `filepath`, and rename it after all ranks have written their shards."""
         assert self.lightning_module is not None
         target = Path(self.broadcast(filepath))
         other_names = shards.aliases(self.lightning_module)
@@ -89,11 +93,11 @@ class FullySharded(ModelParallelStrategy):
         kept: dict[str, Tensor] = {}
         optimizers = []
         for number, optimizer in enumerate(checkpoint.pop("optimizer_states", [])):
-            spread, small = shards.split_state(optimizer["state"])
-            kept |= {f"{number}|{name}": value for name, value in spread.items()}
+            sharded, small = shards.split_state(optimizer["state"])
+            kept |= {f"{number}|{name}": value for name, value in sharded.items()}
             optimizers.append({**optimizer, "state": small})
         values = {**checkpoint, "state_dict": rest, "optimizer_states": optimizers, "aliases": other_names}
-        with contextlib.ExitStack() as stack:  # rank 0 removes what was not finished
+        with contextlib.ExitStack() as stack:  # rank 0 removes an unfinished folder
             begin = lambda: stack.enter_context(Unfinished(target, folder=True)).path  # noqa: E731
             folder = self._on_rank_0(target, begin)
             for tensors, name in ((weights, shards.WEIGHTS), (kept, shards.OPTIMIZER)):
@@ -103,7 +107,7 @@ class FullySharded(ModelParallelStrategy):
             self._on_rank_0(target, lambda: _finish(folder, {**values, "files": files}, target))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read each rank's part of a checkpoint that any number of ranks, or one device alone, wrote."""
+        """Read this rank's part of a checkpoint, which any number of ranks, or one device, wrote."""
         path = Path(self.broadcast(checkpoint_path))
         problem = self.broadcast(checkpoint_problem(path) if self.global_rank == 0 else None)
         refuse_damaged(path, problem)
@@ -142,15 +146,15 @@ class FullySharded(ModelParallelStrategy):
         assert self.lightning_module is not None
         own = {f"{number}|{name}": weight for name, weight in self.lightning_module.named_parameters()}
         if folder is None:
-            state = _cut(state, [p for group in optimizer.param_groups for p in group["params"]])
+            state = _shards_of(state, [p for group in optimizer.param_groups for p in group["params"]])
         else:
-            spread = {
+            sharded = {
                 name: zeros_as(own[name.rpartition("|")[0]], size, dtype)
                 for name, (size, dtype) in shards.tensor_layouts(folder).items()
                 if name.startswith(f"{number}|")
             }
-            shards.read_shards(folder, spread)
-            found = {name.partition("|")[2]: value for name, value in spread.items()}
+            shards.read_shards(folder, sharded)
+            found = {name.partition("|")[2]: value for name, value in sharded.items()}
             state = shards.by_index({**state, "state": {**state["state"], **found}})
         optimizer.load_state_dict(state)
 
@@ -159,7 +163,7 @@ class FullySharded(ModelParallelStrategy):
 
         try:
             shards.write_shards(tensors, folder)
-        except CheckpointException as error:  # on every rank, wherever it was
+        except CheckpointException as error:  # all ranks raise it, whichever rank failed
             failures: Mapping[int, Any] = error.failures
             rank, (cause, _) = next(iter(failures.items()))
             if not isinstance(cause, OSError):
@@ -167,7 +171,7 @@ class FullySharded(ModelParallelStrategy):
             raise cannot_write(target, f"{cause.strerror or cause} (rank {rank})") from error
 
     def _checksums(self, folder: Path) -> dict[str, int]:
-        """Those of all files, each read by the rank that wrote it."""
+        """The checksums of all files. Each rank reads the files that it wrote."""
         mark = f"shard-{self.global_rank + 1:05d}-"
         gathered: list[Any] = [None] * self.world_size
         mine = shards.checksums(folder, [path for path in folder.rglob("*") if path.name.startswith(mark)])
@@ -175,7 +179,7 @@ class FullySharded(ModelParallelStrategy):
         return {name: value for found in gathered for name, value in found.items()}
 
     def _on_rank_0(self, target: Path, action: Callable[[], Path]) -> Path:
-        """Do something to the files on one rank; all wait for it, get the path that it gives, and fail if it does."""
+        """Run `action` on rank 0. All ranks wait, return its path, and raise the same error if it fails."""
         problem, path = None, target
         if self.global_rank == 0:
             try:
@@ -204,8 +208,8 @@ def _finish(folder: Path, values: dict[str, Any], target: Path) -> Path:
     return target
 
 
-def _cut(state: dict[str, Any], weights: list[Tensor]) -> dict[str, Any]:
-    """This rank's part of what an optimizer of one device kept."""
+def _shards_of(state: dict[str, Any], weights: list[Tensor]) -> dict[str, Any]:
+    """This rank's shards of the optimizer state of one device."""
     by_number: dict[int, dict[str, Any]] = {}
     for number, kept in state["state"].items():
         by_number[number] = {}

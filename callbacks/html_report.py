@@ -1,4 +1,4 @@
-"""report.html of a run."""
+"""Writes the report.html of a run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +17,11 @@ Page = Callable[[dict[str, Any], BackboneModule, RowsDataModule, Path], str]  # 
 
 
 class HtmlReport(Callback):
-    """Writes report.html when the test has ended.
+    """Writes report.html after the test.
 
     Args:
         folder: The run folder.
-        page: Makes the page.
+        page: Returns the page as HTML.
     """
 
     def __init__(self, folder: Path, page: Page) -> None:

@@ -1,4 +1,4 @@
-"""metrics.json of a run."""
+"""Writes the metrics.json of a run."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,11 @@ from models.reporting.run_record import tested_record
 
 
 class MetricsFile(Callback):
-    """Writes metrics.json when the test has ended."""
+    """Writes metrics.json after the test.
+
+    Args:
+        folder: The run folder.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on."""
+"""Progress of a run: a bar in a terminal, lines elsewhere."""
 
 import sys
 import time
@@ -15,16 +15,18 @@ from models.learning.run_length import total_steps
 
 
 def progress_callback(quiet: bool) -> Callback | None:
-    """A bar on a terminal, lines elsewhere, nothing when quiet."""
+    """A bar in a terminal, lines elsewhere, None if quiet."""
     if quiet:
         return None
     return TerminalProgress(leave=True) if sys.stdout.isatty() else PlainProgress()
 
 
 class TerminalProgress(RichProgressBar):
-    """A bar for each epoch, which ends where max_steps ends it.
+    """A bar for each epoch, as long as the epoch or as max_steps allows.
 
-    A step's loss is read every `interval` seconds: to show it is to wait for the device.
+    Args:
+        interval: Seconds between updates of the loss. Reading it waits for the device.
+        options: Options of `RichProgressBar`.
     """
 
     def __init__(self, interval: float = 2.0, **options: Any) -> None:
@@ -34,7 +36,7 @@ class TerminalProgress(RichProgressBar):
         self._loss: dict[str, float] = {}
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """What the bar shows."""
+        """The metrics that the bar shows."""
         if trainer.training and time.monotonic() >= self._next:
             self._next = time.monotonic() + self.interval
             self._loss = {n: float(v) for n, v in trainer.callback_metrics.items() if n == "train/loss"}
@@ -49,16 +51,19 @@ class TerminalProgress(RichProgressBar):
 
 
 class PlainProgress(Callback):
-    """One line for each epoch and each test, and one at least every `interval` seconds in between.
+    """Prints a line after each epoch, before each test, and every `interval` seconds of training.
 
-    Those of training tell how many steps are done of the whole run's, how fast they are, and how long the rest takes
-    at that rate; validations, and what else has taken its time since the training's start, are part of the rate.
+    A line of training shows the steps done and in total, steps per second, and the time left. The rate includes
+    validations and all other time since the start of training.
+
+    Args:
+        interval: Seconds between lines within an epoch.
     """
 
     def __init__(self, interval: float = 30.0) -> None:
         self.interval = interval
         self._last = self._start = time.monotonic()
-        self._first = 0  # the steps that were done before, in a resumed run
+        self._first = 0  # the step that the run resumed from
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last = self._start = time.monotonic()
@@ -82,20 +87,20 @@ class PlainProgress(Callback):
             return
         step, total = trainer.global_step, total_steps(trainer)
         epochs = -(-total // int(trainer.num_training_batches))
-        told = [_figures(trainer), _pace(step - self._first, total - step, self._last - self._start, "steps ")]
+        parts = [_metrics(trainer), _pace(step - self._first, total - step, self._last - self._start, "steps ")]
         print(
-            f"epoch {trainer.current_epoch + 1}/{epochs}, step {step} of {total}: {', '.join(filter(None, told))}",
+            f"epoch {trainer.current_epoch + 1}/{epochs}, step {step} of {total}: {', '.join(filter(None, parts))}",
             flush=True,
         )
 
 
 def _pace(done: int, left: int, seconds: float, what: str = "") -> str:
-    """How fast it goes, and how long what is left takes at that rate."""
+    """The rate, and the time left at this rate; empty before the first one."""
     rate = done / max(seconds, 1e-9)
     return f"{rate:.2g} {what}a second, {timedelta(seconds=round(left / rate))} left" if rate else ""
 
 
-def _figures(trainer: Trainer) -> str:
+def _metrics(trainer: Trainer) -> str:
     shown = (
         "train/loss",
         "validation/loss",
@@ -110,16 +115,16 @@ def _figures(trainer: Trainer) -> str:
 
 @contextmanager
 def counted(label: str, total: int, quiet: bool = False, interval: float = 30.0) -> Iterator[Callable[[], None]]:
-    """Show how far a count has come: a bar with rate and time left on a terminal, lines elsewhere.
+    """Show the progress of a loop with its rate and the time left: a bar in a terminal, lines elsewhere.
 
     Args:
-        label: What is done; shown as it is.
-        total: How many there are.
+        label: Text before the count.
+        total: Number of iterations.
         quiet: Show nothing.
         interval: Seconds between lines.
 
     Yields:
-        What counts one more.
+        A function to call after each iteration.
     """
     label = printable(label)
     if quiet or not total:
@@ -133,7 +138,7 @@ def counted(label: str, total: int, quiet: bool = False, interval: float = 30.0)
 
 
 class _Lines:
-    """A line every few seconds and one at the end."""
+    """Prints a line every `interval` seconds and one at the end."""
 
     def __init__(self, label: str, total: int, interval: float) -> None:
         self.label, self.total, self.interval = label, total, interval

@@ -1,4 +1,4 @@
-"""The answers that an agent writes while it is trained, epoch by epoch."""
+"""The answers that an agent writes at each validation, in a CSV file."""
 
 import csv
 from collections.abc import Callable
@@ -16,7 +16,11 @@ COLUMNS = ("epoch", "step", "history", "event", "help_needed", "answer", "valid"
 
 
 class SampledAnswers(Callback):
-    """Adds the answers sampled at each validation to answers.csv."""
+    """Appends the answers sampled at each validation to answers.csv.
+
+    Args:
+        folder: Folder of answers.csv.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / SAMPLES
@@ -36,11 +40,13 @@ class SampledAnswers(Callback):
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
-    """The rows of answers.csv; of those that a resumed run wrote again, the later ones."""
+    """The rows of answers.csv. A resumed run may write a row again; the last one counts."""
     if not (folder / SAMPLES).exists():
         return []
     with (folder / SAMPLES).open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if None not in row.values()]  # a kill may cut the last one short
+        rows = [
+            row for row in csv.DictReader(file) if None not in row.values()
+        ]  # a killed run may leave an incomplete last row
     return list({(row["step"], row["history"]): _cells(row, of_cell) for row in rows}.values())
 
 

@@ -1,16 +1,14 @@
-"""The checkpoints of a run: the best weights, the last step, and stopping with both in place."""
+"""When a run saves checkpoints: the best weights, and the last step."""
 
 import contextlib
-import signal
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
+from callbacks.stopping import StopOnSignal
 from datamodules.errors import UserError
 from datamodules.files.writing import remove
 from models.learning import sharded_files as shards
@@ -21,67 +19,35 @@ from models.networks.weight_files import naming
 PREVIOUS = "previous.ckpt"
 
 
-class Interrupted(BaseException):
-    """The process was asked to stop, at some step or, if that is None, while it loaded; it has saved what it could."""
-
-    def __init__(self, signal_number: int, step: int | None) -> None:
-        super().__init__(signal_number, step)
-        self.signal_number = signal_number
-        self.step = step
-
-
-def _refuse_not_finite(module: LightningModule) -> None:
-    assert isinstance(module, BackboneModule)
-    module.refuse_not_finite()
-
-
 class LastCheckpoint(Checkpoint):
-    """Saves `last.ckpt` every few optimizer steps, after each validation, at the end and when asked to stop.
+    """Saves `last.ckpt` every few optimizer steps, after each validation, at the end, and before a stop.
 
-    SIGTERM and SIGINT (Ctrl-C) end the run after the current step with a saved checkpoint; a second one, or one before
-    the weights are loaded, ends it at once. Whether a step was good, only the loss of the next one or a validation can
-    tell: until then the checkpoint before it is kept as `previous.ckpt`.
+    Only the loss of the next step, or a validation, shows whether the weights after a step are finite. Until then the
+    checkpoint before it is kept as `previous.ckpt`.
 
     Args:
-        folder: Where `last.ckpt` is kept.
+        folder: Folder of `last.ckpt`.
         every_n_steps: Optimizer steps between saves.
+        stop: Ends the run after a save; None for a run that no signal ends.
     """
 
-    def __init__(self, folder: Path, every_n_steps: int = 50) -> None:
+    def __init__(self, folder: Path, every_n_steps: int = 50, stop: StopOnSignal | None = None) -> None:
         self.path = folder / LAST
         self.previous = folder / PREVIOUS
         self.every_n_steps = every_n_steps
+        self.stop = stop
         self._saved = 0
-        self._loaded = False
-        self._signal = 0
-        self._hosts: dist.ProcessGroup | None = None
-        self._handlers: dict[int, Any] = {}
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            if signal.getsignal(number) != self._note:
-                self._handlers[number] = signal.signal(number, self._note)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers = {}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == "fit":
             with naming(trainer.ckpt_path or ""):
                 _refuse_other_progress(checkpoint["loops"], {"fit_loop": trainer.fit_loop.state_dict()}, "loops")
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._loaded = True
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved = trainer.global_step
-        for number in (signal.SIGTERM, signal.SIGINT):  # Lightning has put its own in their place since setup
-            signal.signal(number, self._note)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        # Where figures are logged; Lightning is one short after a checkpoint of a validation within an epoch.
+        # Metrics are logged at this step. Resumed from a validation within an epoch, Lightning's count is one too low.
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
     def on_train_batch_end(
@@ -91,36 +57,30 @@ class LastCheckpoint(Checkpoint):
             _refuse_not_finite(pl_module)
             self._drop_previous(trainer)
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            return  # the epoch's end, with its validation, comes next
-        asked = self._asked(trainer)
-        # After a last step in the middle of an epoch Lightning counts the epoch as done: a resume would leave it out.
-        if asked or trainer.global_step == trainer.max_steps or trainer.global_step % self.every_n_steps == 0:
+            return  # the end of the epoch follows, with its validation
+        requested = self.stop is not None and self.stop.requested(trainer)
+        # After a last step within an epoch, Lightning counts the epoch as done. A resume would skip the rest of it.
+        if requested or trainer.global_step == trainer.max_steps or trainer.global_step % self.every_n_steps == 0:
             self._save(trainer)
-        self._stop_if(asked, trainer)
-
-    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        if trainer.sanity_checking:
-            self._stop_if_asked(trainer)
+        if self.stop is not None and requested:
+            self.stop.end(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             self._save(trainer)
             self._drop_previous(trainer)
-            self._stop_if_asked(trainer)
+            self._end_if_requested(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._saved < trainer.global_step:  # no validation followed the epoch's last step
+        if self._saved < trainer.global_step:  # no validation followed the last step of the epoch
             self._save(trainer)
-            self._stop_if_asked(trainer)
-
-    def on_test_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        self._stop_if_asked(trainer)
+            self._end_if_requested(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        _refuse_not_finite(trainer.lightning_module)  # before anything makes room for it
+        _refuse_not_finite(trainer.lightning_module)  # before an older checkpoint is removed
         if trainer.is_global_zero and self.path.exists() and self._saved < trainer.global_step:
             remove(self.previous)
-            with contextlib.suppress(OSError):  # where the file system has no links, the new one is all there is
+            with contextlib.suppress(OSError):  # a file system without links keeps the new checkpoint only
                 shards.link(self.path, self.previous)
         trainer.save_checkpoint(self.path)
         self._saved = trainer.global_step
@@ -129,53 +89,39 @@ class LastCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             remove(self.previous)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._signal or not self._loaded:
-            raise Interrupted(number, self._saved if self._loaded else None)
-        self._signal = number
+    def _end_if_requested(self, trainer: Trainer) -> None:
+        if self.stop is not None:
+            self.stop.end_if_requested(trainer)
 
-    def _asked(self, trainer: Trainer) -> int:
-        """The signal that any rank was sent, or 0: ranks get it at different steps, and have to stop together."""
-        if trainer.world_size == 1:
-            return self._signal
-        if self._hosts is None:
-            self._hosts = dist.new_group(backend="gloo")
-        asked = torch.tensor(self._signal)
-        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._hosts)  # between hosts: no GPU is waited for
-        return int(asked)
 
-    def _stop_if_asked(self, trainer: Trainer) -> None:
-        self._stop_if(self._asked(trainer), trainer)
-
-    @staticmethod
-    def _stop_if(signal_number: int, trainer: Trainer) -> None:
-        if signal_number:
-            raise Interrupted(signal_number, trainer.global_step)
+def _refuse_not_finite(module: LightningModule) -> None:
+    assert isinstance(module, BackboneModule)
+    module.refuse_not_finite()
 
 
 def _refuse_other_progress(saved: Any, own: Any, where: str) -> None:
-    """Refuse what says how far a run has come, if it is not as Lightning keeps it."""
+    """Refuse a checkpoint whose loop counters differ in structure or type from those that Lightning keeps."""
     if isinstance(own, dict) and isinstance(saved, dict):
         for name, value in own.items():
             _refuse_other_progress(saved.get(name), value, f"{where}.{name}")
     elif type(saved) is not type(own) or (isinstance(saved, int) and saved < 0):
         raise UserError(
-            f"the checkpoint does not say how far its run had come: field {where} does not serve",
+            f"the checkpoint does not say how far its run had come: field {where} is not valid",
             "Resume from another checkpoint, or start a new run.",
         )
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keeps the weights with the best figure in `best.ckpt`, also when the run folder was moved before a resume.
+    """Keeps the weights with the best value of a metric in `best.ckpt`, also if the run folder moves before a resume.
 
     Args:
-        folder: Where `best.ckpt` is kept.
-        monitor: The logged figure to judge by; one that ends in loss or error is best when least.
+        folder: Folder of `best.ckpt`.
+        monitor: The logged metric. Lower is better if its name ends in loss or error, else higher.
     """
 
     def __init__(self, folder: Path, monitor: str) -> None:
         mode = "min" if monitor.endswith(("loss", "error")) else "max"
-        # At validation's end, before `LastCheckpoint` saves: so that a resumed run knows of it.
+        # Saves at the end of validation, before `LastCheckpoint`, whose checkpoint then stores the best value.
         options: dict[str, Any] = {"save_on_train_epoch_end": False, "enable_version_counter": False}
         super().__init__(folder, Path(BEST).stem, monitor=monitor, mode=mode, **options)
 
@@ -183,8 +129,8 @@ class BestCheckpoint(ModelCheckpoint):
         here = Path(str(self.dirpath), BEST)
         score = state_dict.get("best_model_score")
         known = here.exists() and isinstance(score, torch.Tensor) and score.numel() == 1
-        # Only the figure is a checkpoint's to say: Lightning removes what lies under the paths, and it forgets the
-        # figure where the folder's path is another.
+        # Only the best value is taken from the checkpoint: Lightning deletes the files at the paths, and it drops the
+        # value if the folder has another path.
         super().load_state_dict(
             {
                 "dirpath": self.dirpath,

@@ -1,4 +1,4 @@
-"""Randomness of a step as a function of its number, so that a resumed run needs no random state."""
+"""The random numbers of a step depend on its index only, so a checkpoint needs no random state."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from lightning.pytorch.callbacks import Callback
 
 
 class SeedEachStep(Callback):
-    """Seeds PyTorch before each step, so that dropout depends on the run's seed, the epoch, the step and the rank only.
+    """Seeds dropout and other random operations before each step.
 
     Args:
-        seed: The seed of the run.
+        seed: The seed of the run. The seed of a step depends on it, the epoch, the index of the step and the rank.
     """
 
     def __init__(self, seed: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""How fast a run trains, by Lightning's own meter, and how much memory it has taken."""
+"""Logs training speed, by Lightning's Throughput, and peak memory."""
 
 import resource
 import sys
@@ -15,23 +15,23 @@ from datamodules.batching.steps import BatchSize
 from models.learning.training import BackboneModule
 from models.networks.operations import GIB, Operations, find_device
 
-WINDOW = 10  # steps that a rate is the mean over
+WINDOW = 10  # steps
 
 
 class ThroughputLog(Callback):
-    """Logs rows and tokens a second, the share of the device's peak that is used, and the peak memory.
+    """Logs rows and tokens per second, utilization, and peak memory.
 
-    Rates are those of all ranks together, as rank 0 sees its share of them, over the last steps, loading included and
-    validation left out. Logged are, each as `throughput/...`:
+    A rate is the mean of the last `window` steps on rank 0, times the number of ranks. It includes the time for data
+    loading, and excludes validations. The metrics, each as `throughput/NAME`:
 
     - rows_per_second.
-    - tokens_per_second: tokens computed, padding included.
-    - effective_tokens_per_second: tokens of all rows, which the rows layout would have to compute.
-    - utilization: operations that the model takes, as a share of the device's peak; where that is known.
-    - peak_memory_gib: of rank 0's device; without a GPU, of its process.
+    - tokens_per_second: computed tokens, padding included.
+    - effective_tokens_per_second: tokens of all rows, as the rows layout computes them.
+    - utilization: the model's operations per second over the device's peak rate, 0 to 1, if the peak is known.
+    - peak_memory_gib: of rank 0's device, or of its process without a GPU.
 
     Args:
-        window: Steps that a rate is the mean over; nothing is logged before there are so many.
+        window: Number of steps in a mean. Nothing is logged before the window is full.
     """
 
     def __init__(self, window: int = WINDOW) -> None:
@@ -43,14 +43,14 @@ class ThroughputLog(Callback):
             device = find_device(torch.cuda.get_device_name(trainer.strategy.root_device))
             peak = device.peak if device else None
         self._computed = Throughput(peak, window_size=self.window)
-        self._effective = Throughput(window_size=self.window)  # Lightning's meter takes one kind of tokens
+        self._effective = Throughput(window_size=self.window)  # Lightning's Throughput counts one kind of tokens
         self._seconds, self._steps, self._done = 0.0, 0, BatchSize()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, BackboneModule)
         assert pl_module.network is not None
         self._operations = Operations.of(pl_module.network)
-        self._since = time.perf_counter()  # a run that goes on within an epoch does not start one
+        self._since = time.perf_counter()  # a run resumed within an epoch does not call on_train_epoch_start
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since = time.perf_counter()
@@ -74,12 +74,12 @@ class ThroughputLog(Callback):
         self._effective.update(**totals, lengths=self._done.effective_tokens)
         if found := self._rates(trainer.world_size):
             found["peak_memory_gib"] = peak_memory(trainer.strategy.root_device) / GIB
-            # On the host: Lightning would wait for a number's way to a GPU.
+            # Tensors on the CPU: for a number, Lightning would wait for a copy to the GPU.
             named = {f"throughput/{name}": torch.tensor(value) for name, value in found.items()}
             pl_module.log_dict(named, prog_bar=True, rank_zero_only=True)
 
     def _rates(self, ranks: int) -> dict[str, float]:
-        """The rates of all ranks; none while the window is not full."""
+        """The rates of all ranks; empty until the window is full."""
         computed, effective = self._computed.compute(), self._effective.compute()
         if "device/items_per_sec" not in computed:
             return {}
@@ -92,7 +92,7 @@ class ThroughputLog(Callback):
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that were in use at once on a GPU; without one, by this process."""
+    """Peak bytes of memory on the GPU, or of this process without a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

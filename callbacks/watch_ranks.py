@@ -1,4 +1,4 @@
-"""A rank that dies ends the whole job, which then says which rank it was, and why."""
+"""Ends the whole job when a rank dies, and prints which rank it was and why."""
 
 import contextlib
 import os
@@ -16,21 +16,21 @@ from lightning.pytorch.callbacks import Callback
 
 from datamodules.escaping import printable
 
-PERIOD = 0.5  # seconds between looks
-GRACE = 10.0  # seconds in which rank 0 may come to an error that all ranks have
-PATIENCE = 20.0  # seconds that a rank which lost another one waits for the job's end
-OTHERS_WATCH = ("TORCHELASTIC_RUN_ID", "SLURM_PROCID")
-FAILED = 1  # the job's exit code
+PERIOD = 0.5  # seconds between checks
+GRACE = 10.0  # seconds for rank 0 to raise an error that all ranks raise
+PATIENCE = 20.0  # seconds that a rank waits for the end of the job after it lost another rank
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_PROCID")  # variables of launchers that watch the ranks themselves
+FAILED = 1  # exit code
 
 
 class WatchRanks(Callback):
-    """Watches the processes that rank 0 has started on its machine, and from them rank 0.
+    """Watches the processes that rank 0 started on its machine. `following_parent` watches rank 0 from them.
 
-    Lightning's own observer ends a job too, but silently; and a rank that waits for a dead one may wait for half an
-    hour. Where torchrun or SLURM starts the ranks, it is they who watch.
+    Lightning's observer ends a job without a message, and a rank may wait half an hour for a dead one. torchrun and
+    SLURM watch the ranks that they start.
 
     Args:
-        folder: The run's folder, to say how to go on.
+        folder: The run folder, for the message that says how to resume.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,12 +49,12 @@ class WatchRanks(Callback):
             threading.Thread(target=self._watch_children, daemon=True).start()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """A lost connection is another rank's death, which is what has to be told; any other error is one's own."""
+        """After a lost connection, wait until the dead rank is reported. Other errors are this rank's own."""
         if not lost_a_rank(exception):
             self._own_end.set()
-        elif trainer.world_size > 1 and not any(name in os.environ for name in OTHERS_WATCH):
+        elif trainer.world_size > 1 and not any(name in os.environ for name in LAUNCHERS):
             end = time.monotonic() + PATIENCE
-            while time.monotonic() < end:  # rank 0 looks itself, for its thread may be in between
+            while time.monotonic() < end:  # check here too, because the thread may sleep
                 self._end_if_one_died()
                 time.sleep(PERIOD / 5)
 
@@ -66,7 +66,7 @@ class WatchRanks(Callback):
 
     def _end_if_one_died(self) -> None:
         codes = {rank: child.poll() for rank, child in enumerate(self._children, start=1)}
-        # One that was killed before one that then failed for want of it.
+        # A negative code comes first: a killed rank is the cause, and ranks that failed later are the effect.
         dead = sorted((code, rank) for rank, code in codes.items() if code)
         if dead:
             code, rank = dead[0]
@@ -80,15 +80,15 @@ class WatchRanks(Callback):
                 child.kill()
         how = f"python -m proactive.fit --ckpt_path {self.folder / 'checkpoints' / 'last.ckpt'}"
         print(f"error: {what}, so the job has ended", file=sys.stderr)
-        print(printable(f"  help: Go on from the last checkpoint: {how}"), file=sys.stderr)
+        print(printable(f"  help: Resume from the last checkpoint: {how}"), file=sys.stderr)
         sys.stderr.flush()
         sys.stdout.flush()
-        os._exit(FAILED)  # other threads wait for a rank that is no more
+        os._exit(FAILED)  # other threads still wait for the dead rank
 
 
 @contextlib.contextmanager
 def following_parent() -> Iterator[None]:
-    """As long as this lasts, end this process when rank 0, which has started it, is no more."""
+    """Within this context, end this process when rank 0, which started it, has ended."""
     parent, done = os.getppid(), threading.Event()
 
     def watch() -> None:
@@ -108,7 +108,7 @@ def following_parent() -> Iterator[None]:
 
 
 def lost_a_rank(exception: BaseException) -> bool:
-    """Whether an exception says that another rank does not answer."""
+    """Whether an exception means that another rank does not respond."""
     from torch.distributed import DistError
 
     text = str(exception)
@@ -116,7 +116,7 @@ def lost_a_rank(exception: BaseException) -> bool:
 
 
 def reason(code: int) -> str:
-    """Why a process ended, in words."""
+    """A phrase that says why a process ended."""
     if code >= 0:
         return f"ended with exit code {code}; its own message is above"
     name = signal.Signals(-code).name

@@ -1,4 +1,4 @@
-"""What a person runs: one module for each command, the command `proactive` for all, and what a notebook calls."""
+"""The commands, one module each, and `load_judge` and `load_agent` for notebooks."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import what loads models when it is asked for: it takes seconds."""
+    """Import the loading functions on first use, because the import takes seconds."""
     if name in __all__:
         from proactive import loading
 
@@ -23,9 +23,9 @@ def __getattr__(name: str) -> Any:
 
 
 def _load(package: str) -> None:
-    """Load one of the other packages from the folder that this one lies in.
+    """Import one of the other packages from the folder of this package.
 
-    Python looks into the working folder first, where a person may have a `models` of their own.
+    Python searches the working folder first, which may contain another package `models`.
     """
     spec = PathFinder.find_spec(package, [os.path.dirname(os.path.dirname(__file__))])
     assert spec is not None, package

@@ -2,5 +2,5 @@
 
 import runpy
 
-# By that name, processes that this one starts load the package before they load what they are given.
+# With this name, child processes import the package before they unpickle their arguments.
 runpy.run_module("proactive.commands", run_name="__main__", alter_sys=True)

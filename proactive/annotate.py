@@ -28,7 +28,8 @@ from proactive.annotation.figures import agreement_figures, votes_of_project, vo
 from proactive.annotation.store import Store
 from proactive.commands import program
 from proactive.parser import Parser
-from proactive.terminal import Table, say, show
+from proactive.tables import Table, show
+from proactive.terminal import say
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace

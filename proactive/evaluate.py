@@ -1,4 +1,4 @@
-"""`python -m proactive.evaluate reward|agent`: measure a trained model and set it beside published rows."""
+"""`python -m proactive.evaluate reward|agent`: test a trained model, and compare it with published metrics."""
 
 if __name__ == "__main__":
     from proactive.commands import start
@@ -15,7 +15,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
 from callbacks.progress import progress_callback
-from callbacks.saving import Interrupted, LastCheckpoint
+from callbacks.stopping import Interrupted, StopOnSignal
 from datamodules.batching.reward_rows import RewardDataModule
 from datamodules.batching.rows import LayoutName
 from datamodules.corpus.splits import SplitName
@@ -28,7 +28,7 @@ from models.reporting.run_record import tested_record
 from proactive.commands import program
 from proactive.evaluation.agent_command import agent_parser, evaluate_agent_command
 from proactive.parser import Parser
-from proactive.terminal import reward_tables, show
+from proactive.tables import reward_tables, show
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -47,23 +47,26 @@ def evaluate_reward(
     num_workers: Workers | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Test a reward classifier; options left out are as they were in training.
+    """Test a reward classifier. The defaults of data options are those of its training.
 
     Args:
         checkpoint: A run folder (its best weights), a .ckpt file, or an export folder.
-        root: Where the data is: embedded, published, or a directory in the published layout.
+        root: Source of the data: embedded, published, or a folder in the published layout.
         split: Which rows test: published or by_scene.
-        folds: For by_scene: into how many parts the scenes are divided.
-        fold: For by_scene: which part tests.
-        prompt: A prompt file, for a model that was trained with another prompt than the one it carries.
-        layout: Score the rows as prefix trees or row by row: tree, rows, or auto.
-        token_budget: For layout tree: tokens computed at once, at most.
-        micro_batch_size: For layout rows: rows computed at once.
-        num_workers: Processes that prepare batches.
-        quiet: Without a progress bar.
+        folds: For by_scene: number of parts that the scenes are divided into.
+        fold: For by_scene: index of the part that tests.
+        prompt: A prompt file, if the model was trained with another prompt than its checkpoint contains.
+        layout: How rows are batched: tree, rows, or auto.
+        token_budget: For layout tree: maximum number of tokens in a micro-batch.
+        micro_batch_size: For layout rows: number of rows in a micro-batch.
+        num_workers: Number of processes that load data.
+        quiet: Whether to show no progress bar.
 
     Returns:
         The record of the test, as in a run's metrics.json.
+
+    Raises:
+        UserError: The checkpoint or the data cannot be read, or an option is not valid.
     """
     classifier, state, source = load_trained(RewardClassifier, checkpoint, "--checkpoint")
     data = RewardDataModule.from_state(
@@ -81,11 +84,11 @@ def evaluate_reward(
     progress = progress_callback(quiet)
     trainer = Trainer(
         logger=False,
-        callbacks=[LastCheckpoint(source.parent), *([progress] if progress else [])],
+        callbacks=[StopOnSignal(), *([progress] if progress else [])],
         use_distributed_sampler=False,
         enable_model_summary=False,
         enable_progress_bar=isinstance(progress, ProgressBar),
-        enable_checkpointing=True,
+        enable_checkpointing=False,
         devices=1,
     )
     with torch.random.fork_rng():
@@ -94,11 +97,11 @@ def evaluate_reward(
 
 
 def main(arguments: list[str]) -> None:
-    """Parse, and carry out one of the subcommands."""
-    parser = Parser(prog=program("evaluate"), description="Measure a trained model.")
+    """Parse, and run a subcommand."""
+    parser = Parser(prog=program("evaluate"), description="Test a trained model.")
     subcommands = parser.add_subcommands()
     subcommands.add_subcommand("reward", _reward_parser(), help="a reward classifier")
-    subcommands.add_subcommand("agent", agent_parser(), help="an agent, by what a judge makes of its proposals")
+    subcommands.add_subcommand("agent", agent_parser(), help="an agent, by the verdicts of a judge")
     options = parser.parse_args(arguments)
     if options.subcommand == "agent":
         evaluate_agent_command(options.agent, arguments)
@@ -113,14 +116,14 @@ def _reward_parser() -> Parser:
         evaluate_reward, as_group=False, skip={name for name in parameters if name != "checkpoint"}
     )
     reward.add_function_arguments(evaluate_reward, "data", skip={"checkpoint", "quiet"})
-    reward.add_argument("--output", type=Path, default=None, help="Write the figures to this JSON file.")
-    reward.add_argument("--quiet", action="store_true", help="Print nothing but errors.")
-    reward.add_argument("--debug", action="store_true", help="Show tracebacks and the libraries' own messages.")
+    reward.add_argument("--output", type=Path, default=None, help="Write the metrics to this JSON file.")
+    reward.add_argument("--quiet", action="store_true", help="Print only errors.")
+    reward.add_argument("--debug", action="store_true", help="Show tracebacks and messages of libraries.")
     return reward
 
 
 def _evaluate_reward_command(options: "Namespace") -> None:
-    """Evaluate, print the tables, write the figures."""
+    """Evaluate, write the metrics, print the tables."""
     if options.output and options.output.is_dir():
         raise UserError(f"--output: {options.output} is a folder", "Give the path of a file.")
     try:

@@ -1,4 +1,4 @@
-"""`python -m proactive.export`: the weights of a run or a checkpoint as one folder that transformers loads."""
+"""`python -m proactive.export`: write a checkpoint's weights as a folder that transformers loads."""
 
 if __name__ == "__main__":
     from proactive.commands import start
@@ -20,14 +20,17 @@ from proactive.terminal import say
 
 
 def export(checkpoint: Path, output: Path) -> Path:
-    """Write weights, configuration and tokenizer to a folder, in place of an earlier export there.
+    """Write weights, configuration, tokenizer and model card to a folder.
 
     Args:
-        checkpoint: A run folder (its best weights), or a checkpoint, of one device or of any number of ranks.
-        output: The folder to write. What a user has put into an earlier export stays there.
+        checkpoint: A run folder (its best weights) or a checkpoint, sharded or not.
+        output: The folder to write. An earlier export there is replaced; other files in the folder stay.
 
     Returns:
-        The file or folder that the weights came from.
+        The checkpoint that the weights came from.
+
+    Raises:
+        UserError: The checkpoint cannot be read, or the folder contains something other than an export.
     """
     refuse_other_folder(output)
     kind = TASKS[checkpoint_task(checkpoint, "--checkpoint", TASKS)].module
@@ -37,7 +40,7 @@ def export(checkpoint: Path, output: Path) -> Path:
 
 
 def _record(source: Path) -> dict[str, Any] | None:
-    """What the test of these weights found out, if their run has tested them and not others under their name."""
+    """The record of the test of these weights; None if their run tested other weights, or none."""
     path = source.parent.parent / METRICS_FILE
     if is_export(source) or not path.is_file():
         return None
@@ -46,11 +49,11 @@ def _record(source: Path) -> dict[str, Any] | None:
 
 
 def main(arguments: list[str]) -> None:
-    """Parse, export, say where it is."""
+    """Parse, export, print the folder."""
     parser = Parser(prog=program("export"), description=(export.__doc__ or "").splitlines()[0])
     parser.add_function_arguments(export, as_group=False)
-    parser.add_argument("--quiet", action="store_true", help="Print the folder alone.")
-    parser.add_argument("--debug", action="store_true", help="Show tracebacks and the libraries' own messages.")
+    parser.add_argument("--quiet", action="store_true", help="Print only the folder.")
+    parser.add_argument("--debug", action="store_true", help="Show tracebacks and messages of libraries.")
     options = parser.parse_args(arguments)
     source = export(options.checkpoint, options.output)
-    say(options.output if options.quiet else f"{options.output} holds the weights of {source}")
+    say(options.output if options.quiet else f"{options.output} contains the weights of {source}")

@@ -1,4 +1,4 @@
-"""`python -m proactive.inspect`: what a data root holds, and what its splits give away."""
+"""`python -m proactive.inspect`: counts of a data root, and the contamination of its splits."""
 
 if __name__ == "__main__":
     from proactive.commands import start
@@ -7,7 +7,7 @@ if __name__ == "__main__":
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -22,7 +22,7 @@ from datamodules.prompting.tokenizers import SCRATCH, load_tokenizer, train_toke
 from datamodules.ranges import Folds, Seed
 from proactive.commands import program
 from proactive.parser import Parser
-from proactive.terminal import Table, show
+from proactive.tables import Table, show
 
 VOCABULARY_SIZE = 4096
 
@@ -31,10 +31,13 @@ def inspect_root(root: str = "embedded", folds: Folds = 5, tokenizer: str = SCRA
     """Count rows, scenes, histories, tokens, agreement and contamination.
 
     Args:
-        root: Where the data is: embedded, published, or a directory in the published layout.
-        folds: Into how many parts by_scene divides the scenes.
-        tokenizer: What counts tokens: a hub id or path, or "scratch" for one trained on the root's rows.
-        seed: Which embedded data, and which division into folds.
+        root: Source of the data: embedded, published, or a folder in the published layout.
+        folds: Number of parts that by_scene divides the scenes into.
+        tokenizer: Tokenizer that counts tokens: a hub id or path, or "scratch" for one trained on the root's rows.
+        seed: Seed of the embedded data and of the folds.
+
+    Raises:
+        UserError: The data or the tokenizer cannot be read.
     """
     corpus = load_corpus(root, seed)
     template = PromptTemplate.read(DEFAULT_PROMPT)
@@ -45,15 +48,15 @@ def inspect_root(root: str = "embedded", folds: Folds = 5, tokenizer: str = SCRA
     files = {name: rows for name, rows in (("train", corpus.train), ("test", corpus.test)) if rows}
     return {
         "root": root,
-        "rows": {name: _row_figures(rows, template, segmenter) for name, rows in files.items()},
+        "rows": {name: _row_counts(rows, template, segmenter) for name, rows in files.items()},
         "all": {
             "rows": len(corpus.rows),
             "scenes": len({row.scene for row in corpus.rows}),
             "distinct_histories": len(history_digests(corpus.rows)),
             "rows_per_history": len(corpus.rows) / len(history_digests(corpus.rows)),
         },
-        "contamination": _contamination_figures(corpus, folds, seed),
-        "traces": _trace_figures(corpus),
+        "contamination": _contamination(corpus, folds, seed),
+        "traces": _trace_counts(corpus),
     }
 
 
@@ -61,18 +64,18 @@ def main(arguments: list[str]) -> None:
     """Parse, count, print."""
     parser = Parser(prog=program("inspect"), description=inspect_root.__doc__)
     parser.add_function_arguments(inspect_root, as_group=False)
-    parser.add_argument("--json", action="store_true", help="Print JSON in place of tables.")
-    parser.add_argument("--quiet", action="store_true", help="Print nothing but errors.")
+    parser.add_argument("--json", action="store_true", help="Print JSON instead of tables.")
+    parser.add_argument("--quiet", action="store_true", help="Print only errors.")
     parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
     options = parser.parse_args(arguments)
-    figures = inspect_root(options.root, options.folds, options.tokenizer, options.seed)
+    counts = inspect_root(options.root, options.folds, options.tokenizer, options.seed)
     if options.json:
-        print(json.dumps(figures, indent=2))
+        print(json.dumps(counts, indent=2))
     elif not options.quiet:
-        show(*_tables(figures))
+        show(_rows_table(counts), _splits_table(counts))
 
 
-def _row_figures(rows: Sequence[AnnotatedRow], template: PromptTemplate, segmenter: SegmentTokenizer) -> dict[str, Any]:
+def _row_counts(rows: Sequence[AnnotatedRow], template: PromptTemplate, segmenter: SegmentTokenizer) -> dict[str, Any]:
     categories = Counter(row.category for row in rows)
     ids = [[*segmenter.prefix, *chain(*segmenter.encode(render(template, row))), *segmenter.suffix] for row in rows]
     tokens = [len(row) for row in ids]
@@ -99,7 +102,7 @@ def _alpha(rows: Sequence[AnnotatedRow]) -> dict[str, float | None]:
     return {name: value for name, value in found.items() if name.startswith("alpha")}
 
 
-def _contamination_figures(corpus: Corpus, folds: int, seed: int) -> dict[str, Any]:
+def _contamination(corpus: Corpus, folds: int, seed: int) -> dict[str, Any]:
     found = {}
     if corpus.test:
         found["published"] = contamination(history_digests(corpus.train), corpus.test)
@@ -117,8 +120,8 @@ def _contamination_figures(corpus: Corpus, folds: int, seed: int) -> dict[str, A
     }
 
 
-def _trace_figures(corpus: Corpus) -> dict[str, Any]:
-    """How much of the agent's test set lies in the annotated training rows."""
+def _trace_counts(corpus: Corpus) -> dict[str, Any]:
+    """Count the events of the agent's test traces that occur in annotated training rows."""
     in_rows = {(event.time, event.event) for row in corpus.train for event in row.history}
     steps = [step.observation for trace in corpus.traces.values() for step in trace]
     in_traces = {(event.time, event.event) for event in steps}
@@ -135,48 +138,51 @@ def _trace_figures(corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def _tables(figures: dict[str, Any]) -> list[Table]:
-    rows = Table(title=f"Annotated rows: {figures['root']}")
-    rows.add_column("")
-    for name in figures["rows"]:
-        rows.add_column(name, justify="right")
+def _rows_table(counts: dict[str, Any]) -> Table:
+    table = Table(title=f"Annotated rows: {counts['root']}")
+    table.add_column("")
+    for name in counts["rows"]:
+        table.add_column(name, justify="right")
+    columns = list(counts["rows"].values())
 
-    def add(label: str, values: list[str]) -> None:
-        rows.add_row(label, *values)
+    def add(label: str, cells: Iterable[object]) -> None:
+        table.add_row(label, *map(str, cells))
 
-    columns = list(figures["rows"].values())
-    add("rows", [str(column["rows"]) for column in columns])
+    add("rows", (column["rows"] for column in columns))
     for category in Category:
-        add(
-            f"  {category.replace('_', ' ')}",
-            [str(column["categories"][category.value]) for column in columns],
-        )
-    add("scenes", [str(column["scenes"]) for column in columns])
-    add("distinct histories", [str(column["distinct_histories"]) for column in columns])
-    add("tokens per row, mean", [f"{column['tokens_per_row']['mean']:.1f}" for column in columns])
-    add("tokens per row, greatest", [str(column["tokens_per_row"]["greatest"]) for column in columns])
-    add("tokens, row by row", [f"{column['tokens']['as_rows']:,}" for column in columns])
-    add("tokens, as a prefix tree", [f"{column['tokens']['as_tree']:,}" for column in columns])
-    agreements = [column["human_agreement"] for column in columns]
-    add("human agreement", ["" if agreement is None else f"{agreement:.3f}" for agreement in agreements])
-    for kind in ("all", "offers", "silence"):
-        label = "annotators' alpha" if kind == "all" else f"  {kind}"
-        add(label, [interval(column["krippendorff_alpha"][kind], "alpha") for column in columns])
-    every = figures["all"]
-    rows.caption = (
+        add(f"  {category.replace('_', ' ')}", (column["categories"][category.value] for column in columns))
+    add("scenes", (column["scenes"] for column in columns))
+    add("distinct histories", (column["distinct_histories"] for column in columns))
+    add("tokens per row, mean", (f"{column['tokens_per_row']['mean']:.1f}" for column in columns))
+    add("tokens per row, maximum", (column["tokens_per_row"]["greatest"] for column in columns))
+    add("tokens, row by row", (f"{column['tokens']['as_rows']:,}" for column in columns))
+    add("tokens, as a prefix tree", (f"{column['tokens']['as_tree']:,}" for column in columns))
+    add("human agreement", (_number(column["human_agreement"]) for column in columns))
+    for kind, label in (("all", "annotators' alpha"), ("offers", "  offers"), ("silence", "  silence")):
+        add(label, (interval(column["krippendorff_alpha"][kind], "alpha") for column in columns))
+    every = counts["all"]
+    table.caption = (
         f"together {every['rows']} rows, {every['scenes']} scenes, {every['distinct_histories']} distinct histories, "
-        f"{every['rows_per_history']:.1f} rows a history"
+        f"{every['rows_per_history']:.1f} rows per history"
     )
+    return table
 
-    splits = Table(title="Contamination: test rows whose history also occurs in the training rows")
-    for title in ("split", "test rows", "contaminated", "share"):
-        splits.add_column(title, justify="left" if title == "split" else "right")
-    for name, found in figures["contamination"].items():
-        splits.add_row(name, str(found["test_rows"]), str(found["contaminated_rows"]), f"{found['fraction']:.0%}")
-    traces = figures["traces"]
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _splits_table(counts: dict[str, Any]) -> Table:
+    table = Table(title="Contamination: test rows whose history also occurs in the training rows")
+    table.add_column("split")
+    for title in ("test rows", "contaminated", "share"):
+        table.add_column(title, justify="right")
+    for name, found in counts["contamination"].items():
+        table.add_row(name, str(found["test_rows"]), str(found["contaminated_rows"]), f"{found['fraction']:.0%}")
+    traces = counts["traces"]
     if traces["traces"]:
-        splits.caption = (
+        table.caption = (
             f"{traces['traces']} agent test traces: {traces['events_in_training_rows']} of {traces['events']} events "
             f"occur in the training rows; {traces['scenes_outside_traces']} of {traces['scenes']} scenes lie outside"
         )
-    return [rows, splits]
+    return table

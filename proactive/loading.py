@@ -1,4 +1,4 @@
-"""Trained models in a notebook or a program of one's own: `proactive.load_judge` and `proactive.load_agent`."""
+"""Trained models in notebooks and programs: `proactive.load_judge` and `proactive.load_agent`."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ EVENTS_HINT = "Give each event as text, as {'time': ..., 'event': ...}, or as a 
 
 
 class LoadedJudge:
-    """A trained reward classifier, ready on its device; made by `load_judge`."""
+    """A trained reward classifier on its device. `load_judge` returns it."""
 
     def __init__(self, weights: Weights[RewardClassifier]) -> None:
         self._scorer = Scorer(weights)
@@ -32,20 +32,20 @@ class LoadedJudge:
     def score(self, events: Iterable[EventLike], proposal: list[str | None]) -> list[float]: ...
 
     def score(self, events: Iterable[EventLike], proposal: str | list[str | None] | None) -> float | list[float]:
-        """How likely the user accepts a proposal after some events.
+        """The probability that the user accepts a proposal after some events.
 
-        Events that begin as those of the call before are not read again.
+        A call computes only the tokens after the longest common prefix with the call before.
 
         Args:
-            events: What the user did, oldest first: texts, mappings of time and event, or pairs of them. Texts alone
-                happen a second apart.
-            proposal: What is offered, or None for nothing; or several of them, which cost little more than one.
+            events: The user's events, oldest first: texts, mappings with time and event, or pairs of time and event.
+                Texts get times one second apart.
+            proposal: An offer, or None for silence; or a list of them, which costs little more than one.
 
         Returns:
-            P(accepted), 0 to 1, calibrated as `Calibration` of the checkpoint says; a list for several proposals.
+            P(accepted), 0 to 1, with the checkpoint's calibration; a list for a list of proposals.
 
         Raises:
-            UserError: An event is none of these, or the proposal is longer than the model reads.
+            UserError: An event has another form, or the proposal is longer than the model's maximum.
         """
         history = events_of(events)
         if proposal is None or isinstance(proposal, str):
@@ -54,28 +54,28 @@ class LoadedJudge:
 
 
 class LoadedAgent:
-    """A trained agent, ready on its device; made by `load_agent`."""
+    """A trained agent on its device. `load_agent` returns it."""
 
     def __init__(self, agent: LocalAgent) -> None:
         self._agent = agent
         self._stream = agent.stream("")
 
     def answer(self, events: Iterable[EventLike]) -> Answer | None:
-        """What the agent makes of some events; `answer.proposal` is its offer, or None for no offer.
+        """The agent's answer after some events. `answer.proposal` is its offer, or None for silence.
 
         Args:
             events: As in `LoadedJudge.score`.
 
         Returns:
-            The answer; None where it did not come to an end within `max_new_tokens`, so that nothing is read from it.
+            The answer; None if it was not complete after `max_new_tokens`.
 
         Raises:
-            UserError: An event is none of these.
+            UserError: An event has another form.
         """
         return self.answers(events)[0]
 
     def answers(self, events: Iterable[EventLike]) -> list[Answer | None]:
-        """The same for each candidate."""
+        """The answer of each candidate, as `answer` returns one."""
         written = self._stream.answer(self._agent.data.segments(events_of(events)))
         return [self._agent.read(answer) for answer in written]
 
@@ -84,10 +84,10 @@ def load_judge(path: str | Path) -> LoadedJudge:
     """Load a trained reward classifier.
 
     Args:
-        path: A run folder (its best weights are taken), a checkpoint, or an export folder.
+        path: A run folder (its best weights), a checkpoint, or an export folder.
 
     Raises:
-        UserError: There is no reward classifier, or it is damaged.
+        UserError: The path contains no reward classifier, or a damaged one.
     """
     return LoadedJudge(_weights(RewardClassifier, path, "load_judge"))
 
@@ -103,24 +103,24 @@ def load_agent(
     """Load a trained agent.
 
     Args:
-        path: A run folder (its best weights are taken), a checkpoint, or an export folder.
-        candidates: How many answers `answers` gives.
-        temperature: Of sampling; 0 takes the likeliest tokens.
-        seed: Of sampling.
-        max_new_tokens: Tokens of an answer, at most.
+        path: A run folder (its best weights), a checkpoint, or an export folder.
+        candidates: Number of answers that `answers` returns, 1 or more.
+        temperature: Sampling temperature, 0 or more. 0 is greedy decoding.
+        seed: Seed of sampling.
+        max_new_tokens: Maximum number of tokens in an answer.
 
     Raises:
-        UserError: There is no agent, it is damaged, or several candidates at temperature 0 would be the same.
+        UserError: The path contains no agent or a damaged one, or several candidates at temperature 0 would be equal.
     """
     weights = _weights(ProactiveAgent, path, "load_agent")
     return LoadedAgent(LocalAgent(weights, AnswerOptions(max_new_tokens), candidates, temperature, seed))
 
 
 def events_of(values: Iterable[EventLike]) -> tuple[Event, ...]:
-    """Events from what a person writes: texts, mappings of time and event, pairs of them, or events.
+    """Convert texts, mappings with time and event, or pairs of them to events.
 
     Raises:
-        UserError: One is none of these; the message names its index.
+        UserError: A value has another form. The message names its index.
     """
     if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
         raise UserError(f"events: expected several, got one {type(values).__name__}", EVENTS_HINT)

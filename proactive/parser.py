@@ -1,8 +1,8 @@
 """The parser of every command: errors in one line, YAML that cannot run away, and no code that a value could name.
 
 jsonargparse imports what a `class_path` names. A person who starts a command may name classes so, also in a file given
-with --config; see `proactive.foreign` for a configuration that is read unasked. Nobody may name functions as arguments
-of a class: what calls them would run anything.
+with --config; see `proactive.fitting.foreign` for a configuration that is read unasked. Nobody may name functions as
+arguments of a class: what calls them would run anything.
 """
 
 import difflib

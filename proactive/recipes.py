@@ -1,4 +1,4 @@
-"""The recipes that come with the project, each by its name: reward/tiny is configs/reward/tiny.yaml."""
+"""The project's recipes by name: reward/tiny is configs/reward/tiny.yaml."""
 
 import os
 from pathlib import Path
@@ -11,17 +11,17 @@ FOLDER = _IN_A_WHEEL if _IN_A_WHEEL.is_dir() else Path(__file__).parents[1] / "c
 
 
 def recipe_names() -> list[str]:
-    """The names that --config takes, such as reward/tiny."""
+    """The names of all recipes, such as reward/tiny."""
     return sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml"))
 
 
 def config_file(given: str) -> str:
-    """What a configuration that is given by path or by name is read from; YAML itself stays what it is.
+    """The path of a configuration that is given by path or by name of a recipe. YAML text is returned unchanged.
 
-    A file by the path counts before a recipe by the name, with or without .yaml.
+    An existing file takes precedence over a recipe. The name of a recipe may end in .yaml.
 
     Raises:
-        UserError: There is neither.
+        UserError: There is no such file or recipe.
     """
     if "\n" in given or ":" in given or (os.path.lexists(given) and not os.path.isdir(given)):
         return given

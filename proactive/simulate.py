@@ -20,7 +20,8 @@ from proactive.simulation.questions import ROLES, Players
 from proactive.simulation.scenes import embedded_scenes, read_scenes
 from proactive.simulation.scripted import ScriptedRole
 from proactive.simulation.simulation import Simulation, derive, prepared, simulate
-from proactive.terminal import Table, say, show
+from proactive.tables import Table, show
+from proactive.terminal import say
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace

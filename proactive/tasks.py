@@ -1,9 +1,8 @@
-"""What a task is, from its module to its report. One more task is one more entry of `TASKS`."""
+"""Everything that defines a task. A new task is a new entry of `TASKS`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
@@ -14,9 +13,7 @@ from models.learning.proactive_agent import ProactiveAgent
 from models.learning.reward_classifier import RewardClassifier
 from models.learning.training import BackboneModule
 from models.reporting.run_page import agent_report, read_curves, reward_report
-from proactive.terminal import Table, decision_tables, reward_tables
-
-Record = dict[str, Any]
+from proactive.tables import Record, Table, decision_tables, reward_tables
 
 
 @dataclass(frozen=True)
@@ -24,10 +21,10 @@ class Task:
     """One kind of model.
 
     Attributes:
-        module: The LightningModule, which names its data module, its checkpoints' record, and what its card says.
-        tables: What a test found out, for a terminal.
-        page: report.html, of the record, the tested module, its data and the run folder.
-        callbacks: What else happens around its training, in a run folder.
+        module: The LightningModule. It names its data module, the fields of its checkpoints, and texts of its card.
+        tables: Returns the tables of a test for the terminal, from its record.
+        page: Returns report.html, from the record, the tested module, its data and the run folder.
+        callbacks: Returns additional callbacks of its training, from the run folder.
     """
 
     module: type[BackboneModule]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from datamodules.files.run_folders import RUN_FOLDER_VARIABLE
-from proactive.fit import FitCLI, task_of
+from proactive.fitting.cli import FitCLI
+from proactive.fitting.configs import task_of
 from proactive.tasks import TASKS
 from tests.helpers import ROOT
 
@@ -18,9 +18,8 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 @pytest.fixture
 def clean_environment() -> Iterator[None]:
-    """The command line leaves its seed and its run folder in the environment; here they are taken out again."""
+    """The command line sets the seed in the environment; here it is removed again."""
     environment = dict(os.environ)
-    os.environ.pop(RUN_FOLDER_VARIABLE, None)
     yield
     os.environ.clear()
     os.environ.update(environment)

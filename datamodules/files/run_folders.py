@@ -21,7 +21,6 @@ METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"
 LOCK = ".lock"
 AGREED_AFTER = 120  # seconds: maximum time between the starts of a job's first and last rank
-RUN_FOLDER_VARIABLE = "PROACTIVE_RUN_FOLDER"  # tells the processes that rank 0 starts the folder of their run
 
 
 def new_run_folder(root: Path, name: str) -> Path:

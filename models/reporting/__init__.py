@@ -1,1 +1,1 @@
-"""What a run or an evaluation found out, as records, plots, pages and cards."""
+"""Results of runs and evaluations: records, plots, pages, model cards, exports."""

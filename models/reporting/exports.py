@@ -1,4 +1,4 @@
-"""The weights as other tools load them: safetensors, tokenizer and a model card in one folder."""
+"""Exports: a folder with weights, tokenizer and model card that transformers loads."""
 
 import json
 import os
@@ -16,9 +16,9 @@ from models.learning.sharded_files import put_in_place, recover
 from models.learning.training import BackboneModule
 from models.reporting.model_card import model_card
 
-FILES = "files"  # in proactive.json: what the export wrote
-KEPT = ".kept"  # ends the name of a file of the user's own that has the name of one of the export's
-# What an export wrote before proactive.json said so.
+FILES = "files"  # key in proactive.json of the files that the export wrote
+KEPT = ".kept"  # suffix of a user's file that has the name of a file of the export
+# Files of exports by versions that did not list them in proactive.json.
 WRITTEN_BEFORE = {
     "README.md",
     "adapter_config.json",
@@ -39,19 +39,19 @@ def export_model(
     folder: Path,
     weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write weights, configuration, tokenizer and model card to `folder`, in place of an earlier export there.
+    """Write weights, configuration, tokenizer and model card to a folder.
 
-    The folder holds the earlier export or the new one at any moment. What else lies in it stays there.
+    An earlier export there is replaced atomically. Other files in the folder stay.
 
     Args:
-        model: What to export.
-        data: What it was trained on.
-        record: What its test found out; without one the model card has no figures.
-        folder: Where to.
+        model: The model to export.
+        data: The data of its training.
+        record: The `run_record` of its test; without one the model card has no metrics.
+        folder: The folder to write.
         weights: See `models.learning.saved_models.export_weights`.
 
     Raises:
-        UserError: Something else than an export is there.
+        UserError: The folder contains something other than an export, or it cannot be written.
     """
     folder = folder.resolve()
     refuse_other_folder(folder)
@@ -75,28 +75,29 @@ def _write(
     data.tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(model_card(model, data, record), encoding="utf-8")
     content = export_state(folder)
-    content["around"] = {"before": data.segmenter.prefix, "after": data.end}  # what begins and ends every row
+    content["around"] = {
+        "before": data.segmenter.prefix,
+        "after": data.end,
+    }  # token ids around each row
     content[FILES] = sorted(path.name for path in folder.iterdir())
     (folder / EXPORT_STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def refuse_other_folder(folder: Path) -> None:
-    """Refuse to write an export where something else is.
+    """Refuse to write an export over other files.
 
     Raises:
-        UserError: There is a file, or a folder that is neither empty nor an export.
+        UserError: The path is a file, or a folder that is neither empty nor an export.
     """
     recover(folder)
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if folder.exists() and not is_export(folder):
-        raise UserError(
-            f"{folder} exists and is no export of this project", "Move it away, or give a folder that does not exist."
-        )
+        raise UserError(f"{folder} exists and is not an export of this project", "Move it away, or give a new folder.")
 
 
 def is_export(folder: Path) -> bool:
-    """Whether this project wrote a folder."""
+    """Whether a folder is an export of this project."""
     try:
         return bool(export_state(folder))
     except UserError:
@@ -104,7 +105,7 @@ def is_export(folder: Path) -> bool:
 
 
 def _foreign(folder: Path) -> list[Path]:
-    """What the user has put into an export."""
+    """Files that the user added to an export."""
     if not folder.is_dir() or not any(folder.iterdir()):
         return []
     written = set(export_state(folder).get(FILES, WRITTEN_BEFORE))
@@ -112,7 +113,7 @@ def _foreign(folder: Path) -> list[Path]:
 
 
 def _link(path: Path, other: Path) -> None:
-    """Give a file, or all files of a folder, a second name, by a copy where the disk has no links."""
+    """Hard-link a file, or all files of a folder; copy on file systems without links."""
 
     def link(source: str, target: str) -> None:
         try:

@@ -1,4 +1,4 @@
-"""The model card: what model hubs read, the test's figures, and code that gives this project's own probabilities."""
+"""The model card: metadata for model hubs, the test's metrics, and code that computes the same probabilities."""
 
 import re
 from pathlib import Path
@@ -14,34 +14,27 @@ from datamodules.prompting.tokenizers import SCRATCH
 from models.learning.calibration import DECISION
 from models.learning.training import BackboneModule
 from models.networks.adapters import never_quantized
-from models.reporting.templates_folder import TEMPLATES
+from models.reporting.templating import template_environment
 
 HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 DOWNLOADED = re.compile(
     r"models--([\w.-]+?)--([\w.-]+)/snapshots/[0-9a-f]+/?$", re.ASCII
 )  # a folder of the hub's cache
-LONG_LINE = 10_000  # of characters: no value takes two lines
-OWN_DATA = ("embedded", "published")  # both under the Apache License 2.0
+LONG_LINE = 10_000  # characters, so that no value is wrapped
+OWN_DATA = ("embedded", "published")  # under the Apache License 2.0
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 
 
 def model_card(model: BackboneModule, data: RowsDataModule, record: dict[str, Any] | None) -> str:
-    """A model card in the form that model hubs read; no path of this machine stands in it.
+    """A model card in the format of model hubs. It contains no path of this machine.
 
     Args:
-        model: What is exported.
-        data: What it was trained on.
-        record: What its test found out; None if it was not tested.
+        model: The exported model.
+        data: The data of its training.
+        record: The `run_record` of its test; None without a test.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        autoescape=False,  # noqa: S701 - Markdown, made of figures and of the run's own options
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    # Markdown of metrics and of the run's own options, so nothing is escaped.
+    environment = template_environment(autoescape=False, trim_blocks=True, lstrip_blocks=True)
     assert model.network is not None
     backbone, split = str(model.hparams["backbone"]), data.description
     if record is not None:
@@ -64,13 +57,13 @@ def model_card(model: BackboneModule, data: RowsDataModule, record: dict[str, An
 
 
 def shown_name(place: str) -> str:
-    """The name of a folder without where it is; a hub id, or a name that stands for something else, as it is."""
+    """The name of a folder without its path. Hub ids and other names stay unchanged."""
     is_folder = Path(place).exists() or not HUB_ID.fullmatch(place)
     return hub_id(place) or on_one_line(Path(place).resolve().name if is_folder else place)
 
 
 def hub_id(backbone: str) -> str | None:
-    """The hub id of a backbone; None for a folder that does not say which one it was loaded from."""
+    """The hub id of a backbone; None for a folder outside the hub's cache."""
     if downloaded := DOWNLOADED.search(Path(backbone).as_posix()):
         return "/".join(downloaded.groups())
     if Path(backbone).exists() or not HUB_ID.fullmatch(backbone):
@@ -79,7 +72,7 @@ def hub_id(backbone: str) -> str | None:
 
 
 def _metadata(model: BackboneModule, data: RowsDataModule) -> dict[str, Any]:
-    """What https://huggingface.co/docs/hub/model-cards names."""
+    """Metadata as in https://huggingface.co/docs/hub/model-cards."""
     backbone = str(model.hparams["backbone"])
     base = {} if backbone == SCRATCH else {"base_model": shown_name(backbone)}
     tags = [*model.card_tags, "proactive-assistant", "proactivebench", *(["lora"] if model.exports_adapter else [])]
@@ -93,7 +86,7 @@ def _metadata(model: BackboneModule, data: RowsDataModule) -> dict[str, Any]:
 
 
 def _license(backbone: str, data: RowsDataModule) -> dict[str, str]:
-    """That of the backbone, as its own card says."""
+    """The license of the backbone, from its model card."""
     if backbone == SCRATCH:
         return {"license": "apache-2.0" if data.root in OWN_DATA else "unknown"}
     found = _card_of(backbone)
@@ -102,7 +95,7 @@ def _license(backbone: str, data: RowsDataModule) -> dict[str, str]:
 
 
 def _card_of(backbone: str) -> dict[str, Any]:
-    """The metadata of a backbone's own card, if that is on this machine."""
+    """The metadata of a backbone's model card; empty if the card is not on this machine."""
     from huggingface_hub import try_to_load_from_cache
 
     path = Path(backbone, "README.md")
@@ -113,5 +106,5 @@ def _card_of(backbone: str) -> dict[str, Any]:
         parts = path.read_text(encoding="utf-8").split("---\n", 2)
         content = parse_yaml(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
     except (OSError, UnicodeDecodeError, NotYamlError):
-        return {}  # it has none that can be read
+        return {}  # no readable card
     return content if isinstance(content, dict) else {}

@@ -1,4 +1,4 @@
-"""The reports' plots: vector graphics that follow the reader's light or dark mode."""
+"""Plots of the reports: SVG that follows the reader's light or dark mode."""
 
 import base64
 import io
@@ -9,12 +9,16 @@ from torch import Tensor
 from models.learning.calibration import DECISION
 
 CALIBRATION_BINS = 10
-INK = "#010203"  # stands for the color of text until the figure is written
+INK = "#010203"  # placeholder for the text color until the plot is written
 MODES = "<style>svg{color:#1b1f24}@media(prefers-color-scheme:dark){svg{color:#e7eaee}}</style>"
 
 
 def loss_plot(curves: dict[str, dict[int, float]]) -> str:
-    """Training and validation loss by optimizer step, from `read_curves`."""
+    """Training and validation loss by optimizer step.
+
+    Args:
+        curves: The result of `read_curves`.
+    """
     axes = new_axes("optimizer step", "cross-entropy")
     for name, style in (("train/loss", {"alpha": 0.7}), ("validation/loss", {"marker": "o"})):
         if points := curves.get(name):
@@ -24,15 +28,20 @@ def loss_plot(curves: dict[str, dict[int, float]]) -> str:
 
 
 def precision_recall_plot(rows: dict[str, Tensor], record: dict[str, Any]) -> str:
-    """Precision and recall at every threshold, from a model's `test_rows`, and the two decisions of its record."""
+    """Precision and recall at all thresholds, and the decisions of a record.
+
+    Args:
+        rows: A model's `test_rows`: probability (N,) float64, target (N,) int64.
+        record: The `run_record` of the test.
+    """
     from torchmetrics.functional.classification import binary_precision_recall_curve
 
     precision, recall, _ = binary_precision_recall_curve(rows["probability"], rows["target"])
     axes = new_axes("recall", "precision")
     axes.plot(recall, precision, drawstyle="steps-post", label="all thresholds")
     for name, label, marker in (("raw", f"above {DECISION:g}", "o"), ("f1_optimal", "greatest F1 in validation", "s")):
-        if figures := record["test"].get(name):
-            axes.plot(figures["recall"], figures["precision"], marker, label=f"{label}: F1 {figures['f1']:.3f}")
+        if metrics := record["test"].get(name):
+            axes.plot(metrics["recall"], metrics["precision"], marker, label=f"{label}: F1 {metrics['f1']:.3f}")
     accepted = float(rows["target"].double().mean())
     axes.axhline(accepted, color="grey", linestyle=":", label="all")
     axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
@@ -40,7 +49,11 @@ def precision_recall_plot(rows: dict[str, Tensor], record: dict[str, Any]) -> st
 
 
 def reliability_plot(rows: dict[str, Tensor]) -> str:
-    """How often what a model's `test_rows` call so probable was so."""
+    """The share of positive rows against their mean probability, over ten bins.
+
+    Args:
+        rows: A model's `test_rows`: probability, calibrated (N,) float64; target (N,) int64.
+    """
     axes = new_axes("probability, mean of bin", "share of rows")
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":")
     for column, label in (("probability", "raw"), ("calibrated", "calibrated")):
@@ -54,7 +67,7 @@ def reliability_plot(rows: dict[str, Tensor]) -> str:
 
 
 def new_axes(x_label: str, y_label: str) -> Any:
-    """Empty axes of a small figure."""
+    """Empty axes of a small plot."""
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
     axes = Figure(figsize=(5, 3.6), layout="constrained", facecolor="none").add_subplot(facecolor="none")
@@ -67,13 +80,13 @@ def new_axes(x_label: str, y_label: str) -> Any:
 
 
 def image(axes: Any) -> str:
-    """The figure as the address of an image that a page holds itself."""
+    """The plot as a data URL of an SVG image."""
     import matplotlib
 
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="small", labelcolor=INK, facecolor="none", edgecolor="#80808080")
     content = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "proactive"}):  # the same figure is the same text
+    with matplotlib.rc_context({"svg.hashsalt": "proactive"}):  # equal plots give equal text
         axes.figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
     start, tag, rest = content.getvalue().partition("<defs>")
     text = f"{start}{MODES}{tag}{rest}".replace(INK, "currentColor")

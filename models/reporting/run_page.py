@@ -1,4 +1,4 @@
-"""report.html: one self-contained page on how a model was trained and where it errs."""
+"""report.html of a run: one self-contained page with metrics, plots and mistakes."""
 
 import csv
 from collections.abc import Sequence
@@ -10,20 +10,24 @@ from torch import Tensor
 from datamodules.corpus.records import AnnotatedRow, Category
 from models.learning.calibration import DECISION
 from models.reporting.plots import image, loss_plot, new_axes, precision_recall_plot, reliability_plot
-from models.reporting.templates_folder import TEMPLATES
+from models.reporting.templating import template_environment
 
 WORST_MISTAKES = 12
 EVENTS_SHOWN = 6
 
 
 def read_curves(folder: Path) -> dict[str, dict[int, float]]:
-    """Logged metrics by name and step; where files overlap, as after a resume, the later one counts."""
+    """Logged metrics by name and step. Where files of a resumed run overlap, the later one counts.
+
+    Args:
+        folder: The folder of metrics.csv.
+    """
     curves: dict[str, dict[int, float]] = {}
     for path in sorted(sorted(folder.glob("metrics*.csv")), key=lambda file: file.stat().st_mtime):
         with path.open(newline="") as file:
             for line in csv.DictReader(file):
                 if not (line.get("step") or "").isdecimal():
-                    continue  # a kill cut it short while it was written
+                    continue  # an incomplete row of a killed run
                 for name, value in line.items():
                     if name not in ("step", "epoch") and value:
                         curves.setdefault(name, {})[int(line["step"])] = float(value)
@@ -36,25 +40,28 @@ def reward_report(
     test: Sequence[AnnotatedRow],
     curves: dict[str, dict[int, float]],
 ) -> str:
-    """The page as HTML; text from data stands in it escaped.
+    """The page of a reward classifier as HTML. Text from data is escaped.
 
     Args:
-        record: As `run_record` gives it.
+        record: The `run_record` of the test.
         rows: The classifier's `test_rows`: probability, calibrated (N,) float64; target, category, row (N,) int64.
-        test: The test rows that `row` counts.
-        curves: As `read_curves` gives them.
+        test: The test rows that `row` indexes.
+        curves: The result of `read_curves`.
     """
-    return _page(
-        "reward_report.html",
-        record=record,
-        plots={
-            "Loss": loss_plot(curves),
-            "Precision and recall": precision_recall_plot(rows, record),
-            "Reliability": reliability_plot(rows),
-            "Decisions by category": _category_plot(rows),
-        },
-        mistakes=_mistakes(rows, test),
-        categories=[category.value for category in Category],
+    return (
+        template_environment()
+        .get_template("reward_report.html")
+        .render(
+            record=record,
+            plots={
+                "Loss": loss_plot(curves),
+                "Precision and recall": precision_recall_plot(rows, record),
+                "Reliability": reliability_plot(rows),
+                "Decisions by category": _category_plot(rows),
+            },
+            mistakes=_mistakes(rows, test),
+            categories=[category.value for category in Category],
+        )
     )
 
 
@@ -64,48 +71,45 @@ def agent_report(
     samples: Sequence[dict[str, str]],
     curves: dict[str, dict[int, float]],
 ) -> str:
-    """The page as HTML; text from data and model stands in it escaped.
+    """The page of an agent as HTML. Text from data and model is escaped.
 
     Args:
-        record: As `run_record` gives it.
+        record: The `run_record` of the test.
         rows: The agent's `test_rows`: probability, calibrated (N,) float64; target (N,) int64.
-        samples: As `read_samples` gives them.
-        curves: As `read_curves` gives them.
+        samples: The result of `read_samples`.
+        curves: The result of `read_curves`.
     """
-    return _page(
-        "agent_report.html",
-        record=record,
-        plots={
-            "Loss": loss_plot(curves),
-            "Precision and recall": precision_recall_plot(rows, record),
-            "Reliability": reliability_plot(rows),
-        },
-        samples=samples,
+    return (
+        template_environment()
+        .get_template("agent_report.html")
+        .render(
+            record=record,
+            plots={
+                "Loss": loss_plot(curves),
+                "Precision and recall": precision_recall_plot(rows, record),
+                "Reliability": reliability_plot(rows),
+            },
+            samples=samples,
+        )
     )
 
 
-def _page(template: str, **content: Any) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, autoescape=True)
-    return environment.get_template(template).render(**content)
-
-
 def _mistakes(rows: dict[str, Tensor], test: Sequence[AnnotatedRow]) -> list[dict[str, Any]]:
-    """The wrong decisions that the classifier was surest of."""
+    """The wrong decisions with the largest error in probability."""
     decided = rows["calibrated"] > DECISION
     wrong = (decided != rows["target"].bool()).nonzero().flatten()
     surest = wrong[(rows["calibrated"][wrong] - rows["target"][wrong]).abs().argsort(descending=True)]
-    return [
-        {
-            "probability": float(rows["calibrated"][place]),
-            "row": row,
-            "earlier": max(len(row.history) - EVENTS_SHOWN, 0),
-            "events": row.history[-EVENTS_SHOWN:],
-        }
-        for place in surest[:WORST_MISTAKES].tolist()
-        for row in [test[int(rows["row"][place])]]
-    ]
+    return [_mistake(rows, test, index) for index in surest[:WORST_MISTAKES].tolist()]
+
+
+def _mistake(rows: dict[str, Tensor], test: Sequence[AnnotatedRow], index: int) -> dict[str, Any]:
+    row = test[int(rows["row"][index])]
+    return {
+        "probability": float(rows["calibrated"][index]),
+        "row": row,
+        "earlier": max(len(row.history) - EVENTS_SHOWN, 0),
+        "events": row.history[-EVENTS_SHOWN:],
+    }
 
 
 def _category_plot(rows: dict[str, Tensor]) -> str:

@@ -1,8 +1,8 @@
-"""What a run found out, as one plain mapping: the content of metrics.json, of the model card and of the report."""
+"""The result of a run as one mapping: the content of metrics.json, of the model card and of the report."""
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,14 @@ RECORDED_PACKAGES = (
 
 
 def run_record(model: BackboneModule, data: RowsDataModule, source: str) -> dict[str, Any]:
-    """The figures of a tested model, with all that is needed to read them.
+    """The metrics of a tested model, with everything needed to read them.
 
     Args:
-        model: A model that has been tested.
-        data: What it was tested on.
-        source: Which weights were tested.
+        model: The tested model.
+        data: The data of the test.
+        source: Path of the tested weights.
     """
-    found = data.contamination
+    contamination = data.contamination
     rows = data.row_counts
     partial = model.test_count < rows["test"]
     published = data.tests_published_rows and not partial
@@ -49,10 +49,10 @@ def run_record(model: BackboneModule, data: RowsDataModule, source: str) -> dict
         "tested_rows": model.test_count,
         "truncated_rows": dict(data.truncated),
         "contamination": {
-            "test_rows": found.test_rows,
-            "contaminated_rows": found.contaminated_rows,
-            "fraction": found.fraction,
-            "validated_rows": found.validated_rows,
+            "test_rows": contamination.test_rows,
+            "contaminated_rows": contamination.contaminated_rows,
+            "fraction": contamination.fraction,
+            "validated_rows": contamination.validated_rows,
             "allowed": data.contamination_allowed,
         },
         "calibration": None if model.calibration is None else asdict(model.calibration),
@@ -66,76 +66,84 @@ def run_record(model: BackboneModule, data: RowsDataModule, source: str) -> dict
 
 
 def notes(record: Mapping[str, Any]) -> list[str]:
-    """What has to be known in order to read a test's figures, a sentence each; grave ones begin in capitals."""
-    said = []
-    if record["contamination"]["allowed"]:
-        said.append("CONTAMINATED: trained on scenes that it is tested on")
+    """What a reader has to know about the metrics of a test, a sentence each. Warnings start with capitals."""
+    return [
+        *_contamination_notes(record),
+        *_one_sided_notes(record),
+        *_scope_notes(record),
+        f"raw and calibrated decide above {DECISION:g}",
+        _calibration_note(record["calibration"]),
+    ]
+
+
+def _contamination_notes(record: Mapping[str, Any]) -> Iterator[str]:
+    """What the test has in common with training and validation, and whether it covers all test rows."""
     found = record["contamination"]
     of_rows = f"of {found['test_rows']} test rows have a history that"
-    stamp = "CONTAMINATED: " if found["contaminated_rows"] else ""
-    said.append(f"{stamp}{found['contaminated_rows']} {of_rows} was trained on")
+    if found["allowed"]:
+        yield "CONTAMINATED: trained on scenes of the test"
+    warning = "CONTAMINATED: " if found["contaminated_rows"] else ""
+    yield f"{warning}{found['contaminated_rows']} {of_rows} was trained on"
     if found["validated_rows"] is None:
-        said.append(
-            "VALIDATION UNKNOWN: the checkpoint does not say which rows chose its best weights and calibrated it"
-        )
+        yield "VALIDATION UNKNOWN: the checkpoint does not say which rows chose its best weights and calibrated it"
     elif found["validated_rows"]:
-        said.append(f"VALIDATED ON: {found['validated_rows']} {of_rows} chose the best weights and calibrated them")
-    if record["tested_rows"] < record["rows"]["test"]:
-        said.append(
-            f"PARTIAL: figures of {record['tested_rows']} of the {record['rows']['test']} test rows "
-            "(trainer.limit_test_batches)"
-        )
-    said += _one_sided(record)
-    scenes, low = record["test"]["raw"]["scenes"], "accuracy_low" in record["test"]["raw"]
-    said.append(intervals_note(int(scenes), "scenes") if low else "no intervals: all rows are of one scene")
-    if not record["baselines"]:
-        said.append("no baselines: the rows that the model was trained on are not at hand")
-    said.append(f"raw and calibrated decide above {DECISION:g}")
-    fitted = record["calibration"]
-    if fitted is None:
-        said.append(
-            "NOT CALIBRATED: no validation ran after a training step, so probabilities are as the network gives them"
-        )
-    elif fitted["rows"] is None:
-        said.append("calibrated on validation rows, how many the checkpoint does not say")
-    else:
-        how = "PARTLY CALIBRATED: " if fitted["rows"] < fitted["of_rows"] else "calibrated "
-        said.append(f"{how}on {fitted['rows']} of {fitted['of_rows']} validation rows")
-    return said
+        yield f"VALIDATED ON: {found['validated_rows']} {of_rows} chose the best weights and calibrated them"
+    tested, rows = record["tested_rows"], record["rows"]["test"]
+    if tested < rows:
+        yield f"PARTIAL: metrics of {tested} of the {rows} test rows (trainer.limit_test_batches)"
 
 
-def intervals_note(groups: int, what: str) -> str:
-    """What intervals rest on, in words."""
-    few = f", too few to rely on (less than {FEW_GROUPS})" if groups < FEW_GROUPS else ""
-    return f"in brackets: 95% bootstrap intervals over {groups} {what}{few}"
-
-
-def _one_sided(record: Mapping[str, Any]) -> list[str]:
-    """Which kinds of rows are all decided alike though people decided them differently."""
-    figures = record["test"].get("calibrated", record["test"]["raw"])
-    said = []
+def _one_sided_notes(record: Mapping[str, Any]) -> Iterator[str]:
+    """Whether the model decides all silences, or all offers, alike where people differ."""
+    metrics = record["test"].get("calibrated", record["test"]["raw"])
     for what, rejected, accepted in (
         ("silence", Category.MISSED_NEED, Category.NON_RESPONSE),
         ("proposal", Category.FALSE_ALARM, Category.CORRECT_DETECTION),
     ):
-        if not figures.get(f"rows_{rejected}") or not figures.get(f"rows_{accepted}"):  # an agent has no categories
+        rejected_rows, accepted_rows = metrics.get(f"rows_{rejected}"), metrics.get(f"rows_{accepted}")
+        if not rejected_rows or not accepted_rows:  # an agent's test has no categories
             continue
-        share = figures[f"rows_{rejected}"] / (figures[f"rows_{rejected}"] + figures[f"rows_{accepted}"])
-        agreement = figures[f"agreement_{rejected}"], figures[f"agreement_{accepted}"]
+        share = rejected_rows / (rejected_rows + accepted_rows)
+        agreement = metrics[f"agreement_{rejected}"], metrics[f"agreement_{accepted}"]
         if agreement == (0, 1):
-            said.append(f"EVERY {what.upper()} IS ACCEPTED: people reject {share:.0%} of them")
+            yield f"EVERY {what.upper()} IS ACCEPTED: people reject {share:.0%} of them"
         if agreement == (1, 0):
-            said.append(f"EVERY {what.upper()} IS REJECTED: people accept {1 - share:.0%} of them")
-    return said
+            yield f"EVERY {what.upper()} IS REJECTED: people accept {1 - share:.0%} of them"
+
+
+def _scope_notes(record: Mapping[str, Any]) -> Iterator[str]:
+    """Whether there are intervals and baselines."""
+    raw = record["test"]["raw"]
+    if "accuracy_low" in raw:
+        yield intervals_note(int(raw["scenes"]), "scenes")
+    else:
+        yield "no intervals: all rows are of one scene"
+    if not record["baselines"]:
+        yield "no baselines: the training rows of the model are not available"
+
+
+def _calibration_note(calibration: Mapping[str, Any] | None) -> str:
+    if calibration is None:
+        return "NOT CALIBRATED: no validation ran after a training step, so probabilities are the network's own"
+    if calibration["rows"] is None:
+        return "calibrated on validation rows; the checkpoint does not say on how many"
+    warning = "PARTLY CALIBRATED: " if calibration["rows"] < calibration["of_rows"] else "calibrated "
+    return f"{warning}on {calibration['rows']} of {calibration['of_rows']} validation rows"
+
+
+def intervals_note(groups: int, what: str) -> str:
+    """A sentence about the intervals: how many groups they resample, and whether these are too few."""
+    few = f", too few to rely on (less than {FEW_GROUPS})" if groups < FEW_GROUPS else ""
+    return f"in brackets: 95% bootstrap intervals over {groups} {what}{few}"
 
 
 def _baselines(model: BackboneModule, data: RowsDataModule) -> dict[str, dict[str, float]]:
-    """What judges that do not read come to on the same rows, by what they do; none where there is nothing to fit on."""
+    """Metrics of baselines on the tested rows, by name; empty without training rows to fit them on."""
     scores, rows = data.word_scores, model.test_rows
     if scores is None:
         return {}
-    place_N = rows["row"] - (data.row_counts["test"] - data.decision_count("test"))
-    words_N = scores.test[place_N]
+    index_N = rows["row"] - (data.row_counts["test"] - data.decision_count("test"))
+    words_N = scores.test[index_N]
     threshold = fit_threshold(scores.validation, scores.validation_target) if len(scores.validation) else DECISION
     always, never = model.constant_decisions
     judges = {
@@ -149,13 +157,13 @@ def _baselines(model: BackboneModule, data: RowsDataModule) -> dict[str, dict[st
     }
     found = {}
     for name, (score_N, above) in judges.items():
-        figures = model.decision_metrics(score_N, rows, above)
-        found[name] = {figure: float(value) for figure, value in figures.items()}
+        metrics = model.decision_metrics(score_N, rows, above)
+        found[name] = {metric: float(value) for metric, value in metrics.items()}
     return found
 
 
 def _readings(model: BackboneModule) -> dict[str, str]:
-    """The readings of the model's test, by name, in words; without a threshold they decide at `DECISION`."""
+    """The variants of the test's metrics, by key, with their labels. Without a threshold they decide at `DECISION`."""
     labels = {"raw": "raw", "calibrated": "calibrated"}
     if model.calibration is not None:
         labels["f1_optimal"] = f"greatest F1, above {model.calibration.f1_threshold:.4f}"
@@ -163,7 +171,7 @@ def _readings(model: BackboneModule) -> dict[str, str]:
 
 
 def tested_record(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-    """The record of the test that `trainer` has just run, with a digest of the checkpoint that it tested, if any."""
+    """The record of the test that `trainer` has just run, with the digest of the tested checkpoint, if there is one."""
     assert isinstance(pl_module, BackboneModule)
     data = trainer.datamodule  # type: ignore[attr-defined]
     path = trainer.ckpt_path
@@ -172,6 +180,6 @@ def tested_record(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that figures depend on."""
+    """Versions of Python and of the packages that metrics depend on."""
     packages = {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES}
     return {"python": platform.python_version(), **packages}

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
@@ -14,7 +13,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from datamodules.corpus.clock import moments
 from datamodules.corpus.units import UnitLabel
-from models.reporting.templates_folder import TEMPLATES
+from models.reporting.templating import template_environment
 from proactive.annotation.store import Item, Store, StoredLabel
 
 HERE = Path(__file__).parent
@@ -22,9 +21,7 @@ EVENTS_SHOWN = 6  # the latest; earlier ones are folded
 MOST_FIELDS = 1000  # of a form
 Check = Callable[[Request], Any]
 Handler = Callable[..., Response]
-ENVIRONMENT = Environment(
-    loader=FileSystemLoader([HERE / "templates", TEMPLATES]), undefined=StrictUndefined, autoescape=True
-)
+ENVIRONMENT = template_environment(HERE / "templates")
 
 
 class IncompleteError(Exception):

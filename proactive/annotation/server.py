@@ -18,7 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from datamodules.errors import UserError
-from models.reporting.templates_folder import TEMPLATES
+from models.reporting.templating import TEMPLATES
 from proactive.annotation.guard import Guard
 from proactive.annotation.labelling import Labelling
 from proactive.annotation.overview import Overview

@@ -1,1 +1,1 @@
-"""Evaluating an agent: prepare, carry out, record, show."""
+"""Parts of `proactive.evaluate agent`: options, preparation, execution, metrics, the page."""

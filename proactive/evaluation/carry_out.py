@@ -1,6 +1,6 @@
-"""An evaluation of an agent, from its answers to the folder that shows them.
+"""Carries out an evaluation of an agent: answers, verdicts, metrics, the folder.
 
-Answers and verdicts are logged as they come, so a killed evaluation goes on in its folder.
+Each answer and verdict is logged at once, so a killed evaluation can resume in its folder.
 """
 
 import collections
@@ -41,19 +41,19 @@ ANSWERS_FILE = "answers.jsonl"
 VERDICTS_FILE = "verdicts.jsonl"
 FIGURES_FILE = "figures.csv"
 JUDGED = "judged"
-Counter = Callable[[str, int], AbstractContextManager[Advance]]  # label, total -> what counts one more
+Progress = Callable[[str, int], AbstractContextManager[Advance]]  # label, total -> function to call after each
 
 
-async def carry_out(evaluation: Evaluation, folder: Path, count: Counter) -> dict[str, Any]:
-    """Ask, judge, and write the folder.
+async def carry_out(evaluation: Evaluation, folder: Path, progress: Progress) -> dict[str, Any]:
+    """Get answers and verdicts, and write the folder.
 
     Args:
-        evaluation: What `prepare` made.
-        folder: Where to; what a former call asked is taken from there.
-        count: Shows progress.
+        evaluation: The result of `prepare`.
+        folder: Folder to write. Answers and verdicts that it already contains are used.
+        progress: Shows progress.
 
     Returns:
-        The record, as in the folder's metrics.json.
+        The content of metrics.json.
     """
     traces, gates = evaluation.traces, evaluation.gates
     async with contextlib.AsyncExitStack() as stack:
@@ -65,17 +65,19 @@ async def carry_out(evaluation: Evaluation, folder: Path, count: Counter) -> dic
             stack.enter_context(log.opened(folder / name, settings))
         for client in evaluation.clients:
             await stack.enter_async_context(client)
-        answers = await _answers(evaluation.agents, traces, count)
+        answers = await _answers(evaluation.agents, traces, progress)
         baselines: dict[str, Answers] = {}
-        if all(judge.describe().weights for judge in evaluation.judges.values()):  # which judge more for nothing
+        if all(
+            judge.describe().weights for judge in evaluation.judges.values()
+        ):  # local judges, whose verdicts cost no request
             others: dict[str, Agent] = {"always-propose": AlwaysPropose(answers), "never-propose": NeverPropose()}
             baselines = {name: await other.answer(traces) for name, other in others.items()}
         made, offers = _offers([answers]), _offers([answers, *baselines.values()])
         if gates:
             offers |= dict.fromkeys(offer._replace(proposal=None) for offer in offers)
-        verdicts = await _verdicts(evaluation.judges, traces, list(offers), count)
+        verdicts = await _verdicts(evaluation.judges, traces, list(offers), progress)
         proposals = [offer for offer in made if offer.proposal is not None]
-        gate_says = await _verdicts(gates, traces, proposals, count) if gates else None
+        gate_says = await _verdicts(gates, traces, proposals, progress) if gates else None
 
     threshold = gate_threshold(evaluation.cost_ratio)
     events = judge_events(traces, answers, verdicts, gate_says, threshold)
@@ -112,26 +114,26 @@ def _cost(evaluation: Evaluation, log: AnswerLog) -> dict[str, float]:
     return {"cost": price.cost(log.usage)} if price != Price() else {}
 
 
-async def _answers(agents: Mapping[str, Agent], traces: Sequence[Trace], count: Counter) -> Answers:
-    """What the agent of each trace answers, in the order of the traces."""
+async def _answers(agents: Mapping[str, Agent], traces: Sequence[Trace], progress: Progress) -> Answers:
+    """The answers of each trace by its agent, in the order of the traces."""
     described = agents[traces[0].name].describe()
     total = sum(len(trace.events) for trace in traces) * (described.settings.get("candidates") or 1)
     found: dict[str, Any] = {}
-    with _counted(count, described.doing, total) as advance:
-        for agent, own in (several := shares(agents, traces)):
+    with _counted(progress, described.doing, total) as advance:
+        for agent, own in (agent_traces := shares(agents, traces)):
             found |= await agent.answer(own, advance)
-            if len(several) > 1:
+            if len(agent_traces) > 1:
                 agent.release()
     return {trace.name: found[trace.name] for trace in traces}
 
 
 async def _verdicts(
-    judges: Mapping[str, Judge], traces: Sequence[Trace], offers: Sequence[Offer], count: Counter
+    judges: Mapping[str, Judge], traces: Sequence[Trace], offers: Sequence[Offer], progress: Progress
 ) -> Verdicts:
-    """What the judge of each trace says of the offers in it."""
+    """The verdicts on all offers, each by the judge of its trace."""
     found: dict[Offer, Verdict] = {}
-    with _counted(count, judges[traces[0].name].describe().doing, len(offers)) as advance:
-        for judge, own in (several := shares(judges, traces)):
+    with _counted(progress, judges[traces[0].name].describe().doing, len(offers)) as advance:
+        for judge, own in (judge_traces := shares(judges, traces)):
             by_name = {trace.name: trace for trace in own}
             mine = [offer for offer in offers if offer.trace in by_name]
             pairs = [
@@ -139,22 +141,22 @@ async def _verdicts(
                 for name, step, proposal in mine
             ]
             found |= zip(mine, await judge.judge(pairs, advance), strict=True)
-            if len(several) > 1:
+            if len(judge_traces) > 1:
                 judge.release()
     return found
 
 
 @contextlib.contextmanager
-def _counted(count: Counter, doing: str | None, total: int) -> Iterator[Advance]:
+def _counted(progress: Progress, doing: str | None, total: int) -> Iterator[Advance]:
     if doing is None:
         yield lambda: None
         return
-    with count(doing, total) as advance:
+    with progress(doing, total) as advance:
         yield advance
 
 
 def _offers(several: Sequence[Answers]) -> dict[Offer, None]:
-    """Every offer that is made, once each, in the order of traces and events."""
+    """All distinct offers, in the order of traces and events."""
     return {
         Offer(name, step, candidate.proposal): None
         for answers in several

@@ -1,8 +1,8 @@
-"""What an evaluation of an agent found out: event by event, as figures, and as the published files show it."""
+"""The result of an evaluation of an agent: judged events, metrics, notes, published layouts."""
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,13 +36,26 @@ PUBLISHED_COLUMNS = {
     "Total Events": "events",
 }
 Verdicts = Mapping[Offer, Verdict]
+TRAINING_NOTES = {
+    "trained_on": "CONTAMINATED: the {who} was trained on {traces}",
+    "validated_on": "VALIDATED ON: {traces} chose the best weights of the {who} and calibrated them",
+    "validation_unknown": (
+        "VALIDATION UNKNOWN: an older checkpoint of the {who} does not say whether {traces} chose its best weights"
+    ),
+}
+ONE_SIDED_EFFECT = {
+    ("silences", "ACCEPTED"): "no need can count as missed",
+    ("silences", "REJECTED"): "each counts as a missed need",
+    ("offers", "ACCEPTED"): "none can count as a false alarm",
+    ("offers", "REJECTED"): "each counts as a false alarm",
+}
 
 
 @dataclass(frozen=True)
 class Judgment:
-    """A candidate as it was judged.
+    """A candidate with its verdict.
 
-    `held_back` is None where no gate looked at it; a held-back candidate's verdict is that on null.
+    `held_back` is None for a candidate that no gate scored. The verdict of a held-back candidate is that on null.
     """
 
     candidate: Candidate
@@ -62,7 +75,7 @@ class Judgment:
 
 @dataclass(frozen=True)
 class JudgedEvent:
-    """An event, its candidates, and which of them counts."""
+    """An event with its candidates. `deciding` is the index of the candidate that counts."""
 
     trace: Trace
     step: int
@@ -83,14 +96,14 @@ def judge_events(
     gate: Verdicts | None = None,
     threshold: float = 0.0,
 ) -> list[JudgedEvent]:
-    """Put answers and verdicts together, event by event.
+    """Combine answers and verdicts for each event.
 
     Args:
         traces: The traces, in the order of the result.
-        answers: The agent's.
-        verdicts: The judge's, on all candidates; with a gate also on null at each event.
-        gate: What another judge thinks P(accepted) of each proposal is; no gate if None.
-        threshold: The gate holds back what is below it.
+        answers: The agent's answers.
+        verdicts: The judge's verdicts on all candidates; with a gate also on null after each event.
+        gate: The gate's verdicts on all offers; None without a gate.
+        threshold: The gate holds back offers with a lower P(accepted), 0 to 1.
     """
     events = []
     for trace in traces:
@@ -110,7 +123,7 @@ def judge_events(
 
 
 def figures(events: Sequence[JudgedEvent], bootstrap: int = BOOTSTRAP_RESAMPLES) -> dict[str, Any]:
-    """The figures over all candidates, and under `at` those over the first k where there are several."""
+    """Metrics over all candidates, and under `at` over the first k of several candidates."""
     metrics = AgentMetrics(bootstrap)
     metrics.update(*_tensors(events))
     values = {name: float(value) for name, value in metrics.compute().items()}
@@ -126,7 +139,12 @@ def figures(events: Sequence[JudgedEvent], bootstrap: int = BOOTSTRAP_RESAMPLES)
 
 
 def gated(events: Sequence[JudgedEvent], verdicts: Verdicts) -> Gated:
-    """What a curve over all thresholds of the gate is made of; `events` as judged with a threshold of 0."""
+    """The inputs of a curve over all thresholds of the gate.
+
+    Args:
+        events: The events, judged with a threshold of 0.
+        verdicts: The judge's verdicts, also on null after each event.
+    """
     proposed_NK, accepted_NK, trace_N = _tensors(events)
     null = [verdicts[Offer(event.trace.name, event.step, None)].accepted for event in events]
     null_N = torch.tensor([NO_VERDICT if accepted is None else int(accepted) for accepted in null])
@@ -138,26 +156,26 @@ def gated(events: Sequence[JudgedEvent], verdicts: Verdicts) -> Gated:
 
 
 def evaluation_record(events: Sequence[JudgedEvent], splits: Mapping[str, TraceSplit]) -> dict[str, Any]:
-    """The figures of an agent over all traces, by split and by trace; splits that lack a trace are left out.
+    """Metrics of an agent over all traces, by split and by trace. Splits with a missing trace are skipped.
 
     Args:
-        events: All events, judged.
-        splits: Which traces make up which split.
+        events: All judged events.
+        splits: The traces of each split.
     """
     by_trace: dict[str, list[JudgedEvent]] = {}
     for event in events:
         by_trace.setdefault(event.trace.name, []).append(event)
     traces = list({event.trace.name: event.trace for event in events}.values())
-    whole = {name: split for name, split in splits.items() if split.files and set(split.files) <= set(by_trace)}
+    complete = {name: split for name, split in splits.items() if split.files and set(split.files) <= set(by_trace)}
     return {
         "task": "agent",
         "figures": figures(events),
         "splits": {
             name: {"theme": split.theme, "traces": len(split.files)}
             | {"figures": figures([event for file in split.files for event in by_trace[file]])}
-            for name, split in whole.items()
+            for name, split in complete.items()
         },
-        "splits_left_out": sorted(set(splits) - set(whole)),
+        "splits_left_out": sorted(set(splits) - set(complete)),
         "per_trace": {name: figures(mine, bootstrap=0) for name, mine in by_trace.items()},
         "published": PUBLISHED_AGENT_ROWS if traces_digest(traces) in PUBLISHED_TRACES_DIGESTS else {},
         "versions": versions(),
@@ -165,11 +183,11 @@ def evaluation_record(events: Sequence[JudgedEvent], splits: Mapping[str, TraceS
 
 
 def acceptance(verdicts: Verdicts, people: Sequence[AnnotatedRow] | None) -> dict[str, Any]:
-    """How often judge and people accept offers, and silence.
+    """How often judge and people accept offers and silences.
 
     Args:
-        verdicts: All that was judged; what has no verdict is not counted.
-        people: Annotated rows to compare with; None if there are none.
+        verdicts: All verdicts. Undecided ones are not counted.
+        people: Annotated rows to compare with; None without rows.
     """
     said = [(offer.proposal is None, verdict.accepted) for offer, verdict in verdicts.items()]
     judge = _acceptance([(silent, accepted) for silent, accepted in said if accepted is not None])
@@ -178,7 +196,7 @@ def acceptance(verdicts: Verdicts, people: Sequence[AnnotatedRow] | None) -> dic
 
 
 def _acceptance(judged: Sequence[tuple[bool, bool]]) -> dict[str, dict[str, int]]:
-    """How many offers and silences were judged and accepted, of pairs of whether each is silence and is accepted."""
+    """Count judged and accepted offers and silences, from pairs of (is silence, is accepted)."""
     kinds = {"offers": False, "silences": True}
     verdicts = {name: [accepted for silent, accepted in judged if silent is kind] for name, kind in kinds.items()}
     return {name: {"judged": len(of_kind), "accepted": sum(of_kind)} for name, of_kind in verdicts.items()}
@@ -192,86 +210,98 @@ def _rates(counts: Mapping[str, Mapping[str, int]]) -> str:
 
 
 def notes(record: Mapping[str, Any]) -> list[str]:
-    """What has to be known in order to read an agent's figures, a sentence each; the grave ones first."""
-    found, recorded = record["figures"], record["judge"]["judge"] == "recorded"
-    sentences = {
-        "trained_on": "CONTAMINATED: the {who} was trained on {of_traces}",
-        "validated_on": "VALIDATED ON: {of_traces} chose the best weights of the {who} and calibrated them",
-        "validation_unknown": "VALIDATION UNKNOWN: an older checkpoint of the {who} does not say whether {of_traces} "
-        "chose its best weights",
-    }
-    said = [
-        sentence.format(who=who, of_traces=f"{len(record[key])} of the {len(record['per_trace'])} traces")
-        for stamp, sentence in sentences.items()
-        for who, key in ((who, f"{who}_{stamp}") for who in ("agent", "judge", "gate"))
-        if record[key]
+    """What a reader has to know about an agent's metrics, a sentence each. Warnings start with capitals."""
+    return [
+        *_training_notes(record),
+        *_judge_notes(record),
+        *_acceptance_notes(record["acceptance"]),
+        *_scope_notes(record),
+        *_answer_notes(record),
     ]
+
+
+def _training_notes(record: Mapping[str, Any]) -> Iterator[str]:
+    """Which models trained or validated on the traces."""
+    for stamp, sentence in TRAINING_NOTES.items():
+        for who in ("agent", "judge", "gate"):
+            if names := record[f"{who}_{stamp}"]:
+                yield sentence.format(who=who, traces=f"{len(names)} of the {len(record['per_trace'])} traces")
+
+
+def _judge_notes(record: Mapping[str, Any]) -> Iterator[str]:
+    """What limits the judge's and the gate's verdicts."""
     if record["gate_is_judge"]:
-        said.append("THE GATE IS THE JUDGE: it holds back what it would reject itself")
+        yield "THE GATE IS THE JUDGE: it holds back what it would reject itself"
     for who in ("judge", "gate"):
-        for source, fitted in ((record[who] or {}).get("calibration") or {}).items():
-            if fitted is None:
-                said.append(f"NOT CALIBRATED: the {who} {source}; no validation ran after a training step")
+        for source, calibration in ((record[who] or {}).get("calibration") or {}).items():
+            if calibration is None:
+                yield f"NOT CALIBRATED: the {who} {source}; no validation ran after a training step"
     if record["judge"]["judge"] == "reward classifier":
-        said.append(f"the judge accepts above {DECISION:g}, calibrated")
-    judged, people = record["acceptance"]["judge"], record["acceptance"]["people"]
+        yield f"the judge accepts above {DECISION:g}, calibrated"
+
+
+def _acceptance_notes(acceptance: Mapping[str, Any]) -> Iterator[str]:
+    """Whether the judge accepts or rejects everything, and how often judge and people accept."""
+    judged, people = acceptance["judge"], acceptance["people"]
     for kind, counts in judged.items():
         if counts["judged"] and counts["accepted"] in (0, counts["judged"]):
             how = "ACCEPTED" if counts["accepted"] else "REJECTED"
-            effect = {
-                ("silences", "ACCEPTED"): "no need can count as missed",
-                ("silences", "REJECTED"): "each counts as a missed need",
-                ("offers", "ACCEPTED"): "none can count as a false alarm",
-                ("offers", "REJECTED"): "each counts as a false alarm",
-            }[kind, how]
-            said.append(f"ALL {kind.upper()} ARE {how}: {counts['judged']} were judged, and {effect}")
-    said.append(f"acceptance: the judge {_rates(judged)}; people {_rates(people) if people else 'are not known'}")
-    if found["traces"] > 1:
-        said.append(intervals_note(int(found["traces"]), "traces"))
+            effect = ONE_SIDED_EFFECT[kind, how]
+            yield f"ALL {kind.upper()} ARE {how}: {counts['judged']} were judged, and {effect}"
+    yield f"acceptance: the judge {_rates(judged)}; people {_rates(people) if people else 'are not known'}"
+
+
+def _scope_notes(record: Mapping[str, Any]) -> Iterator[str]:
+    """Which traces the metrics and intervals are of."""
+    traces = int(record["figures"]["traces"])
+    if traces > 1:
+        yield intervals_note(traces, "traces")
     if record["traces_left_out"]:
-        names = ", ".join(record["traces_left_out"])
-        said.append(f"left out, for the agent was trained on them: {names}")
+        yield f"skipped, because the agent was trained on them: {', '.join(record['traces_left_out'])}"
+
+
+def _answer_notes(record: Mapping[str, Any]) -> Iterator[str]:
+    """Requests and truncated replies, held-back offers, missing baselines, and answers or events without a result."""
+    metrics = record["figures"]
     for who, usage in record["usage"].items():
         cost = f", cost {usage['cost']:.4g}" if "cost" in usage else ""
         unreported = f"; {usage['unreported']} requests without reported tokens" if usage["unreported"] else ""
-        said.append(
+        yield (
             f"{who}: {usage['requests']} requests, {usage['prompt_tokens']:,} tokens in, "
             f"{usage['completion_tokens']:,} out{cost}{unreported}"
         )
     for who, reasons in record["unfinished"].items():
         if reasons:
-            counted = ", ".join(f"{number} {reason}" for reason, number in reasons.items())
-            more = "; --agent.answers.max_new_tokens, or max_tokens in --agent.extra or --judge.extra, gives more room"
-            said.append(
-                f"replies of the {who} that did not come to their end, and were not read: {counted}"
-                + more * ("length" in reasons)
-            )
-    if record["gate"]:
-        gate = record["gate"]
-        said.append(
+            counts = ", ".join(f"{number} {reason}" for reason, number in reasons.items())
+            note = f"incomplete replies of the {who}, which were not parsed: {counts}"
+            if "length" in reasons:
+                note += (
+                    "; --agent.answers.max_new_tokens, or max_tokens in --agent.extra or --judge.extra, gives more room"
+                )
+            yield note
+    if gate := record["gate"]:
+        yield (
             f"gate: {gate['held_back']} proposals below P(accepted) {gate['threshold']:.3f} held back "
             f"(cost ratio {gate['cost_ratio']:g})"
         )
     if record["judge"]["judge"] == "endpoint":
-        said.append("what the judge was trained on is not known")
+        yield "the judge's training data are not known"
     if not record["baselines"]:
-        said.append(
-            "baselines are judged along where the judge is a reward classifier; "
-            + ("recorded judgments do not cover them" if recorded else "else each is a run: --agent.baseline")
-        )
-    if found["parse_failures"]:
-        said.append(f"{found['parse_failures']} answers could not be read and count as null")
-    if found["undecided"]:
-        said.append(f"{int(found['undecided'])} events have no verdict and are in no figure")
+        recorded = record["judge"]["judge"] == "recorded"
+        reason = "recorded judgments do not cover them" if recorded else "else run one with --agent.baseline"
+        yield f"only a reward classifier as judge also judges the baselines; {reason}"
+    if metrics["parse_failures"]:
+        yield f"{metrics['parse_failures']} answers could not be parsed and count as null"
+    if metrics["undecided"]:
+        yield f"{int(metrics['undecided'])} events have no verdict and count in no metric"
     if record["splits_left_out"]:
-        said.append(f"splits without all of their traces: {', '.join(record['splits_left_out'])}")
-    return said
+        yield f"splits with missing traces: {', '.join(record['splits_left_out'])}"
 
 
 def figures_csv(record: Mapping[str, Any]) -> str:
-    """The figures of each split as the published scoring writes them; a name is no formula of a spreadsheet."""
+    """Metrics of each split in the layout of the published scoring."""
     text = io.StringIO(newline="")
-    writer = csv.writer(text)  # with line ends of two characters, for only these quotes a cell that holds one of them
+    writer = csv.writer(text)  # with \r\n line ends, so that the writer quotes a cell that contains either
     writer.writerow(["Category", *PUBLISHED_COLUMNS])
     for name, split in record["splits"].items():
         values = [split["figures"][figure] for figure in PUBLISHED_COLUMNS.values()]
@@ -280,7 +310,7 @@ def figures_csv(record: Mapping[str, Any]) -> str:
 
 
 def judged_files(events: Sequence[JudgedEvent]) -> dict[str, list[dict[str, Any]]]:
-    """Each trace in the published judged layout, by its name."""
+    """Each trace in the published judged layout, by name."""
     decided: dict[str, list[tuple[Candidate, bool | None]]] = {}
     traces = {event.trace.name: event.trace for event in events}
     for event in events:
@@ -291,7 +321,7 @@ def judged_files(events: Sequence[JudgedEvent]) -> dict[str, list[dict[str, Any]
 
 
 def _tensors(events: Sequence[JudgedEvent]) -> tuple[Tensor, Tensor, Tensor]:
-    """What `AgentMetrics` is updated with: proposed and accepted (N, K), trace (N,); missing candidates are null."""
+    """Inputs of `AgentMetrics`: proposed and accepted (N, K) int64, trace (N,) int64. Missing candidates are null."""
     most = max(len(event.judgments) for event in events)
     proposed_NK = torch.zeros((len(events), most), dtype=torch.int64)
     accepted_NK = torch.full((len(events), most), NO_VERDICT)

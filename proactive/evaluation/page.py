@@ -1,45 +1,46 @@
-"""report.html of an agent: figures, curves, and every event with what was offered and what the judge said."""
+"""report.html of an evaluation: metrics, plots, and every event with its offers and verdicts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from models.reporting.plots import image, new_axes
-from models.reporting.templates_folder import TEMPLATES
+from models.reporting.templating import template_environment
 from models.reporting.timeline import OUTCOME_NAMES, ShownOffer, ShownStep, ShownTrace, outcomes_of, timelines
 from proactive.evaluation.judged_events import JudgedEvent, Judgment
 
 COLORS = {"tp": "tab:green", "fp": "tab:orange", "tn": "tab:blue", "fn": "tab:red", "undecided": "tab:grey"}
-FIGURES = ("recall", "precision", "accuracy", "false_alarm", "f1")
+METRICS = ("recall", "precision", "accuracy", "false_alarm", "f1")
 
 
 def evaluation_report(record: Mapping[str, Any], events: Sequence[JudgedEvent]) -> str:
-    """The page as HTML; text from data and models stands in it escaped.
+    """The page as HTML. Text from data and models is escaped.
 
     Args:
-        record: What metrics.json holds.
-        events: Every event, judged.
+        record: The content of metrics.json.
+        events: All judged events.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     by_trace: dict[str, list[JudgedEvent]] = {}
     for event in events:
         by_trace.setdefault(event.trace.name, []).append(event)
     plots = {"Outcomes by trace": _outcome_plot(by_trace)}
     if record["gate"]:
-        plots = {"What the gate trades": _gate_plot(record)} | plots
+        plots = {"Trade-off of the gate": _gate_plot(record)} | plots
     if "at" in record["figures"]:
         plots["By number of candidates"] = _candidates_plot(record)
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, autoescape=True)
     f1 = {name: f"F1 {found['f1']:.3f}" for name, found in record["per_trace"].items()}
     shown = timelines([shown_traces(events)], f1)
-    return environment.get_template("evaluation_report.html").render(
-        record=record,
-        rows=_rows(record),
-        names=FIGURES,
-        plots=plots,
-        timelines=shown,
-        sources=[""],
-        outcomes=outcomes_of(shown),
+    return (
+        template_environment()
+        .get_template("evaluation_report.html")
+        .render(
+            record=record,
+            rows=_rows(record),
+            names=METRICS,
+            plots=plots,
+            timelines=shown,
+            sources=[""],
+            outcomes=outcomes_of(shown),
+        )
     )
 
 
@@ -68,7 +69,7 @@ def _shown(judgment: Judgment, counts: bool) -> ShownOffer:
 
 
 def _rows(record: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The lines of the table of figures."""
+    """The rows of the table of metrics, by label."""
     rows = {"this agent": record["figures"]}
     if record["gate"]:
         rows["without gate"] = record["gate"]["without_gate"]
@@ -108,14 +109,14 @@ def _outcome_plot(by_trace: Mapping[str, Sequence[JudgedEvent]]) -> str:
     axes.tick_params(axis="y", labelsize="small")
     axes.set_xlim(right=1.45 * max(left))  # room for the legend
     for label in axes.get_yticklabels():
-        label.set_parse_math(False)  # a trace's name is no formula
+        label.set_parse_math(False)  # the name of a trace is not a formula
     return image(axes)
 
 
 def _candidates_plot(record: Mapping[str, Any]) -> str:
     axes = new_axes("candidates", "")
     at = record["figures"]["at"]
-    for name in FIGURES:
+    for name in METRICS:
         axes.plot([int(k) for k in at], [found[name] for found in at.values()], marker="o", label=name)
     axes.set(ylim=(-0.02, 1.02))
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -1,4 +1,4 @@
-"""From the options of `evaluate agent` to what they name: all is checked and loaded, nothing asked or written."""
+"""Turns the options of `evaluate agent` into an `Evaluation`: checks everything and loads models and data."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
 
 def prepare(options: "Namespace") -> Evaluation:
-    """Check the options and load what they name.
+    """Check the options, and load models and data.
 
     Raises:
-        UserError: Options contradict each other, a file does not fit, or a judge or gate may not be used.
+        UserError: Options contradict each other, a file is not valid, or a judge or gate trained on the traces.
     """
     _refuse_contradictions(options)
     recorded = read_recorded(options.agent.traces) if options.agent.traces else None
@@ -74,7 +74,7 @@ def prepare(options: "Namespace") -> Evaluation:
 
 
 class _Parts:
-    """Makes agents, judges and gates as the options say, and notes what they have to do with the traces."""
+    """Creates agents, judges and gates, and notes which traces they trained or validated on."""
 
     def __init__(self, options: "Namespace", traces: Sequence[Trace], namesakes: Mapping[str, Trace]) -> None:
         self.options = options
@@ -88,7 +88,7 @@ class _Parts:
         self.gate_is_judge = False
 
     def trained_agents(self, weights: Sequence[Weights[ProactiveAgent]]) -> dict[str, Agent]:
-        """Each trace's by its own weights."""
+        """A trained agent for each trace."""
         options = self.options
         assigned = self._assign("agent", weights, "--agent.checkpoint")
         how = AnswerOptions(**options.agent.answers.as_dict())
@@ -99,7 +99,7 @@ class _Parts:
         return one_for_each(assigned, make)
 
     def other_agents(self, recorded: Recorded | None) -> dict[str, Agent]:
-        """The same one for all. One more kind of agent is one more branch here."""
+        """One agent for all traces. A new kind of agent is a new branch here."""
         options = self.options
         agent: Agent
         if recorded is not None:
@@ -112,22 +112,24 @@ class _Parts:
         return {trace.name: agent for trace in self.traces}
 
     def classifiers(self, weights: Sequence[Weights[RewardClassifier]]) -> dict[str, Judge]:
-        """Each trace's judge by its own weights."""
+        """A reward classifier as judge for each trace."""
         return one_for_each(self._assign("judge", weights, "--judge.checkpoint"), RewardJudge)
 
     def gates(self, weights: Sequence[Weights[RewardClassifier]], judges: Mapping[str, Judge]) -> dict[str, Judge]:
-        """Each trace's gate by its own weights, which do not judge it unless that is asked for."""
+        """A gate for each trace. Its weights differ from the judge's, unless --gate-is-judge allows the same."""
         judging = {name: one.weights.digest for name, one in judges.items() if isinstance(one, RewardJudge)}
         assigned = self._assign("gate", weights, "--gate", None if self.options.gate_is_judge else judging)
         self.gate_is_judge = any(judging.get(name) == one.digest for name, one in assigned.items())
         return one_for_each(assigned, partial(RewardJudge, doing="gating"))
 
     def other_judges(self, recorded: Recorded | None) -> dict[str, Judge]:
-        """Recorded judgments, each trace's own, or a model behind an endpoint for all."""
+        """The recorded judgments of each trace, or one model at an endpoint for all."""
         options = self.options
         if recorded and options.judge.recorded:
             if not recorded.judgments:
-                raise UserError(f"--judge.recorded: {options.agent.traces} holds no judgment", "Give another judge.")
+                raise UserError(
+                    f"--judge.recorded: {options.agent.traces} contains no judgments", "Give another judge."
+                )
             by_trace: dict[str, dict[tuple[int, str | None], bool]] = {trace.name: {} for trace in self.traces}
             for (name, step, proposal), accepted in recorded.judgments.items():
                 by_trace[name][step + 1, proposal] = accepted
@@ -149,7 +151,7 @@ class _Parts:
         return assigned
 
     def _client(self, role: str, temperature: float) -> ChatClient:
-        """What asks the endpoint of an agent or a judge; it keeps its log, and is opened with the evaluation."""
+        """The client of an agent's or a judge's endpoint. `carry_out` opens it."""
         group = self.options[role]
         if not group.model:
             raise UserError(f"--{role}.model: an endpoint needs the model's name", f"Give it with --{role}.model.")
@@ -171,14 +173,14 @@ class _Parts:
 
 
 def _answerable(weights: Sequence[Weights[ProactiveAgent]], traces: list[Trace], contaminated: bool) -> list[Trace]:
-    """The traces but those that all of the weights were trained on."""
+    """The traces without those that all weights trained on."""
     if contaminated:
         return traces
     answered = [trace for trace in traces if any(one.tie(trace, None) != Tie.TRAINED for one in weights)]
     if not answered:
         raise UserError(
-            f"--agent.checkpoint: trained on all of the {len(traces)} traces that it is to answer",
-            "Train it with --data.split published or on folds, or give --contaminated to have it stamped.",
+            f"--agent.checkpoint: trained on all of the {len(traces)} traces of this evaluation",
+            "Train it with --data.split published or on folds, or give --contaminated, which marks the result.",
         )
     return answered
 
@@ -189,7 +191,9 @@ def _refuse_contradictions(options: "Namespace") -> None:
     if options.judge.recorded and who != "traces":
         raise UserError("--judge.recorded: only recorded traces have judgments", "Give them with --agent.traces.")
     if options.gate and options.judge.recorded:
-        raise UserError("--gate: nobody recorded what is thought of null in place of a proposal", "Give another judge.")
+        raise UserError(
+            "--gate: recorded judgments have no verdict on null in place of a proposal", "Give another judge."
+        )
     if options.cost_ratio is not None and not options.gate:
         raise UserError("--cost-ratio: there is no gate", "Give a reward classifier with --gate.")
     gate_threshold(_cost_ratio(options))
@@ -213,7 +217,7 @@ def _weights(kind: type[Model], path: Path, option: str) -> Weights[Model]:
 
 
 def _corpus(root: str | None, states: Sequence[Mapping[str, Any]], needed: bool) -> Corpus | None:
-    """The data root: the one given, else that of the first weights, else the embedded one where one is needed."""
+    """The data root: as given, else that of the first weights, else the embedded one if `needed`."""
     seed = 0
     if root is None and states:
         trained = states[0]["hyperparameters"]
@@ -224,7 +228,7 @@ def _corpus(root: str | None, states: Sequence[Mapping[str, Any]], needed: bool)
 
 
 def _rows_of(traces: Sequence[Trace], namesakes: Mapping[str, Trace], corpus: Corpus) -> list[AnnotatedRow]:
-    """The annotated rows of the traces' scenes; all rows where there are none."""
+    """The annotated rows of the traces' scenes; all rows if these have none."""
     known = [*traces, *(namesakes[trace.name] for trace in traces if trace.name in namesakes)]
     scenes = {scene_of(trace.events) for trace in known}
     return [row for row in corpus.rows if row.scene in scenes] or corpus.rows
@@ -241,4 +245,4 @@ def _refuse_empty(traces: Sequence[Trace], corpus: Corpus | None) -> None:
     if not traces:
         raise UserError(f"data.root: {corpus.root if corpus else None} has no test traces", "Give another --data.root.")
     if empty := [trace.name for trace in traces if not trace.events]:
-        raise UserError(f"{empty[0]} holds no event", "Take it out of the folder, or fill it.")
+        raise UserError(f"{empty[0]} contains no event", "Remove it from the folder, or add events.")

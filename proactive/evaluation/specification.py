@@ -1,4 +1,4 @@
-"""Everything that an evaluation of an agent needs, checked and typed, before anything is asked or written."""
+"""An evaluation of an agent with everything that it needs, checked and typed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +18,12 @@ STAMPS = {Tie.TRAINED: "trained_on", Tie.VALIDATED: "validated_on", Tie.UNKNOWN:
 
 @dataclass(frozen=True)
 class Stamps:
-    """What has to stand on everything that an evaluation leaves behind.
+    """Marks that all outputs of an evaluation carry.
 
     Attributes:
-        ties: By role, and by the name of a trace: what the weights have to do with it.
-        traces_left_out: The names of the traces that are not answered, for the agent was trained on them.
-        gate_is_judge: Whether the same weights hold offers back and judge them.
+        ties: By role and name of a trace: whether the weights trained or validated on it.
+        traces_left_out: Names of traces that are skipped because the agent trained on them.
+        gate_is_judge: Whether gate and judge have the same weights.
     """
 
     ties: Mapping[str, Mapping[str, Tie]]
@@ -31,7 +31,7 @@ class Stamps:
     gate_is_judge: bool = False
 
     def record(self) -> dict[str, Any]:
-        """As metrics.json has it."""
+        """The marks as in metrics.json."""
         named = {
             f"{role}_{word}": [name for name, tie in self.ties.get(role, {}).items() if tie == kind]
             for role in ROLES
@@ -41,29 +41,29 @@ class Stamps:
 
     @property
     def suffix(self) -> str:
-        """What marks the files whose layout has no room for a stamp."""
+        """The marks as part of a file name, for files whose layout has no field for them."""
         found = {tie for ties in self.ties.values() for tie in ties.values()}
         marks = [f"-{word.replace('_', '-')}" for kind, word in STAMPS.items() if kind in found]
         marks = ["-contaminated" if mark == "-trained-on" else mark for mark in marks]
-        return "".join([*marks, *["-gate-is-judge"] * self.gate_is_judge])
+        return "".join(marks) + ("-gate-is-judge" if self.gate_is_judge else "")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation that can be carried out.
+    """An evaluation, ready to be carried out.
 
     Attributes:
-        traces: What is answered.
-        splits: Which traces make up which split.
-        agents: By the name of a trace, who answers it: of several checkpoints one that was not trained on it.
-        judges: The same of who judges it.
-        gates: The same of what holds offers back; None without a gate.
-        cost_ratio: What a false alarm costs, in missed needs.
-        stamps: What agents, judges and gates have to do with the traces.
-        people: Annotated rows of the traces' scenes; of all scenes where they have none; None if there are no rows.
-        answers: Keeps what agents answer.
-        verdicts: Keeps what judges say.
-        clients: Ask endpoints for agents and judges.
+        traces: The traces to answer.
+        splits: The traces of each split.
+        agents: The agent of each trace, by name of the trace.
+        judges: The judge of each trace.
+        gates: The gate of each trace; None without a gate.
+        cost_ratio: Cost of a false alarm relative to a missed need.
+        stamps: Whether agents, judges and gates trained or validated on the traces.
+        people: Annotated rows of the traces' scenes, or of all scenes if these have none; None without rows.
+        answers: Log of the agents' answers.
+        verdicts: Log of the judges' verdicts.
+        clients: Clients of endpoints.
     """
 
     traces: list[Trace]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from models.reporting.templates_folder import TEMPLATES
+from models.reporting.templating import template_environment
 from models.reporting.timeline import ShownOffer, ShownStep, ShownTrace, outcome, outcomes_of, timelines
 from proactive.simulation.traces import Attempt, Step
 
@@ -18,10 +18,7 @@ def report(record: Mapping[str, Any], traces: Mapping[str, list[Step]]) -> str:
         record: What summary.json holds.
         traces: The traces, of which the first `SHOWN` are shown.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    folders = [Path(__file__).with_name("templates"), TEMPLATES]
-    environment = Environment(loader=FileSystemLoader(folders), undefined=StrictUndefined, autoescape=True)
+    environment = template_environment(Path(__file__).with_name("templates"))
     shown = timelines([[_shown(name, steps) for name, steps in list(traces.items())[:SHOWN]]])
     return environment.get_template("simulation_report.html").render(
         record=record, timelines=shown, traces=len(traces), sources=[""], outcomes=outcomes_of(shown)

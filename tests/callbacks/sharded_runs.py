@@ -14,8 +14,9 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from callbacks.fully_sharded import FullySharded
-from callbacks.saving import Interrupted, LastCheckpoint
+from callbacks.saving import LastCheckpoint
 from callbacks.seeding import SeedEachStep
+from callbacks.stopping import Interrupted, StopOnSignal
 from datamodules.errors import UserError
 from models.learning import sharded_files as shards
 from models.learning.reward_classifier import RewardClassifier
@@ -85,7 +86,8 @@ def fitted_to(
     """Train up to a step, perhaps from a checkpoint on, and leave one there: two epochs of six steps are the whole."""
     warnings.filterwarnings("ignore")
     classifier, curve = small_classifier(**(options or {})), Curve()
-    callbacks = [curve, LastCheckpoint(folder, every_n_steps=1000), SeedEachStep(), StopAt(step)]
+    stop = StopOnSignal()
+    callbacks = [curve, stop, LastCheckpoint(folder, every_n_steps=1000, stop=stop), SeedEachStep(), StopAt(step)]
     torch.manual_seed(0)
     trainer = small_trainer(*callbacks, max_epochs=2, **(sharded() if spread else {}))
     with contextlib.suppress(Interrupted):

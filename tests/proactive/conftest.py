@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from datamodules.files.run_folders import RUN_FOLDER_VARIABLE
 from proactive.terminal import run
 from tests.helpers import SMALL_RUN, command, small_root
 
@@ -79,7 +78,6 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
 
     def call_here(main: Main, *arguments: str | Path) -> Ended:
-        os.environ.pop(RUN_FOLDER_VARIABLE, None)
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
         capsys.readouterr()
         with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:

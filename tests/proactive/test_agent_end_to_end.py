@@ -90,7 +90,7 @@ def test_an_agent_answers_the_traces_that_it_was_not_trained_on(
     traces = load_corpus("embedded").traces
     assert 0 < len(record["per_trace"]) < len(traces)
     assert sorted([*record["per_trace"], *record["traces_left_out"]]) == sorted(traces)
-    assert "left out, for the agent was trained on them" in ended.out
+    assert "skipped, because the agent was trained on them" in ended.out
     assert record["splits"] == {}
     assert record["splits_left_out"] == ["all"]
     assert record["unfinished"]["agent"]["length"] > 0

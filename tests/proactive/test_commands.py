@@ -84,7 +84,7 @@ def test_each_command_refuses_a_rank_that_is_none_before_lightning_does(
     for module, arguments in ((f"proactive.{name}", []), ("proactive", [name])):
         ended = command(module, *arguments, cwd=tmp_path)
         assert (ended.returncode, ended.stdout) == (2, "")
-        assert ended.stderr == "error: the environment variable RANK is no number: 'x'\n  help: unset RANK\n"
+        assert ended.stderr == "error: the environment variable RANK is not a number: 'x'\n  help: unset RANK\n"
 
 
 def test_help_names_the_command_as_it_was_started(tmp_path: Path) -> None:

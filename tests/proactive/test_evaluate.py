@@ -1,4 +1,4 @@
-"""The evaluate command on each thing that it takes: the figures are those that the run itself found."""
+"""The evaluate command on each thing that it takes: the metrics equal those of the run."""
 
 import json
 import shutil
@@ -87,7 +87,7 @@ def test_baselines_are_fitted_on_the_runs_own_rows_or_left_out(
     at = ("--data.root", finished_run.root, "--output=m.json")
     ended = call(evaluate.main, "reward", f"--checkpoint={folder}", *at)
     assert metrics(tmp_path / "m.json")["baselines"] == {}
-    assert "no baselines: the rows that the model was trained on are not at hand" in " ".join(ended.out.split())
+    assert "no baselines: the training rows of the model are not available" in " ".join(ended.out.split())
 
 
 def test_another_fold_tests_other_rows(finished_run: FinishedRun, call: Callable, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_quiet_prints_nothing_and_still_writes(finished_run: FinishedRun, call: 
 
 
 def test_the_printed_table_on_embedded_data(finished_run: FinishedRun, tmp_path: Path) -> None:
-    """As a process: the figures, their intervals, the published rows and the contamination, as plain text."""
+    """As a process: the metrics, their intervals, the published rows and the contamination, as plain text."""
     ended = command(
         "proactive.evaluate",
         "reward",

@@ -1,4 +1,4 @@
-"""The export command: what it writes is what the run itself wrote, with figures of these weights or none."""
+"""The export command: what it writes is what the run itself wrote, with metrics of these weights or none."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def test_it_writes_what_the_run_wrote(finished_run: FinishedRun, call: Callable,
         assert found[name] == expected[name], name
 
 
-def test_other_weights_under_the_same_name_do_not_get_the_figures(
+def test_other_weights_under_the_same_name_do_not_get_the_metrics(
     finished_run: FinishedRun, call: Callable, tmp_path: Path
 ) -> None:
     """As when a resumed run has found better ones, and was stopped before its test."""
@@ -53,7 +53,7 @@ def test_other_weights_under_the_same_name_do_not_get_the_figures(
     SafeCheckpointIO(RewardClassifier).save_checkpoint(checkpoint, best)
     assert call(export.main, "--checkpoint", run, "--output", "after").code == 0
     cards = [(tmp_path / name / "README.md").read_text(encoding="utf-8") for name in ("before", "after")]
-    assert ["## Figures" in card for card in cards] == [True, False]
+    assert ["## Metrics" in card for card in cards] == [True, False]
     assert json.loads((tmp_path / "after" / EXPORT_STATE).read_text())["calibration"]["temperature"] == 3.25
 
 
@@ -62,5 +62,5 @@ def test_a_folder_that_is_no_export_is_refused_before_anything_is_loaded(call: C
     (tmp_path / "thesis" / "thesis.tex").write_text("all of it")
     ended = call(export.main, "--checkpoint", "nowhere", "--output", "thesis")
     assert ended.code == 2
-    assert ended.err.splitlines()[0] == "error: thesis exists and is no export of this project"
+    assert ended.err.splitlines()[0] == "error: thesis exists and is not an export of this project"
     assert (tmp_path / "thesis" / "thesis.tex").read_text() == "all of it"

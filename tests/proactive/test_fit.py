@@ -126,7 +126,7 @@ def test_the_report_is_one_self_contained_file(finished_run: FinishedRun) -> Non
     assert any(event.event in page for row in test for event in row.history)  # the worst mistakes, as text
 
 
-def test_the_model_card_states_figures_split_and_contamination(finished_run: FinishedRun) -> None:
+def test_the_model_card_states_metrics_split_and_contamination(finished_run: FinishedRun) -> None:
     card = (finished_run.folder / "export" / "README.md").read_text(encoding="utf-8")
     record = json.loads((finished_run.folder / "metrics.json").read_text(encoding="utf-8"))
     assert f"{record['test']['calibrated']['accuracy']:.4f}"[:5] in card

@@ -66,7 +66,7 @@ def test_published_figures_for_people(call: Callable) -> None:
         ("published", "120", "120", "100%"),
     } <= cells
     words = " ".join(ended.out.split())
-    assert "1749 rows, 16 scenes, 313 distinct histories, 5.6 rows a history" in words
+    assert "1749 rows, 16 scenes, 313 distinct histories, 5.6 rows per history" in words
     assert "12 agent test traces: 233 of 233 events occur in the training rows" in words
     assert "4 of 16 scenes lie outside" in words
 

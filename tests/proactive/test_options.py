@@ -12,7 +12,8 @@ import yaml
 
 from datamodules.files.run_folders import EmptyFolderGuard
 from proactive import fit
-from proactive.fit import task_of
+from proactive.fitting import cli
+from proactive.fitting.configs import task_of
 from tests.helpers import SMALL_RUN
 from tests.proactive.conftest import FinishedRun
 
@@ -143,7 +144,7 @@ def test_a_failed_start_leaves_no_guard_that_could_remove_the_next_runs_folder(
         guards.append(EmptyFolderGuard(folders))
         return guards[-1]
 
-    monkeypatch.setattr(fit, "EmptyFolderGuard", kept)
+    monkeypatch.setattr(cli, "EmptyFolderGuard", kept)
     assert call(fit.main, "--trainer.logger=CometLogger").code == 2
     assert [guard._waiting.poll() for guard in guards] == [0]
 

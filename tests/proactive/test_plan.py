@@ -9,6 +9,7 @@ import pytest
 
 from callbacks.fully_sharded import FullySharded
 from proactive import plan
+from proactive.planning import estimate
 from tests.helpers import ROOT, SMALL_RUN
 
 SHAPE = ROOT / "benchmarks" / "shapes" / "llama_3_1_8b.yaml"
@@ -60,7 +61,7 @@ def test_what_does_not_fit_is_told_what_would(planned: Callable) -> None:
 
 def test_mistakes_take_two_lines(call: Callable, root: Path) -> None:
     for arguments, message in (
-        (["--memory", "much"], "--memory: much is no size"),
+        (["--memory", "much"], "--memory: much is not a size"),
         (["--device", "abacus"], "--device: abacus is not known"),
         (["--devices", "0"], "devices: expected 1 or more, got 0"),
     ):
@@ -80,7 +81,7 @@ def test_a_backbone_out_of_reach_is_planned_by_its_shape(
     assert "--model.scratch" in ended.err
     scratch = next(one for one in SMALL_RUN if one.startswith("--model.scratch"))
     found = planned(*arguments, scratch)
-    assert "a tokenizer made of the data, for someone/some-model is out of reach" in found["tokens_counted_by"]
+    assert "a tokenizer trained on the data, because someone/some-model is not available" in found["tokens_counted_by"]
     assert "someone/some-model" in found["backbone"]
 
 
@@ -95,7 +96,7 @@ def test_a_backbone_out_of_reach_is_planned_by_its_shape(
     ],
 )
 def test_strategies_are_known_by_what_they_share(strategy: Any, sharing: str) -> None:
-    assert plan._sharing(strategy, devices=4) == sharing
+    assert estimate._sharing(strategy, devices=4) == sharing
 
 
 def test_time_is_reckoned_with_what_was_measured_on_such_a_card(planned: Callable) -> None:

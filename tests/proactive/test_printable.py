@@ -15,7 +15,8 @@ from rich.text import Text
 from torch import OutOfMemoryError
 
 from proactive import evaluate, export, inspect
-from proactive.terminal import Table, as_user_error, show
+from proactive.tables import Table, show
+from proactive.terminal import as_user_error
 from tests.chat_server import Body, Reply, chat_server
 from tests.helpers import small_root
 from tests.patience import HANG

@@ -19,8 +19,9 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from callbacks.checkpoint_io import SafeCheckpointIO
-from callbacks.saving import Interrupted, LastCheckpoint
+from callbacks.saving import LastCheckpoint
 from callbacks.seeding import SeedEachStep
+from callbacks.stopping import Interrupted, StopOnSignal
 from datamodules.errors import UserError
 from models.learning.checkpoint_files import load_checkpoint
 from models.learning.proactive_agent import ProactiveAgent
@@ -298,9 +299,10 @@ def test_a_stop_by_max_steps_within_an_epoch_can_be_resumed(
 ) -> None:
     """Lightning would count the epoch as finished, and a resume would skip the rest of it."""
     fit(small_classifier(), small_data(root), LastCheckpoint(tmp_path / "end"), max_steps=2, limit_val_batches=0)
-    stop = (SignalAtStep(2, signal.SIGTERM), LastCheckpoint(tmp_path / "stop"))
+    stop = StopOnSignal()
+    callbacks = (stop, SignalAtStep(2, signal.SIGTERM), LastCheckpoint(tmp_path / "stop", stop=stop))
     with pytest.raises(Interrupted):
-        fit(small_classifier(), small_data(root), *stop, limit_val_batches=0)
+        fit(small_classifier(), small_data(root), *callbacks, limit_val_batches=0)
     ended, stopped = (load_checkpoint(tmp_path / name / "last.ckpt") for name in ("end", "stop"))
     assert ended["loops"] == stopped["loops"]
     assert (ended["epoch"], ended["global_step"]) == (0, 2)
@@ -310,9 +312,10 @@ def test_a_stop_by_max_steps_within_an_epoch_can_be_resumed(
 def test_a_signal_saves_after_the_step_and_ends_the_run(
     root: Path, tmp_path: Path, number: int, handlers: dict[int, Any]
 ) -> None:
-    with pytest.raises(Interrupted) as stop:
-        fit(small_classifier(), small_data(root), SignalAtStep(2, number), LastCheckpoint(tmp_path))
-    assert (stop.value.signal_number, stop.value.step) == (number, 2)
+    stop = StopOnSignal()
+    with pytest.raises(Interrupted) as ended:
+        fit(small_classifier(), small_data(root), stop, SignalAtStep(2, number), LastCheckpoint(tmp_path, stop=stop))
+    assert (ended.value.signal_number, ended.value.step) == (number, 2)
     assert load_checkpoint(tmp_path / "last.ckpt")["global_step"] == 2
 
 
@@ -322,15 +325,17 @@ def test_a_signal_at_the_end_of_an_epoch_saves_after_its_validation(
     data = small_data(root)
     data.setup("fit")
     batches = len(data.train_dataloader())
+    stop = StopOnSignal()
+    callbacks = (stop, SignalAtStep(batches, signal.SIGTERM), LastCheckpoint(tmp_path, stop=stop))
     with pytest.raises(Interrupted):
-        fit(small_classifier(), data, SignalAtStep(batches, signal.SIGTERM), LastCheckpoint(tmp_path), max_epochs=2)
+        fit(small_classifier(), data, *callbacks, max_epochs=2)
     checkpoint = load_checkpoint(tmp_path / "last.ckpt")
     assert checkpoint["global_step"] == batches
     assert checkpoint["calibration"]["rows"] == len(data.split.validation)
 
 
 def test_signal_handlers_are_restored_after_a_run(root: Path, tmp_path: Path, handlers: dict[int, Any]) -> None:
-    fit(small_classifier(), small_data(root), LastCheckpoint(tmp_path), max_steps=1, limit_val_batches=0)
+    fit(small_classifier(), small_data(root), StopOnSignal(), max_steps=1, limit_val_batches=0)
     assert {number: signal.getsignal(number) for number in handlers} == handlers
 
 

@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from callbacks.saving import BestCheckpoint, Interrupted, LastCheckpoint
+from callbacks.saving import BestCheckpoint, LastCheckpoint
+from callbacks.stopping import Interrupted, StopOnSignal
 from datamodules.batching.reward_rows import RewardDataModule
 from datamodules.batching.steps import RewardBatch
 from datamodules.corpus.records import Category
@@ -346,8 +347,10 @@ def test_a_run_without_validation_is_not_calibrated(root: Path, tmp_path: Path, 
 
 
 def test_a_run_that_is_stopped_before_its_first_validation_is_not_calibrated(root: Path, tmp_path: Path) -> None:
+    classifier, stop = small_classifier(), StopOnSignal()
+    callbacks = (stop, SignalAtStep(2, signal.SIGINT), LastCheckpoint(tmp_path, stop=stop))
     with pytest.raises(Interrupted):
-        fit(small_classifier(), small_data(root), SignalAtStep(2, signal.SIGINT), LastCheckpoint(tmp_path))
+        fit(classifier, small_data(root), *callbacks)
     assert load_checkpoint(tmp_path / "last.ckpt")["calibration"] is None
 
 

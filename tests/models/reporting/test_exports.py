@@ -153,12 +153,12 @@ def test_what_is_no_export_is_refused_and_left_alone(run: Run, tmp_path: Path, m
         place.mkdir()
         (place / ("proactive.json" if made == "other json" else "thesis.tex")).write_text("{}")
     before = contents(tmp_path)
-    with pytest.raises(UserError, match="is no export of this project"):
+    with pytest.raises(UserError, match="is not an export of this project"):
         export_model(run.classifier, run.data, None, place)
     assert contents(tmp_path) == before
     if made == "folder":
         place.rename(tmp_path / EXPORT)
-        with pytest.raises(UserError, match="is no export of this project"):
+        with pytest.raises(UserError, match="is not an export of this project"):
             ExportModel(tmp_path).setup(run.classifier.trainer, run.classifier, "fit")
 
 
@@ -206,7 +206,7 @@ def test_an_export_that_fails_keeps_the_former_one(run: Run, tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["export"], "the next one clears up"
 
 
-def test_the_card_states_figures_split_and_contamination(run: Run) -> None:
+def test_the_card_states_metrics_split_and_contamination(run: Run) -> None:
     record = run_record(run.classifier, run.data, "weights")
     card = (run.folder / "export" / "README.md").read_text(encoding="utf-8")
     names = ("accuracy", "precision", "recall", "f1", "auroc", "calibration_error", "acceptance_rate")

@@ -327,7 +327,7 @@ def test_options_cannot_change_what_the_card_declares(run: Run, text: str, monke
     assert on_one_line(text) in card
 
 
-def test_without_a_test_the_card_has_no_figures_but_its_code(run: Run) -> None:
+def test_without_a_test_the_card_has_no_metrics_but_its_code(run: Run) -> None:
     card = model_card(run.classifier, run.data, None)
-    assert "## Figures" not in card
+    assert "## Metrics" not in card
     assert "def probability" in card

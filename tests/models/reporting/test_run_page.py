@@ -81,7 +81,7 @@ def test_the_page_needs_nothing_else(run: Run) -> None:
     assert not re.search(r"https?://|@import|url\(", text)
 
 
-def test_it_shows_figures_plots_and_contamination(run: Run) -> None:
+def test_it_shows_metrics_plots_and_contamination(run: Run) -> None:
     text = (run.folder / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     record = run_record(run.classifier, run.data, "weights")
@@ -123,7 +123,7 @@ def test_the_worst_mistakes_come_first_and_what_was_right_does_not_come(run: Run
     text = Page(made_of(probability, rows, run)).text
     shown = [int(number) for number in re.findall(r"Proposal: proposal (\d+):", text)]
     assert shown == list(range(29, 29 - WORST_MISTAKES, -1))
-    stated = [float(number) for number in re.findall(r"P\(accepted\) (\d\.\d+), people said", text)]
+    stated = [float(number) for number in re.findall(r"P\(accepted\) (\d\.\d+), people", text)]
     assert stated == pytest.approx([probability[number] for number in shown], abs=5e-4)
     assert "3 earlier events" in text
     assert "event 8 of row 29" in text
@@ -153,8 +153,8 @@ def test_any_result_makes_a_page(
     page = Page(made_of(probability, rows, run, curves=curves))
     assert len(page.loaded) == len(PLOTS)
     mistakes = sum((p > 0.5) != row.accepted for p, row in zip(probability, rows, strict=True))
-    assert page.text.count("people said") == mistakes
-    assert ("every decision on the test rows was right" in page.text) == (mistakes == 0)
+    assert page.text.count("people") == mistakes
+    assert ("every decision on the test rows was correct" in page.text) == (mistakes == 0)
 
 
 def test_curves_of_a_resumed_run_go_on_from_those_before(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""metrics.json: all that is needed to read a run's figures, in strict JSON."""
+"""metrics.json: everything needed to read a run's metrics, in strict JSON."""
 
 import importlib.metadata
 import json
@@ -16,6 +16,7 @@ from datamodules.corpus.sources import load_corpus
 from models.learning.reward_classifier import RewardClassifier
 from models.learning.saved_models import model_from_export
 from models.reporting.run_record import RECORDED_PACKAGES, notes, run_record
+from proactive.tasks import TASKS
 from tests.helpers import PROACTIVEBENCH, needs_proactivebench
 from tests.models.reporting.conftest import Run
 from tests.models.small import small_trainer
@@ -60,7 +61,7 @@ def test_it_counts_the_contaminated_test_rows(record: dict[str, Any], run: Run) 
     }
 
 
-def test_it_holds_raw_and_calibrated_figures_with_intervals_beside_the_published_rows(
+def test_it_holds_raw_and_calibrated_metrics_with_intervals_beside_the_published_rows(
     record: dict[str, Any], run: Run
 ) -> None:
     assert record["test"] == run.classifier.test_metrics
@@ -93,18 +94,18 @@ def test_a_part_of_the_test_rows_is_said_everywhere(run: Run, tmp_path: Any) -> 
     from callbacks.export_model import ExportModel
     from callbacks.html_report import HtmlReport
 
-    callbacks = (MetricsFile(tmp_path), HtmlReport(tmp_path), ExportModel(tmp_path))
+    callbacks = (MetricsFile(tmp_path), HtmlReport(tmp_path, TASKS["reward"].page), ExportModel(tmp_path))
     model = model_from_export(RewardClassifier, run.folder / "export")[0]
     small_trainer(*callbacks, limit_test_batches=1).test(model, run.data, verbose=False)
     record = json.loads((tmp_path / "metrics.json").read_text())
     used, rows = record["tested_rows"], len(run.data.split.test)
     assert 0 < used < rows
     assert {figures["rows"] for figures in [*record["test"].values(), *record["baselines"].values()]} == {used}
-    assert any(note.startswith(f"PARTIAL: figures of {used} of the {rows} test rows") for note in record["notes"])
+    assert any(note.startswith(f"PARTIAL: metrics of {used} of the {rows} test rows") for note in record["notes"])
     for file in ("report.html", "export/README.md"):
         text = (tmp_path / file).read_text()
         assert f"{used} of {rows} test rows" in text
-        assert "PARTIAL: figures" in text
+        assert "PARTIAL: metrics" in text
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_what_is_decided_all_alike_is_flagged(
 
 
 @needs_proactivebench
-def test_published_figures_stand_beside_the_published_rows_alone(tmp_path: Any) -> None:
+def test_published_metrics_appear_only_with_the_published_rows(tmp_path: Any) -> None:
     for split, expected in (("published", True), ("by_scene", False)):
         data = RewardDataModule(root=str(PROACTIVEBENCH), split=split)  # type: ignore[arg-type]
         data._split = data.divide(load_corpus(str(PROACTIVEBENCH)))
@@ -143,7 +144,7 @@ def test_published_figures_stand_beside_the_published_rows_alone(tmp_path: Any) 
     assert not data.tests_published_rows
 
 
-def test_it_names_the_versions_that_gave_the_figures(record: dict[str, Any]) -> None:
+def test_it_names_the_versions_that_gave_the_metrics(record: dict[str, Any]) -> None:
     assert record["versions"]["python"] == platform.python_version()
     for name in RECORDED_PACKAGES:
         assert record["versions"][name] == importlib.metadata.version(name)

@@ -132,7 +132,7 @@ def test_recorded_traces_judged_by_a_classifier_then_by_what_it_said(
     check_outputs(folder, splits)
     record = metrics(folder)
     assert record["splits_left_out"] == ["gone"]
-    assert "splits without all of their traces: gone" in record["notes"]
+    assert "splits with missing traces: gone" in record["notes"]
     assert set(record["per_trace"]) == set(names)
     total = sum(len(json.loads((fresh / name).read_text())) for name in names)
     assert sum(counts(record["figures"])) == record["figures"]["events"] == total
@@ -302,7 +302,7 @@ def test_the_gate_holds_back_more_the_dearer_a_false_alarm_is(
     assert counts(curve[0]) == counts(nothing["figures"])
     assert counts(curve[-1]) == counts(everything["figures"])
     page = (tmp_path / "out1e9" / "report.html").read_text()
-    assert "What the gate trades" in page
+    assert "Trade-off of the gate" in page
     assert "held back; silence" in page
 
 
@@ -411,10 +411,10 @@ def test_what_cannot_be_read_is_reported(fresh: Path, call: Callable, tmp_path: 
     assert counts(figures) == (0, 0, 0, odd)
     assert figures["undecided"] == len(events) - odd
     said = " ".join(ended.out.split())
-    assert f"{odd} answers could not be read and count as null" in said
+    assert f"{odd} answers could not be parsed and count as null" in said
     cut_off = sum(len(event) % 4 == 1 for event in events)
     assert metrics(tmp_path / "out")["unfinished"] == {"agent": {"length": cut_off}, "judge": {}}
-    assert f"replies of the agent that did not come to their end, and were not read: {cut_off} length" in said
+    assert f"incomplete replies of the agent, which were not parsed: {cut_off} length" in said
     assert f"{len(events) - odd} events have no verdict" in said
     check_outputs(tmp_path / "out", {"all": list(metrics(tmp_path / "out")["per_trace"])})
 
@@ -475,7 +475,7 @@ def test_a_stopped_evaluation_goes_on_and_asks_nothing_twice(number: int, call: 
         kept = len((tmp_path / "out" / "answers.jsonl").read_bytes().splitlines()) - 1
         assert kept > 0
         if number != signal.SIGKILL:
-            assert "stopped; to go on:" in out
+            assert "stopped; to resume:" in out
             assert "--output=out" in out
         chat.answer = plain_chat
         with (tmp_path / "out" / "answers.jsonl").open("ab") as file:
@@ -531,7 +531,7 @@ def test_a_baseline_as_the_agent(baseline: str, call: Callable, tmp_path: Path) 
         (["--agent.traces=t", "--agent.url=http://x"], "got 2"),
         (["--agent.traces=t"], "judge: expected one of --judge.checkpoint, --judge.url, --judge.recorded, got 0"),
         (["--agent.url=http://x", "--judge.recorded"], "only recorded traces have judgments"),
-        (["--agent.traces=t", "--judge.recorded", "--gate=g"], "--gate: nobody recorded"),
+        (["--agent.traces=t", "--judge.recorded", "--gate=g"], "--gate: recorded judgments have no verdict on null"),
         (["--agent.traces=t", "--judge.recorded", "--cost-ratio=1"], "--cost-ratio: there is no gate"),
         (["--agent.traces=t", "--judge.recorded", "--candidates=0"], "candidates: expected 1 or more"),
         (["--agent.traces=t", "--judge.recorded"], "t holds no recorded traces"),
@@ -553,7 +553,7 @@ def test_traces_without_judgments_and_folders_of_other_things_are_refused(
     fresh: Path, call: Callable, tmp_path: Path
 ) -> None:
     ended = call(evaluate.main, "agent", "--agent.traces", fresh, "--judge.recorded")
-    assert "holds no judgment" in ended.err
+    assert "contains no judgments" in ended.err
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "metrics.json").write_text("{}")
     with chat_server(plain_chat) as chat:

@@ -72,11 +72,11 @@ def test_the_page_shows_each_event_as_text() -> None:
     assert page.tags.count("script") == 1  # the page's own
     assert not page.handlers
     assert all(loaded.startswith(("data:image/svg+xml;base64,", "#")) for loaded in page.loaded)
-    for text in (HOSTILE, NAME, "Help.", "an answer that could not be read", "no verdict", "P 0.250"):
+    for text in (HOSTILE, NAME, "Help.", "an answer that could not be parsed", "no verdict", "P 0.250"):
         assert text in page.text, text
     assert page.text.count(f"{HOSTILE} too long") == 1
-    unfinished = "replies of the agent that did not come to their end, and were not read: 2 length, 1 content_filter"
-    for note in ("1 answers could not be read and count as null", "1 events have no verdict", unfinished):
+    unfinished = "incomplete replies of the agent, which were not parsed: 2 length, 1 content_filter"
+    for note in ("1 answers could not be parsed and count as null", "1 events have no verdict", unfinished):
         assert any(note in one for one in record["notes"])
 
 
@@ -114,7 +114,7 @@ def test_the_judges_rates_stand_beside_peoples() -> None:
     )
 
 
-def test_published_figures_stand_beside_the_published_traces_alone() -> None:
+def test_published_metrics_appear_only_with_the_published_traces() -> None:
     assert record_of(judged([[TEXT]]))["published"] == {}
 
 
@@ -149,6 +149,6 @@ def test_a_gate_has_its_curve_and_what_it_held_back(threshold: float) -> None:
     gate = {"cost_ratio": 1.0, "threshold": threshold, "held_back": sum(held), "curve": curve}
     record = record_of(events, gate=gate | {"without_gate": figures(ungated)}, gate_is_judge=True)
     page = Page(evaluation_report(record, events))
-    assert "What the gate trades" in page.text
+    assert "Trade-off of the gate" in page.text
     assert page.text.count("held back; silence") == sum(held)
     assert "THE GATE IS THE JUDGE" in page.text

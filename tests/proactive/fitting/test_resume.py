@@ -20,7 +20,7 @@ from datamodules.batching.rows import RowsDataModule
 from models.learning.training import BackboneModule
 from models.reporting.run_page import read_curves
 from proactive import evaluate, fit
-from proactive.resume import TRAINER_MAY_CHANGE
+from proactive.fitting.resume import TRAINER_MAY_CHANGE
 from proactive.tasks import TASKS
 from tests.helpers import SMALL_RUN, command
 from tests.proactive.conftest import FinishedRun
@@ -96,7 +96,7 @@ def test_killed_three_times_and_resumed(finished_run: FinishedRun, tmp_path: Pat
 
     ended = command("proactive.fit", "--ckpt_path=last", kill_at(5), cwd=tmp_path)
     assert ended.returncode == -signal.SIGKILL
-    assert "stopped before its first checkpoint; it begins anew" in ended.stdout
+    assert "stopped before its first checkpoint, so it starts" in ended.stdout
     assert progress(last(folder)) == (0, 3)  # step 4 and half of step 5 are lost
 
     ended = command("proactive.fit", "--ckpt_path", "last", kill_at(7), cwd=tmp_path)
@@ -363,7 +363,7 @@ def test_a_run_that_max_steps_ended_goes_on_to_another(
     assert list(learning_rates(folder)) == [4, 5, 6, 7, 8]
     before = load(last(folder))["state_dict"]
     ended = call(fit.main, *resume, "--quiet")
-    said = "nothing was left to train after step 9: trainer.max_epochs is 2, trainer.max_steps 9; raise what ended"
+    said = "nothing was left to train after step 9: trainer.max_epochs is 2, trainer.max_steps 9; increase"
     assert (ended.code, said in ended.err) == (0, True)
     assert_same_tensors(load(last(folder))["state_dict"], before, "weights")
 

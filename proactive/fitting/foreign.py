@@ -1,7 +1,7 @@
-"""What a configuration may hold that is read unasked: on a resume, config.yaml of the run folder, which may be foreign.
+"""Limits for a configuration that the user did not give: the config.yaml of a run folder that is resumed.
 
-A person who gives a configuration with --config has asked for all that it names. On a resume nobody has, so what could
-run code, or read another file of options, is refused before anything of it is imported.
+With --config, the user trusts all classes that the file names. On a resume, the run folder may come from someone else.
+So options that could run code or read another configuration are refused before anything is imported.
 """
 
 import re
@@ -11,8 +11,7 @@ from typing import Any
 
 from datamodules.errors import UserError
 
-# The classes that a configuration read unasked may name. They count, show, stop, log to the disk, and spread weights;
-# none takes a function.
+# Classes that the configuration of a resumed run may name. None takes a function as an argument.
 ALLOWED_CLASSES = frozenset(
     [
         "callbacks.fully_sharded.FullySharded",
@@ -31,26 +30,33 @@ ALLOWED_CLASSES = frozenset(
     ]
 )
 GROUPS = ("model", "data", "trainer", "run")
-BY_CLASS = ("callbacks", "logger", "plugins", "profiler", "strategy", "accelerator")  # of the trainer: take classes
-BY_NAME = ("profiler", "strategy", "accelerator")  # of those: take a plain name as well
-ANY_NAMES = (("model", "scratch"),)  # options whose mapping has names that are nobody's options
+BY_CLASS = (
+    "callbacks",
+    "logger",
+    "plugins",
+    "profiler",
+    "strategy",
+    "accelerator",
+)  # trainer options that take classes
+BY_NAME = ("profiler", "strategy", "accelerator")  # of these, options that also take a plain name
+ANY_NAMES = (("model", "scratch"),)  # options that are mappings with any keys
 _IMPORT_PATH = re.compile(r"\w+(\.\w+)+")
-Where = tuple[str, ...]  # the names on the way to a value
+Where = tuple[str, ...]  # the keys that lead to a value
 
 
 def refuse_foreign(path: Path, content: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
-    """Check a configuration that is read unasked.
+    """Check the configuration of a resumed run.
 
     Args:
-        path: Where it was read from.
-        content: What it says.
-        arguments: The command line. What it gives in whole takes the place of the file's.
+        path: Path of the file.
+        content: Its options.
+        arguments: The command line.
 
     Returns:
-        The configuration, without those options of the trainer that the command line gives in whole.
+        The options without those trainer options that the command line replaces.
 
     Raises:
-        UserError: It holds what could run code, or what is no option.
+        UserError: An option could run code, or a key is not an option.
     """
     given = {argument.partition("=")[0] for argument in arguments}
     rest = dict(content)
@@ -61,7 +67,7 @@ def refuse_foreign(path: Path, content: Mapping[str, Any], arguments: Sequence[s
             name = f"{'.'.join(where)}: " if where else ""
             raise UserError(
                 f"{path}: {name}{problem}",
-                f"If you trust all that the file names, give it yourself: --config {path}; else give the option.",
+                f"If you trust the classes in this file, give it with --config {path}; else give the option.",
             )
     return rest
 
@@ -82,29 +88,29 @@ def _problem(where: Where, value: Any, given: set[str]) -> str | None:
     if isinstance(value, Mapping):
         odd = [name for name in value if not isinstance(name, str) or not name.isidentifier()]
         if odd and where[:2] not in ANY_NAMES:
-            return f"{odd[0]} is no name of an option"
+            return f"{odd[0]} is not an option"
         if "class_path" in value and where[:2] not in ANY_NAMES and (not takes_class or "init_args" in where):
-            return "no class can be given here"
+            return "this option takes no class"
         return None
     if len(where) == 1 and where[0] in GROUPS:
         return f"expected options, got {value}"
     if where == ("config",):
-        return "one file does not name another"
+        return "a configuration cannot name another one"
     if where[-1:] == ("trust_remote_code",) and value and f"--{'.'.join(where)}" not in given:
-        return "code of the backbone is run only where the command line says so"
+        return "only the command line can allow to run code of the backbone"
     if where == ("model", "adapter") and isinstance(value, str):
-        return "no class can be given here"
+        return "this option takes no class"
     if takes_class and isinstance(value, str):
         return _problem_of_name(where, value)
     return None
 
 
 def _problem_of_name(where: Where, value: str) -> str | None:
-    """What a text may not be in an option of the trainer that takes classes."""
+    """The problem with a text in a trainer option that takes classes; None if it is allowed."""
     if where[-1] == "class_path":
-        return None if value in ALLOWED_CLASSES else f"{value} is not among the classes that are loaded unasked"
+        return None if value in ALLOWED_CLASSES else f"{value} is not a class that a resume loads without --config"
     if "init_args" in where:
         return f"{value} may name code" if _IMPORT_PATH.fullmatch(value) else None
     if where[1] in BY_NAME and len(where) == 2 and value.isidentifier():
         return None
-    return f"{value} may name a class that is not loaded unasked"
+    return f"{value} may name a class that a resume does not load without --config"

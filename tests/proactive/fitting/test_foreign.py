@@ -11,8 +11,8 @@ import yaml
 
 from datamodules.errors import UserError
 from proactive import fit
-from proactive.fit import FitParser
-from proactive.foreign import ALLOWED_CLASSES, refuse_foreign
+from proactive.fitting.cli import FitParser
+from proactive.fitting.foreign import ALLOWED_CLASSES, refuse_foreign
 from proactive.parser import takes_code
 from tests.proactive.bad_inputs.case import PAYLOAD, TWO_LINES, files
 from tests.proactive.conftest import Ended, FinishedRun

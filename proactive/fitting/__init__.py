@@ -1,0 +1,1 @@
+"""Parts of `proactive.fit`: options, configurations, the run folder, resume."""

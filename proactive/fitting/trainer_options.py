@@ -1,0 +1,66 @@
+"""The Trainer's options: our defaults, their ranges, and combinations that cannot work."""
+
+from typing import Annotated
+
+from annotated_types import Ge, Le
+from jsonargparse import Namespace
+
+from datamodules.errors import UserError
+from datamodules.ranges import FINITE, Count, CountOrNone, PositiveShare, Seed, Share, refuse_unsound
+
+TRAINER_DEFAULTS = {
+    "max_epochs": 5,
+    "log_every_n_steps": 5,
+    "use_distributed_sampler": False,  # the data module's sampler divides rows among ranks
+    "enable_model_summary": False,
+}
+# Options of Lightning that have no effect with manual optimization, with their defaults.
+WITHOUT_EFFECT = {"accumulate_grad_batches": 1, "gradient_clip_val": None, "gradient_clip_algorithm": None}
+LIMIT = Annotated[int, Ge(-1), Le(2**31 - 1), FINITE]  # -1 for no limit
+# Ranges that Lightning's annotations leave open. A run ends with its test, so the test needs rows.
+TRAINER_RANGES = {
+    "max_epochs": LIMIT | None,
+    "min_epochs": CountOrNone | None,
+    "max_steps": LIMIT,
+    "min_steps": CountOrNone | None,
+    "num_nodes": Count,
+    "limit_train_batches": Count | PositiveShare | None,
+    "limit_val_batches": CountOrNone | Share | None,
+    "limit_test_batches": Count | PositiveShare | None,
+    "limit_predict_batches": CountOrNone | Share | None,
+    "overfit_batches": CountOrNone | Share,
+    "check_val_every_n_epoch": Count | None,
+    "num_sanity_val_steps": LIMIT | None,
+    "log_every_n_steps": CountOrNone | None,
+    "fast_dev_run": bool | CountOrNone,
+    "reload_dataloaders_every_n_epochs": CountOrNone,
+}
+
+
+def refuse_impossible_options(config: Namespace) -> None:
+    """Check the trainer, the seed and the monitor of a run.
+
+    Args:
+        config: All options. Whole numbers that the parser read as floats become integers.
+
+    Raises:
+        UserError: A value is out of range or has no effect, or the monitored metric is not computed.
+    """
+    for name, value in config.trainer.as_dict().items():
+        # Options that take a number of batches or a share of them: the parser may read 3 as 3.0.
+        if name in TRAINER_RANGES and isinstance(value, float) and value > 1 and value.is_integer():
+            config.trainer[name] = int(value)
+    refuse_unsound(TRAINER_RANGES, config.trainer.as_dict(), "trainer")
+    refuse_unsound({"seed_everything": Seed | bool}, config.as_dict(), "")
+    if config.run.monitor == "validation/json_validity" and not config.model.sampled_answers:
+        raise UserError(
+            "run.monitor: validation/json_validity needs sampled answers, but model.sampled_answers is 0",
+            "Set model.sampled_answers, or monitor another metric.",
+        )
+    for name, default in WITHOUT_EFFECT.items():
+        if (value := config.trainer[name]) != default:
+            raise UserError(
+                f"trainer.{name}: {value} would have no effect, because the model uses manual optimization",
+                "Use data.batch_size for the rows of a step, data.token_budget for the tokens of a micro-batch, and "
+                "model.gradient_clip_norm for the maximum gradient norm.",
+            )

@@ -1,0 +1,1 @@
+"""Parts of `proactive.plan`: the estimate of memory and time."""
