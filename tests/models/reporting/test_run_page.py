@@ -153,7 +153,7 @@ def test_any_result_makes_a_page(
     page = Page(made_of(probability, rows, run, curves=curves))
     assert len(page.loaded) == len(PLOTS)
     mistakes = sum((p > 0.5) != row.accepted for p, row in zip(probability, rows, strict=True))
-    assert page.text.count("people") == mistakes
+    assert page.text.count(", people ") == mistakes
     assert ("every decision on the test rows was correct" in page.text) == (mistakes == 0)
 
 

@@ -164,7 +164,7 @@ EXPORT = [f"--checkpoint={BAD}", "--output=out"]
 CASES = [
     *(Case(f"evaluate: {name}", "evaluate", EVALUATE, named, prepare) for name, named, prepare in WRONG),
     *(Case(f"export: {name}", "export", EXPORT, named, prepare) for name, named, prepare in WRONG[::5]),
-    Case("export over it", "export", ["--checkpoint={run}", f"--output={BAD}"], "no export", text(STATE, "{}")),
+    Case("export over it", "export", ["--checkpoint={run}", f"--output={BAD}"], "not an export", text(STATE, "{}")),
     Case("evaluate the export itself", "evaluate", EVALUATE, "", changed(lambda folder: None), accepted=True),
     Case(
         "one with code beside it that nothing asks for", "evaluate", EVALUATE, "", text("code.py", CODE), accepted=True
