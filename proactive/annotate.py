@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Ge, Le
 
 from datamodules.corpus.agreement import interval
-from datamodules.corpus.records import AnnotatedRow, read_jsonl
+from datamodules.corpus.json_records import read_jsonl
+from datamodules.corpus.records import AnnotatedRow
 from datamodules.corpus.simulator import simulate
 from datamodules.corpus.sources import load_corpus
 from datamodules.corpus.units import read_units, units_of_rows

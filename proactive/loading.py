@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import overload
 
 from datamodules.corpus.answers import Answer
-from datamodules.corpus.records import Event, validate
+from datamodules.corpus.json_records import validate
+from datamodules.corpus.records import Event
 from datamodules.corpus.traces import Pair
 from datamodules.errors import UserError
 from models.judging.agents import AnswerOptions, LocalAgent

@@ -15,7 +15,8 @@ from typing import IO, Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, model_validator
 from pydantic_core import PydanticCustomError
 
-from datamodules.corpus.records import Text, parse_json, validate
+from datamodules.corpus.json_records import parse_json, validate
+from datamodules.corpus.records import Text
 from datamodules.errors import UserError
 from datamodules.files.reading import MOST_AT_ONCE, not_utf8, open_file, refuse_long, text_lines
 

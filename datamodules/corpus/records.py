@@ -1,4 +1,4 @@
-"""Validated records of ProactiveBench's files, and their readers.
+"""Validated records of ProactiveBench's files.
 
 Nothing is dropped or converted silently: a record that does not fit is refused with its file, its line or index, and
 its field. Only the peculiarities of the published files are accepted: both spellings of judgment, times in words, the
@@ -10,11 +10,9 @@ import json
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
     AfterValidator,
@@ -24,13 +22,10 @@ from pydantic import (
     ConfigDict,
     FailFast,
     Field,
-    ValidationError,
     model_validator,
 )
 
-from datamodules.errors import UserError
-from datamodules.escaping import shortened
-from datamodules.files.reading import MOST_AT_ONCE, MOST_DEPTH, MOST_ROWS, is_deep, open_file, read_text, text_lines
+from datamodules.corpus.json_records import is_unicode, shown
 
 
 class Category(StrEnum):
@@ -59,19 +54,9 @@ _PUBLISHED_NAMES = {
 }  # as the files write them
 
 
-@dataclass(frozen=True)
-class _Refused:
-    """Replaces a value that JSON does not have. Every field refuses it, so the error names the field."""
-
-    why: str
-
-    def __str__(self) -> str:
-        return self.why
-
-
 def _unicode(value: Any) -> Any:
     """Check that UTF-8 can write a text. JSON and YAML can escape half a surrogate pair, which is not valid text."""
-    if isinstance(value, str) and not _is_unicode(value):
+    if isinstance(value, str) and not is_unicode(value):
         try:  # YAML does not join the halves of a pair
             return value.encode("utf-16", "surrogatepass").decode("utf-16")
         except UnicodeDecodeError:
@@ -86,19 +71,11 @@ def _text(value: Any) -> Any:
     return value
 
 
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def json_object(value: Any) -> Any:
     """Check that JSON can write an object."""
     if isinstance(value, dict):
         try:
-            sound = _is_unicode(json.dumps(value, ensure_ascii=False, allow_nan=False))
+            sound = is_unicode(json.dumps(value, ensure_ascii=False, allow_nan=False))
         except (TypeError, ValueError, RecursionError):
             sound = False
         if not sound:
@@ -121,7 +98,7 @@ def _proposals(*kinds: type, with_null: bool = False) -> Callable[[Any], Any]:
         for index, item in enumerate(value):
             try:
                 if item is not None and not isinstance(item, kinds):
-                    raise ValueError(f"expected a proposal, got {_shorten(item)}")
+                    raise ValueError(f"expected a proposal, got {shown(item)}")
                 proposals.append(json_object(_proposal(item)))
             except ValueError as error:
                 raise ValueError(f"index {index}: {error}") from None
@@ -160,7 +137,7 @@ def _tuple(value: Any) -> Any:
 def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
     counts = Counter(names)
     if len(counts) < len(names):
-        raise ValueError(f"expected each name once, got {_shorten(counts.most_common(1)[0][0])} twice")
+        raise ValueError(f"expected each name once, got {shown(counts.most_common(1)[0][0])} twice")
     return names
 
 
@@ -308,88 +285,6 @@ class TraceSplit(_Record):
     files: Annotated[tuple[Text, ...], FailFast(), BeforeValidator(_tuple), AfterValidator(_distinct)]
 
 
-RecordType = TypeVar("RecordType", bound=BaseModel)
-
-
-def read_jsonl(path: Path, record: type[RecordType]) -> list[RecordType]:
-    """Read one record per line.
-
-    Raises:
-        UserError: The file cannot be read, or a line is not such a record.
-    """
-    records: list[RecordType] = []
-    blank = ""  # location of a blank line; only the last line may be blank
-    with open_file(path, MOST_ROWS) as file:
-        for where, line in text_lines(file, path):
-            if blank:
-                parse_json("", blank)
-            if line.strip():
-                records.append(validate(parse_json(line, where), record, where))
-            else:
-                blank = where
-    return records
-
-
-def read_json(path: Path, record: type[RecordType], most: int = MOST_AT_ONCE) -> tuple[RecordType, Any]:
-    """Read a file of one JSON object with at most `most` bytes; return the record and the parsed JSON.
-
-    Raises:
-        UserError: The file cannot be read, is not JSON, or is not such a record.
-    """
-    content = parse_json(read_text(path, most), str(path))
-    return validate(content, record, str(path)), content
-
-
-def read_json_list(path: Path, record: type[RecordType]) -> list[RecordType]:
-    """Read a file of one JSON list of records.
-
-    Raises:
-        UserError: The file cannot be read, is not a JSON list, or an item is not such a record.
-    """
-    items = parse_json(read_text(path), str(path))
-    if not isinstance(items, list):
-        raise UserError(f"{path}: expected a JSON list, got {_shorten(items)}", "Wrap the records in [ ].")
-    return [validate(item, record, f"{path}, index {index}") for index, item in enumerate(items)]
-
-
-def read_json_mapping(path: Path, record: type[RecordType]) -> dict[str, RecordType]:
-    """Read a file of one JSON object of records by name.
-
-    Raises:
-        UserError: The file cannot be read, is not a JSON object, or a value is not such a record.
-    """
-    items = parse_json(read_text(path), str(path))
-    if not isinstance(items, dict):
-        raise UserError(f"{path}: expected a JSON object, got {_shorten(items)}", "Name each record in { }.")
-    if unsound := [name for name in items if not _is_unicode(name)]:
-        raise UserError(f"{path}: {_shorten(unsound[0])} holds half a surrogate pair", "Give it another name.")
-    return {name: validate(item, record, f"{path}, {shortened(name, 80)}") for name, item in items.items()}
-
-
-def validate(item: Any, record: type[RecordType], where: str) -> RecordType:
-    """Make a record of a parsed JSON value.
-
-    Raises:
-        UserError: The value does not fit; the message names `where`, the field and what was expected. What to do is the
-            `hint` of the error's context, else to look at the `page` of the record's class.
-    """
-    try:
-        return record.model_validate(item)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
-        expected = first["msg"].removeprefix("Value error, ")
-        got = "" if first["type"] == "missing" or "got" in expected else f", got {_shorten(first['input'])}"
-        raise UserError(
-            f"{where}{f', field {shortened(field, 200)}' if field else ''}: {expected}{got}",
-            first.get("ctx", {}).get("hint") or _hint(record),
-        ) from error
-
-
-def _hint(record: type[BaseModel]) -> str:
-    return getattr(record, "hint", None) or f"Mend that record; {record.page} shows every field."  # type: ignore[attr-defined]
-
-
 def history_digest(events: Iterable[Event]) -> int:
     """Return a digest of a history: 64 bits, signed, so that it fits into an int64 tensor."""
     text = json.dumps([[event.time, event.event] for event in events])
@@ -409,40 +304,3 @@ def history_digests_of(events: Iterable[Event]) -> Iterator[int]:
 def scene_of(events: Sequence[Event]) -> str:
     """Return the name of the scene of a history or trace: a digest of its first event, 16 hexadecimal digits."""
     return format(history_digest(events[:1]) & (2**64 - 1), "016x")
-
-
-def parse_json(text: str, where: str) -> Any:
-    """Parse JSON. Duplicate fields, NaN and infinity become values that every record refuses.
-
-    Raises:
-        UserError: The text is not JSON, or nested too deeply; the message names `where`.
-    """
-    if is_deep(text):
-        raise UserError(
-            f"{where}: expected JSON of at most {MOST_DEPTH} lists and objects within one another", "Mend that text."
-        )
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Refused:
-        record = dict(pairs)
-        if len(record) < len(pairs):
-            names = [name for name, _ in pairs]
-            return _Refused(f"an object with twice the field {next(n for n in names if names.count(n) > 1)}")
-        return record
-
-    def refuse(constant: str) -> _Refused:
-        return _Refused(f"{constant}, which is not JSON")
-
-    try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{where}: expected JSON: {error}", "Mend that text; each record is one JSON object."
-        ) from error
-
-
-def _shorten(value: Any, limit: int = 80) -> str:
-    try:
-        text = str(value) if isinstance(value, _Refused) else json.dumps(value, ensure_ascii=False, default=str)
-    except (TypeError, ValueError, RecursionError):  # names that are not text, or a cycle
-        text = f"a {type(value).__name__}"
-    return shortened(text, limit)

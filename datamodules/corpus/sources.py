@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from datamodules.corpus.records import AnnotatedRow, TestStep, read_json_list, read_jsonl
+from datamodules.corpus.json_records import read_json_list, read_jsonl
+from datamodules.corpus.records import AnnotatedRow, TestStep
 from datamodules.errors import UserError
 from datamodules.escaping import error_text
 from datamodules.files.reading import open_file

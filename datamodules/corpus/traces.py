@@ -8,18 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datamodules.corpus.answers import Answer
-from datamodules.corpus.records import (
-    Event,
-    History,
-    PublishedStep,
-    TestStep,
-    TraceSplit,
-    history_digests_of,
-    parse_json,
-    read_json_list,
-    read_json_mapping,
-    scene_of,
-)
+from datamodules.corpus.json_records import parse_json, read_json_list, read_json_mapping
+from datamodules.corpus.records import Event, History, PublishedStep, TestStep, TraceSplit, history_digests_of, scene_of
 from datamodules.corpus.sources import SPLITS_FILE, Corpus
 from datamodules.errors import UserError
 from datamodules.files.reading import read_text, require_regular

@@ -24,7 +24,8 @@ from pydantic import (
     model_validator,
 )
 
-from datamodules.corpus.records import json_object, validate
+from datamodules.corpus.json_records import validate
+from datamodules.corpus.records import json_object
 from models.learning.calibration import TEMPERATURE_RANGE
 from models.networks.weight_files import HINT, FileName, checked_configuration, checked_implementation
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from datamodules.corpus.records import validate
+from datamodules.corpus.json_records import validate
 from datamodules.errors import UserError
 from datamodules.escaping import error_text
 from datamodules.files.reading import require_regular_files

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from datamodules.corpus.records import read_json
+from datamodules.corpus.json_records import read_json
 from datamodules.errors import UserError
 from models.learning.calibration import Calibration
 from models.learning.checkpoint_contents import ExportContent, refuse_options

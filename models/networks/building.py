@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from datamodules.corpus.records import read_json
+from datamodules.corpus.json_records import read_json
 from datamodules.errors import UserError
 from datamodules.prompting.tokenizers import SCRATCH
 from models.networks.configurations import (

@@ -14,7 +14,8 @@ from pydantic import (
 )
 from torch import Tensor
 
-from datamodules.corpus.records import json_object, read_json
+from datamodules.corpus.json_records import read_json
+from datamodules.corpus.records import json_object
 from datamodules.errors import UserError
 
 WEIGHTS_INDEX = "model.safetensors.index.json"

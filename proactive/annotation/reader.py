@@ -11,7 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from datamodules.corpus.records import AnnotatedRow, read_json
+from datamodules.corpus.json_records import read_json
+from datamodules.corpus.records import AnnotatedRow
 from datamodules.corpus.traces import Offer, Recorded, Trace, read_traces
 from datamodules.files.reading import MOST_ROWS
 from models.reporting.timeline import (

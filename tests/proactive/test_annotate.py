@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.corpus.records import AnnotatedRow, history_digest, read_jsonl
+from datamodules.corpus.json_records import read_jsonl
+from datamodules.corpus.records import AnnotatedRow, history_digest
 from datamodules.corpus.units import UnitLabel, units_of_rows
 from proactive import annotate, fit
 from proactive.annotation.store import Store

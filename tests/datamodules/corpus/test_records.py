@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from datamodules.corpus.json_records import read_json_list, read_json_mapping, read_jsonl, validate
 from datamodules.corpus.records import (
     AnnotatedRow,
     Category,
@@ -20,10 +21,6 @@ from datamodules.corpus.records import (
     TraceSplit,
     history_digest,
     history_digests_of,
-    read_json_list,
-    read_json_mapping,
-    read_jsonl,
-    validate,
 )
 from datamodules.errors import UserError
 from tests.datamodules.conftest import few_examples, row_of, says_something

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datamodules.corpus.answers import Answer
-from datamodules.corpus.records import Event, PublishedStep, history_digest, scene_of, validate
+from datamodules.corpus.json_records import validate
+from datamodules.corpus.records import Event, PublishedStep, history_digest, scene_of
 from datamodules.corpus.sources import load_corpus
 from datamodules.corpus.traces import (
     Candidate,

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from datamodules.corpus import conversations
 from datamodules.corpus.conversations import read_conversations
-from datamodules.corpus.records import AnnotatedRow, TestStep, TraceSplit, read_json_list, read_json_mapping, read_jsonl
+from datamodules.corpus.json_records import read_json_list, read_json_mapping, read_jsonl
+from datamodules.corpus.records import AnnotatedRow, TestStep, TraceSplit
 from datamodules.corpus.traces import read_recorded
 from datamodules.errors import UserError
 from datamodules.files import reading

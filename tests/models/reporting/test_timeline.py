@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.corpus.records import Event, read_json
+from datamodules.corpus.json_records import read_json
+from datamodules.corpus.records import Event
 from datamodules.errors import UserError
 from models.reporting.timeline import (
     TIMELINE_FILE,
