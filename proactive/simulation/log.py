@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datamodules.corpus.records import parse_json
+from datamodules.corpus.json_records import parse_json
 from datamodules.files.reading import MOST_ROWS, open_file, text_lines
 from datamodules.files.writing import sync
 from models.judging.answer_log import AnswerLog

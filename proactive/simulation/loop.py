@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from datamodules.corpus.records import Event, parse_json, validate
+from datamodules.corpus.json_records import parse_json, validate
+from datamodules.corpus.records import Event
 from datamodules.errors import UserError
 from datamodules.ranges import CountOrNone, Tries
 from proactive.simulation.log import SimulationLog

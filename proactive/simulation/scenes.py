@@ -11,7 +11,8 @@ from typing import Annotated, Any, ClassVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from datamodules.corpus.records import Text, json_object, validate
+from datamodules.corpus.json_records import validate
+from datamodules.corpus.records import Text, json_object
 from datamodules.corpus.simulator import DOMAINS
 from datamodules.errors import UserError
 from datamodules.files.reading import MOST_AT_ONCE, read_text

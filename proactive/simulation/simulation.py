@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from datamodules.corpus.records import parse_json
+from datamodules.corpus.json_records import parse_json
 from datamodules.corpus.sources import load_corpus
 from datamodules.corpus.traces import root_traces
 from datamodules.errors import UserError

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
-from datamodules.corpus.records import Event, Proposal, PublishedStep, Unicode, read_json_list, validate
+from datamodules.corpus.json_records import read_json_list, validate
+from datamodules.corpus.records import Event, Proposal, PublishedStep, Unicode
 from datamodules.files.writing import write_atomically
 
 TRACES = "traces"

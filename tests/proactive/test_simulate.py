@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from datamodules.corpus.conversations import read_conversations
-from datamodules.corpus.records import AnnotatedRow, read_jsonl
+from datamodules.corpus.json_records import read_jsonl
+from datamodules.corpus.records import AnnotatedRow
 from datamodules.corpus.sources import load_corpus
 from datamodules.corpus.traces import read_recorded
 from proactive import inspect, simulate
