@@ -22,16 +22,15 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 class Unfinished:
     """A temporary file or folder next to its final path.
 
-    Its name did not exist before, so no link can redirect the write. This process holds a lock on it, so the next
-    writer recognizes and removes what a killed process left. At the end it is removed, unless it was renamed to its
-    final path.
+    Its name is new, so no link can redirect the write. This process locks it. If the process is killed, the lock is
+    released, and the next writer removes the leftover. On exit it is removed, unless it was renamed to its final path.
 
     Args:
         target: The final path.
-        folder: Whether to make a folder.
+        folder: Whether to create a folder instead of a file.
 
     Raises:
-        UserError: It cannot be made, or the disk was full while it was written.
+        UserError: It cannot be created, or the disk was full while it was written.
     """
 
     def __init__(self, target: Path, *, folder: bool = False) -> None:
@@ -69,9 +68,9 @@ class Unfinished:
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove temporary files of killed processes from a folder: those for one name, or all."""
+    """Remove temporary files of killed processes from a folder: those for the final name `name`, or all."""
     for found in folder.glob(f".{glob.escape(name) if name else '*'}.*{UNFINISHED}"):
-        with contextlib.suppress(OSError):  # it is being written, is a link, or is gone
+        with contextlib.suppress(OSError):  # another process is writing it, it is a link, or it is gone
             held = os.open(found, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -95,7 +94,7 @@ def sync(file: IO[str] | IO[bytes]) -> None:
 
 
 def no_room(error: BaseException) -> str | None:
-    """Return the reason if a full disk caused an error, also behind the errors of libraries; otherwise None."""
+    """Return the reason if a full disk caused an error, even if a library raised another error from it; else None."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError):
@@ -105,7 +104,7 @@ def no_room(error: BaseException) -> str | None:
     for number in NO_ROOM:
         if os.strerror(number) in text:
             return os.strerror(number)
-    return "a part could not be written" if "inline_container" in text else None  # PyTorch's writer
+    return "a part could not be written" if "inline_container" in text else None  # from PyTorch's writer
 
 
 def cannot_write(target: Path, reason: OSError | str) -> UserError:
@@ -135,7 +134,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a UTF-8 file under a temporary name in the same folder, then rename it.
 
     Raises:
-        UserError: The disk is full, or the file cannot be made.
+        UserError: The disk is full, or the file cannot be created.
     """
     with Unfinished(path) as unfinished:
         with unfinished.path.open("w", encoding="utf-8") as file:

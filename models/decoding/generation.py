@@ -1,8 +1,8 @@
 """Generates an agent's answers after each event of a trace, in one pass over the trace.
 
-The keys and values of the trace's tokens, the trunk, are computed once. The answer after an event is a branch: it
-attends to the trunk up to that event, to the opening and to itself. The branches of several trunks are extended
-together, one token per step.
+The tokens of a trace are the trunk. Their keys and values are computed once. The answer after an event is a branch: it
+attends to the trunk up to that event, to the opening (the tokens between the last event and the answer) and to itself.
+The branches of several trunks are extended together, one token per decoding step.
 
 Shape legend: B trunks in a batch, S steps per trunk, W branches per trunk, T tokens of a prompt, N answers,
 V vocabulary size.
@@ -35,8 +35,8 @@ Trace = Sequence[Sequence[int]]  # token ids of the instructions and of each eve
 class GeneratedAnswer:
     """An answer to a trace's first `step` events.
 
-    `token_ids` exclude the end token. `finished` is False if the answer reached `max_new_tokens`. With a grammar, its
-    `token_ids` then end in a closing that the network did not generate.
+    `token_ids` exclude the end token. `finished` is False if the answer reached `max_new_tokens`. With a grammar, such
+    an answer ends with tokens that the network did not generate; they complete its JSON.
     """
 
     trace: int
@@ -65,30 +65,31 @@ def generate_answers(
 ) -> Iterator[GeneratedAnswer]:
     """Generate the answers after the events of traces; yields each answer when it is done, in no fixed order.
 
-    The answers equal those of `network.generate` for each prompt: instructions, events and opening. A draw depends only
-    on the seed, the trace's stream, the step, the candidate and the token index, so an answer does not depend on what
-    else is generated. The network is in evaluation mode until the last answer.
+    The answers equal those of `network.generate` for each prompt (instructions, events and opening). A random number
+    depends only on the seed, the trace's stream, the step, the candidate and the token index. So an answer does not
+    depend on the other answers. The network is in evaluation mode until the last answer.
 
     Args:
         network: A causal language model of transformers.
         traces: For each trace, the token ids of the instructions (including the tokenizer's prefix) and of each
             event.
         opening: Token ids between the last event and the answer.
-        end_id: The token that ends an answer.
+        end_id: Id of the token that ends an answer.
         max_new_tokens: Maximum number of tokens of an answer.
         batch_size: Number of traces per batch.
         candidates: Number of answers per step.
         temperature: Divides the logits before sampling; 0 is greedy.
-        seed: Seed of the draws.
+        seed: Seed of the random numbers.
         grammar: Constrains the answers to JSON; unconstrained if None.
         max_length: Maximum number of tokens of prompt and answer. Longer prompts lose their oldest events, as in
             training. The network's number of positions if None.
         wanted: The (trace index, step) pairs to answer; step k is after event k, counted from 1. All if None.
-        branched: Whether to generate from a branched cache or one prompt at a time; tested if None.
-        streams: For each trace the number (0 or more) of its random stream; the trace index if None.
+        branched: True generates from a branched cache, False one prompt at a time. If None, a trial decides.
+        streams: For each trace an integer >= 0 that seeds its random numbers; the trace index if None.
 
     Raises:
-        UserError: The candidates would be equal, or the instructions leave no room for an answer.
+        UserError: There are several candidates at temperature 0, the temperature is negative, or the instructions
+            leave no room for an answer.
     """
     refuse_impossible_draws(candidates, temperature)
     writer = AnswerWriter(end_id, max_new_tokens, temperature, seed, grammar)
@@ -129,7 +130,7 @@ def _generate_answers(
 
 
 class AnswerStream:
-    """Generates the answers after a growing history, and computes each of its tokens once.
+    """Generates the answers after a growing history. Each token of the history is computed once.
 
     The answers equal those of `generate_answers` for the same history.
 
@@ -139,7 +140,7 @@ class AnswerStream:
         writer: Chooses the tokens of answers.
         candidates: Number of answers per step.
         max_length: Maximum number of tokens of prompt and answer.
-        stream: Number (0 or more) of the random stream.
+        stream: An integer >= 0 that seeds the random numbers, together with the writer's seed.
         branched: Whether the network can generate from a branched cache, see `can_branch`.
     """
 
@@ -163,7 +164,7 @@ class AnswerStream:
         self.stream = stream
         self.branched = branched
         self._reader = _reader(network)
-        self._read: list[int] = []  # the prompt at the start of the cache
+        self._read: list[int] = []  # the prompt whose keys and values the cache contains
 
     def answer(self, segments: Trace) -> list[GeneratedAnswer]:
         """Return the candidates after a history, in order; `segments` are the token ids of instructions and events."""
@@ -184,7 +185,10 @@ class AnswerStream:
 
 @dataclass(frozen=True)
 class _Trunk:
-    """The tokens that several steps of a trace share; `end` maps a step to the number of tokens that it attends to."""
+    """The tokens that several steps of a trace share.
+
+    `end` maps each step to the number of trunk tokens that its answers attend to.
+    """
 
     trace: int
     stream: int
@@ -199,7 +203,10 @@ def _trunks(
     limit: int,
     streams: Sequence[int] | None = None,
 ) -> list[_Trunk]:
-    """The trunks of the wanted steps: one per trace, plus one for each different number of dropped events."""
+    """Return the trunks of the wanted steps.
+
+    Steps of a trace share a trunk if the same number of events is dropped from their histories.
+    """
     if wanted is None:
         wanted = [(trace, step) for trace, segments in enumerate(traces) for step in range(1, len(segments))]
     steps_of: dict[int, list[int]] = {}
@@ -218,7 +225,7 @@ def _trunks(
             )
         by_dropped: dict[int, list[int]] = {}
         for step in trace_steps:
-            older = max(step - limit, 0)  # an event has at least one token
+            older = max(step - limit, 0)  # these cannot fit: an event has at least one token
             dropped = older + truncate([first, *events[older:step], opening], limit)[1]
             by_dropped.setdefault(dropped, []).append(step)
         for dropped, steps in by_dropped.items():
@@ -226,14 +233,16 @@ def _trunks(
             token_ids = [token for part in (first, *events[dropped : steps[-1]]) for token in part]
             stream = trace if streams is None else streams[trace]
             trunks.append(_Trunk(trace, stream, token_ids, {step: int(lengths[step - dropped]) for step in steps}))
-    return sorted(
-        trunks, key=lambda trunk: (len(trunk.end), len(trunk.token_ids))
-    )  # similar trunks in a batch need the least padding
+    # Batches of similar trunks need the least padding.
+    return sorted(trunks, key=lambda trunk: (len(trunk.end), len(trunk.token_ids)))
 
 
 @dataclass
 class _Answer:
-    """An unfinished answer."""
+    """An answer that is being generated.
+
+    `finished`: it ended by itself. `done`: it is finished, or has `max_new_tokens` tokens.
+    """
 
     trace: int
     step: int
@@ -256,13 +265,14 @@ class AnswerWriter:
     grammar: AnswerGrammar | None = None
 
     def start(self, trunk: _Trunk, step: int, candidate: int) -> _Answer:
-        # 24 bits each, so that a product in float64 stays below 1.
+        """Return an empty answer, with its random numbers."""
+        # In float32 they are at most 1 - 2**-24, so their product with a sum in float64 stays below the sum.
         random = np.random.default_rng([self.seed, trunk.stream, step, candidate])
         draws = random.random(self.max_new_tokens, np.float32)
         return _Answer(trunk.trace, step, candidate, draws, self.grammar.start() if self.grammar else None)
 
     def extend(self, answers: Sequence[_Answer], logits_NV: Tensor) -> list[int]:
-        """Append a token to each answer, or finish it; return the tokens."""
+        """Choose the next token of each answer, append it or finish the answer, and return the tokens."""
         tokens = self._choose(answers, logits_NV.float()).tolist()
         for answer, token in zip(answers, tokens, strict=True):
             answer.finished = token == self.end_id
@@ -274,6 +284,7 @@ class AnswerWriter:
         return tokens
 
     def _choose(self, answers: Sequence[_Answer], logits_NV: Tensor) -> Tensor:
+        """Return the next tokens (N,): the most probable ones, or samples by the inverse of the cumulative sum."""
         if self.grammar:
             matchers = [a.matcher for a in answers if a.matcher]
             allowed_NV = self.grammar.allowed(matchers, logits_NV.shape[1], logits_NV.device)
@@ -286,6 +297,7 @@ class AnswerWriter:
         return torch.searchsorted(share_NV, draw_N1, right=True)[:, 0]
 
     def result(self, answer: _Answer) -> GeneratedAnswer:
+        """Return the generated answer. The grammar completes the JSON of an answer that was cut off."""
         token_ids = answer.token_ids
         if self.grammar and not answer.finished:
             token_ids = self.grammar.close(token_ids)
@@ -325,7 +337,7 @@ def _extend(
 
 
 def _reader(network: "PreTrainedModel") -> BranchReader:
-    """The reader for a network: on a GPU, one whose steps can be captured as a CUDA graph."""
+    """Return the reader for a network. On a GPU its decoding steps have fixed shapes and replay a CUDA graph."""
     from models.decoding.fixed_branches import FixedBranchReader
 
     fixed = network.get_input_embeddings().weight.device.type == "cuda"
@@ -358,7 +370,8 @@ def _generate(network: "PreTrainedModel", prompt: list[int], answer: _Answer, wr
         return torch.tensor([answer.done], device=input_ids_1T.device)
 
     input_ids_1T = torch.tensor([prompt], device=network.get_input_embeddings().weight.device)
-    own, network.generation_config = network.generation_config, GenerationConfig()  # without the backbone's penalties
+    # Without the penalties that the backbone's own configuration may contain.
+    own, network.generation_config = network.generation_config, GenerationConfig()
     try:
         with uncompiled(network):
             network.generate(

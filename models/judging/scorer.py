@@ -27,15 +27,15 @@ from models.networks.heads import classify_states
 class Scorer:
     """A trained reward classifier that stays on its device between calls.
 
-    Pairs with several histories are computed as in training, as prefix trees if the backbone supports them. Pairs with
-    one history use a KV cache that is kept between calls, so a session computes each event once.
+    Pairs with several histories are computed as in training, as prefix trees if the backbone supports them. Pairs that
+    all have the same history use a KV cache that is kept between calls, so a session computes each event once.
 
     Args:
         weights: A trained reward classifier and the state of its data module.
-        device: The device; a GPU if there is one, if None.
+        device: The device of the weights. If None, a GPU if there is one.
 
     Attributes:
-        truncated: Number of rows so far that lost their oldest events to `data.max_length`.
+        truncated: Number of rows so far whose oldest events were dropped because of `data.max_length`.
     """
 
     def __init__(self, weights: Weights[RewardClassifier], device: torch.device | None = None) -> None:
@@ -45,7 +45,7 @@ class Scorer:
         self.data = RewardDataModule.from_state(weights.state)
         self.truncated = 0
         self._layout = self.data.layout
-        self._settled_for = (0, 0)  # tokens of the longest row and of the largest tree in the last self-test
+        self._settled_for = (0, 0)  # tokens of the longest row and of the largest tree in the last trials
         self._cache: PrefixCache | None = None
 
     def score(self, pairs: Sequence[Pair]) -> list[float]:
@@ -72,21 +72,24 @@ class Scorer:
         return calibrated(probability_R, model.temperature).tolist()
 
     def release(self) -> None:
-        """Free device memory until the next call."""
+        """Free the device memory. The next call moves the weights back to the device."""
         self._cache = self._cache and PrefixCache(self._cache.network)
         self.weights.model.cpu()
 
     def row_of(self, pair: Pair) -> Integers:
         """Return the token ids of a pair, (T,) int64."""
         data = self.data
-        recent = pair.history[-data.max_length :]  # an event has at least one token
+        recent = pair.history[-data.max_length :]  # older events cannot fit: an event has at least one token
         where = pair.where or f"a proposal after {len(pair.history)} events"
         found = data.row_tokenizer.encode(recent, [render_proposal(data.template, pair.proposal)], where)
         self.truncated += found.truncated or len(recent) < len(pair.history)
         return data.without_padding_at_the_end(np.array(found.input_ids))
 
     def _settle(self, rows: Sequence[Integers], one_history: bool) -> None:
-        """Run the self-tests for rows and trees of this size, or of the maximum size if a history will grow."""
+        """Choose the layout with trials, unless earlier trials had rows and trees at least as large as these.
+
+        Calls with one history, and repeated trials, use the maximum sizes, because later rows may be longer.
+        """
         longest, largest = max(map(len, rows)), min(self.data.token_budget, sum(map(len, rows)))
         if longest <= self._settled_for[0] and largest <= self._settled_for[1]:
             return
@@ -101,11 +104,12 @@ class Scorer:
         self._cache = PrefixCache(model.network) if extends else None
 
     def _after_one_history(self, rows: Sequence[Integers]) -> Tensor:
+        """Return the logits (R, C) of rows with the same history, computed with the KV cache."""
         assert self._cache is not None
         return classify_states(self._cache.network, self._cache.states([row.tolist() for row in rows]))
 
     def _batched(self, rows: Sequence[Integers]) -> Tensor:
-        """Return the logits (R, C), computed in the micro-batches of an evaluation."""
+        """Return the logits (R, C) of any rows, computed in micro-batches as in an evaluation."""
         layout = self.data.layout_of(cast("Sequence[Sequence[int]]", rows))
         parts: list[Tensor] = []
         order: list[int] = []

@@ -1,6 +1,6 @@
-"""The project file: units, who works on which, and every label, in one SQLite database.
+"""The project file: an SQLite database of the units, the annotators, their assignments and their labels.
 
-Each change is one transaction that is on the disk before it is acknowledged. Several servers may use one file.
+Each change is one transaction, which is on disk before the method returns. Several servers may use one file.
 """
 
 import contextlib
@@ -21,24 +21,24 @@ from datamodules.corpus.units import Unit, UnitLabel, decide
 from datamodules.errors import UserError
 from datamodules.files.reading import require_regular
 
-APPLICATION = 0x50524F41  # marks the file as one of these, for `file` and for us
+APPLICATION = 0x50524F41  # SQLite's application_id of a project file: "PROA"
 VERSION = 1
-CLAIM_SECONDS = 30 * 60.0  # how long a unit is kept for somebody who was shown it
-BUSY_SECONDS = 60.0  # how long one server waits for another's transaction
-RECENT = 20  # labels that the pace is taken from
+CLAIM_SECONDS = 30 * 60.0  # how long a unit is reserved for an annotator who was shown it
+BUSY_SECONDS = 60.0  # how long a server waits for the transaction of another one
+RECENT = 20  # number of latest labels that the pace is computed from
 SCHEMA = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
 CREATE TABLE events (
     digest INTEGER PRIMARY KEY,  -- of the history that ends with the event
-    before INTEGER REFERENCES events,
+    before INTEGER REFERENCES events,  -- the previous event; null for the first
     time TEXT NOT NULL, event TEXT NOT NULL
 ) STRICT;
 CREATE TABLE items (
     id INTEGER PRIMARY KEY,
     digest INTEGER NOT NULL UNIQUE REFERENCES events,
     trace TEXT NOT NULL, step INTEGER NOT NULL,
-    offers TEXT NOT NULL,              -- JSON: by offer, who made it
-    labelled INTEGER NOT NULL DEFAULT 0,  -- how many annotators' labels stand
+    offers TEXT NOT NULL,              -- JSON: for each offer, the agents that made it
+    labelled INTEGER NOT NULL DEFAULT 0,  -- number of annotators with a current label
     adjudicated INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE INDEX items_to_do ON items (labelled DESC, id);
@@ -48,19 +48,19 @@ CREATE TABLE annotators (
 CREATE TABLE assignments (
     item INTEGER NOT NULL REFERENCES items, annotator INTEGER NOT NULL REFERENCES annotators,
     shown_at REAL NOT NULL, expires_at REAL NOT NULL,
-    skipped_at REAL,                      -- when it was given back unlabelled
-    labelled INTEGER NOT NULL DEFAULT 0,  -- whether a label stands
+    skipped_at REAL,                      -- when the annotator skipped it; null if not
+    labelled INTEGER NOT NULL DEFAULT 0,  -- whether the annotator has a current label
     PRIMARY KEY (item, annotator)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX assignments_of ON assignments (annotator, labelled);
-CREATE TABLE labels (                     -- never changed: the latest of an annotator on an item counts
+CREATE TABLE labels (                     -- rows are only added; the latest of an annotator and item is current
     id INTEGER PRIMARY KEY,
     item INTEGER NOT NULL REFERENCES items,
-    annotator INTEGER REFERENCES annotators,  -- null adjudicates
-    accepted TEXT,                        -- JSON: whether each offer is accepted; null takes the former label back
+    annotator INTEGER REFERENCES annotators,  -- null: the adjudicator
+    accepted TEXT,                        -- JSON: whether each offer is accepted; null withdraws the previous label
     help_needed INTEGER,
     seconds REAL, at REAL NOT NULL,
-    post TEXT UNIQUE                      -- the form that brought it, which may be sent twice
+    post TEXT UNIQUE                      -- id of the submitted form, so that a form sent twice is stored once
 ) STRICT;
 CREATE INDEX labels_of ON labels (annotator, item, id);
 CREATE INDEX labels_by_item ON labels (item);
@@ -68,13 +68,13 @@ CREATE INDEX labels_in_order ON labels (annotator, id);
 CREATE VIEW current_labels AS SELECT * FROM labels AS latest WHERE accepted IS NOT NULL AND id =
     (SELECT max(id) FROM labels WHERE annotator IS latest.annotator AND item = latest.item);
 """
-# A seat of a unit is taken by a label that stands, and by a claim that has not run out.
+# The number of other annotators who have a current label of an item, or for whom it is reserved.
 SEATS = """(SELECT count(*) FROM assignments AS seat WHERE seat.item = items.id AND seat.annotator <> :annotator
     AND (seat.labelled OR (seat.skipped_at IS NULL AND seat.expires_at > :now)))"""
 
 
 class RefusedError(Exception):
-    """A label is not taken, for a reason that its author is told."""
+    """A label is refused. The message is shown to the annotator."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Item:
     unit: Unit
 
     def order(self, annotator: int) -> list[int]:
-        """The places of the offers, shuffled for an annotator."""
+        """Return the indices of the offers, in the shuffled order that an annotator sees."""
         places = list(range(len(self.unit.offers)))
         Random(f"{self.id} {annotator}").shuffle(places)
         return places
@@ -94,7 +94,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Annotator:
-    """Somebody who labels."""
+    """A person who labels."""
 
     id: int
     name: str
@@ -102,7 +102,7 @@ class Annotator:
 
 @dataclass(frozen=True)
 class StoredLabel:
-    """A label that stands; without annotator, the adjudicator's."""
+    """A current label. `annotator` is None for the adjudicator's."""
 
     item: int
     trace: str
@@ -114,7 +114,10 @@ class StoredLabel:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an annotator is. `pace` is the median of seconds for each of the latest labels."""
+    """Numbers of units that an annotator has labelled, can still label, and skipped.
+
+    `pace` is the median number of seconds per label, over the latest labels.
+    """
 
     done: int
     left: int
@@ -126,11 +129,11 @@ class Store:
     """A project file.
 
     Args:
-        path: Where it is.
-        clock: The time in epoch seconds.
+        path: The project file.
+        clock: Returns the time in epoch seconds.
 
     Raises:
-        UserError: The file is no project, or cannot be used.
+        UserError: The file is not a project, or cannot be opened.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
@@ -150,10 +153,10 @@ class Store:
 
     @classmethod
     def create(cls, path: Path, annotators_per_unit: int) -> None:
-        """Make an empty project, unless there is one.
+        """Create an empty project if the file does not exist.
 
         Raises:
-            UserError: Something else is there, it asks for another number of annotators, or it cannot be made.
+            UserError: The file is not a project or has another number of annotators per unit, or cannot be created.
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,13 +185,13 @@ class Store:
             self._db.close()
 
     def add_units(self, units: Sequence[Unit]) -> int:
-        """Take units in, all or none; a unit that is there already is left as it is.
+        """Add units, all or none. Units that the project already has are not changed.
 
         Returns:
-            How many were new.
+            The number of new units.
 
         Raises:
-            UserError: A unit is there with other offers.
+            UserError: The project has a unit with the same history and other offers.
         """
         added = 0
         with self._transaction() as db:
@@ -214,10 +217,10 @@ class Store:
         return added
 
     def invite(self, name: str) -> str:
-        """A new token for an annotator, who is added if not known; a former token of the name is void.
+        """Return a new token for an annotator. Add the annotator if the name is new; otherwise void their old token.
 
         Raises:
-            UserError: The name is blank, or too long.
+            UserError: The name is empty or has more than 80 characters.
         """
         if not (name := " ".join(name.split())) or len(name) > 80:
             raise UserError("a name of 1 to 80 characters is needed", "Give each annotator a name.")
@@ -231,7 +234,7 @@ class Store:
         return token
 
     def annotator(self, token: str) -> Annotator | None:
-        """Whose token this is."""
+        """Return the annotator with this token, or None."""
         with self._reading() as db:
             found = db.execute(
                 "SELECT id, name FROM annotators WHERE token_digest = ?", (token_digest(token),)
@@ -243,10 +246,10 @@ class Store:
             return [Annotator(*row) for row in db.execute("SELECT id, name FROM annotators ORDER BY name")]
 
     def claim(self, annotator: int) -> int | None:
-        """The unit that an annotator is to label next, kept for them; None if there is none.
+        """Reserve the next unit for an annotator, and return its id; None if nothing is left to label.
 
-        First the one that they were shown already, then one that lacks the fewest labels, and at last those that they
-        skipped.
+        First comes the unit that is already reserved for them, then units with the fewest missing labels, and last
+        those that they skipped.
         """
         now = self._clock()
         values = {"annotator": annotator, "now": now, "n": self.annotators_per_unit}
@@ -269,16 +272,16 @@ class Store:
         return None
 
     def save(self, annotator: int, item: int, label: UnitLabel, post: str) -> None:
-        """Keep a label, in place of an earlier one; when this returns, the disk has it.
+        """Store a label. It replaces the annotator's previous label of the unit. It is on disk when this returns.
 
         Args:
-            annotator: Whose.
-            item: On which unit; they were shown it.
-            label: What they say.
-            post: Names the form; what comes twice is kept once.
+            annotator: Id of the annotator.
+            item: Id of the unit, which was assigned to the annotator.
+            label: The label.
+            post: Id of the submitted form. A form that is sent twice is stored once.
 
         Raises:
-            RefusedError: They were not shown the unit, it is adjudicated, or others have labelled it meanwhile.
+            RefusedError: The unit was not assigned to the annotator, is adjudicated, or others have completed it.
         """
         now = self._clock()
         values = {"annotator": annotator, "now": now, "item": item}
@@ -305,7 +308,7 @@ class Store:
             _count(db, item)
 
     def skip(self, annotator: int, item: int) -> None:
-        """Give a unit back unlabelled; it comes again when there is nothing else."""
+        """Skip a unit. `claim` returns it again when no other unit is left."""
         with self._transaction() as db:
             db.execute(
                 "UPDATE assignments SET skipped_at = ? WHERE item = ? AND annotator = ? AND NOT labelled",
@@ -313,7 +316,7 @@ class Store:
             )
 
     def take_back(self, annotator: int) -> int | None:
-        """Void an annotator's latest label, and keep its unit for them; which one that is, None if there is none."""
+        """Withdraw an annotator's latest label and reserve its unit for them; return the unit's id, or None."""
         now = self._clock()
         with self._transaction() as db:
             found = db.execute(
@@ -331,42 +334,45 @@ class Store:
         return item
 
     def adjudicate(self, item: int, label: UnitLabel, post: str) -> None:
-        """Settle a unit, whatever its annotators said; when this returns, the disk has it."""
+        """Decide a unit finally, which overrides its labels. The decision is on disk when this returns."""
         with self._transaction() as db:
             if not db.execute("SELECT 1 FROM labels WHERE post = ?", (post,)).fetchone():
                 _add_label(db, item, None, label, None, self._clock(), post)
                 db.execute("UPDATE items SET adjudicated = 1 WHERE id = ?", (item,))
 
     def item(self, item: int) -> Item | None:
-        """A unit with its history."""
+        """Return a unit with its history; None if there is no such id."""
         with self._reading() as db:
             found = db.execute("SELECT id, step, trace, offers, digest FROM items WHERE id = ?", (item,)).fetchone()
             return self._item(db, *found) if found else None
 
     def items(self) -> Iterator[Item]:
-        """All units in the order in which they came."""
+        """Yield all units, in the order in which they were added."""
         with self._reading() as db:
             numbers = [int(row[0]) for row in db.execute("SELECT id FROM items ORDER BY id")]
         for number in numbers:
             item = self.item(number)
-            assert item is not None  # none is ever removed
+            assert item is not None, "units are never removed"
             yield item
 
     def show_again(self, annotator: int, item: int) -> bool:
-        """Note that an annotator looks at a unit again; False if it was never given to them."""
+        """Restart the clock of an annotator who opens a unit again; return False if it was never assigned to them."""
         with self._transaction() as db:
             query = "UPDATE assignments SET shown_at = ? WHERE annotator = ? AND item = ?"
             return db.execute(query, (self._clock(), annotator, item)).rowcount > 0
 
     def label(self, annotator: int, item: int) -> UnitLabel | None:
-        """What an annotator said of a unit."""
+        """Return an annotator's current label of a unit, or None."""
         with self._reading() as db:
             query = "SELECT accepted, help_needed FROM current_labels WHERE annotator = ? AND item = ?"
             found = db.execute(query, (annotator, item)).fetchone()
         return _label(*found) if found else None
 
     def neighbours(self, annotator: int, item: int) -> tuple[int | None, int | None]:
-        """The units that an annotator labelled before and after this one, or, if it has no label, the latest one."""
+        """Return the ids of the units that an annotator labelled before and after this one.
+
+        For a unit without a label, the first is the unit that they labelled last, and the second is None.
+        """
         values = {"annotator": annotator, "item": item}
         found = []
         with self._reading() as db:
@@ -381,7 +387,7 @@ class Store:
         return found[0], found[1]
 
     def labels(self, item: int | None = None) -> list[StoredLabel]:
-        """All labels that stand, of one unit or by unit."""
+        """Return the current labels, of one unit or of all, sorted by unit."""
         with self._reading() as db:
             rows = db.execute(
                 "SELECT item, trace, name, accepted, help_needed, seconds, at FROM current_labels "
@@ -395,7 +401,7 @@ class Store:
         ]
 
     def progress(self, annotator: int) -> Progress:
-        """How far an annotator is."""
+        """Return the progress of an annotator."""
         values = {"annotator": annotator, "now": self._clock(), "n": self.annotators_per_unit}
         with self._reading() as db:
             done, skipped = db.execute(
@@ -415,7 +421,7 @@ class Store:
         return Progress(done, left, skipped, statistics.median(row[0] for row in recent) if recent else None)
 
     def states(self) -> dict[str, int]:
-        """How many units are open, claimed, labelled by some, complete, and adjudicated."""
+        """Return the number of units in each state: open, claimed, labelled, complete, adjudicated."""
         with self._reading() as db:
             rows = db.execute(
                 "SELECT CASE WHEN adjudicated THEN 'adjudicated' WHEN labelled >= :n THEN 'complete' "
@@ -427,7 +433,7 @@ class Store:
         return dict.fromkeys(("open", "claimed", "labelled", "complete", "adjudicated"), 0) | dict(rows)
 
     def ties(self) -> list[int]:
-        """The complete units that the majority does not settle, and that nobody has adjudicated."""
+        """Return the ids of the complete units with a tie that is not adjudicated."""
         with self._reading() as db:
             rows = db.execute(
                 "SELECT item, accepted, help_needed FROM current_labels JOIN items ON items.id = item "
@@ -474,7 +480,7 @@ class Store:
 
 
 def token_digest(token: str) -> bytes:
-    """What is stored of a token; tokens are random and long, so that a plain digest tells nothing."""
+    """Return the SHA-256 of a token, which is stored in its place. Tokens are random, so it needs no salt."""
     return hashlib.sha256(token.encode()).digest()
 
 
@@ -482,7 +488,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     try:
         db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")  # a commit is on the disk when it returns
+        db.execute("PRAGMA synchronous = FULL")  # a commit returns when it is on disk
         db.execute("PRAGMA foreign_keys = ON")
     except sqlite3.Error as error:
         raise UserError(f"{path}: {error}", "Give a project file on a local disk that can be written.") from error
