@@ -10,16 +10,20 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datamodules.errors import UserError
 from datamodules.files.run_folders import REPORT_FILE, output_folder
-from datamodules.ranges import Seed, Tries
+from datamodules.ranges import Count, CountOrNone, Positive, Seed, Tries
+from models.judging.budget import Budget, Price
+from models.judging.endpoint import ChatClient, Endpoint, EndpointOptions
 from proactive.commands import program
 from proactive.parser import Parser
+from proactive.simulation.endpoints import EndpointRole, RoleOptions, RolePrompt
 from proactive.simulation.log import LOG_FILE, SimulationLog
 from proactive.simulation.loop import LoopOptions
-from proactive.simulation.questions import ROLES, Players
+from proactive.simulation.questions import ROLES, Players, RoleName
 from proactive.simulation.scenes import embedded_scenes, read_scenes
 from proactive.simulation.scripted import ScriptedRole
-from proactive.simulation.simulation import Simulation, derive, prepared, simulate
+from proactive.simulation.simulation import Simulation, StoppedError, derive, prepared, simulate
 from proactive.tables import Table, show
 from proactive.terminal import say
 
@@ -38,9 +42,10 @@ def main(arguments: list[str]) -> None:
 
 
 def _traces_parser() -> Parser:
-    parser = Parser(prog="simulate traces", description="Let scripted roles play sessions: environment, user, "
-        "assistant and judge.")  # fmt: skip
+    parser = Parser(prog="simulate traces", description="Let roles play sessions: environment, user, assistant and "
+        "judge. Each is scripted, or a model behind an endpoint.")  # fmt: skip
     add = parser.add_argument
+    add("--config", action="config", help="A file of these options.")
     add("--scenes", type=Path, help="A file of scenes as the published scenes.yaml, or a folder that has one. If left "
         "out, a scene for each topic of the embedded simulator.")  # fmt: skip
     add("--output", type=Path, help="The folder to write; the same one goes on where a simulation stopped. A new one "
@@ -49,6 +54,12 @@ def _traces_parser() -> Parser:
     add("--scenes-at-once", type=Tries, default=32, help="Sessions that run side by side; it changes no result.")
     parser.add_class_arguments(LoopOptions, as_group=False)
     add("--seed", type=Seed, default=0, help="Another seed, other sessions.")
+    for role in ROLES:
+        parser.add_class_arguments(RoleOptions, role)
+    parser.add_class_arguments(EndpointOptions, "endpoint", skip={"token_limit", "cost_limit", "time_limit"})
+    add("--budget-tokens", type=Count | None, help="Tokens in and out of all endpoints, after which no more is asked.")
+    add("--budget-cost", type=Positive | None, help="The same as cost, in the currency of the prices.")
+    add("--failures", type=CountOrNone, default=10, help="Sessions that may fail before the others are stopped too.")
     add("--data.root", type=str, default="embedded", help="Example events of this root's test traces are kept from the "
         "roles, and simulated events are compared with them.")  # fmt: skip
     add("--contaminated", action="store_true", help="Show such example events to the roles, and mark the result.")
@@ -71,12 +82,42 @@ def _traces(options: "Namespace") -> None:
     given = embedded_scenes() if options.scenes is None else read_scenes(options.scenes)
     scenes, examples = prepared(given, options.data.root, options.contaminated)
     bounds = LoopOptions(**{one.name: options[one.name] for one in fields(LoopOptions)})
-    simulation = Simulation(scenes, examples, options.trials, options.seed, bounds, options.scenes_at_once)
-    folder = output_folder(options.output, "simulate", LOG_FILE)
+    at_once, failures = options.scenes_at_once, options.failures
+    config = _traces_parser().dump(options)
+    simulation = Simulation(scenes, examples, options.trials, options.seed, bounds, at_once, failures, config)
     log = SimulationLog()
+    budget = Budget(options.budget_tokens, options.budget_cost, ("budget-tokens", "budget-cost"))
+    clients = {role: _client(role, options, log, budget) for role in ROLES if options[role].url}
     players: Players = dict.fromkeys(ROLES, ScriptedRole(log))
-    asyncio.run(simulate(simulation, players, log, folder, (lambda text: None) if options.quiet else say))
+    for role, client in clients.items():
+        players[role] = EndpointRole(client, RolePrompt.read(role, options[role].prompt))
+    folder = output_folder(options.output, "simulate", LOG_FILE)
+    progress = (lambda text: None) if options.quiet else say
+    try:
+        asyncio.run(simulate(simulation, players, list(clients.values()), log, folder, progress))
+    except StoppedError as error:
+        _finish(folder, options.quiet)
+        raise UserError(error.what, f"{error.hint} To go on, give the same options with --output {folder}.") from error
     _finish(folder, options.quiet)
+
+
+def _client(role: RoleName, options: "Namespace", log: SimulationLog, budget: Budget) -> ChatClient:
+    """What asks the endpoint that plays a role."""
+    own = options[role]
+    if not own.model:
+        raise UserError(f"--{role}.model: an endpoint needs the model's name", f"Give it with --{role}.model.")
+    endpoint = Endpoint(
+        own.url,
+        own.model,
+        own.key_variable,
+        own.temperature,
+        options.seed,
+        dict(own.extra),
+        own.structured,
+        Price(**own.price.as_dict()),
+        EndpointOptions(**options.endpoint.as_dict()),
+    )
+    return ChatClient(endpoint, log, budget, role)
 
 
 def _rows(options: "Namespace") -> None:

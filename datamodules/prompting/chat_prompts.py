@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Schema:
 
     name: str
     properties: dict[str, Any]
+    definitions: dict[str, Any] = field(default_factory=dict)  # what the properties refer to as #/$defs/NAME
 
     @property
     def response_format(self) -> dict[str, Any]:
@@ -45,6 +46,7 @@ class Schema:
             "properties": self.properties,
             "required": list(self.properties),
             "additionalProperties": False,
+            **({"$defs": self.definitions} if self.definitions else {}),
         }
         return {"type": "json_schema", "json_schema": {"name": self.name, "strict": True, "schema": schema}}
 

@@ -28,7 +28,7 @@ class AnswerLog:
     """
 
     def __init__(self) -> None:
-        self.usage = Usage()  # of the requests whose replies it contains
+        self.used: dict[str, Usage] = {}  # by role, of the requests whose replies it contains
         self.texts: dict[str, str] = {}
         self.unfinished: dict[str, str] = {}
         self._file: BinaryIO | None = None
@@ -82,7 +82,7 @@ class AnswerLog:
         entry: dict[str, Any] = {"key": key, "where": where, "text": text, "finish_reason": finish_reason}
         entry |= notes or {}
         if usage is not None:
-            self.usage += usage
+            self._count(entry, usage)
             reported = {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
             entry |= {"usage": None if usage.unreported else reported, "seconds": seconds}
         self._append(entry)
@@ -90,6 +90,15 @@ class AnswerLog:
     def final(self, key: str) -> str | None:
         """The text of a key; None if the reply is incomplete, because nothing may be parsed from it."""
         return None if key in self.unfinished else self.texts[key]
+
+    @property
+    def usage(self) -> Usage:
+        """The usage of all requests whose replies it contains."""
+        return sum(self.used.values(), Usage())
+
+    def _count(self, entry: Mapping[str, Any], usage: Usage) -> None:
+        role = entry.get("role", "")
+        self.used[role] = self.used.get(role, Usage()) + usage
 
     def _note(self, key: str, text: str, finish_reason: str | None) -> None:
         self.texts[key] = text
@@ -112,7 +121,7 @@ class AnswerLog:
                 entry = _parsed(line)
                 self._note(entry["key"], entry["text"], entry["finish_reason"])
                 if "usage" in entry:
-                    self.usage += Usage.of(entry["usage"])
+                    self._count(entry, Usage.of(entry["usage"]))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path} is not the log of an evaluation, or an older version wrote it", OTHER_OUTPUT

@@ -57,15 +57,26 @@ class Price:
         return (self.input * usage.prompt_tokens + self.output * usage.completion_tokens) / MILLION
 
 
+class LimitReachedError(UserError):
+    """A limit of tokens or cost is reached."""
+
+
 class Budget:
     """What all endpoints of a run together may use.
 
     Args:
         token_limit: Tokens in and out; unlimited if None.
         cost_limit: Cost, in the currency of the prices; unlimited if None.
+        options: The names of the options that set these limits, for messages.
     """
 
-    def __init__(self, token_limit: int | None = None, cost_limit: float | None = None) -> None:
+    def __init__(
+        self,
+        token_limit: int | None = None,
+        cost_limit: float | None = None,
+        options: tuple[str, str] = ("endpoint.token_limit", "endpoint.cost_limit"),
+    ) -> None:
+        self.options = options
         self.token_limit = token_limit
         self.cost_limit = cost_limit
         self.tokens = 0
@@ -77,13 +88,13 @@ class Budget:
         self.cost += price.cost(usage)
 
     def refuse_more(self) -> None:
-        """Raise a UserError if a limit is reached, so that no more requests are sent."""
+        """Raise a LimitReachedError if a limit is reached, so that no more requests are sent."""
         for what, used, limit, option in (
-            ("tokens", self.tokens, self.token_limit, "token_limit"),
-            ("cost", self.cost, self.cost_limit, "cost_limit"),
+            ("tokens", self.tokens, self.token_limit, self.options[0]),
+            ("cost", self.cost, self.cost_limit, self.options[1]),
         ):
             if limit is not None and used >= limit:
-                raise UserError(
-                    f"the limit of endpoint.{option} is reached: {used:,} of {limit:,} {what}",
-                    f"Answers so far are kept: continue with a greater --endpoint.{option}.",
+                raise LimitReachedError(
+                    f"the limit of {option} is reached: {used:,} of {limit:,} {what}",
+                    f"Answers so far are kept: continue with a greater --{option}.",
                 )

@@ -9,7 +9,7 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
@@ -24,7 +24,7 @@ from datamodules.files.reading import MOST_AT_ONCE
 from datamodules.prompting.chat_prompts import Messages, Schema
 from datamodules.ranges import FINITE, Count, NotNegative, Positive, Tries, refuse_unsound
 from models.judging.answer_log import AnswerLog
-from models.judging.budget import Budget, Price
+from models.judging.budget import Budget, Price, Usage
 from models.judging.completions import (
     Received,
     Reply,
@@ -201,10 +201,14 @@ class ChatClient:
         endpoint: The endpoint.
         log: Keeps the replies.
         budget: Limits the tokens and the cost of several clients together.
+        role: Tells clients with one log apart.
     """
 
-    def __init__(self, endpoint: Endpoint, log: AnswerLog | None = None, budget: Budget | None = None) -> None:
+    def __init__(
+        self, endpoint: Endpoint, log: AnswerLog | None = None, budget: Budget | None = None, role: str = ""
+    ) -> None:
         self.endpoint = endpoint
+        self.role = role
         self.budget = Budget() if budget is None else budget
         self._unsupported: set[str] = set()  # fields of requests that the server has refused
         self._told_reasoning = False
@@ -221,7 +225,7 @@ class ChatClient:
         self._http = AsyncClient(headers=headers, limits=limits, timeout=endpoint.options.timeout)
         self._room = asyncio.Semaphore(endpoint.options.concurrency)
         self._asked: dict[str, asyncio.Lock] = {}
-        self.budget.add(self.log.usage, endpoint.price)
+        self.budget.add(self.log.used.get(self.role, Usage()), endpoint.price)
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -253,6 +257,7 @@ class ChatClient:
         attempt: int = 0,
         temperature: float | None = None,
         schema: Schema | None = None,
+        notes: Mapping[str, Any] | None = None,
     ) -> str | None:
         """Return the model's text, from the log if it contains the same request; None if the reply is incomplete.
 
@@ -262,6 +267,7 @@ class ChatClient:
             attempt: Added to the seed, to distinguish requests that are otherwise equal.
             temperature: Sampling temperature; that of the endpoint if None.
             schema: The JSON schema that the text should match, if the endpoint is asked for structured output.
+            notes: More entries for the log.
 
         Raises:
             UserError: The endpoint refuses, or fails after all retries, or a limit of tokens or cost is reached.
@@ -271,6 +277,7 @@ class ChatClient:
         if not self.endpoint.structured:
             schema = None
         question = [messages, attempt, temperature, *([schema.name] if schema else [])]
+        question += [self.role] if self.role else []
         key = hashlib.sha256(json.dumps(question).encode()).hexdigest()[:32]
         async with self._asked.setdefault(key, asyncio.Lock()):  # concurrent equal requests are sent once
             if key not in self.log.texts:
@@ -280,7 +287,7 @@ class ChatClient:
                     reply = await self._with_retries(self._body(messages, attempt, temperature, schema), where)
                 seconds = round(time.monotonic() - begin, 3)
                 self.budget.add(reply.usage, self.endpoint.price)
-                self.log.add(key, reply.text, where, reply.finish_reason, reply.usage, seconds)
+                self.log.add(key, reply.text, where, reply.finish_reason, reply.usage, seconds, notes)
         return self.log.final(key)
 
     def _body(

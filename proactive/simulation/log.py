@@ -60,6 +60,7 @@ class SimulationLog(AnswerLog):
     def _append(self, entry: dict[str, Any]) -> None:
         if self._file is not None:
             self._file.write(json.dumps(entry).encode() + b"\n")
+            self._file.flush()  # a kill of this process loses nothing; a sync keeps it if the machine stops
             self._unsynced = True
 
 

@@ -20,6 +20,7 @@ from proactive.simulation.questions import (
     Players,
     Proposed,
     Question,
+    Refused,
     RoleName,
     Setup,
     Told,
@@ -157,18 +158,18 @@ class TrialLoop:
     ) -> Answer:
         """Ask until an answer fits its record and passes `check`, which raises a UserError for one that does not."""
         question = Question(role, kind, facts, answer)
-        objection = ""
-        for attempt in range(TRIES):
-            text = await self.players[role].reply(question, self.trial, attempt, objection)
+        refused: list[Refused] = []
+        while len(refused) < TRIES:
+            text = await self.players[role].reply(question, self.trial, refused)
             await self.log.synced()
             try:
                 found = validate(parse_json(text, "answer"), answer, "answer")
                 check(found)
             except UserError as error:
-                objection = error.what
+                refused.append(Refused(text, error.what))
             else:
                 return found
-        raise TrialFailedError(role, kind, objection)
+        raise TrialFailedError(role, kind, refused[-1].objection)
 
     def _updated(self, changes: list[EntityState]) -> dict[str, str]:
         """The states of all entities after some changes.

@@ -6,14 +6,16 @@ needs to know stands in the question. So a resumed simulation asks again nothing
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from annotated_types import Ge, Le
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from datamodules.corpus.records import Proposal, Text, Unicode
+from datamodules.prompting.chat_prompts import Schema
 from datamodules.ranges import FINITE
 from proactive.simulation.scenes import Trial
 
@@ -132,10 +134,23 @@ class Question(Generic[Answer]):
         content = [self.role, self.kind, self.facts]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
+    @property
+    def schema(self) -> Schema:
+        """The JSON schema of its answer."""
+        schema = self.answer.model_json_schema()
+        return Schema(self.kind, schema["properties"], schema.get("$defs", {}))
+
     def record(self) -> dict[str, Any]:
         """The question for a log: of the history, only how long it is, for earlier answers hold it."""
         short = {name: len(value) if name == "history" else value for name, value in self.facts.items()}
         return {"role": self.role, "kind": self.kind, "question": short}
+
+
+class Refused(NamedTuple):
+    """An answer that does not fit, and why."""
+
+    text: str
+    objection: str
 
 
 class Role(Protocol):
@@ -145,14 +160,13 @@ class Role(Protocol):
         """Return all that determines its answers, in plain types."""
         ...
 
-    async def reply(self, question: Question[Any], trial: Trial, attempt: int, objection: str) -> str:
+    async def reply(self, question: Question[Any], trial: Trial, refused: Sequence[Refused]) -> str:
         """Return the answer as JSON, from the log if it holds it; a new answer is added to the log.
 
         Args:
             question: The question.
             trial: The session that it belongs to.
-            attempt: How often its answer did not fit before.
-            objection: What was wrong with the last one.
+            refused: Its answers to the question so far, none of which fits.
         """
         ...
 

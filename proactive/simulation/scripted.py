@@ -5,7 +5,7 @@ A scene of an unknown theme is played with the sentences of one of the simulator
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -23,7 +23,7 @@ from datamodules.corpus.simulator import (
     next_state,
 )
 from proactive.simulation.log import SimulationLog
-from proactive.simulation.questions import Question, Role
+from proactive.simulation.questions import Question, Refused, Role
 from proactive.simulation.scenes import Trial
 
 REACHES_GOAL = 0.15  # the chance of an act of a user who makes headway
@@ -41,12 +41,12 @@ class ScriptedRole(Role):
     def describe(self) -> dict[str, Any]:
         return {"role": "scripted"}
 
-    async def reply(self, question: Question[Any], trial: Trial, attempt: int, objection: str) -> str:
-        key = self.log.key(trial, question, attempt)
+    async def reply(self, question: Question[Any], trial: Trial, refused: Sequence[Refused]) -> str:
+        key = self.log.key(trial, question, len(refused))
         if key not in self.log.texts:
             domain, topic = _vocabulary(trial)
             answer = _ANSWERS[question.kind](trial, domain, topic, question.facts)
-            self.log.keep(trial, question, attempt, json.dumps(answer, ensure_ascii=False))
+            self.log.keep(trial, question, len(refused), json.dumps(answer, ensure_ascii=False))
         return self.log.texts[key]
 
 

@@ -1,6 +1,7 @@
 """A simulation from its scenes to its folder: trials side by side, then the training data of all that finished."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,16 +13,18 @@ from datamodules.corpus.sources import load_corpus
 from datamodules.corpus.traces import root_traces
 from datamodules.errors import UserError
 from datamodules.files.reading import open_file, text_lines
-from datamodules.files.run_folders import REPORT_FILE
+from datamodules.files.run_folders import CONFIG_FILE, REPORT_FILE
+from datamodules.files.safe_yaml import NotYamlError, read_yaml
 from datamodules.files.writing import write_atomically
+from models.judging.budget import LimitReachedError, Price
+from models.judging.endpoint import ChatClient
 from proactive.simulation.log import LOG_FILE, SimulationLog
 from proactive.simulation.loop import LoopOptions, TrialFailedError, TrialLoop
 from proactive.simulation.page import report
-from proactive.simulation.questions import Players
+from proactive.simulation.questions import ROLES, Players
 from proactive.simulation.scenes import (
     SCENES_FILE,
     SceneDescription,
-    Trial,
     read_scenes,
     scenes_digest,
     scenes_text,
@@ -32,6 +35,10 @@ from proactive.simulation.traces import TRACES, read_simulated, write_trace
 from proactive.simulation.training_data import training_data, write_training_data
 
 Say = Callable[[str], None]
+
+
+class StoppedError(UserError):
+    """A simulation has stopped before its end; the next call goes on."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,8 @@ class Simulation:
         seed: Determines start times and the random numbers of scripted roles.
         options: The bounds of each trial.
         at_once: Trials that run side by side; it changes no result.
+        failures: How many trials may fail, or be stopped by an endpoint, before the others are stopped too.
+        config: The options as YAML, to be kept in the folder.
     """
 
     scenes: Sequence[SceneDescription]
@@ -53,6 +62,8 @@ class Simulation:
     seed: int
     options: LoopOptions
     at_once: int
+    failures: int
+    config: str
 
     def settings(self, players: Players) -> dict[str, Any]:
         """All that determines the result."""
@@ -93,31 +104,78 @@ def prepared(
     return (list(scenes) if contaminated else [scene.without_examples(tested) for scene in scenes]), record
 
 
-async def simulate(simulation: Simulation, players: Players, log: SimulationLog, folder: Path, say: Say) -> None:
+async def simulate(
+    simulation: Simulation,
+    players: Players,
+    clients: Sequence[ChatClient],
+    log: SimulationLog,
+    folder: Path,
+    say: Say,
+) -> None:
     """Simulate all trials that the folder does not hold yet.
 
+    What an endpoint refuses, or does not answer, stops its trial alone; the next call goes on with it.
+
+    Args:
+        simulation: What is to be simulated.
+        players: Who plays the roles.
+        clients: What asks endpoints for them.
+        log: Keeps questions and answers.
+        folder: The simulation's.
+        say: Tells how trials end.
+
     Raises:
+        StoppedError: Not all trials have ended, because of an endpoint or a limit.
         UserError: The folder belongs to another simulation, or another process uses it.
     """
     with log.opened(folder / LOG_FILE, simulation.settings(players)):
         write_atomically(folder / SCENES_FILE, scenes_text(simulation.scenes))
+        if not (folder / CONFIG_FILE).exists():
+            write_atomically(folder / CONFIG_FILE, simulation.config)
         trials = trials_of(simulation.scenes, simulation.trials, simulation.seed)
         left = [trial for trial in trials if log.outcome(trial) is None]
         if len(left) < len(trials):
             say(f"{len(trials) - len(left)} of {len(trials)} trials are there")
-        room = asyncio.Semaphore(simulation.at_once)
+        async with contextlib.AsyncExitStack() as stack:
+            for client in clients:
+                await stack.enter_async_context(client)
+            loops = [TrialLoop(trial, players, log, simulation.options) for trial in left]
+            await _side_by_side(loops, folder, simulation.at_once, simulation.failures, say)
 
-        async def one(trial: Trial) -> None:
-            async with room:
-                outcome = await _simulate_trial(TrialLoop(trial, players, log, simulation.options), folder)
-            say(f"{trial.name}: {outcome['reason'] or outcome['end']}")
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                for trial in left:
-                    group.create_task(one(trial))
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None  # the other tasks were cancelled
+async def _side_by_side(loops: Sequence[TrialLoop], folder: Path, at_once: int, failures: int, say: Say) -> None:
+    room = asyncio.Semaphore(at_once)
+    stopped: list[UserError] = []
+    limits: list[UserError] = []
+    failed = 0
+
+    async def one(loop: TrialLoop) -> None:
+        nonlocal failed
+        async with room:
+            if limits:
+                return
+            try:
+                outcome = await _simulate_trial(loop, folder)
+                said = outcome["reason"] or outcome["end"]
+                failed += outcome["end"] == "failed"
+            except UserError as error:
+                said = f"stopped: {error.what}"
+                (limits if isinstance(error, LimitReachedError) else stopped).append(error)
+        say(f"{loop.trial.name}: {said}")
+        if failed + len(stopped) > failures:
+            raise StoppedError(
+                f"more than {failures} trials failed, the last one: {said}",
+                f"Answers so far are kept in {LOG_FILE}. See --failures.",
+            )
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for loop in loops:
+                group.create_task(one(loop))
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None  # the other tasks were cancelled
+    for error in [*stopped, *limits]:
+        raise StoppedError(error.what, error.hint)
 
 
 async def _simulate_trial(loop: TrialLoop, folder: Path) -> dict[str, Any]:
@@ -145,10 +203,21 @@ def derive(folder: Path) -> dict[str, Any]:
     files = training_data(traces, json.dumps(settings["roles"]["judge"]))
     write_training_data(folder, files)
     tested = events_of_test_traces(settings["examples"]["root"])
-    record = summary(folder, settings, read_scenes(folder), traces, files, tested)
+    record = summary(folder, settings, read_scenes(folder), traces, files, tested, _prices(folder / CONFIG_FILE))
     write_atomically(folder / SUMMARY_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     write_atomically(folder / REPORT_FILE, report(record, traces))
     return record
+
+
+def _prices(path: Path) -> dict[str, Price]:
+    """By role, the price that a simulation's config names."""
+    try:
+        config = read_yaml(path)
+        return {role: Price(**config[role]["price"]) for role in ROLES}
+    except (OSError, NotYamlError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: {error}", "Give a folder that `simulate traces` wrote, with all its files."
+        ) from error
 
 
 def _settings(path: Path) -> dict[str, Any]:

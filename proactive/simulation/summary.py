@@ -4,14 +4,14 @@ import json
 import re
 import statistics
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from datamodules.corpus.records import PUBLISHED_CATEGORIES, Category
 from datamodules.corpus.sources import TRAIN_FILE
-from models.judging.budget import Usage
+from models.judging.budget import Price, Usage
 from proactive.simulation.log import LOG_FILE, OUTCOME, entries
 from proactive.simulation.questions import ROLES
 from proactive.simulation.scenes import SceneDescription
@@ -28,6 +28,7 @@ def summary(
     traces: dict[str, list[Step]],
     files: dict[str, Records],
     tested: Collection[str],
+    prices: Mapping[str, Price],
 ) -> dict[str, Any]:
     """All figures.
 
@@ -38,6 +39,7 @@ def summary(
         traces: The traces that are finished.
         files: The training data.
         tested: The texts of all events of the data root's test traces.
+        prices: By role, the price of its endpoint's tokens.
     """
     steps = [step for trace in traces.values() for step in trace]
     log = list(entries(folder / LOG_FILE))
@@ -55,7 +57,7 @@ def summary(
         "rows": {category.value: categories[category] for category in Category},
         "conversations": len(files[CONVERSATIONS_FILE]),
         "preferences": len(files[PREFERENCES_FILE]),
-        "roles": {role: _role([entry for entry in log if entry.get("role") == role]) for role in ROLES},
+        "roles": {role: _role([entry for entry in log if entry.get("role") == role], prices[role]) for role in ROLES},
         "near_duplicates": {
             "scenes": near_duplicates(f"{one.environment.description} {one.user.goal}" for one in scenes),
             "events": near_duplicates(step.event.event for step in steps),
@@ -96,7 +98,7 @@ def _trials(outcomes: Iterable[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _role(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _role(answers: Sequence[dict[str, Any]], price: Price) -> dict[str, Any]:
     """Questions, and what endpoints took to answer them."""
     used = sum((Usage.of(entry["usage"]) for entry in answers if "usage" in entry), Usage())
     return {
@@ -105,5 +107,6 @@ def _role(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "prompt_tokens": used.prompt_tokens,
         "completion_tokens": used.completion_tokens,
         "without_usage": used.unreported,
+        "cost": price.cost(used),
         "seconds": round(sum(entry.get("seconds") or 0.0 for entry in answers), 3),
     }

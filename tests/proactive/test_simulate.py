@@ -2,9 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -22,45 +19,10 @@ from proactive.annotation.reader import read_sources
 from proactive.simulation.scenes import embedded_scenes, scenes_text
 from proactive.simulation.simulation import events_of_test_traces
 from proactive.simulation.summary import burstiness, near_duplicates
-from tests.helpers import environment_of_commands
-from tests.patience import HANG
 from tests.proactive.conftest import Ended
+from tests.proactive.simulation.killed import contents, killed, lines_of
 
 ARGUMENTS = ["traces", "--trials=2", "--max_acts=4", "--output=out"]
-# Runs the command, and kills it as soon as a count of lines of the log, or of whole files, is reached.
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from proactive.simulation.log import SimulationLog
-from proactive.simulate import main
-
-kind, number, *arguments = sys.argv[1:]
-left = int(number)
-
-def count(found):
-    global left
-    left -= found == kind
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-append, replace = SimulationLog._append, Path.replace
-
-def appended(self, entry):
-    append(self, entry)
-    if kind == "line" and left == 1:
-        self._file.write(b'{"key": "cut sh')  # the kill cuts the next line short
-        self._file.flush()
-    count("line")
-
-def replaced(self, target):
-    count("before")
-    found = replace(self, target)
-    count("after")
-    return found
-
-SimulationLog._append, Path.replace = appended, replaced
-main(arguments)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -76,17 +38,6 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "out"
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """All files of a simulation; the lines of its log in any order, for trials run side by side."""
-    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    first, *lines = found["log.jsonl"].splitlines(keepends=True)
-    return found | {"log.jsonl": b"".join([first, *sorted(lines)])}
-
-
-def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 @pytest.mark.parametrize(
     ("kind", "number"),
     [
@@ -97,15 +48,7 @@ def lines_of(path: Path) -> list[dict]:
 def test_killed_anywhere_the_same_command_gives_the_same_files(
     kind: str, number: int, simulated: Path, tmp_path: Path, call: Callable[..., Ended]
 ) -> None:
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, kind, str(number), *ARGUMENTS],
-        cwd=tmp_path,
-        env=environment_of_commands(),
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed(kind, number, *ARGUMENTS, cwd=tmp_path)
     kept = {entry.get("key") for entry in map(_parsed, (tmp_path / "out/log.jsonl").read_bytes().splitlines()) if entry}
     ended = call(simulate.main, *ARGUMENTS)
     assert (ended.code, ended.err) == (0, "")
@@ -216,7 +159,7 @@ def test_rows_are_derived_again_from_log_and_traces(
 ) -> None:
     simulated.parent.joinpath("copy").mkdir()
     copy = simulated.parent / "copy"
-    for name in ("traces", "log.jsonl", "scenes.yaml"):
+    for name in ("traces", "log.jsonl", "scenes.yaml", "config.yaml"):
         (copy / name).symlink_to(simulated / name)
     ended = call(simulate.main, "rows", copy)
     assert (ended.code, ended.err) == (0, "")

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -14,7 +14,7 @@ import pytest
 from datamodules.corpus.clock import moments
 from proactive.simulation.log import SimulationLog
 from proactive.simulation.loop import TRIES, LoopOptions, TrialFailedError, TrialLoop
-from proactive.simulation.questions import ROLES, NewEvent, Question
+from proactive.simulation.questions import ROLES, NewEvent, Question, Refused
 from proactive.simulation.scenes import Trial, embedded_scenes, trials_of
 from proactive.simulation.scripted import ScriptedRole
 
@@ -30,9 +30,10 @@ class Told(ScriptedRole):
         self.changes = changes or {}
         self.asked: list[tuple[Question[Any], int, str]] = []
 
-    async def reply(self, question: Question[Any], trial: Trial, attempt: int, objection: str) -> str:
-        self.asked.append((question, attempt, objection))
-        text = await super().reply(question, trial, attempt, objection)
+    async def reply(self, question: Question[Any], trial: Trial, refused: Sequence[Refused]) -> str:
+        attempt = len(refused)
+        self.asked.append((question, attempt, refused[-1].objection if refused else ""))
+        text = await super().reply(question, trial, refused)
         if question.kind not in self.changes:
             return text
         changed = self.changes[question.kind](json.loads(text), attempt)

@@ -1,0 +1,134 @@
+"""Roles that models behind endpoints play."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from datamodules.corpus.records import Unicode
+from datamodules.corpus.replies import Found, conclusion
+from datamodules.errors import UserError
+from datamodules.escaping import shortened
+from datamodules.files.reading import read_text
+from datamodules.files.safe_yaml import NotYamlError, parse_yaml
+from datamodules.prompting.chat_prompts import Messages
+from datamodules.ranges import Temperature
+from models.judging.budget import Price
+from models.judging.endpoint import ChatClient
+from proactive.simulation.questions import LONGEST, Question, Refused, Role, RoleName
+from proactive.simulation.scenes import Trial
+
+PROMPTS = Path(__file__).with_name("prompts")
+KINDS: dict[RoleName, set[str]] = {
+    "environment": {"setup", "tell", "events", "execute"},
+    "user": {"ask", "act"},
+    "assistant": {"propose"},
+    "judge": {"judge"},
+}
+
+
+@dataclass(frozen=True)
+class RoleOptions:
+    """Who plays a role: a model behind an endpoint, or a script.
+
+    Args:
+        url: The endpoint's address, for example http://localhost:8000/v1. Without it, the role is scripted.
+        model: The model's name there.
+        key_variable: The environment variable that holds the endpoint's key, if it has one.
+        prompt: What the model is told; the shipped file explains itself.
+        temperature: Sampling temperature.
+        extra: More fields of each request, such as {max_tokens: 512}.
+        structured: Ask for JSON by response_format as well.
+        price: The price of its tokens.
+    """
+
+    url: str | None = None
+    model: str | None = None
+    key_variable: str | None = None
+    prompt: Path | None = None
+    temperature: Temperature = 0.7
+    extra: dict[str, Any] = field(default_factory=dict)
+    structured: bool = True
+    price: Price = field(default_factory=Price)
+
+
+class RolePrompt(BaseModel):
+    """What a role's model is told: always, and for each kind of question."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    system: Unicode
+    questions: dict[str, Unicode]
+
+    @classmethod
+    def read(cls, role: RoleName, path: Path | None) -> "RolePrompt":
+        """Read a prompt file; the shipped one if None.
+
+        Raises:
+            UserError: It cannot be read, or has not exactly the parts that the shipped one has.
+        """
+        shipped = PROMPTS / f"{role}.yaml"
+        hint = f"Start from {shipped}."
+        file = path or shipped
+        try:
+            prompt = cls.model_validate(parse_yaml(read_text(file, option=f"--{role}.prompt")))
+        except (ValidationError, NotYamlError) as error:
+            first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+            raise UserError(f"--{role}.prompt: {file}: {first}", hint) from error
+        if set(prompt.questions) != KINDS[role]:
+            raise UserError(f"--{role}.prompt: {file}: expected the questions {', '.join(sorted(KINDS[role]))}", hint)
+        return prompt
+
+
+class EndpointRole(Role):
+    """A model behind an endpoint.
+
+    Args:
+        client: Asks it; its log is the simulation's.
+        prompt: What it is told.
+    """
+
+    def __init__(self, client: ChatClient, prompt: RolePrompt) -> None:
+        self.client = client
+        self.prompt = prompt
+
+    def describe(self) -> dict[str, Any]:
+        return {"role": "endpoint", **self.client.endpoint.settings, "prompt": self.prompt.model_dump()}
+
+    async def reply(self, question: Question[Any], trial: Trial, refused: Sequence[Refused]) -> str:
+        notes = {**question.record(), "attempt": len(refused)}
+        number = int(trial.seed[:7], 16) + len(refused)
+        text = await self.client.ask(
+            self._messages(question, trial, refused), trial.name, number, schema=question.schema, notes=notes
+        )
+        fields = question.answer.model_fields.keys()
+
+        def read(content: dict[str, Any]) -> Found[dict[str, Any]] | None:
+            return Found(json.dumps(content), content) if fields <= content.keys() else None
+
+        found = conclusion(text or "", read)
+        return json.dumps(found.value) if found and found.value is not None else text or ""
+
+    def _messages(self, question: Question[Any], trial: Trial, refused: Sequence[Refused]) -> Messages:
+        facts = {**_seen(question.role, trial), **question.facts}
+        asked = f"{self.prompt.questions[question.kind]}\n{json.dumps(facts, ensure_ascii=False)}"
+        messages = [{"role": "system", "content": self.prompt.system}, {"role": "user", "content": asked}]
+        for text, objection in refused:
+            messages.append({"role": "assistant", "content": shortened(text, LONGEST) or "-"})
+            messages.append({"role": "user", "content": f"That does not fit: {objection}. Answer again."})
+        return messages
+
+
+def _seen(role: RoleName, trial: Trial) -> dict[str, Any]:
+    """What a role knows of the scene from the start."""
+    scene = trial.scene.model_dump()
+    surroundings = scene["environment"]["description"]
+    return {
+        "environment": scene,
+        "user": {"user": scene["user"], "surroundings": surroundings},
+        "assistant": {"operations": scene["environment"]["agent_ops"]},
+        "judge": {"user": scene["user"], "surroundings": surroundings},
+    }[role]

@@ -1,0 +1,249 @@
+"""Roles behind endpoints: one real server on loopback that plays all of them, and misbehaves."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proactive import simulate
+from proactive.simulation.endpoints import PROMPTS
+from proactive.simulation.scenes import embedded_scenes, scenes_text
+from tests.chat_server import Body, ChatServer, Reply, chat_server
+from tests.patience import HANG
+from tests.proactive.conftest import Ended
+from tests.proactive.simulation.killed import contents, killed
+
+ROLES = ("environment", "user", "assistant", "judge")
+USAGE = {"prompt_tokens": 100, "completion_tokens": 10}
+PRICE = "{input: 1.0, output: 20.0}"
+
+
+def asked(body: Body) -> tuple[str, dict[str, Any]]:
+    """The kind of a question, and its facts."""
+    kind = body["response_format"]["json_schema"]["name"]
+    return kind, json.loads(body["messages"][1]["content"].splitlines()[-1])
+
+
+def played(kind: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """An answer that fits and only depends on the question."""
+    number = len(facts.get("history", ()))
+    return {
+        "setup": lambda: {"entities": [{"entity": "a lamp", "state": "on", "new": True}]},
+        "ask": lambda: {"question": "Is the lamp on?"},
+        "tell": lambda: {"answer": "Yes."},
+        "act": lambda: {"state": "stuck", "act": f"Act {facts['acts']}", "goal_reached": facts["acts"] == 2},
+        "events": lambda: {"events": [{"seconds": 5.5, "event": f"The user does {facts['act']}."}] * 2, "entities": []},
+        "propose": lambda: {
+            "purpose": "",
+            "thoughts": "",
+            "proposal": None if number % 3 == 0 else f"Help {number} {len(facts['rejected'])}",
+            "response": "",
+        },
+        "judge": lambda: {"judgment": ("accepted", "rejected", "accepted", "ignored")[number % 4], "reason": "So."},
+        "execute": lambda: {
+            "events": [{"seconds": 1, "event": "The assistant helps."}],
+            "entities": [{"entity": "a lamp", "state": "off", "new": False}],
+        },
+    }[kind]()
+
+
+def plays(body: Body, before: int) -> Reply:
+    return Reply(json.dumps(played(*asked(body))), "stop", usage=USAGE)
+
+
+def arguments(server: ChatServer, *more: str, scenes: int = 2) -> list[str]:
+    """The options of a simulation of two scenes in which the server plays all roles."""
+    Path("scenes.yaml").write_text(scenes_text(embedded_scenes()[:scenes]), encoding="utf-8")
+    roles = [
+        option
+        for role in ROLES
+        for option in (f"--{role}.url={server.url}", f"--{role}.model=m", f"--{role}.price={PRICE}")
+    ]
+    quick = ["--endpoint.first_delay=0.01", "--endpoint.longest_delay=0.02", f"--endpoint.timeout={HANG}"]
+    return ["traces", "--scenes=scenes.yaml", "--output=out", *roles, *quick, *more]
+
+
+def without_seconds(folder: Path) -> dict[str, Any]:
+    """The content of all files, but for how long requests took."""
+    found: dict[str, Any] = contents(folder)
+    entries = [json.loads(line) for line in found.pop("log.jsonl").splitlines()]
+    summary = json.loads(found.pop("summary.json"))
+    found.pop("report.html")
+    for entry in [*entries, *summary["roles"].values()]:
+        entry.pop("seconds", None)
+    return {**found, "log": entries, "summary": summary}
+
+
+def test_a_server_plays_all_roles(call: Callable[..., Ended]) -> None:
+    with chat_server(plays) as server:
+        ended = call(simulate.main, *arguments(server, "--trials=2"))
+    assert (ended.code, ended.err) == (0, "")
+    out = Path("out")
+    assert max(Counter(server.asked).values()) == 1
+    assert len({body["seed"] for body in server.bodies}) == 4  # one for each trial
+    record = json.loads((out / "summary.json").read_text())
+    assert record["trials"]["ends"] == {"goal reached": 4}
+    roles = record["roles"]
+    assert sum(role["answers"] for role in roles.values()) == len(server.bodies)
+    for role in roles.values():
+        assert (role["prompt_tokens"], role["completion_tokens"]) == (100 * role["answers"], 10 * role["answers"])
+        assert role["cost"] == pytest.approx(role["answers"] * 300 / 1e6)
+        assert role["seconds"] > 0
+    steps = json.loads((out / "traces/scene_001_trial_1.json").read_text())
+    assert any(step["other_infomation"]["source"] == "assistant" for step in steps)
+    assert all(record["rows"][kind] for kind in ("correct_detection", "false_alarm", "non_response"))
+    for body in server.bodies:
+        kind, facts = asked(body)
+        if kind == "propose":  # knows neither goal nor hidden state
+            assert set(facts) == {"operations", "rejected", "history"}
+        assert "additionalProperties" in body["response_format"]["json_schema"]["schema"]
+
+
+@pytest.mark.parametrize("lines", [2, 3, 4, 5, 8, 13, 21, 30, 34, 40, 47, 52])
+def test_killed_at_any_answer_it_asks_nothing_twice_and_gives_the_same_files(
+    lines: int, call: Callable[..., Ended], tmp_path: Path
+) -> None:
+    def misbehaves(body: Body, before: int) -> Reply:
+        kind, _ = asked(body)
+        if kind == "events" and len(body["messages"]) == 2:
+            return Reply('{"events": [{"seconds": -1, "event": "x"}], "entities": []}', "stop", usage=USAGE)
+        return plays(body, before)
+
+    with chat_server(misbehaves) as server:
+        options = arguments(server, "--scenes-at-once=1")
+        assert call(simulate.main, *options).code == 0
+        undisturbed, expected = without_seconds(tmp_path / "out"), sorted(server.asked)
+        (tmp_path / "out").rename(tmp_path / "first")
+        server.asked.clear()
+        killed("line", lines, *options, cwd=tmp_path)
+        between = len(server.asked)
+        assert 0 < between < len(expected)
+        assert call(simulate.main, *options).code == 0
+    assert sorted(server.asked) == expected
+    assert without_seconds(tmp_path / "out") == undisturbed
+    assert undisturbed["summary"]["roles"]["environment"]["asked_again"] == 6
+
+
+def test_what_does_not_fit_is_sent_back_twice_and_fails_one_trial(call: Callable[..., Ended]) -> None:
+    first = embedded_scenes()[0].user.goal
+
+    def garbage(body: Body, before: int) -> Reply:
+        kind, facts = asked(body)
+        return (
+            Reply("I would rather not.", "stop") if kind == "act" and facts["user"]["goal"] == first else plays(body, 0)
+        )
+
+    with chat_server(garbage) as server:
+        ended = call(simulate.main, *arguments(server))
+        assert (ended.code, ended.err) == (0, "")
+        refused = [body for body in server.bodies if asked(body)[0] == "act" and first in str(body)]
+        assert [len(body["messages"]) for body in refused] == [2, 4, 6]
+        assert "That does not fit: answer: expected JSON" in refused[1]["messages"][-1]["content"]
+        assert refused[1]["messages"][2] == {"role": "assistant", "content": "I would rather not."}
+        number = len(server.bodies)
+        assert call(simulate.main, *arguments(server)).code == 0
+        assert len(server.bodies) == number  # what has failed has ended
+    record = json.loads(Path("out/summary.json").read_text())
+    assert record["trials"]["ends"] == {"failed": 1, "goal reached": 1}
+    assert record["trials"]["failures"] == {"user, act": 1}
+    assert [path.name for path in Path("out/traces").iterdir()] == ["scene_002_trial_1.json"]
+    assert "user, act" in Path("out/report.html").read_text()
+    assert record["roles"]["user"]["without_usage"] == 3
+
+
+def test_thoughts_and_fences_around_an_answer_are_no_mistake(call: Callable[..., Ended]) -> None:
+    def thinks(body: Body, before: int) -> Reply:
+        return Reply(f"<think>Let me see.</think>\n```json\n{json.dumps(played(*asked(body)))}\n```", "stop")
+
+    with chat_server(thinks) as server:
+        assert call(simulate.main, *arguments(server)).code == 0
+    record = json.loads(Path("out/summary.json").read_text())
+    assert record["trials"]["ends"] == {"goal reached": 2}
+    assert all(role["asked_again"] == 0 for role in record["roles"].values())
+
+
+def test_an_endpoint_that_refuses_stops_its_trial_alone_and_the_same_command_goes_on(
+    call: Callable[..., Ended], tmp_path: Path
+) -> None:
+    first = embedded_scenes()[0].user.goal
+    broken = True
+
+    def refuses(body: Body, before: int) -> Reply:
+        kind, facts = asked(body)
+        if broken and kind == "act" and facts["user"]["goal"] == first:
+            return Reply(status=400, body=b'{"error": {"message": "too long for this model"}}')
+        return plays(body, before)
+
+    with chat_server(refuses) as server:
+        options = arguments(server)
+        ended = call(simulate.main, *options)
+        assert ended.code == 2
+        assert "too long for this model" in ended.err
+        assert ended.err.rstrip().endswith("To go on, give the same options with --output out.")
+        record = json.loads(Path("out/summary.json").read_text())
+        assert record["trials"]["ends"] == {"goal reached": 1}
+        broken = False
+        assert call(simulate.main, *options).code == 0
+        Path("out").rename("first")
+        assert call(simulate.main, *options).code == 0
+    assert without_seconds(tmp_path / "out")["summary"] == without_seconds(tmp_path / "first")["summary"]
+
+
+@pytest.mark.parametrize("limit", [("--budget-tokens", "2000", "9000000"), ("--budget-cost", "0.005", "9")], ids=str)
+def test_a_limit_stops_all_and_a_greater_one_goes_on(limit: tuple[str, str, str], call: Callable[..., Ended]) -> None:
+    option, low, high = limit
+    with chat_server(plays) as server:
+        options = arguments(server)
+        ended = call(simulate.main, *options, f"{option}={low}")
+        assert ended.code == 2
+        assert f"the limit of {option[2:]} is reached" in ended.err
+        assert 17 <= len(server.bodies) <= 20
+        assert call(simulate.main, *options, f"{option}={low}").code == 2
+        assert len(server.bodies) <= 20
+        assert call(simulate.main, *options, f"{option}={high}").code == 0
+        assert max(Counter(server.asked).values()) == 1
+    assert json.loads(Path("out/summary.json").read_text())["trials"]["ends"] == {"goal reached": 2}
+
+
+def test_more_failures_than_allowed_stop_the_others(call: Callable[..., Ended]) -> None:
+    with chat_server(lambda body, before: Reply("no", "stop")) as server:
+        options = arguments(server, "--scenes-at-once=1", "--failures=1", scenes=5)
+        ended = call(simulate.main, *options)
+        assert ended.code == 2
+        assert "more than 1 trials failed, the last one: failed: environment, setup: answer" in ended.err
+        assert len(server.bodies) == 6
+    assert json.loads(Path("out/summary.json").read_text())["trials"]["ends"] == {"failed": 2}
+
+
+def test_a_prompt_of_ones_own_is_sent_and_one_without_a_kind_is_refused(call: Callable[..., Ended]) -> None:
+    mine = (PROMPTS / "judge.yaml").read_text().replace("You stand in for", "You are")
+    Path("mine.yaml").write_text(mine)
+    Path("bad.yaml").write_text("system: A\nquestions: {judged: B}\n")
+    with chat_server(plays) as server:
+        assert call(simulate.main, *arguments(server, "--judge.prompt=mine.yaml")).code == 0
+        judged = [body for body in server.bodies if asked(body)[0] == "judge"]
+        assert all(body["messages"][0]["content"].startswith("You are the person") for body in judged)
+        ended = call(simulate.main, *arguments(server, "--judge.prompt=bad.yaml"))
+        assert ended.code == 2
+        assert "--judge.prompt: bad.yaml: expected the questions judge" in ended.err
+        ended = call(simulate.main, "traces", f"--judge.url={server.url}")
+        assert "--judge.model: an endpoint needs the model's name" in ended.err
+
+
+def test_one_file_describes_a_simulation_and_is_kept_with_it(call: Callable[..., Ended]) -> None:
+    with chat_server(plays) as server:
+        arguments(server)
+        more = "temperature: 0, extra: {max_tokens: 512}, price: {input: 2.5, output: 10}"
+        role = f"{{url: {server.url}, model: m, {more}}}"
+        lines = ["scenes: scenes.yaml", "trials: 2", *(f"{name}: {role}" for name in ROLES)]
+        Path("simulation.yaml").write_text("\n".join(lines))
+        ended = call(simulate.main, "traces", "--config=simulation.yaml", "--output=out")
+        assert (ended.code, ended.err) == (0, "")
+        assert {(body["max_tokens"], body["temperature"]) for body in server.bodies} == {(512, 0.0)}
+        number = len(server.bodies)
+        assert call(simulate.main, "traces", "--config=out/config.yaml").code == 0
+        assert len(server.bodies) == number
+    assert len(list(Path("out/traces").iterdir())) == 4
