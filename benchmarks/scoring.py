@@ -1,4 +1,4 @@
-"""Scoring one proposal after a history that grows: a Scorer that keeps its cache, against reading each row anew.
+"""Scoring one proposal after a history that grows: a Scorer that keeps its cache, against reading each whole row.
 
     python benchmarks/scoring.py
 
@@ -90,7 +90,7 @@ def main(events: int = 200, max_lengths: list[int] | None = None) -> None:
     for max_length in max_lengths or [1024, 4096]:
         found = measure(events, max_length)
         table = Table(title=f"data.max_length {max_length}: milliseconds to score one proposal after the next event")
-        for title in ("events", "tokens", "Scorer", "row anew"):
+        for title in ("events", "tokens", "Scorer", "whole row"):
             table.add_column(title, justify="right")
         for end in range(SHOWN, events + 1, SHOWN):
             part = slice(end - SHOWN, end)

@@ -252,9 +252,9 @@ class EncodedRows(Dataset[list[dict[str, Any]]]):
 
 
 class StepLoader(DataLoader[list[dict[str, Any]]]):
-    """A loader of training steps that a resumed run begins in the middle of an epoch.
+    """A DataLoader of training steps that can resume within an epoch.
 
-    Its state is the number of steps that the loop has taken from it in this epoch. Steps that workers have prepared
+    Its state is the number of steps returned so far in this epoch. Steps that workers have prepared
     ahead do not count. The order of the steps needs no state: the sampler derives it from seed and epoch.
     """
 

@@ -83,7 +83,7 @@ def split_outside_traces(corpus: Corpus, validation_fraction: float, seed: int =
 
     Args:
         corpus: Contents of a root.
-        validation_fraction: Share of these scenes that validate; at least one does.
+        validation_fraction: Share of these scenes used for validation; at least one scene.
         seed: Seed of the choice.
 
     Raises:
@@ -128,7 +128,7 @@ def split_by_scene(corpus: Corpus, folds: int, fold: int, seed: int = 0) -> Spli
     if not 3 <= folds <= len(set(scenes)):
         raise UserError(
             f"data.folds: {folds} folds of {len(set(scenes))} scenes",
-            "Use at least 3 folds and no more than scenes.",
+            "Use at least 3 folds, and at most as many as there are scenes.",
         )
     if not 0 <= fold < folds:
         raise UserError(f"data.fold: there is no fold {fold} of {folds}", f"Use 0 to {folds - 1}.")
@@ -157,7 +157,7 @@ def history_digests(rows: Iterable[AnnotatedRow]) -> list[int]:
 def contamination(
     training_digests: Iterable[int], test: Sequence[AnnotatedRow], validation_digests: Iterable[int] | None = ()
 ) -> Contamination:
-    """Count the test rows whose history was trained on or validated on; None if the latter is unknown."""
+    """Count the test rows whose history was trained on or validated on; the second is None if unknown."""
 
     def count(digests: Iterable[int]) -> int:
         known = set(digests)

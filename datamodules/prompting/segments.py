@@ -63,7 +63,7 @@ class SegmentTokenizer:
         return [[i for p in parts for i in (self._ids[p] if isinstance(p, str) else [p])] for parts in split]
 
     def _split(self, segment: Segment) -> list[str | int]:
-        """Split a segment into texts and special token ids. A text may join text of the template and the data."""
+        """Split a segment into texts and special token ids. Adjacent texts are joined."""
         parts: list[str | int] = []
 
         def add_text(text: str) -> None:
@@ -98,9 +98,11 @@ class SegmentTokenizer:
         taken = [span for token, span in spans if self._is_control(token, text[slice(*span)])]
         if not taken:
             return list(encoding.ids)
-        alone = {begin: end for begin, end in taken if end - begin == 1}  # single characters, which cannot be split
-        cuts = sorted({0, len(text), *alone.values(), *((begin + end) // 2 for begin, end in taken)})
-        parts = [_escaped(text[a:b]) if a in alone else text[a:b] for a, b in pairwise(cuts)]
+        single_characters = {
+            begin: end for begin, end in taken if end - begin == 1
+        }  # single characters, which cannot be split
+        cuts = sorted({0, len(text), *single_characters.values(), *((begin + end) // 2 for begin, end in taken)})
+        parts = [_escaped(text[a:b]) if a in single_characters else text[a:b] for a, b in pairwise(cuts)]
         return [token for ids in self._tokenize(parts) for token in ids]
 
     def _is_control(self, token: int, written: str) -> bool:
@@ -110,7 +112,7 @@ class SegmentTokenizer:
 
 
 def _control_tokens(tokenizer: "PreTrainedTokenizerFast") -> tuple[set[int], dict[int, str]]:
-    """Return the tokens that text from data must not become.
+    """Return the tokens that are forbidden in text from data.
 
     Returns:
         The ids of special and added tokens, except white space. And the spelling by id of tokens that only their own

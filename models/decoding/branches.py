@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GROWTH = 1.25  # a full cache grows by this factor
-BRANCHES = 16  # in a self-test
-READ = 2  # answer tokens that a self-test reads
+BRANCHES = 16  # in a trial
+READ = 2  # answer tokens that a trial reads
 WASTE = 0.5  # a cache is compacted if less than this share of it is still attended to
 OTHER_LOGITS = "the logits of an answer differ from those after its prompt"
 log = logging.getLogger("proactive")

@@ -1,4 +1,4 @@
-"""BackboneModule: what both models share, that is training a backbone step by step, and its checkpoints."""
+"""BackboneModule, the base class of both models: training loop, calibration, test and checkpoints."""
 
 import contextlib
 from collections.abc import Callable
@@ -70,7 +70,7 @@ class BackboneModule(NetworkModule):
         optimizer: adamw is PyTorch's. adamw_8bit stores 2 bytes per weight in place of 8; with dtype bfloat16 it
             stores one more, so that small updates are not lost to rounding. paged_adamw_8bit is bitsandbytes'.
         learning_rate: Peak learning rate. If null, 1e-4 with an adapter, 1e-3 from scratch, and 2e-5 for a pretrained
-            backbone, which a higher rate would make forget what it knows.
+            backbone, which a higher rate would damage.
         weight_decay: Decoupled weight decay on matrices.
         warmup_ratio: Share of all steps over which the learning rate rises.
         schedule: How the learning rate falls to zero after that.
@@ -145,7 +145,7 @@ class BackboneModule(NetworkModule):
     # What subclasses define
 
     def loss(self, batch: Any) -> Tensor:
-        """A micro-batch's part of the step's loss, a tensor ()."""
+        """Return the micro-batch's contribution to the step's loss, a scalar tensor."""
         raise NotImplementedError
 
     def decision_metrics(self, probability_N: Tensor, rows: dict[str, Tensor], threshold: float) -> dict[str, Tensor]:
@@ -213,7 +213,7 @@ class BackboneModule(NetworkModule):
                 part = self.loss(micro_batch)
                 self.manual_backward(part)
             loss += part.detach()
-        loss = self.trainer.strategy.reduce(loss, reduce_op="mean")  # of all ranks, so that all stop together
+        loss = self.trainer.strategy.reduce(loss, reduce_op="mean")  # over ranks, so that all stop at the same step
         self.refuse_not_finite()  # the previous step has ended by now, so this does not wait for the device
         self.log("train/loss", loss)
         rate = optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BLOCK = 128  # tokens of a block of FlexAttention
-LEAST_HEAD_SIZE = 16  # that FlexAttention's kernels support
+MIN_HEAD_SIZE = 16  # the smallest that FlexAttention's kernels support
 OTHER_STATES = "a tree gives other states than its rows one by one"
 
 
@@ -54,7 +54,7 @@ def tree_states(model: "PreTrainedModel", inputs: Inputs, read: Tensor) -> Tenso
     input_ids, position_ids = inputs["input_ids"], inputs["position_ids"]
     attention = model.config._attn_implementation
     if attention == "flex_attention":
-        padding = -len(subtree_end_T) % BLOCK  # padding tokens see, and are seen by, only themselves
+        padding = -len(subtree_end_T) % BLOCK  # padding tokens attend to themselves only
         input_ids = torch.nn.functional.pad(input_ids, (0, padding))
         position_ids = torch.nn.functional.pad(position_ids, (0, padding))
     options: dict[str, Any] = {}
@@ -75,11 +75,11 @@ def tree_states(model: "PreTrainedModel", inputs: Inputs, read: Tensor) -> Tenso
 
 @contextlib.contextmanager
 def _last_feed_forward_at(model: "PreTrainedModel", indices: Tensor, tokens: int) -> Iterator[None]:
-    """Compute the last layer's feed-forward part only at some indices. No other states of it are read."""
+    """Compute the last layer's feed-forward part only at some indices. Its other outputs are not used."""
     layers = model.config.num_hidden_layers
     stacks = (m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == layers)
     feed_forward = getattr(next(stacks)[-1], "mlp", None)
-    # A backward pass that recomputes the layer runs after the hooks are removed.
+    # Gradient checkpointing recomputes the layer after the hooks are removed, so it computes all positions.
     recomputes = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     if feed_forward is None or recomputes:
         yield
@@ -119,7 +119,7 @@ def choose_attention(model: "PreTrainedModel", device: str, longest: int, larges
     """Set the attention that computes fewest masked pairs of a tree, if the backbone supports it.
 
     Args:
-        model: A network of transformers with transformers' default attention; it keeps that if no other is better.
+        model: A network of transformers with transformers' default attention, which stays unless a better one works.
         device: The type of its device. On other devices than cuda and cpu it keeps its attention.
         longest: Tokens of the longest row.
         largest: Tokens of the largest tree.
@@ -129,7 +129,7 @@ def choose_attention(model: "PreTrainedModel", device: str, longest: int, larges
     """
     own = model.config._attn_implementation
     better = own
-    if device == "cuda" and _head_size(model) >= LEAST_HEAD_SIZE:  # smaller heads fail only when it is compiled
+    if device == "cuda" and _head_size(model) >= MIN_HEAD_SIZE:  # smaller heads fail only when it is compiled
         better = "flex_attention"
     if device == "cpu" and own == "sdpa":  # other attentions have parts that sdpa lacks, such as a soft cap
         register()

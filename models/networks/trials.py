@@ -1,7 +1,7 @@
 """Trials: before the first step, compute the same in two ways and compare.
 
 A backbone with random weights hardly depends on its input. So a trial changes tokens that must not be seen, and
-requires that nothing changes at all. All else must be equal up to the rounding of float32.
+requires that nothing changes at all. All other values must agree within the rounding of float32.
 
 Shape legend: N rows or tokens, R rows, D size of a hidden state or number of logits.
 """
@@ -48,7 +48,7 @@ def reading_problem(
 
     Args:
         model: A network of transformers. On the meta device only its configuration is checked.
-        what: What is read, for the message if the network refuses it.
+        what: The name of the input, for the message if the network refuses it.
         attentions: The attentions that take the masks.
         lengths: What the longest row consists of, for messages, and its number of tokens.
         short_trial: Returns what is wrong, or None.
@@ -82,7 +82,7 @@ def run_trial(model: "PreTrainedModel", what: str, trial: Callable[[], str | Non
 
     Args:
         model: The network.
-        what: What is read, for the message if the network refuses it.
+        what: The name of the input, for the message if the network refuses it.
         trial: Returns what is wrong, or None.
 
     Returns:

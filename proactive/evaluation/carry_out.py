@@ -72,15 +72,15 @@ async def carry_out(evaluation: Evaluation, folder: Path, progress: Progress) ->
         ):  # local judges, whose verdicts cost no request
             others: dict[str, Agent] = {"always-propose": AlwaysPropose(answers), "never-propose": NeverPropose()}
             baselines = {name: await other.answer(traces) for name, other in others.items()}
-        made, offers = _offers([answers]), _offers([answers, *baselines.values()])
+        agent_offers, offers = _offers([answers]), _offers([answers, *baselines.values()])
         if gates:
             offers |= dict.fromkeys(offer._replace(proposal=None) for offer in offers)
         verdicts = await _verdicts(evaluation.judges, traces, list(offers), progress)
-        proposals = [offer for offer in made if offer.proposal is not None]
-        gate_says = await _verdicts(gates, traces, proposals, progress) if gates else None
+        proposals = [offer for offer in agent_offers if offer.proposal is not None]
+        gate_verdicts = await _verdicts(gates, traces, proposals, progress) if gates else None
 
     threshold = gate_threshold(evaluation.cost_ratio)
-    events = judge_events(traces, answers, verdicts, gate_says, threshold)
+    events = judge_events(traces, answers, verdicts, gate_verdicts, threshold)
     logs = {"agent": evaluation.answers, "judge": evaluation.verdicts}
     record = {
         **evaluation_record(events, evaluation.splits),
@@ -93,8 +93,8 @@ async def carry_out(evaluation: Evaluation, folder: Path, progress: Progress) ->
         "baselines": {name: figures(judge_events(traces, one, verdicts)) for name, one in baselines.items()},
         "gate": None,
     }
-    if gates and gate_says is not None:
-        ungated = judge_events(traces, answers, verdicts, gate_says, 0.0)
+    if gates and gate_verdicts is not None:
+        ungated = judge_events(traces, answers, verdicts, gate_verdicts, 0.0)
         record["gate"] = {
             **joint_record(gates),
             "cost_ratio": evaluation.cost_ratio,
