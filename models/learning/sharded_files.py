@@ -190,7 +190,11 @@ def sync(folder: Path) -> None:
 
 
 def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state dict of an optimizer by names: `{"state": {"name|key": value}, "param_groups": [...]}`."""
+    """The state dict of an optimizer by names: `{"state": {"name|key": value}, "param_groups": [...]}`.
+
+    PyTorch's `get_optimizer_state_dict` gives the same names, but takes a step if there is no state yet, which would
+    change a run that is saved before its first step.
+    """
     names = {id(weight): name for name, weight in module.named_parameters()}
     groups = [
         {

@@ -15,9 +15,7 @@ GIB = 2**30
 class Device:
     """A device, according to its data sheet."""
 
-    peak: (
-        float  # operations per second in 16 bits, for dense matrices; some data sheets give twice this, for sparse ones
-    )
+    peak: float  # dense operations per second in 16 bits; some data sheets give twice this, for sparse matrices
     memory: int  # bytes
     family: str = ""  # its architecture, the key of MEASURED_UTILIZATION
 

@@ -1,1 +1,1 @@
-"""What a run would take, without running it."""
+"""The memory of a run, estimated without running it."""

@@ -2,9 +2,8 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,6 +16,7 @@ from models.networks.adapters import AdapterOptions
 from models.networks.configurations import network_from_config
 from models.networks.network_options import DtypeName, NetworkOptions
 from models.networks.quantization import Quantization
+from models.planning.replacements import insert_replacements
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -98,7 +98,10 @@ class MemoryPlan:
         with torch.device("meta"):
             network = network_from_config(options, settings)
         if setting.adapter is not None:
-            _insert_replacements(network, self.module.head == "classifier", setting)
+            # A precision that converts weights to 16 bits also converts adapters.
+            adapter_dtype = getattr(torch, compute_dtype(setting.precision) or "float32")
+            has_new_head = self.module.head == "classifier"
+            insert_replacements(network, has_new_head, setting.adapter, setting.quantization, adapter_dtype)
         return network
 
     def memory(self, setting: Setting) -> Memory:
@@ -216,192 +219,3 @@ def _fake(value: Any, tokens: int | None, name: str = "") -> Any:
         return value
     shape = (1, tokens) if tokens is not None and name in FAKE_TREE else value.shape
     return torch.zeros(shape, dtype=value.dtype)
-
-
-# Replacements of quantized layers and adapters, whose libraries do not run on shapes alone
-
-
-class _Dequantized(torch.autograd.Function):
-    """A product with a weight that is dequantized temporarily, forward and backward."""
-
-    @staticmethod
-    def forward(ctx: Any, input_TD: Tensor, packed: Tensor, shape: torch.Size) -> Tensor:
-        ctx.save_for_backward(packed)
-        ctx.shape = shape
-        return nn.functional.linear(input_TD, torch.empty(shape, dtype=input_TD.dtype, device=input_TD.device))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient @ torch.empty(ctx.shape, dtype=gradient.dtype, device=gradient.device), None, None
-
-
-class _Quantized(nn.Module):
-    def __init__(self, layer: nn.Linear, kind: Quantization) -> None:
-        super().__init__()
-        numel, self.shape = layer.weight.numel(), layer.weight.shape
-        # NF4: 2 weights per byte, 1 byte per scale of 64 weights, 4 bytes per 256 scales. Int8: 4 bytes per row.
-        size = numel // 2 + numel // 64 + numel // 64 // 64 if kind == "nf4" else numel + 4 * self.shape[0]
-        packed = torch.empty(size, dtype=torch.uint8, device=layer.weight.device)
-        self.weight = nn.Parameter(packed, requires_grad=False)
-        vars(self.weight)["quant_state"] = SimpleNamespace(shape=self.shape)  # read by `weight_count`
-        self.bias = layer.bias
-
-    def forward(self, input_TD: Tensor) -> Tensor:
-        output = _Dequantized.apply(input_TD, self.weight, self.shape)
-        return output if self.bias is None else output + self.bias
-
-
-class _Adapted(nn.Module):
-    """The computation of peft's LoRA layer."""
-
-    def __init__(self, layer: nn.Module, width: tuple[int, int], adapter: AdapterOptions, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.layer = layer
-        self.lora_A = nn.Linear(width[0], adapter.rank, bias=False, device="meta", dtype=dtype)
-        self.lora_B = nn.Linear(adapter.rank, width[1], bias=False, device="meta", dtype=dtype)
-        self.dropout = nn.Dropout(adapter.dropout) if adapter.dropout else nn.Identity()
-        self.scaling = adapter.alpha / adapter.rank
-
-    def forward(self, input_TD: Tensor) -> Tensor:
-        output = self.layer(input_TD)
-        adapted_TD = input_TD if torch.is_autocast_enabled("cpu") else input_TD.to(self.lora_A.weight.dtype)
-        return (output + self.lora_B(self.lora_A(self.dropout(adapted_TD))) * self.scaling).to(output.dtype)
-
-
-def _insert_replacements(network: "PreTrainedModel", new_head: bool, setting: Setting) -> None:
-    adapter = setting.adapter
-    assert adapter is not None
-    network.requires_grad_(False)
-    # A precision that converts weights to 16 bits also converts adapters.
-    dtype = getattr(torch, compute_dtype(setting.precision) or "float32")
-    outputs = network.get_output_embeddings()
-    for parent in list(network.base_model.modules()):
-        for name, layer in list(parent.named_children()):
-            if not isinstance(layer, nn.Linear) or layer is outputs:
-                continue
-            stored = layer if setting.quantization == "none" else _Quantized(layer, setting.quantization)
-            if adapter.targets == "all-linear" or name in adapter.targets:
-                made: nn.Module = _Adapted(stored, (layer.in_features, layer.out_features), adapter, dtype)
-            else:
-                made = stored
-            setattr(parent, name, made)
-    if new_head:
-        for module in network.children():
-            if module is not network.base_model:
-                module.to(dtype).requires_grad_(True)
-
-
-# Changes of settings
-
-
-@dataclass(frozen=True)
-class Change:
-    """A change of settings that saves memory.
-
-    Attributes:
-        what: The change in words.
-        option: The command-line options of the change.
-        apply: Returns the changed setting.
-    """
-
-    what: str
-    option: str
-    apply: Callable[[Setting], Setting]
-
-
-def changes(longest: int, setting: Setting) -> list[Change]:
-    """The changes that save memory, cheapest first.
-
-    Args:
-        longest: Tokens of the longest row, which is the smallest possible tree.
-        setting: The current setting.
-    """
-    found = []
-    if setting.tokens is not None and setting.tokens > longest:
-        found.append(
-            Change(
-                f"a smaller token budget, {longest}",
-                f"--data.token_budget {longest}",
-                lambda s: replace(s, tokens=longest),
-            )
-        )
-    if not setting.checkpointing:
-        found.append(
-            Change(
-                "gradient checkpointing, for a third more operations",
-                "--model.gradient_checkpointing true",
-                lambda s: replace(s, checkpointing=True),
-            )
-        )
-    if setting.optimizer == "adamw" and setting.adapter is None:
-        found.append(
-            Change("an 8-bit optimizer", "--model.optimizer adamw_8bit", lambda s: replace(s, optimizer="adamw_8bit"))
-        )
-    if setting.adapter is None:
-        for devices in (2, 4, 8, 16, 32, 64):
-            if devices > setting.devices:
-                found.append(_more_devices(devices))
-        found.append(
-            Change(
-                "an adapter in place of all weights",
-                "--model.adapter.rank 16",
-                lambda s: replace(s, adapter=AdapterOptions(), devices=1, sharing="one device"),
-            )
-        )
-    if setting.quantization == "none":
-        found.append(
-            Change(
-                "an adapter on weights in 4 bits",
-                "--model.adapter.rank 16 --model.quantization nf4 --model.dtype bfloat16",
-                lambda s: replace(
-                    s,
-                    adapter=s.adapter or AdapterOptions(),
-                    quantization="nf4",
-                    dtype="bfloat16",
-                    devices=1,
-                    sharing="one device",
-                ),
-            )
-        )
-    return found
-
-
-def _more_devices(devices: int) -> Change:
-    return Change(
-        f"{devices} devices that share weights, gradients and optimizer",
-        f"--trainer.devices {devices} --trainer.strategy fully_sharded",
-        lambda s: replace(s, devices=devices, sharing="sharded"),
-    )
-
-
-def cheapest_fit(plan: MemoryPlan, setting: Setting, longest: int, room: int) -> tuple[list[Change], Memory] | None:
-    """The cheapest changes with which a setting fits.
-
-    A single change is preferred. Otherwise the first changes are combined until the setting fits.
-
-    Args:
-        plan: Estimates the memory.
-        setting: The current setting.
-        longest: Tokens of the longest row.
-        room: Bytes of one device.
-
-    Returns:
-        The changes and the memory with them; None if the setting does not fit with all changes.
-    """
-    offered = changes(longest, setting)
-    for change in offered:
-        if (memory := plan.memory(change.apply(setting))).peak <= room:
-            return [change], memory
-    together: list[Change] = []
-    devices_tried: Change | None = None
-    for change in offered:
-        if "devices" in change.option:  # a larger number of devices replaces a smaller one
-            together = [one for one in together if one is not devices_tried]
-            devices_tried = change
-        together.append(change)
-        changed = setting
-        for one in together:
-            changed = one.apply(changed)
-        if (memory := plan.memory(changed)).peak <= room:
-            return list(together), memory
-    return None

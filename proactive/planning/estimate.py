@@ -28,7 +28,8 @@ from models.networks.operations import (
 )
 from models.networks.tree_reading import pair_cost
 from models.networks.trials import attention_window
-from models.planning.memory import Change, Memory, MemoryPlan, Setting, Sharing, cheapest_fit
+from models.planning.changes import Change, cheapest_fit
+from models.planning.memory import Memory, MemoryPlan, Setting, Sharing
 from proactive.fitting.cli import FitCLI
 from proactive.parser import did_you_mean
 

@@ -19,7 +19,8 @@ from models.networks.adapters import AdapterOptions, add_adapter
 from models.networks.configurations import network_from_config
 from models.networks.network_options import NetworkOptions
 from models.networks.operations import GIB, Operations, trained_count, weight_count
-from models.planning.memory import MemoryPlan, Setting, cheapest_fit, optimizer_bytes
+from models.planning.changes import cheapest_fit
+from models.planning.memory import MemoryPlan, Setting, optimizer_bytes
 from tests.helpers import ROOT
 from tests.models.small import small_data
 from tests.patience import HANG
