@@ -24,6 +24,7 @@ from proactive.simulation.questions import ROLES, Players, RoleName
 from proactive.simulation.scenes import embedded_scenes, read_scenes
 from proactive.simulation.scripted import ScriptedRole
 from proactive.simulation.simulation import Simulation, StoppedError, derive, prepared, simulate
+from proactive.simulation.summary import ESTIMATED, estimate
 from proactive.tables import Table, show
 from proactive.terminal import say
 
@@ -69,6 +70,8 @@ def _traces_parser() -> Parser:
 def _rows_parser() -> Parser:
     parser = Parser(prog="simulate rows", description="Write training data, summary and report of log and traces.")
     parser.add_argument("folder", type=Path, help="A folder that `simulate traces` wrote.")
+    parser.add_argument("--estimate", type=Count | None, help="Also estimate what this many events would take, for "
+        "example 6790 as in the paper.")  # fmt: skip
     return _common(parser)
 
 
@@ -121,14 +124,29 @@ def _client(role: RoleName, options: "Namespace", log: SimulationLog, budget: Bu
 
 
 def _rows(options: "Namespace") -> None:
-    _finish(options.folder, options.quiet)
+    record = _finish(options.folder, options.quiet)
+    if options.estimate is not None:
+        show(_estimate_table(estimate(record, options.estimate), options.estimate))
 
 
-def _finish(folder: Path, quiet: bool) -> None:
+def _finish(folder: Path, quiet: bool) -> dict[str, Any]:
+    """Derive everything, print it, and return the summary."""
     record = derive(folder)
     if not quiet:
         show(_table(record))
         say(f"traces, training data and {REPORT_FILE} are in {folder}")
+    return record
+
+
+def _estimate_table(found: dict[str, dict[str, float]], events: int) -> Table:
+    table = Table(
+        title=f"Estimate for {events:,} events", caption="in proportion to the answers and events of this log"
+    )
+    for title in ("role", *ESTIMATED):
+        table.add_column(title.replace("_", " "), justify="left" if title == "role" else "right")
+    for role, figures in found.items():
+        table.add_row(role, *(f"{figures[name]:,.{2 if name == 'cost' else 0}f}" for name in ESTIMATED))
+    return table
 
 
 def _table(record: dict[str, Any]) -> Table:

@@ -11,6 +11,7 @@ from typing import Any
 
 from datamodules.corpus.records import PUBLISHED_CATEGORIES, Category
 from datamodules.corpus.sources import TRAIN_FILE
+from datamodules.errors import UserError
 from models.judging.budget import Price, Usage
 from proactive.simulation.log import LOG_FILE, OUTCOME, entries
 from proactive.simulation.questions import ROLES
@@ -19,6 +20,7 @@ from proactive.simulation.traces import Step
 from proactive.simulation.training_data import CONVERSATIONS_FILE, PREFERENCES_FILE, Records
 
 SUMMARY_FILE = "summary.json"
+ESTIMATED = ("answers", "prompt_tokens", "completion_tokens", "cost")
 
 
 def summary(
@@ -69,6 +71,20 @@ def summary(
             "events_of_test_traces": sum(step.event.event in tested for step in steps),
         },
     }
+
+
+def estimate(record: Mapping[str, Any], events: int) -> dict[str, dict[str, float]]:
+    """What a simulation of so many events would take, by role and in total, in proportion to this one's.
+
+    Raises:
+        UserError: There is no event yet, or no server has reported tokens.
+    """
+    simulated = sum(record["events"].values())
+    if not simulated or not any(found["prompt_tokens"] for found in record["roles"].values()):
+        raise UserError("--estimate: the log holds no event, or no tokens", "Simulate a few scenes by endpoints first.")
+    factor = events / simulated
+    roles = {role: {name: found[name] * factor for name in ESTIMATED} for role, found in record["roles"].items()}
+    return {**roles, "total": {name: sum(found[name] for found in roles.values()) for name in ESTIMATED}}
 
 
 def near_duplicates(texts: Iterable[str]) -> int:

@@ -56,3 +56,11 @@ def test_the_exponent_of_growth_leaves_out_the_start() -> None:
     assert exponent({1: 5.0, 10: 6.0, 100: 15.0}) == pytest.approx(1.0)
     assert exponent({1: 5.0, 10: 5.1, 100: 15.0}) == pytest.approx(2.0)
     assert math.isnan(exponent({1: 5.0, 10: 6.0}))
+
+
+def test_the_simulation_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = loaded(ROOT / "benchmarks" / "simulation.py").main(trials=1, at_once=4)
+    assert found["sessions"] == 12
+    assert found["events"] > 12
+    assert found["seconds"] > 0

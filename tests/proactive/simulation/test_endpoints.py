@@ -11,6 +11,7 @@ import pytest
 from proactive import simulate
 from proactive.simulation.endpoints import PROMPTS
 from proactive.simulation.scenes import embedded_scenes, scenes_text
+from proactive.simulation.summary import estimate
 from tests.chat_server import Body, ChatServer, Reply, chat_server
 from tests.patience import HANG
 from tests.proactive.conftest import Ended
@@ -247,3 +248,19 @@ def test_one_file_describes_a_simulation_and_is_kept_with_it(call: Callable[...,
         assert call(simulate.main, "traces", "--config=out/config.yaml").code == 0
         assert len(server.bodies) == number
     assert len(list(Path("out/traces").iterdir())) == 4
+
+
+def test_tokens_and_cost_of_more_events_are_estimated_from_the_log(call: Callable[..., Ended]) -> None:
+    with chat_server(plays) as server:
+        assert call(simulate.main, *arguments(server)).code == 0
+    record = json.loads(Path("out/summary.json").read_text())
+    events = sum(record["events"].values())
+    found = estimate(record, 10 * events)
+    assert found["total"]["prompt_tokens"] == pytest.approx(1000 * len(server.bodies))
+    assert found["judge"]["cost"] == pytest.approx(10 * record["roles"]["judge"]["cost"])
+    assert found["total"]["cost"] == pytest.approx(sum(found[role]["cost"] for role in ROLES))
+    ended = call(simulate.main, "rows", "out", f"--estimate={10 * events}")
+    assert f"Estimate for {10 * events:,} events" in ended.out
+    assert f"{1000 * len(server.bodies):,}" in ended.out
+    assert call(simulate.main, "traces", "--output=scripted", "--quiet").code == 0
+    assert "no tokens" in call(simulate.main, "rows", "scripted", "--estimate=6790").err
