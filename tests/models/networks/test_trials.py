@@ -104,7 +104,7 @@ def test_trials_detect_answers_that_depend_on_the_length(kind: str) -> None:
     model = network(*(CHANGES_WITH_LENGTH | ONLY_LANGUAGE)[kind], auto=AutoModelForCausalLM)
     problem = branch_problem(model, LONG)
     assert "the logits of an answer differ from those after its prompt" in str(problem)
-    assert f"with prompts and answers of up to {LONG} tokens" in str(problem)
+    assert f"for prompts with answers of up to {LONG} tokens" in str(problem)
     # GPT-Neo's window counts what stands between, and branches stand between.
     assert (branch_problem(model, SHORT) is None) == (kind != "GPT-Neo's window")
 
