@@ -12,7 +12,7 @@ import yaml
 
 from proactive import fit
 from tests.helpers import SMALL_RUN, command, small_root
-from tests.proactive.test_resume import NO_CALLBACKS, assert_same_tensors, kill_at, last, load
+from tests.proactive.fitting.test_resume import NO_CALLBACKS, assert_same_tensors, kill_at, last, load
 
 SMALL_AGENT = ["--task=agent", *SMALL_RUN, "--model.sampled_answers=2"]
 FOLDER = Path("runs", "agent", "0")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from datamodules.errors import UserError
-from proactive.environment import NUMBERS, refuse_impossible_place
+from proactive.environment import NUMBERS, refuse_impossible_rank
 from tests.helpers import ROOT
 from tests.patience import HANG
 
@@ -26,16 +26,16 @@ from tests.patience import HANG
     ],
     ids=str,
 )
-def test_variables_that_tell_no_place_are_refused(
+def test_impossible_rank_variables_are_refused(
     variables: dict[str, str], named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in NUMBERS:
         monkeypatch.delenv(name, raising=False)
-    refuse_impossible_place()
+    refuse_impossible_rank()
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=named):
-        refuse_impossible_place()
+        refuse_impossible_rank()
 
 
 def test_full_output_and_a_rank_that_is_none_as_processes(tmp_path: Path) -> None:

@@ -490,8 +490,8 @@ def test_a_prompt_that_ends_in_the_padding_token_is_read_as_the_exported_model_r
     fit(classifier, data, max_steps=2)
     train = len(data.split.train)
     assert [text for text in said if "which is also the padding token" in text] == [
-        f"data.prompt: {train} of {train} train rows end in <eos>, which is also the padding token; they are read at "
-        "the token before it, as transformers reads them"
+        f"data.prompt: {train} of {train} train rows end in <eos>, which is also the padding token; the classifier "
+        "reads the token before it, as in transformers"
     ]
     assert data.layout == layout
     assert classifier.network is not None

@@ -280,7 +280,7 @@ def test_an_epoch_on_the_real_rows_has_the_same_loss_curve() -> None:
     [
         ("bert", {}, "depend on what follows"),
         ("mistral", {"sliding_window": 100}, "attend to the last 100 tokens, and rows have up to 101"),
-        ("gemma3_text", {"sliding_window": 64}, "see 64 tokens back"),
+        ("gemma3_text", {"sliding_window": 64}, "attend to the last 64 tokens"),
         ("bloom", {}, "it refuses them"),
         ("qwen3_next", {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "num_experts": 2}, "it refuses them"),
     ],
