@@ -1,6 +1,6 @@
-"""The command `proactive`, and where each of its commands begins.
+"""The command `proactive` and the table of its commands.
 
-A command is a module of this package with a `main(arguments)`; `python -m proactive.NAME` starts it as well.
+A command is a module of this package with a function `main(arguments)`. `python -m proactive.NAME` starts it too.
 """
 
 import importlib
@@ -12,7 +12,7 @@ from proactive import __version__
 from proactive.parser import did_you_mean
 from proactive.terminal import run, say, set_up_messages
 
-COMMANDS = {  # module: what it does
+COMMANDS = {  # module name: description
     "fit": "train a reward classifier or an agent, and test it",
     "evaluate": "measure a trained model and set it beside published figures",
     "inspect": "show what data holds, and what its splits give away",
@@ -34,19 +34,19 @@ HELP = "\n".join(
 
 
 def start(command: str | None = None) -> NoReturn:
-    """Carry out a command on the process's arguments, and exit; without one, the first argument names it."""
+    """Run a command with the process's arguments, and exit; if None, the first argument names the command."""
     run(lambda arguments: main([command, *arguments] if command else arguments))
 
 
 def program(command: str) -> str:
-    """How a command was started, for its help: `proactive fit`, or `python -m proactive.fit`."""
+    """Return how a command was started, for its help: `proactive fit` or `python -m proactive.fit`."""
     spec = sys.modules["__main__"].__spec__
     by_module = spec is not None and spec.name == f"proactive.{command}"
     return f"python -m proactive.{command}" if by_module else f"proactive {command}"
 
 
 def main(arguments: list[str]) -> None:
-    """Carry out the command that the first argument names."""
+    """Run the command that the first argument names."""
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):
         print(HELP)

@@ -1,6 +1,6 @@
 """`python -m proactive.completion bash|zsh`: print the script that lets a shell complete commands, options and values.
 
-The script holds all names. So a shell completes at once, without starting Python; it is printed anew after an update.
+The script contains all names, so completion is instant and does not start Python. Print it again after an update.
 """
 
 if __name__ == "__main__":
@@ -44,7 +44,7 @@ def _own_parser() -> Parser:
 
 
 def _all_commands() -> argparse.ArgumentParser:
-    """All commands with their options, as argparse has them."""
+    """Return an argparse parser with all commands and their options."""
     found = argparse.ArgumentParser("proactive")
     found.add_argument("--version", action="store_true", help="the version")
     commands = found.add_subparsers()
@@ -57,14 +57,14 @@ def _all_commands() -> argparse.ArgumentParser:
 
 
 def _copy(parser: argparse.ArgumentParser, into: argparse.ArgumentParser) -> None:
-    """Add a parser's arguments to another one that may have some of them."""
+    """Add the missing arguments of one parser to another."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             commands = into.add_subparsers()
             for name, one in action._name_parser_map.items():
                 _copy(one, commands.add_parser(name, help=one.description))
         elif action.help != argparse.SUPPRESS and all(name.startswith("-") for name in action.option_strings):
-            _copy_argument(action, into)  # others link two options
+            _copy_argument(action, into)  # others are links between options
 
 
 def _copy_argument(action: argparse.Action, into: argparse.ArgumentParser) -> None:
@@ -74,14 +74,14 @@ def _copy_argument(action: argparse.Action, into: argparse.ArgumentParser) -> No
         known.choices = list(dict.fromkeys([*(known.choices or ()), *choices])) or None
         return
     copy = argparse.Action(action.option_strings, action.dest, action.nargs, choices=choices or None)
-    copy.help = re.sub(r"[^\w ,/-]+", " ", (action.help or "").partition("\n")[0])  # what means nothing to a shell
+    copy.help = re.sub(r"[^\w ,/-]+", " ", (action.help or "").partition("\n")[0])  # markup of no use in a shell
     if not choices and (complete := _completes(action)):
         copy.complete = complete  # type: ignore[attr-defined]
     into._add_action(copy)
 
 
 def _values(annotation: Any) -> Iterator[Any]:
-    """The values of a type that has few of them."""
+    """Return the values of a type with few values."""
     if get_origin(annotation) is Literal:
         yield from get_args(annotation)
     elif annotation is bool:
@@ -92,7 +92,7 @@ def _values(annotation: Any) -> Iterator[Any]:
 
 
 def _completes(action: argparse.Action) -> Mapping[str, Any] | None:
-    """What a shell completes the value of an option without choices to: recipes, files, or nothing."""
+    """Return the completion for the value of an option without choices: recipes, files, or nothing."""
     if "--config" in action.option_strings:
         return dict.fromkeys(SHELLS, "_proactive_recipes")
     annotation = getattr(action, "_typehint", action.type)

@@ -1,8 +1,8 @@
-"""The parser of every command: errors in one line, YAML that cannot run away, and no code that a value could name.
+"""The parser of every command: errors of one line, bounded YAML, and no code in values.
 
-jsonargparse imports what a `class_path` names. A person who starts a command may name classes so, also in a file given
-with --config; see `proactive.fitting.foreign` for a configuration that is read unasked. Nobody may name functions as
-arguments of a class: what calls them would run anything.
+jsonargparse imports what a `class_path` names. The user of a command may name classes this way, also in a file given
+with --config; `proactive.fitting.foreign` restricts configurations that are read without being given. Functions as
+arguments of a class are not allowed, because calling them could run any code.
 """
 
 import difflib
@@ -17,8 +17,8 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from datamodules.errors import UserError
 from datamodules.ranges import worded
 
-# Also where a parameter has no type: what lies in it stays what it is. The denylist is jsonargparse's own, of what runs
-# commands, reads pickles, and the like.
+# Values of parameters without a type are not instantiated. The denylist is jsonargparse's own: modules that run
+# commands, read pickles, and similar.
 set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[])
 
 _OPTION = re.compile(r'Parser key "(?P<name>[^"]*)":\s*(?P<said>.*)', re.DOTALL)
@@ -35,18 +35,18 @@ _CHOICES = re.compile(r"(?:\(choose from |typing\.Literal\[|Input should be )([^
 
 
 class OptionError(UserError):
-    """A parser refuses a value; what it says begins with the name of the option, or of the argument of a class."""
+    """A refused value; the message starts with the name of the option or of the class argument."""
 
 
 class _Built(BaseException):
-    """Takes a parser out of the command that has built it."""
+    """Passes a parser out of the command that built it."""
 
 
 _taken_out = ContextVar("_taken_out", default=False)
 
 
 class Parser(ArgumentParser):
-    """A parser whose errors take one line each, and that gives classes no functions."""
+    """A parser with errors of one line, which passes no functions to classes."""
 
     def parse_args(self, *args: Any, **options: Any) -> Any:
         if _taken_out.get():
@@ -66,7 +66,7 @@ class Parser(ArgumentParser):
         raise OptionError(_said(message) + self._meant(message), f"See {self.prog} --help.") from ex
 
     def _meant(self, message: str) -> str:
-        """Which option, or which value of the option, an error's may have been meant to be."""
+        """Suggest an option, or a value of the option, for a misspelled one in an error."""
         if found := _UNKNOWN.fullmatch(message):
             if found["argument"]:
                 return did_you_mean(found["argument"], self._option_string_actions)
@@ -77,7 +77,7 @@ class Parser(ArgumentParser):
         return did_you_mean(value["given"], choices) if value else ""
 
     def add_class_arguments(self, *args: Any, **options: Any) -> list[str]:
-        # Where a class can be given, no file of options is read in its place: it may lie there by the name of a value.
+        # Where a class is expected, read no file of options, which could have the name of the value.
         names = super().add_class_arguments(*args, **{**options, "sub_configs": False})
         self._forget_code()
         return names
@@ -88,7 +88,7 @@ class Parser(ArgumentParser):
         return names
 
     def _forget_code(self) -> None:
-        """Take out the arguments that take functions, types or modules, which values would name."""
+        """Remove the arguments that expect functions, types or modules, because values could name them."""
         for action in [action for action in self._actions if takes_code(getattr(action, "_typehint", None))]:
             self._remove_action(action)
             for group in self._action_groups:
@@ -99,7 +99,7 @@ class Parser(ArgumentParser):
 
 
 def parser_of(main: Callable[[list[str]], None], *arguments: str) -> Parser:
-    """The parser that a command builds for some arguments; nothing is parsed."""
+    """Return the parser that a command builds for these arguments, without parsing them."""
     before = _taken_out.set(True)
     try:
         main(list(arguments))
@@ -111,15 +111,15 @@ def parser_of(main: Callable[[list[str]], None], *arguments: str) -> Parser:
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """What to add to an error about a name that nothing has: the known name most like it, or nothing."""
+    """Return the addition to an error about an unknown name: the most similar known name, or nothing."""
     alike = difflib.get_close_matches(given, list(known), n=10, cutoff=0.7)
-    last = given.rpartition(".")[2]  # that two options are of one group does not make them alike
+    last = given.rpartition(".")[2]  # compare without the group, which both names may share
     meant = next((name for name in alike if difflib.get_close_matches(last, [name.rpartition(".")[2]])), None)
     return f"; did you mean {meant}?" if meant else ""
 
 
 def takes_code(annotation: Any) -> bool:
-    """Whether a function, a type or a module could be given for an annotation, or for a part of it."""
+    """Return whether an annotation, or a part of it, accepts a function, a type or a module."""
     origin = get_origin(annotation) or annotation
     if origin in (Callable, type, ModuleType):
         return True
@@ -129,12 +129,12 @@ def takes_code(annotation: Any) -> bool:
 
 
 def one_line(text: str) -> str:
-    """The first 400 characters of a text, without line breaks."""
+    """Return the first 400 characters of a text on one line."""
     return " ".join(text.split())[:400]
 
 
 def best_reason(text: str) -> str:
-    """Of what jsonargparse tells of each type that it tried: what tells most, in one line."""
+    """Return the most informative of jsonargparse's messages about the types that it tried, in one line."""
     tried = re.split(r"\n\s*- ", "\n" + text.partition("Errors:")[2].partition("\n  Given value")[0])[1:]
     if not tried:
         return one_line(text)
@@ -146,7 +146,7 @@ def best_reason(text: str) -> str:
 
 
 def _said(message: str) -> str:
-    """An error of the parser as `option: reason, got value`; jsonargparse's own takes many lines."""
+    """Format a parser error as `option: reason, got value`; jsonargparse's own has many lines."""
     found = _OPTION.search(message)
     if not found:
         return one_line(message)

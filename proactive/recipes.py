@@ -11,7 +11,7 @@ FOLDER = _IN_A_WHEEL if _IN_A_WHEEL.is_dir() else Path(__file__).parents[1] / "c
 
 
 def recipe_names() -> list[str]:
-    """The names of all recipes, such as reward/tiny."""
+    """Return the names of all recipes, such as reward/tiny."""
     return sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml"))
 
 

@@ -1,4 +1,4 @@
-"""How far annotators agree, by figures that add up trace by trace, so that whole traces can be drawn again."""
+"""Agreement of annotators, from sums per trace, so that whole traces can be resampled."""
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
@@ -12,26 +12,26 @@ RESAMPLES = 1000
 def agreement(
     units: Iterable[tuple[str, Sequence[Hashable]]], resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, Any]:
-    """Agreement on nominal labels, with 95% intervals over traces drawn with replacement.
+    """Compute agreement on nominal labels, with 95% bootstrap intervals over traces.
 
     Args:
-        units: For each unit its trace and its labels, from any number of annotators; those with fewer than two labels
-            are left out.
-        resamples: How often the traces are drawn; without intervals if 0, or if there is one trace only.
-        seed: Of the draws.
+        units: The trace and the labels of each unit, from any number of annotators. Units with fewer than two labels
+            are skipped.
+        resamples: Number of bootstrap resamples. There are no intervals if it is 0, or for a single trace.
+        seed: Seed of the resamples.
 
     Returns:
-        `units` and `traces`: how many there are. `raw`: the share of pairs of labels within a unit that are the same,
-        mean over units. `alpha`: Krippendorff's, 1 - observed / expected disagreement over pairs of labels, after his
-        Computing Krippendorff's Alpha-Reliability (2011), section D: 1 is full agreement, 0 what chance gives, below it
-        systematic dissent. `kappa`: Fleiss', (raw - chance) / (1 - chance), where all units have equally many labels.
-        `raw_low`, `raw_high` and so on: the intervals. None is what cannot be said.
+        `units` and `traces`: their numbers. `raw`: the share of equal pairs of labels within a unit, mean over units.
+        `alpha`: Krippendorff's alpha, 1 - observed / expected disagreement over pairs of labels, after his Computing
+        Krippendorff's Alpha-Reliability (2011), section D: 1 is full agreement, 0 is chance, and negative values are
+        systematic disagreement. `kappa`: Fleiss' kappa, (raw - chance) / (1 - chance), if all units have equally many
+        labels. `raw_low`, `raw_high` and so on: the intervals. A value is None if it is undefined.
     """
-    # Few patterns of labels are distinct: each is counted once.
+    # Count each distinct pattern of labels once, because there are few.
     patterns = Counter((trace, tuple(labels)) for trace, labels in units if len(labels) > 1)
     traces = {trace: place for place, trace in enumerate(dict.fromkeys(trace for trace, _ in patterns))}
     values = {value: place for place, value in enumerate(dict.fromkeys(v for _, labels in patterns for v in labels))}
-    # By trace: units, same pairs as a share of each unit's, unlike pairs for each label's partners, then label counts.
+    # Per trace: units, share of equal pairs, unequal pairs divided by the number of partners, then label counts.
     sums_TF = np.zeros((len(traces), 3 + len(values)))
     for (trace, labels), times in patterns.items():
         counts, count = Counter(labels), len(labels)
@@ -53,7 +53,7 @@ def agreement(
 
 
 def interval(found: dict[str, Any], name: str) -> str:
-    """A figure of agreement with its interval; empty if nothing can be said."""
+    """Format a value with its interval; empty if it is undefined."""
     if found.get(name) is None:
         return ""
     low, high = found.get(f"{name}_low"), found.get(f"{name}_high")
@@ -61,11 +61,11 @@ def interval(found: dict[str, Any], name: str) -> str:
 
 
 def _statistics(sums_RF: np.ndarray, complete: bool) -> dict[str, np.ndarray]:
-    """Each statistic (R,) of sums over traces (R, 3 + values); NaN is what cannot be said."""
+    """Compute each statistic (R,) from sums over traces (R, 3 + values); NaN if it is undefined."""
     units_R, same_R, unlike_R = sums_RF[:, :3].T
     labels_R, squares_R = sums_RF[:, 3:].sum(1), (sums_RF[:, 3:] ** 2).sum(1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        varied_R = np.where(labels_R**2 > squares_R, 1.0, np.nan)  # labels that are all the same say nothing
+        varied_R = np.where(labels_R**2 > squares_R, 1.0, np.nan)  # undefined if all labels are equal
         raw_R, chance_R = same_R / units_R, squares_R / labels_R**2
         alpha_R = 1 - (labels_R - 1) * unlike_R / (labels_R**2 - squares_R)
         kappa_R = (raw_R - chance_R) / (1 - chance_R) if complete else np.full_like(raw_R, np.nan)

@@ -1,12 +1,11 @@
-"""Embedded data: simulated sessions whose user needs help, or does not, for reasons that can be learned.
+"""The embedded data: simulated sessions in which the need for help follows learnable rules.
 
-A scene is one session on one topic. Behind its events runs a hidden state (stuck, exploring, flowing, away)
-that only the latest events betray, and some events fit any state. After each event, candidate proposals are
-made that help with an obstacle or with finding things out, on this scene's topic or on another's; null is a
-candidate too. Whether three simulated annotators accept one depends on the state now, on the kind of help and
-on the topic, with a bias of their own each: so neither the words of the history nor those of the proposal
-settle a row alone. Help is needed after an event if most annotators reject silence there; that is asked once, so all
-rows of a history and its trace agree. Everything is drawn from one seed and lives in memory only.
+A scene is one session on one topic. The user has a hidden state (stuck, exploring, flowing, away). Only the latest
+events indicate it, and some events fit any state. After each event there are candidate proposals: null, or help with
+an obstacle or a search, on this topic or another one. Three simulated annotators, each with a bias, accept or reject
+a proposal depending on the current state, the kind of help, and the topic. So neither the history nor the proposal
+alone determines a row. Help is needed after an event if most annotators reject silence there. This is drawn once per
+history, so all rows of a history and its trace agree. All draws follow from one seed, and the data stays in memory.
 """
 
 from collections.abc import Sequence
@@ -20,17 +19,17 @@ TEST_SCENES = 14
 EVENTS_PER_SCENE = 8
 PROPOSALS_PER_EVENT = 4
 FIRST_EPOCH_SECOND = 1_717_300_000
-Topic = tuple[str, str]  # the thing that a session is about, and the place where it lies
+Topic = tuple[str, str]  # the object of a session, and its location
 
 
 @dataclass(frozen=True)
 class Domain:
-    """The vocabulary of one kind of session: `{thing}` and `{place}` stand for the topic and where it lies."""
+    """The vocabulary of one kind of session; `{thing}` and `{place}` are replaced with the topic and its location."""
 
     apps: Sequence[str]
     topics: Sequence[Topic]
-    events: dict[str, Sequence[str]]  # by hidden state; "any" fits every state
-    proposals: dict[str, Sequence[str]]  # by what they help with: "obstacle" or "search"
+    events: dict[str, Sequence[str]]  # by hidden state; "any" fits all states
+    proposals: dict[str, Sequence[str]]  # by kind of help: "obstacle" or "search"
 
 
 CODING = Domain(
@@ -162,12 +161,12 @@ ANY_STATE_EVENTS = (
     "The user opens {place} in {app}.",
     "The user moves the pointer across {app}.",
 )
-STATES = {"stuck": 0.35, "exploring": 0.3, "flowing": 0.25, "away": 0.1}  # with their chances
-STAY = 0.5  # the chance that the hidden state outlasts one event
-SHOWS_STATE = 0.85  # the chance that an event betrays the state
+STATES = {"stuck": 0.35, "exploring": 0.3, "flowing": 0.25, "away": 0.1}  # with their probabilities
+STAY = 0.5  # probability that the hidden state stays after an event
+SHOWS_STATE = 0.85  # probability that an event indicates the state
 ON_TOPIC = 0.8
 NULL_PROPOSAL = 0.15
-ACCEPTS_TEXT = {  # P(one annotator accepts a proposal on topic), by state and by what it helps with
+ACCEPTS_TEXT = {  # P(one annotator accepts a proposal on topic), by state and kind of help
     ("stuck", "obstacle"): 0.93,
     ("stuck", "search"): 0.75,
     ("exploring", "obstacle"): 0.45,
@@ -189,7 +188,7 @@ def simulate(seed: int = 0) -> tuple[list[AnnotatedRow], list[AnnotatedRow], dic
         seed: The same seed gives the same data.
 
     Returns:
-        The annotated rows of the first scenes, those of the last `TEST_SCENES`, and the latter's traces with
+        The annotated rows of the first scenes, those of the last `TEST_SCENES`, and the traces of the last scenes with
         the proposals that fit each event.
     """
     random = Random(seed)
@@ -208,7 +207,7 @@ def simulate(seed: int = 0) -> tuple[list[AnnotatedRow], list[AnnotatedRow], dic
 
 
 def _scene(random: Random, domain: Domain, number: int) -> tuple[list[AnnotatedRow], list[TestStep]]:
-    topic = domain.topics[number // len(DOMAINS) % len(domain.topics)]  # each in equally many scenes
+    topic = domain.topics[number // len(DOMAINS) % len(domain.topics)]  # each in the same number of scenes
     state = draw_state(random)
     second = FIRST_EPOCH_SECOND + number * 86_400.0
     as_words = random.random() < 0.3
@@ -231,22 +230,22 @@ def _scene(random: Random, domain: Domain, number: int) -> tuple[list[AnnotatedR
         )
         second += random.uniform(5, 400)
         state = next_state(random, state)
-    unique = {(row.history_digest, row.proposal): row for row in rows}  # no proposal twice after one history
+    unique = {(row.history_digest, row.proposal): row for row in rows}  # distinct proposals after a history
     return list(unique.values()), steps
 
 
 def draw_state(random: Random) -> str:
-    """A hidden state, by the chances of `STATES`."""
+    """Draw a hidden state with the probabilities of `STATES`."""
     return random.choices(list(STATES), list(STATES.values()))[0]
 
 
 def next_state(random: Random, state: str) -> str:
-    """The hidden state after one more event."""
+    """Draw the hidden state after one more event."""
     return draw_state(random) if random.random() > STAY else state
 
 
 def draw_event(random: Random, domain: Domain, topic: Topic, state: str) -> str:
-    """What the user does in a hidden state."""
+    """Draw an event of a user in a hidden state."""
     if random.random() > SHOWS_STATE:
         template = random.choice(ANY_STATE_EVENTS)
     else:
@@ -255,7 +254,7 @@ def draw_event(random: Random, domain: Domain, topic: Topic, state: str) -> str:
 
 
 def draw_proposal(random: Random, domain: Domain, topic: Topic) -> str | None:
-    """An offer on the topic or on another domain's, or silence."""
+    """Draw a proposal on the topic or on another domain's, or null."""
     if random.random() < NULL_PROPOSAL:
         return None
     helps_with = random.choice(("obstacle", "search"))
@@ -266,13 +265,13 @@ def draw_proposal(random: Random, domain: Domain, topic: Topic) -> str | None:
 
 
 def annotate(random: Random, domain: Domain, topic: Topic, state: str, proposal: str | None) -> tuple[bool, ...]:
-    """Whether each annotator accepts a proposal of `draw_proposal`, given the user's hidden state."""
+    """Draw for each annotator whether they accept a proposal of `draw_proposal` in a hidden state."""
     chance = _acceptance(domain, topic, state, proposal)
     return tuple(random.random() < chance + bias for bias in ANNOTATOR_BIAS)
 
 
 def majority(annotation: tuple[bool, ...]) -> bool:
-    """Whether most annotators accept."""
+    """Return whether most annotators accept."""
     return sum(annotation) * 2 > len(annotation)
 
 
@@ -293,7 +292,7 @@ def _row(
     history: tuple[Event, ...],
     silence: tuple[bool, ...],
 ) -> AnnotatedRow:
-    """A row with a proposal that is drawn; `silence` is what the annotators say of null after this history."""
+    """Draw a row; `silence` holds the annotators' verdicts on null after this history."""
     proposal = draw_proposal(random, domain, topic)
     annotation = silence if proposal is None else annotate(random, domain, topic, state, proposal)
     return AnnotatedRow.model_validate(

@@ -126,7 +126,7 @@ def read_recorded(folder: Path) -> Recorded:
 
 
 def trace_files(path: Path) -> list[Path]:
-    """The files of a trace, of a folder of traces, or of a folder that has such a folder for each agent.
+    """Return the files of a trace, of a folder of traces, or of a folder with one such folder per agent.
 
     Raises:
         UserError: There is no trace.
@@ -142,13 +142,13 @@ def trace_files(path: Path) -> list[Path]:
 
 
 def read_traces(path: Path) -> dict[str, Recorded]:
-    """Read traces of either layout, with what an agent answered or with the test set's reference proposals.
+    """Read traces of either layout: with an agent's answers, or with the reference proposals of a test set.
 
     Args:
-        path: As `trace_files` takes it.
+        path: See `trace_files`.
 
     Returns:
-        By the name of the folder that they lie in, which is that of the agent where there are several.
+        The traces by the name of their folder, which is the name of the agent if there are several.
 
     Raises:
         UserError: There is no trace, or a step does not fit; the message names file, place and field.
@@ -173,14 +173,14 @@ def read_traces(path: Path) -> dict[str, Recorded]:
 
 
 def judged_steps(trace: Trace, decided: Sequence[tuple[Candidate, bool | None]]) -> list[dict[str, Any]]:
-    """A trace in the published judged layout, one proposal and its judgment a step.
+    """Return a trace in the published judged layout, with one proposal and its judgment per step.
 
-    The published scoring takes each of a step's proposals for an event of its own, so only the candidate that
-    counts is listed. A step without a verdict has no judgment, and is not counted by that scoring either.
+    The published scoring counts each proposal of a step as an event, so only the deciding candidate is listed. A step
+    without a verdict has no judgment, and that scoring does not count it.
 
     Args:
         trace: The trace.
-        decided: For each event the candidate that counts, and the verdict on it, None if there is none.
+        decided: For each event the deciding candidate and the verdict on it, None if there is none.
     """
     return [
         {
@@ -195,7 +195,7 @@ def judged_steps(trace: Trace, decided: Sequence[tuple[Candidate, bool | None]])
 
 
 def read_splits(path: Path | None, traces: Sequence[Trace]) -> dict[str, TraceSplit]:
-    """Which traces make up which split; all of them are one where there is no file.
+    """Read the splits of traces; without a file, all traces are one split.
 
     Raises:
         UserError: The file does not fit; the message names it and the field.
@@ -206,16 +206,16 @@ def read_splits(path: Path | None, traces: Sequence[Trace]) -> dict[str, TraceSp
 
 
 def is_known(trace: Trace, namesake: Trace | None, scenes: Collection[str] | None, histories: Collection[int]) -> bool:
-    """Whether a model trained on these scenes and histories has seen a trace.
+    """Return whether a model that was trained on these scenes and histories has seen a trace.
 
-    Recorded traces may be another cut of a root's test traces: the same session, known by its file name, with
-    another first event. So the root's trace of that name counts as well.
+    A recorded trace may be another excerpt of a test trace of the root: the same session and file name, with another
+    first event. So the root's trace of that name counts too.
 
     Args:
-        trace: What is to be judged.
-        namesake: The root's own trace of the same name, if it has one.
-        scenes: The scenes trained on; None where an old checkpoint does not say.
-        histories: Digests of the histories trained on.
+        trace: The trace.
+        namesake: The root's trace of the same name, if there is one.
+        scenes: The training scenes; None if an old checkpoint does not list them.
+        histories: Digests of the training histories.
     """
     return any(
         (scenes is not None and scene_of(one.events) in scenes)

@@ -1,8 +1,7 @@
-"""Units of annotation: a history with all offers that were made after it, and annotated rows from labels.
+"""Units of annotation: a history with all offers after it; and the conversion of labels to annotated rows.
 
-Two rules make annotated rows of labels. `majority_rows` is this project's: each offer is decided by the majority,
-and silence by what people said of the need for help. `published_rows` is the one that the published rows came about by,
-which infers the need for help from the offers.
+There are two rules. `majority_rows` decides each offer by the majority, and silence by the answers about the need for
+help. `published_rows` is the rule of the published rows, which infers the need for help from the offers.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,14 +11,14 @@ from pathlib import Path
 from datamodules.corpus.records import AnnotatedRow, Event, history_digests_of
 from datamodules.corpus.traces import read_traces
 
-ENOUGH = 2  # of the published rule: so many annotators decide an offer, however many there are
+ENOUGH = 2  # published rule: this number of annotators decides an offer
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What people are asked about at once.
+    """What one question of an annotator contains.
 
-    `offers` holds each one with the names of the sources that made it; `trace` names the session.
+    `offers` maps each offer to the names of its sources. `trace` is the name of the session.
     """
 
     trace: str
@@ -29,9 +28,9 @@ class Unit:
 
 @dataclass(frozen=True)
 class UnitLabel:
-    """What one annotator says about a unit: whether each offer is accepted, and whether help was needed.
+    """One annotator's answers about a unit: whether each offer is accepted, and whether help was needed.
 
-    `help_needed` is None where nobody asked, as in the published annotations.
+    `help_needed` is None if it was not asked, as in the published annotations.
     """
 
     accepted: tuple[bool, ...]
@@ -39,9 +38,9 @@ class UnitLabel:
 
 
 def read_units(path: Path) -> list[Unit]:
-    """The units of a trace, of a folder of traces, or of a folder that has such a folder for each agent.
+    """Read the units of a trace, of a folder of traces, or of a folder with one such folder per agent.
 
-    What several agents offered after the same history is one unit.
+    The offers of several agents after the same history are one unit.
 
     Raises:
         UserError: There is no trace, or one does not fit; the message names file, place and field.
@@ -62,7 +61,7 @@ def read_units(path: Path) -> list[Unit]:
 
 
 def units_of_rows(rows: Iterable[AnnotatedRow]) -> list[Unit]:
-    """The units that annotated rows are of; their traces are named by scene."""
+    """Return the units of annotated rows; their traces are named by scene."""
     by_history: dict[int, list[AnnotatedRow]] = {}
     for row in rows:
         by_history.setdefault(row.history_digest, []).append(row)
@@ -73,14 +72,14 @@ def units_of_rows(rows: Iterable[AnnotatedRow]) -> list[Unit]:
 
 
 def majority(labels: Sequence[bool]) -> bool | None:
-    """What most say; None is a tie, or that nobody said anything."""
+    """Return the majority; None for a tie or without answers."""
     return None if sum(labels) * 2 == len(labels) else sum(labels) * 2 > len(labels)
 
 
 def decide(labels: Sequence[UnitLabel], adjudicated: UnitLabel | None = None) -> list[bool | None]:
-    """The verdict on each offer of a unit, and last on silence: the adjudicator's, or else the majority's.
+    """Return the verdict on each offer of a unit, then on silence: the adjudicator's, else the majority's.
 
-    Silence is accepted where no help was needed. None is a tie.
+    Silence is accepted if no help was needed. None is a tie.
     """
     if adjudicated is not None:
         return [*adjudicated.accepted, not adjudicated.help_needed]
@@ -91,12 +90,12 @@ def decide(labels: Sequence[UnitLabel], adjudicated: UnitLabel | None = None) ->
 
 
 def majority_rows(unit: Unit, labels: Sequence[UnitLabel], adjudicated: UnitLabel | None = None) -> list[AnnotatedRow]:
-    """A row for silence and one for each offer; what is tied has none, and a tie on silence states no need.
+    """Return a row for silence and one for each offer; ties give no row, and a tie on silence gives no help_needed.
 
     Args:
         unit: The unit.
-        labels: Those of its annotators, who were all asked whether help was needed.
-        adjudicated: What settles ties, if somebody did.
+        labels: The labels of its annotators, all with an answer about the need for help.
+        adjudicated: The adjudicator's label, if there is one.
     """
     *verdicts, silence = decide(labels, adjudicated)
     needed = None if silence is None else not silence
@@ -108,10 +107,10 @@ def majority_rows(unit: Unit, labels: Sequence[UnitLabel], adjudicated: UnitLabe
 
 
 def published_rows(unit: Unit, labels: Sequence[UnitLabel]) -> list[AnnotatedRow]:
-    """The rows that the published conversion makes of a unit; it ignores what labels say of the need for help.
+    """Return the rows of the published conversion, which ignores the answers about the need for help.
 
-    Help was needed where all annotators accept one and the same offer. Silence gets a row only if somebody accepts
-    something. Two annotators who agree decide an offer; of four, two may accept and two reject it, in a row each.
+    Help was needed if all annotators accept the same offer. Silence gets a row only if somebody accepts an offer. Two
+    annotators who agree decide an offer. With four annotators, two may accept and two reject it: that gives two rows.
     """
     votes = [[label.accepted[number] for label in labels] for number in range(len(unit.offers))]
     needed = any(all(said) for said in votes)
