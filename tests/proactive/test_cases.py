@@ -21,6 +21,7 @@ import torch
 from proactive import evaluate, fit
 from tests.helpers import ROOT
 from tests.patience import HANG
+from tests.proactive.case_modules import case_modules
 from tests.proactive.conftest import Ended
 
 CASES = ROOT.parent / "shared" / "cases"
@@ -70,6 +71,8 @@ def place(instruct: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 def script(name: str, *arguments: str | Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a case's script in this process; an assertion of its own that fails is an error."""
+    for module_name, module in case_modules().items():
+        monkeypatch.setitem(sys.modules, module_name, module)
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     runpy.run_path(str(CASES / name), run_name="__main__")
 
