@@ -228,5 +228,5 @@ finally:
     for name, options in OPTIONS.items():
         for option in options:
             assert f"{name}.{option}" in shown
-    assert "Tokens a row, at most; the oldest events are dropped first." in shown  # the docstring is the help
+    assert "Maximum number of tokens of a row. The oldest events are dropped first." in shown
     assert "Optimizer steps between saves of last.ckpt." in shown
