@@ -59,7 +59,7 @@ def _import_parser() -> Parser:
         "what several agents offered after the same events is labelled together.")  # fmt: skip
     add("--project", type=Path, required=True, help="The project's file, which is made if it is not there.")
     add("--annotators-per-unit", type=Tries, default=3, help="How many label each unit; never more do.")
-    return _common(parser)
+    return parser.with_output_options()
 
 
 def _serve_parser() -> Parser:
@@ -74,7 +74,7 @@ def _serve_parser() -> Parser:
     add("--port", type=Port, default=8765, help="The port; 0 is any that is free.")
     add("--names", type=str, nargs="+", default=[], help="By which other names people reach this server; requests for "
         "others are refused.")  # fmt: skip
-    return _common(parser)
+    return parser.with_output_options()
 
 
 def _export_parser() -> Parser:
@@ -84,7 +84,7 @@ def _export_parser() -> Parser:
     parser.add_argument("--rule", type=Rule, default="majority", help="Majority of each question; or as the published "
         "rows came about, where the need for help is inferred from the offers.")  # fmt: skip
     parser.add_argument("--drop-ties", action="store_true", help="Leave out what is tied and not adjudicated.")
-    return _common(parser)
+    return parser.with_output_options()
 
 
 def _agreement_parser() -> Parser:
@@ -92,13 +92,7 @@ def _agreement_parser() -> Parser:
     parser.add_argument("source", type=str, help="A project's file, a .jsonl file of annotated rows, or a data root: "
         "embedded, published or a directory.")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="Print JSON in place of tables.")
-    return _common(parser)
-
-
-def _common(parser: Parser) -> Parser:
-    parser.add_argument("--quiet", action="store_true", help="Print nothing but errors.")
-    parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
-    return parser
+    return parser.with_output_options()
 
 
 def _import(options: "Namespace") -> None:

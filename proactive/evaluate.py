@@ -117,9 +117,7 @@ def _reward_parser() -> Parser:
     )
     reward.add_function_arguments(evaluate_reward, "data", skip={"checkpoint", "quiet"})
     reward.add_argument("--output", type=Path, default=None, help="Write the metrics to this JSON file.")
-    reward.add_argument("--quiet", action="store_true", help="Print only errors.")
-    reward.add_argument("--debug", action="store_true", help="Show tracebacks and messages of libraries.")
-    return reward
+    return reward.with_output_options()
 
 
 def _evaluate_reward_command(options: "Namespace") -> None:

@@ -65,8 +65,7 @@ def main(arguments: list[str]) -> None:
     parser = Parser(prog=program("inspect"), description=inspect_root.__doc__)
     parser.add_function_arguments(inspect_root, as_group=False)
     parser.add_argument("--json", action="store_true", help="Print JSON instead of tables.")
-    parser.add_argument("--quiet", action="store_true", help="Print only errors.")
-    parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
+    parser.with_output_options()
     options = parser.parse_args(arguments)
     counts = inspect_root(options.root, options.folds, options.tokenizer, options.seed)
     if options.json:

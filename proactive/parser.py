@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Any, NoReturn, Protocol, get_args, get_origin
+from typing import Any, NoReturn, Protocol, Self, get_args, get_origin
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -86,6 +86,12 @@ class Parser(ArgumentParser):
         names = super().add_function_arguments(*args, **options)
         self._forget_code()
         return names
+
+    def with_output_options(self) -> Self:
+        """Add the options of what a command prints."""
+        self.add_argument("--quiet", action="store_true", help="Print only errors.")
+        self.add_argument("--debug", action="store_true", help="Show tracebacks and messages of libraries.")
+        return self
 
     def _forget_code(self) -> None:
         """Remove the arguments that expect functions, types or modules, because values could name them."""

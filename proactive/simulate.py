@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 from datamodules.errors import UserError
 from datamodules.files.run_folders import REPORT_FILE, output_folder
 from datamodules.ranges import Count, CountOrNone, Positive, Seed, Tries
-from models.judging.budget import Budget, Price
-from models.judging.endpoint import ChatClient, Endpoint, EndpointOptions
+from models.judging.budget import Budget
+from models.judging.endpoint import ChatClient, EndpointOptions
 from proactive.commands import program
+from proactive.endpoints import endpoint_of
 from proactive.parser import Parser
 from proactive.simulation.endpoints import EndpointRole, RoleOptions, RolePrompt
 from proactive.simulation.log import LOG_FILE, SimulationLog
 from proactive.simulation.loop import LoopOptions
-from proactive.simulation.questions import ROLES, Players, RoleName
+from proactive.simulation.questions import ROLES, Players
 from proactive.simulation.scenes import embedded_scenes, read_scenes
 from proactive.simulation.scripted import ScriptedRole
 from proactive.simulation.simulation import Simulation, StoppedError, derive, prepared, simulate
@@ -64,7 +65,7 @@ def _traces_parser() -> Parser:
     add("--data.root", type=str, default="embedded", help="Example events of this root's test traces are kept from the "
         "roles, and simulated events are compared with them.")  # fmt: skip
     add("--contaminated", action="store_true", help="Show such example events to the roles, and mark the result.")
-    return _common(parser)
+    return parser.with_output_options()
 
 
 def _rows_parser() -> Parser:
@@ -72,13 +73,7 @@ def _rows_parser() -> Parser:
     parser.add_argument("folder", type=Path, help="A folder that `simulate traces` wrote.")
     parser.add_argument("--estimate", type=Count | None, help="Also estimate what this many events would take, for "
         "example 6790 as in the paper.")  # fmt: skip
-    return _common(parser)
-
-
-def _common(parser: Parser) -> Parser:
-    parser.add_argument("--quiet", action="store_true", help="Print nothing but errors.")
-    parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
-    return parser
+    return parser.with_output_options()
 
 
 def _traces(options: "Namespace") -> None:
@@ -90,7 +85,9 @@ def _traces(options: "Namespace") -> None:
     simulation = Simulation(scenes, examples, options.trials, options.seed, bounds, at_once, failures, config)
     log = SimulationLog()
     budget = Budget(options.budget_tokens, options.budget_cost, ("budget-tokens", "budget-cost"))
-    clients = {role: _client(role, options, log, budget) for role in ROLES if options[role].url}
+    asked = [role for role in ROLES if options[role].url]
+    endpoints = {role: endpoint_of(role, options, options[role].temperature) for role in asked}
+    clients = {role: ChatClient(endpoint, log, budget, role) for role, endpoint in endpoints.items()}
     players: Players = dict.fromkeys(ROLES, ScriptedRole(log))
     for role, client in clients.items():
         players[role] = EndpointRole(client, RolePrompt.read(role, options[role].prompt))
@@ -102,25 +99,6 @@ def _traces(options: "Namespace") -> None:
         _finish(folder, options.quiet)
         raise UserError(error.what, f"{error.hint} To go on, give the same options with --output {folder}.") from error
     _finish(folder, options.quiet)
-
-
-def _client(role: RoleName, options: "Namespace", log: SimulationLog, budget: Budget) -> ChatClient:
-    """What asks the endpoint that plays a role."""
-    own = options[role]
-    if not own.model:
-        raise UserError(f"--{role}.model: an endpoint needs the model's name", f"Give it with --{role}.model.")
-    endpoint = Endpoint(
-        own.url,
-        own.model,
-        own.key_variable,
-        own.temperature,
-        options.seed,
-        dict(own.extra),
-        own.structured,
-        Price(**own.price.as_dict()),
-        EndpointOptions(**options.endpoint.as_dict()),
-    )
-    return ChatClient(endpoint, log, budget, role)
 
 
 def _rows(options: "Namespace") -> None:

@@ -59,7 +59,8 @@ class Weights(Generic[Model]):
 
 def best_device() -> torch.device:
     """The device for inference: a GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # With its index, so that it equals the device of what lies there.
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def assign(

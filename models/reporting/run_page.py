@@ -48,21 +48,10 @@ def reward_report(
         test: The test rows that `row` indexes.
         curves: The result of `read_curves`.
     """
-    return (
-        template_environment()
-        .get_template("reward_report.html")
-        .render(
-            record=record,
-            plots={
-                "Loss": loss_plot(curves),
-                "Precision and recall": precision_recall_plot(rows, record),
-                "Reliability": reliability_plot(rows),
-                "Decisions by category": _category_plot(rows),
-            },
-            mistakes=_mistakes(rows, test),
-            categories=[category.value for category in Category],
-        )
-    )
+    plots = _plots(record, rows, curves) | {"Decisions by category": _category_plot(rows)}
+    page = template_environment().get_template("reward_report.html")
+    categories = [category.value for category in Category]
+    return page.render(record=record, plots=plots, mistakes=_mistakes(rows, test), categories=categories)
 
 
 def agent_report(
@@ -79,19 +68,17 @@ def agent_report(
         samples: The result of `read_samples`.
         curves: The result of `read_curves`.
     """
-    return (
-        template_environment()
-        .get_template("agent_report.html")
-        .render(
-            record=record,
-            plots={
-                "Loss": loss_plot(curves),
-                "Precision and recall": precision_recall_plot(rows, record),
-                "Reliability": reliability_plot(rows),
-            },
-            samples=samples,
-        )
-    )
+    page = template_environment().get_template("agent_report.html")
+    return page.render(record=record, plots=_plots(record, rows, curves), samples=samples)
+
+
+def _plots(record: dict[str, Any], rows: dict[str, Tensor], curves: dict[str, dict[int, float]]) -> dict[str, str]:
+    """The plots of every task's page, by title."""
+    return {
+        "Loss": loss_plot(curves),
+        "Precision and recall": precision_recall_plot(rows, record),
+        "Reliability": reliability_plot(rows),
+    }
 
 
 def _mistakes(rows: dict[str, Tensor], test: Sequence[AnnotatedRow]) -> list[dict[str, Any]]:

@@ -27,6 +27,18 @@ if TYPE_CHECKING:
     from jsonargparse import Namespace
 
 
+def _add_endpoint(parser: Parser, role: str, what: str, prompt: Path) -> None:
+    """Add the options of a role's endpoint."""
+    add = parser.add_argument
+    add(f"--{role}.url", type=str, help=what)
+    add(f"--{role}.model", type=str, help="Name of the model at the endpoint.")
+    add(f"--{role}.key_variable", type=str, help="Environment variable with the endpoint's key, if it needs one.")
+    add(f"--{role}.prompt", type=Path, default=prompt, help="Prompt file of the model; its comments explain it.")
+    add(f"--{role}.extra", type=dict, default={}, help="More fields for each request, such as {max_tokens: 512}.")
+    add(f"--{role}.structured", type=bool, default=True, help="Also request JSON from the endpoint by response_format.")
+    parser.add_class_arguments(Price, f"{role}.price")
+
+
 def agent_parser() -> Parser:
     """The options of `evaluate agent`."""
     parser = Parser(prog="evaluate agent", description="Measure an agent by the verdicts of a judge.")
@@ -36,23 +48,13 @@ def agent_parser() -> Parser:
         "all trained on is skipped.")  # fmt: skip
     parser.add_class_arguments(AnswerOptions, "agent.answers")
     add("--agent.traces", type=Path, help="Agent: the answers recorded in this folder, in the published layout.")
-    add("--agent.url", type=str, help="Agent: a model at this endpoint, for example http://localhost:8000/v1.")
-    add("--agent.model", type=str, help="Name of the model at the endpoint.")
-    add("--agent.key_variable", type=str, help="Environment variable with the endpoint's key, if it needs one.")
-    add("--agent.prompt", type=Path, default=AGENT_PROMPT, help="Prompt file of the model; its comments explain it.")
-    add("--agent.extra", type=dict, default={}, help="More fields for each request, such as {max_tokens: 512}.")
-    add("--agent.structured", type=bool, default=True, help="Also request JSON from the endpoint by response_format.")
-    parser.add_class_arguments(Price, "agent.price")
+    _add_endpoint(
+        parser, "agent", "Agent: a model at this endpoint, for example http://localhost:8000/v1.", AGENT_PROMPT
+    )
     add("--agent.baseline", type=Literal["always-propose", "never-propose"], help="Agent: a baseline.")
     add("--judge.checkpoint", type=Path, nargs="+", help="Judge: a run, checkpoint or export of a reward classifier. "
         "Of several, each trace uses one that neither trained nor validated on it, if there is one.")  # fmt: skip
-    add("--judge.url", type=str, help="Judge: a generative reward model at this endpoint.")
-    add("--judge.model", type=str, help="Name of the model at the endpoint.")
-    add("--judge.key_variable", type=str, help="Environment variable with the endpoint's key, if it needs one.")
-    add("--judge.prompt", type=Path, default=JUDGE_PROMPT, help="Prompt file of the model; its comments explain it.")
-    add("--judge.extra", type=dict, default={}, help="More fields for each request.")
-    add("--judge.structured", type=bool, default=True, help="Also request JSON from the endpoint by response_format.")
-    parser.add_class_arguments(Price, "judge.price")
+    _add_endpoint(parser, "judge", "Judge: a generative reward model at this endpoint.", JUDGE_PROMPT)
     add("--judge.attempts", type=Tries, default=3, help="Maximum number of requests until a verdict can be parsed.")
     add("--judge.recorded", action="store_true", help="Judge: the judgments in the recorded traces.")
     add("--data.root", type=str, help="Root of the test traces and of splits.json: embedded, published or a folder. "
@@ -80,9 +82,7 @@ def agent_parser() -> Parser:
     parser.add_class_arguments(EndpointOptions, "endpoint")
     add("--output", type=Path, help="Folder to write. The folder of a stopped evaluation resumes it. "
         "Default: a new one in runs/evaluate.")  # fmt: skip
-    add("--quiet", action="store_true", help="Print only errors.")
-    add("--debug", action="store_true", help="Show tracebacks and messages of libraries.")
-    return parser
+    return parser.with_output_options()
 
 
 def evaluate_agent_command(options: "Namespace", arguments: Sequence[str]) -> None:

@@ -21,14 +21,15 @@ from models.judging.agents import (
     RecordedAgent,
 )
 from models.judging.answer_log import AnswerLog
-from models.judging.budget import Budget, Price
-from models.judging.endpoint import ChatClient, Endpoint, EndpointOptions
+from models.judging.budget import Budget
+from models.judging.endpoint import ChatClient
 from models.judging.gate import gate_threshold
 from models.judging.judges import EndpointJudge, Judge, RecordedJudge, RewardJudge
 from models.judging.weights import Model, Tie, Weights, assign, one_for_each
 from models.learning.checkpoint_files import load_trained
 from models.learning.proactive_agent import ProactiveAgent
 from models.learning.reward_classifier import RewardClassifier
+from proactive.endpoints import endpoint_of
 from proactive.evaluation.specification import Evaluation, Stamps
 
 if TYPE_CHECKING:
@@ -152,21 +153,7 @@ class _Parts:
 
     def _client(self, role: str, temperature: float) -> ChatClient:
         """The client of an agent's or a judge's endpoint. `carry_out` opens it."""
-        group = self.options[role]
-        if not group.model:
-            raise UserError(f"--{role}.model: an endpoint needs the model's name", f"Give it with --{role}.model.")
-        endpoint = Endpoint(
-            group.url,
-            group.model,
-            group.key_variable,
-            temperature,
-            self.options.seed,
-            dict(group.extra),
-            group.structured,
-            Price(**group.price.as_dict()),
-            EndpointOptions(**self.options.endpoint.as_dict()),
-            self.deadline,
-        )
+        endpoint = endpoint_of(role, self.options, temperature, self.deadline)
         client = ChatClient(endpoint, self.answers if role == "agent" else self.verdicts, self.budget)
         self.clients.append(client)
         return client
