@@ -37,6 +37,12 @@ def moments(events: Sequence[Event]) -> list[Moment]:
     return found
 
 
+def seconds_of(time: str) -> float | None:
+    """Return the seconds of an event's time, since 1970 or since the first day of its words; None for other words."""
+    found = _seconds(time)
+    return None if found is None else found[1]
+
+
 def _seconds(time: str) -> tuple[bool, float] | None:
     """Return whether a time is epoch seconds, and the number of seconds; None for unknown words."""
     if found := _WORDS.fullmatch(time):

@@ -1,6 +1,6 @@
 """Clock times and gaps of events."""
 
-from datamodules.corpus.clock import moments
+from datamodules.corpus.clock import moments, seconds_of
 from datamodules.corpus.records import Event
 
 
@@ -18,3 +18,8 @@ def test_times_in_words_stand_as_they_are() -> None:
     found = moments([Event(time=time, event="x") for time in times])
     assert [moment.clock for moment in found][:6] == list(words)
     assert [moment.gap for moment in found] == ["", "+8 min", "+35 min", "", "", "", "", "+0 s"]
+
+
+def test_seconds_of_times_in_either_form() -> None:
+    times = ("1717378000.744", "Day 1, 12:30 AM", "Day 2, 1:00 PM", "later", "nan")
+    assert [seconds_of(time) for time in times] == [1_717_378_000.744, 88_200.0, 219_600.0, None, None]

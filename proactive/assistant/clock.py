@@ -1,0 +1,61 @@
+"""Time: of this machine, or of a session that is replayed."""
+
+import asyncio
+import time
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """Epoch seconds as the assistant counts them."""
+
+    def now(self) -> float:
+        """Return the time."""
+        ...
+
+    async def reach(self, at: float) -> None:
+        """Wait until a time; return at once if it is over."""
+        ...
+
+    def seconds_until(self, at: float) -> float | None:
+        """Return the real seconds until a time, 0 if it is over. None: that time comes with an observation only."""
+        ...
+
+
+class SystemClock(Clock):
+    """The time of this machine."""
+
+    def now(self) -> float:
+        return time.time()
+
+    async def reach(self, at: float) -> None:
+        await asyncio.sleep(self.seconds_until(at))
+
+    def seconds_until(self, at: float) -> float:
+        return max(at - time.time(), 0.0)
+
+
+class ReplayClock(Clock):
+    """The time of a replay. It starts with the first time that is waited for.
+
+    Args:
+        speed: How many of its seconds pass in a real second; 0 for no waiting: then time only moves with `reach`.
+    """
+
+    def __init__(self, speed: float = 0.0) -> None:
+        self.speed = speed
+        self._reached = 0.0  # the last time that was waited for
+        self._began: float | None = None  # when the replay's time was 0, in the time of `time.monotonic`
+
+    def now(self) -> float:
+        if self._began is None:
+            return self._reached
+        return (time.monotonic() - self._began) * self.speed
+
+    async def reach(self, at: float) -> None:
+        if self.speed and self._began is None:
+            self._began = time.monotonic() - at / self.speed
+        await asyncio.sleep(self.seconds_until(at) or 0.0)
+        self._reached = max(self._reached, at)
+
+    def seconds_until(self, at: float) -> float | None:
+        return max((at - self.now()) / self.speed, 0.0) if self.speed else None
