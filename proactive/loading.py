@@ -9,7 +9,7 @@ from datamodules.corpus.json_records import validate
 from datamodules.corpus.records import Event
 from datamodules.corpus.traces import Pair
 from datamodules.errors import UserError
-from models.judging.agents import AnswerOptions, LocalAgent
+from models.judging.local_agent import AnswerOptions, LocalAgent
 from models.judging.scorer import Scorer
 from models.judging.weights import Model, Weights
 from models.learning.checkpoint_files import load_trained

@@ -14,7 +14,8 @@ from datamodules.errors import UserError
 from datamodules.files.run_folders import REPORT_FILE, output_folder
 from datamodules.ranges import Count, CountOrNone, Positive, Seed, Tries
 from models.judging.budget import Budget
-from models.judging.endpoint import ChatClient, EndpointOptions
+from models.judging.chat_client import ChatClient
+from models.judging.endpoint import EndpointOptions
 from proactive.commands import program
 from proactive.endpoints import endpoint_of
 from proactive.parser import Parser

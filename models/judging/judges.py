@@ -7,8 +7,8 @@ from typing import Protocol
 from datamodules.corpus.traces import Pair
 from datamodules.errors import UserError
 from datamodules.prompting.chat_prompts import VERDICT_FORMAT, ChatPrompt, read_judgment
+from models.judging.chat_client import ChatClient
 from models.judging.description import Advance, Description, uncounted
-from models.judging.endpoint import ChatClient
 from models.judging.scorer import Scorer
 from models.judging.weights import Weights
 from models.learning.calibration import DECISION

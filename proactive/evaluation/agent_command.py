@@ -14,9 +14,9 @@ from datamodules.errors import UserError
 from datamodules.files.run_folders import METRICS_FILE, REPORT_FILE, missing_folders, output_folder, remove_empty
 from datamodules.prompting.chat_prompts import AGENT_PROMPT, JUDGE_PROMPT
 from datamodules.ranges import NotNegative, Seed, Temperature, Tries
-from models.judging.agents import AnswerOptions
 from models.judging.budget import Price
 from models.judging.endpoint import EndpointOptions
+from models.judging.local_agent import AnswerOptions
 from proactive.evaluation.carry_out import ANSWERS_FILE, VERDICTS_FILE, carry_out
 from proactive.evaluation.prepare import prepare
 from proactive.parser import Parser

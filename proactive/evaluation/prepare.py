@@ -11,20 +11,14 @@ from datamodules.corpus.sources import SPLITS_FILE, Corpus, load_corpus
 from datamodules.corpus.traces import Recorded, Trace, read_recorded, read_splits, root_traces
 from datamodules.errors import UserError
 from datamodules.prompting.chat_prompts import ChatPrompt
-from models.judging.agents import (
-    Agent,
-    AlwaysPropose,
-    AnswerOptions,
-    EndpointAgent,
-    LocalAgent,
-    NeverPropose,
-    RecordedAgent,
-)
+from models.judging.agents import Agent, AlwaysPropose, NeverPropose, RecordedAgent
 from models.judging.answer_log import AnswerLog
 from models.judging.budget import Budget
-from models.judging.endpoint import ChatClient
+from models.judging.chat_client import ChatClient
+from models.judging.endpoint_agent import EndpointAgent
 from models.judging.gate import gate_threshold
 from models.judging.judges import EndpointJudge, Judge, RecordedJudge, RewardJudge
+from models.judging.local_agent import AnswerOptions, LocalAgent
 from models.judging.weights import Model, Tie, Weights, assign, one_for_each
 from models.learning.checkpoint_files import load_trained
 from models.learning.proactive_agent import ProactiveAgent

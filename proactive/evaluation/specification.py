@@ -8,7 +8,7 @@ from datamodules.corpus.records import AnnotatedRow, TraceSplit
 from datamodules.corpus.traces import Trace
 from models.judging.agents import Agent
 from models.judging.answer_log import AnswerLog
-from models.judging.endpoint import ChatClient
+from models.judging.chat_client import ChatClient
 from models.judging.judges import Judge
 from models.judging.weights import Tie
 

@@ -17,7 +17,7 @@ from datamodules.files.safe_yaml import NotYamlError, parse_yaml
 from datamodules.prompting.chat_prompts import Messages
 from datamodules.ranges import Temperature
 from models.judging.budget import Price
-from models.judging.endpoint import ChatClient
+from models.judging.chat_client import ChatClient
 from proactive.simulation.questions import LONGEST, Question, Refused, Role, RoleName
 from proactive.simulation.scenes import Trial
 

@@ -17,7 +17,7 @@ from datamodules.files.run_folders import CONFIG_FILE, REPORT_FILE
 from datamodules.files.safe_yaml import NotYamlError, read_yaml
 from datamodules.files.writing import write_atomically
 from models.judging.budget import LimitReachedError, Price
-from models.judging.endpoint import ChatClient
+from models.judging.chat_client import ChatClient
 from proactive.simulation.log import LOG_FILE, SimulationLog
 from proactive.simulation.loop import LoopOptions, TrialFailedError, TrialLoop
 from proactive.simulation.page import report

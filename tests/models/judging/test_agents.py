@@ -11,9 +11,11 @@ from datamodules.corpus.records import Event
 from datamodules.corpus.traces import Candidate, Trace
 from datamodules.errors import UserError
 from datamodules.prompting.chat_prompts import ChatPrompt
-from models.judging.agents import GENERIC_PROPOSAL, Agent, AlwaysPropose, EndpointAgent, NeverPropose, RecordedAgent
+from models.judging.agents import GENERIC_PROPOSAL, Agent, AlwaysPropose, NeverPropose, RecordedAgent
+from models.judging.chat_client import ChatClient
 from models.judging.description import joint_record, joint_settings
-from models.judging.endpoint import ChatClient, Endpoint
+from models.judging.endpoint import Endpoint
+from models.judging.endpoint_agent import EndpointAgent
 from tests.chat_server import Body, Reply, chat_server
 
 TRACES = [

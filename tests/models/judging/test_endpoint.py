@@ -23,7 +23,9 @@ from tenacity import AsyncRetrying, RetryCallState
 from datamodules.errors import UserError
 from datamodules.files.reading import MOST_AT_ONCE
 from models.judging.answer_log import AnswerLog
-from models.judging.endpoint import ChatClient, Endpoint, EndpointOptions, _Failed
+from models.judging.chat_client import ChatClient
+from models.judging.chat_connection import ChatConnection, RequestFailed
+from models.judging.endpoint import Endpoint, EndpointOptions
 from tests.chat_server import ChatServer, Reply, chat_server
 from tests.datamodules.conftest import few_examples
 from tests.helpers import no_more_memory_than
@@ -236,12 +238,12 @@ def test_a_wait_beyond_the_time_limit_ends_it_at_once(log: AnswerLog) -> None:
 
 def test_a_wait_is_told_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("proactive"), "propagate", True)
-    client = ChatClient(Endpoint("http://x/v1", "m"))
+    connection = ChatConnection(Endpoint("http://x/v1", "m"))
     state = RetryCallState(AsyncRetrying(), None, (), {})
     for wait in (1.0, 30.0, 30.0, 300.0):
-        state.set_exception((_Failed, _Failed("429 Too Many Requests: busy", wait), None))
+        state.set_exception((RequestFailed, RequestFailed("429 Too Many Requests: busy", wait), None))
         with caplog.at_level(logging.INFO):
-            assert client._delay(state) == wait
+            assert connection._delay(state) == wait
     assert [record.getMessage() for record in caplog.records] == [
         "http://x/v1 asks to wait 30 seconds: 429 Too Many Requests: busy",
         "http://x/v1 asks to wait 5 minutes: 429 Too Many Requests: busy",
@@ -542,11 +544,11 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None
 @given(st.none() | st.floats(0, 1000), st.integers(1, 20))
 def test_a_retry_waits_as_long_as_the_server_says_else_within_bounds(retry_after: float | None, attempt: int) -> None:
     options = EndpointOptions(first_delay=0.5, longest_delay=8.0)
-    client = ChatClient(Endpoint("http://x/v1", "m", options=options))
+    connection = ChatConnection(Endpoint("http://x/v1", "m", options=options))
     state = RetryCallState(AsyncRetrying(), None, (), {})
     state.attempt_number = attempt
-    state.set_exception((_Failed, _Failed("busy", retry_after), None))
-    delay = client._delay(state)
+    state.set_exception((RequestFailed, RequestFailed("busy", retry_after), None))
+    delay = connection._delay(state)
     if retry_after is None:
         assert 0 <= delay <= min(0.5 * 2 ** (attempt - 1), 8.0)
     else:

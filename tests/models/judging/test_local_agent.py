@@ -15,9 +15,9 @@ from datamodules.corpus.answers import read_answer
 from datamodules.corpus.sources import load_corpus
 from datamodules.corpus.traces import Trace, root_traces
 from datamodules.errors import UserError
-from models.judging.agents import AnswerOptions, LocalAgent
 from models.judging.answer_log import AnswerLog
 from models.judging.description import joint_settings, shares
+from models.judging.local_agent import AnswerOptions, LocalAgent
 from models.judging.weights import Tie, Weights, assign, one_for_each
 from models.learning.proactive_agent import ProactiveAgent
 from models.networks.building import build_network

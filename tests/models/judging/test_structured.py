@@ -12,7 +12,8 @@ from datamodules.errors import UserError
 from datamodules.prompting.chat_prompts import ANSWER_FORMAT, VERDICT_FORMAT
 from models.judging.answer_log import AnswerLog
 from models.judging.budget import Budget, Price, Usage
-from models.judging.endpoint import ChatClient, Endpoint, EndpointOptions
+from models.judging.chat_client import ChatClient
+from models.judging.endpoint import Endpoint, EndpointOptions
 from tests.chat_server import Body, Reply, chat_server
 from tests.models.judging.test_endpoint import QUICK, SETTINGS, asked_of
 

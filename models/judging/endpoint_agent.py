@@ -1,0 +1,69 @@
+"""The agent behind a chat endpoint: one request per candidate."""
+
+from collections.abc import Sequence
+
+from datamodules.corpus.answers import read_answer
+from datamodules.corpus.records import Event
+from datamodules.corpus.traces import Answers, Candidate, Trace
+from datamodules.prompting.chat_prompts import ANSWER_FORMAT, ChatPrompt
+from models.judging.agents import Agent, AgentSession, refuse_equal_candidates
+from models.judging.chat_client import ChatClient
+from models.judging.description import Advance, Description, uncounted
+
+
+class EndpointAgent(Agent):
+    """A chat model behind an endpoint, with one request per candidate; candidates differ by their seed.
+
+    Raises:
+        UserError: Several candidates at temperature 0 would be equal.
+    """
+
+    def __init__(self, client: ChatClient, prompt: ChatPrompt, candidates: int = 1) -> None:
+        refuse_equal_candidates(candidates, client.endpoint.temperature)
+        self.client = client
+        self.prompt = prompt
+        self.candidates = candidates
+
+    def describe(self) -> Description:
+        endpoint, prompt = self.client.endpoint, self.prompt.model_dump()
+        settings = {"agent": "endpoint", **endpoint.settings, "candidates": self.candidates, "prompt": prompt}
+        return Description(settings, f"asking {endpoint.model}", source=endpoint.url)
+
+    def session(self, name: str) -> AgentSession:
+        return EndpointSession(self, name)
+
+    async def answer(self, traces: Sequence[Trace], advance: Advance = uncounted) -> Answers:
+        steps = [(trace, step) for trace in traces for step in range(len(trace.events))]
+        asked = [(trace, step, number) for trace, step in steps for number in range(self.candidates)]
+        found = await self.client.gather(
+            self.candidate(trace.name, trace.history(step), number, advance) for trace, step, number in asked
+        )
+        answers: dict[str, list[list[Candidate]]] = {trace.name: [[] for _ in trace.events] for trace in traces}
+        for (trace, step, _), candidate in zip(asked, found, strict=True):
+            answers[trace.name][step].append(candidate)
+        return answers
+
+    async def candidate(
+        self, name: str, history: Sequence[Event], number: int, advance: Advance = uncounted
+    ) -> Candidate:
+        """Ask for one candidate, by index, after a history."""
+        where = f"{name}, event {len(history)}"
+        text = await self.client.ask(self.prompt.messages(history), where, number, schema=ANSWER_FORMAT)
+        advance()
+        return Candidate.of(read_answer(text or "", self.prompt.text))
+
+
+class EndpointSession(AgentSession):
+    """A session of a model behind an endpoint; each request contains the whole history."""
+
+    def __init__(self, agent: EndpointAgent, name: str) -> None:
+        self.agent = agent
+        self.name = name
+        self._history: list[Event] = []
+
+    async def observe(self, event: Event) -> list[Candidate]:
+        self._history.append(event)
+        numbers = range(self.agent.candidates)
+        return await self.agent.client.gather(
+            self.agent.candidate(self.name, self._history, number) for number in numbers
+        )
