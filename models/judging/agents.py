@@ -23,6 +23,10 @@ class AgentSession(Protocol):
         """Return the candidates after one more event, in order."""
         ...
 
+    def note(self, event: Event) -> None:
+        """Add one more event without answering after it."""
+        ...
+
 
 class Agent(Protocol):
     """Proposes something, or nothing, after each event. A new kind of agent is a new class with these methods."""
@@ -58,9 +62,12 @@ class KnownSession(AgentSession):
     step: int = 0
 
     async def observe(self, event: Event) -> list[Candidate]:
-        self.step += 1
+        self.note(event)
         known = self.candidates[self.step - 1 : self.step]
         return list(known[0]) if known else [self.otherwise]
+
+    def note(self, event: Event) -> None:
+        self.step += 1
 
 
 class RecordedAgent(Agent):

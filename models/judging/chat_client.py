@@ -103,6 +103,7 @@ class ChatClient:
                 seconds = round(time.monotonic() - begin, 3)
                 self.budget.add(reply.usage, self.endpoint.price)
                 self.log.add(key, reply.text, where, reply.finish_reason, reply.usage, seconds, notes)
+            self._asked.pop(key, None)  # from now on the log answers
         return self.log.final(key)
 
     def _body(

@@ -27,6 +27,8 @@ from models.networks.configurations import max_positions
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+NO_TOKENS: list[int] = []  # in place of those of an event that no prompt can hold
+
 
 @dataclass(frozen=True)
 class AnswerOptions:
@@ -205,23 +207,32 @@ class LocalAgent(Agent):
 
 
 class LocalSession(AgentSession):
-    """A session of a trained agent, which computes each event once."""
+    """A session of a trained agent, which computes each event once.
+
+    It keeps the tokens of the latest events only, as many as a prompt can hold, and no answer if the agent has no log.
+    """
 
     def __init__(self, agent: LocalAgent, name: str) -> None:
         self.agent = agent
         self.name = name
-        self.log = agent.log or AnswerLog()
         self._segments = agent.data.segments(())  # token ids of the instructions and of each event so far
         self._stream: AnswerStream | None = None
 
     async def observe(self, event: Event) -> list[Candidate]:
-        agent, step = self.agent, len(self._segments) - 1
-        self._segments += agent.data.segments([event])[1:]
-        if agent.missing(self.log, self.name, step):
+        self.note(event)
+        agent, step = self.agent, len(self._segments) - 2
+        log = agent.log or AnswerLog()
+        if agent.missing(log, self.name, step):
             self._stream = self._stream or agent.stream(self.name)
             for answer in self._stream.answer(self._segments):
-                agent.keep(self.log, self.name, answer)
-        return agent.kept(self.log, self.name, step)
+                agent.keep(log, self.name, answer)
+        return agent.kept(log, self.name, step)
+
+    def note(self, event: Event) -> None:
+        self._segments += self.agent.data.segments([event])[1:]
+        too_old = len(self._segments) - 1 - self.agent.max_length  # it cannot fit: an event has at least one token
+        if too_old > 0:
+            self._segments[too_old] = NO_TOKENS
 
 
 def answer_key(name: str, step: int, number: int) -> str:

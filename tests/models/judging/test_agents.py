@@ -54,6 +54,14 @@ def test_sessions_give_what_whole_traces_give(agent: Agent) -> None:
     assert asyncio.run(observed(agent)) == answers
 
 
+@pytest.mark.parametrize("agent", [RecordedAgent(RECORDED, "here"), AlwaysPropose(RECORDED)])
+def test_an_event_that_is_noted_only_counts_for_later_answers(agent: Agent) -> None:
+    session, answers = agent.session("a.json"), plain(asyncio.run(agent.answer(TRACES)))
+    for event in TRACES[0].events[:2]:
+        session.note(event)
+    assert asyncio.run(session.observe(TRACES[0].events[2])) == answers["a.json"][2]
+
+
 def test_always_propose_takes_anothers_first_offer_else_a_generic_one() -> None:
     answers = asyncio.run(AlwaysPropose(RECORDED).answer(TRACES))
     assert [[c.proposal for c in step] for step in answers["a.json"]] == [["x"], [GENERIC_PROPOSAL], ["z"]]
@@ -81,6 +89,25 @@ def test_a_model_behind_an_endpoint_is_told_the_same_in_a_session() -> None:
                 assert joint_record({"a.json": agent})["url"] == chat.url
 
     asyncio.run(both())
+
+
+def test_an_endpoint_gets_the_latest_events_and_the_client_keeps_nothing_of_answered_questions() -> None:
+    prompt = ChatPrompt.read(AGENT_PROMPT, with_proposal=False)
+    events = [Event(time=str(n), event=f"event number {n}.") for n in range(6)]
+
+    async def observed() -> None:
+        with chat_server(lambda body, before: Reply(json.dumps({"proposal": "x"}))) as chat:
+            async with ChatClient(Endpoint(chat.url, "m")) as client:
+                session = EndpointAgent(client, prompt, latest=3).session("live")
+                for event in events[:4]:
+                    session.note(event)
+                for event in events[4:]:
+                    await session.observe(event)
+                assert client._asked == {}
+            sent = [body["messages"][-1]["content"] for body in chat.bodies]
+            assert [[n for n in range(6) if f"event number {n}." in text] for text in sent] == [[2, 3, 4], [3, 4, 5]]
+
+    asyncio.run(observed())
 
 
 def test_an_endpoint_is_asked_within_its_clients_time() -> None:

@@ -17,7 +17,7 @@ from datamodules.corpus.traces import Trace, root_traces
 from datamodules.errors import UserError
 from models.judging.answer_log import AnswerLog
 from models.judging.description import joint_settings, shares
-from models.judging.local_agent import AnswerOptions, LocalAgent
+from models.judging.local_agent import AnswerOptions, LocalAgent, answer_key
 from models.judging.weights import Tie, Weights, assign, one_for_each
 from models.learning.proactive_agent import ProactiveAgent
 from models.networks.building import build_network
@@ -109,6 +109,29 @@ def test_sessions_that_are_fed_event_by_event_give_the_answers_of_whole_traces(
     assert observed(agents, held_out) == answers
     alone = next(iter(agents.values()))
     assert observed({held_out[0].name: alone}, held_out[:1]) == {held_out[0].name: answers[held_out[0].name]}
+
+
+@pytest.mark.parametrize("tokens", [800, 250])
+def test_a_session_that_answers_after_some_events_only_gives_the_same_and_forgets_the_rest(
+    folds: list[AgentWeights], traces: list[Trace], tokens: int
+) -> None:
+    agents, (trace, *_) = agents_on([replace(folds[0], state=_with_length(folds[0].state, tokens))], traces)
+    long = replace(trace, events=trace.events * 80, task_status=trace.task_status * 80)
+    agent = agents[trace.name]
+    session, steps = agent.session(trace.name), range(5, len(long.events), 197)
+    found = {}
+    for step, event in enumerate(long.events):
+        if step in steps:
+            found[step] = asyncio.run(session.observe(event))
+        else:
+            session.note(event)
+    log = AnswerLog()
+    for step in set(range(len(long.events))) - set(steps):
+        log.add(answer_key(trace.name, step, 0), "", "")
+    agent.log = log
+    answers = asyncio.run(agent.answer([long]))[trace.name]
+    assert found == {step: answers[step] for step in steps}
+    assert sum(map(bool, session._segments[1:])) <= agent.max_length < len(long.events)
 
 
 def _with_length(state: dict[str, Any], tokens: int) -> dict[str, Any]:
