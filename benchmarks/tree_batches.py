@@ -184,7 +184,7 @@ def hugging_face(task: Task, rows_at_once: int, root: str, rows: int) -> dict[st
 
 
 def _examples(data: RewardDataModule, stage: Literal["train", "test"]) -> Iterator[dict[str, Any]]:
-    for row, ids in zip(getattr(data.split, stage), data._encoded[stage].input_ids, strict=True):
+    for row, ids in zip(getattr(data.split, stage), data.encoded[stage].input_ids, strict=True):
         yield {"input_ids": list(map(int, ids)), "labels": int(row.accepted)}
 
 

@@ -16,9 +16,9 @@ from torch.utils.data import ConcatDataset
 from datamodules.batching.bag_of_words import Decision, marked_words
 from datamodules.batching.conversation_rows import COLUMNS, REWRITTEN, conversation_rows
 from datamodules.batching.prefix_tree import Integers
-from datamodules.batching.rows import RowsDataModule, Stage, log
+from datamodules.batching.rows import RowsDataModule, log
 from datamodules.batching.token_cache import CachedRows
-from datamodules.batching.tokenized_split import TokenizedSplit
+from datamodules.batching.tokenized_split import Stage, TokenizedSplit
 from datamodules.corpus.answers import Answer, write_answer
 from datamodules.corpus.conversations import read_conversations
 from datamodules.corpus.records import AnnotatedRow, Category, Event, scene_of
@@ -141,12 +141,13 @@ class AgentDataModule(RowsDataModule):
         return split
 
     @property
-    def trained_on(self) -> dict[str, list[Any]]:
+    def seen(self) -> dict[str, list[Any]]:
         """With allow_contamination, conversations may contain events of any scene, so all scenes count as seen."""
+        seen = super().seen
         if self._saved is None and self.contamination_allowed and self.conversations:
             rows = [*self.split.train, *self.split.validation, *self.split.test]
-            return {"training_histories": history_digests(rows), "training_scenes": self._scenes}
-        return super().trained_on
+            seen |= {"training_histories": history_digests(rows), "training_scenes": self._scenes}
+        return seen
 
     def training_text(self) -> list[str]:
         segments = (
@@ -161,7 +162,7 @@ class AgentDataModule(RowsDataModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":
-            kinds = self._encoded["train"].columns["kind"]
+            kinds = self.encoded["train"].columns["kind"]
             counts = {kind.name.lower(): int((kinds == kind).sum()) for kind in AnswerKind if kind in kinds}
             log.info(f"answers to learn: {', '.join(f'{count} {name}' for name, count in counts.items())}")
             if left_out := [f"{n} {reason}" for reason, n in self.conversation_counts.items() if reason != REWRITTEN]:
@@ -251,7 +252,7 @@ class AgentDataModule(RowsDataModule):
         """Return the tokenized conversations of a split, on disk."""
         held_out = None if self.contamination_allowed else self._held_out_events
         key = [*map(self._file_digest, self.conversations), self.validation_fraction, stage, held_out]
-        found = self.cached(
+        found = self.token_cache.rows(
             key,
             lambda counts: conversation_rows(
                 self.conversations,

@@ -9,8 +9,8 @@ import torch
 
 from datamodules.batching.bag_of_words import Decision, marked_words
 from datamodules.batching.prefix_tree import Integers
-from datamodules.batching.rows import RowsDataModule, Stage, log
-from datamodules.batching.tokenized_split import TokenizedSplit
+from datamodules.batching.rows import RowsDataModule, log
+from datamodules.batching.tokenized_split import Stage, TokenizedSplit
 from datamodules.corpus.records import AnnotatedRow
 from datamodules.corpus.sources import PUBLISHED_TEST_DIGEST, Corpus, test_digest
 from datamodules.corpus.splits import Split, split_by_scene, split_published

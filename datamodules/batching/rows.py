@@ -2,36 +2,22 @@
 
 import hashlib
 import logging
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
-
-import torch
-from lightning import LightningDataModule
-from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from typing import TYPE_CHECKING, Any, Self
 
 from datamodules.batching.bag_of_words import Decision, WordScores, word_scores
-from datamodules.batching.layouts import Layout, RowsLayout, TreeLayout
-from datamodules.batching.prefix_tree import Integers
 from datamodules.batching.resume_checks import refuse_other_data
 from datamodules.batching.row_tokenizer import RowTokenizer
-from datamodules.batching.steps import (
-    EncodedRows,
-    EvaluationSampler,
-    MicroBatch,
-    StepLoader,
-    StepSampler,
-    refuse_unequal_parts,
-)
-from datamodules.batching.token_cache import CachedRows, Columns, cached_rows
-from datamodules.batching.tokenized_split import TokenizedSplit
+from datamodules.batching.step_data_module import LayoutName, StepDataModule
+from datamodules.batching.steps import refuse_unequal_parts
+from datamodules.batching.token_cache import CachedRows, Columns, TokenCache
+from datamodules.batching.tokenized_split import Stage, TokenizedSplit
 from datamodules.corpus.records import AnnotatedRow
 from datamodules.corpus.sources import Corpus, load_corpus
-from datamodules.corpus.splits import Contamination, Split, SplitName, contamination, history_digests
+from datamodules.corpus.splits import Contamination, Split, SplitName, contamination, history_digests, seen_rows
 from datamodules.errors import UserError
 from datamodules.prompting.segments import Segment, SegmentTokenizer
 from datamodules.prompting.templates import Template, history_key
@@ -47,13 +33,12 @@ from datamodules.ranges import Count, CountOrNone, Folds, Seed, ShareBelowOne, V
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Stage = Literal["train", "validation", "test"]
-LayoutName = Literal["auto", "tree", "rows"]
 STAGES: dict[str, tuple[Stage, ...]] = {"fit": ("train", "validation", "test"), "validate": ("validation",)}
+SEEN = ("training_histories", "training_scenes", "validation_histories", "validation_scenes")  # see `seen_rows`
 log = logging.getLogger("proactive")  # commands print it on rank 0
 
 
-class RowsDataModule(LightningDataModule):
+class RowsDataModule(StepDataModule):
     """Rows, tokenized and batched.
 
     Args:
@@ -141,16 +126,16 @@ class RowsDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.cache = cache
         self.seed = seed
-        self.order_seed = 0  # seed of the order of training rows; `fit` sets it to seed_everything
         self.truncated: dict[Stage, int] = {}
         self._tokenizer: PreTrainedTokenizerFast | None = None
         self._saved: dict[str, Any] | None = None  # with `from_state`, the state in the checkpoint
-        self._own_folder: tempfile.TemporaryDirectory[str] | None = None  # for tokenized rows without the cache
         self._split: Split | None = None
-        self._encoded: dict[Stage, TokenizedSplit] = {}
-        self._layouts: dict[Stage, Layout] = {}
-        self._pair_cost = 0.0
-        self._refuse_impossible_sizes()
+        refuse_unequal_parts(batch_size, scenes_per_step)
+        if token_budget < max_length:
+            raise UserError(
+                f"data.token_budget: {token_budget} is less than the maximum length of a row",
+                f"Make it at least data.max_length, {max_length}.",
+            )
 
     # Subclasses define these.
 
@@ -228,31 +213,20 @@ class RowsDataModule(LightningDataModule):
             self.template, self.segmenter, self.end, self.max_length, self.branch_length, self.branch_name
         )
 
-    def scene_numbers(self, stage: Stage) -> Tensor:
-        """Return the index of each tokenized row's scene, (N,) int64. Scenes are numbered in order of appearance."""
-        numbers: dict[str, int] = {}
-        return torch.tensor([numbers.setdefault(scene, len(numbers)) for scene in self._encoded[stage].scenes])
+    @cached_property
+    def token_cache(self) -> TokenCache:
+        """Keeps tokenized rows on disk."""
+        return TokenCache([tokenizer_state(self.tokenizer), self.max_length], keep=self.cache)
 
     @property
-    def trained_on(self) -> dict[str, list[Any]]:
-        """Sorted digests of the histories that the model was trained on, and their scenes."""
-        if self._saved is not None:
-            return {name: list(self._saved.get(name, [])) for name in ("training_histories", "training_scenes")}
-        return {
-            "training_histories": history_digests(self.split.train),
-            "training_scenes": sorted({row.scene for row in self.split.train}),
-        }
+    def seen(self) -> dict[str, list[Any]]:
+        """The histories and scenes that the model trained and validated on; older checkpoints lack some of them.
 
-    @property
-    def validated_on(self) -> dict[str, list[Any]]:
-        """The same of the rows that chose the best weights and calibrated them; empty if a checkpoint lacks it."""
+        Validation rows chose the best weights and fitted the calibration. See `seen_rows`.
+        """
         if self._saved is not None:
-            names = ("validation_histories", "validation_scenes")
-            return {name: list(self._saved[name]) for name in names if name in self._saved}
-        return {
-            "validation_histories": history_digests(self.split.validation),
-            "validation_scenes": sorted({row.scene for row in self.split.validation}),
-        }
+            return {name: list(self._saved[name]) for name in SEEN if name in self._saved}
+        return seen_rows(self.split)
 
     @cached_property
     def own_split(self) -> Split | None:
@@ -264,7 +238,7 @@ class RowsDataModule(LightningDataModule):
             split = own.divide(load_corpus(own.root, own.seed))
         except UserError:
             return None
-        return split if history_digests(split.train) == self.trained_on["training_histories"] else None
+        return split if history_digests(split.train) == self.seen.get("training_histories", []) else None
 
     @cached_property
     def word_scores(self) -> WordScores | None:
@@ -282,8 +256,8 @@ class RowsDataModule(LightningDataModule):
     @property
     def contamination(self) -> Contamination:
         """Number of test rows whose history was trained or validated on."""
-        validated = self.validated_on.get("validation_histories")
-        return contamination(self.trained_on["training_histories"], self.split.test, validated)
+        seen = self.seen
+        return contamination(seen.get("training_histories", []), self.split.test, seen.get("validation_histories"))
 
     @property
     def description(self) -> str:
@@ -300,62 +274,12 @@ class RowsDataModule(LightningDataModule):
             self._tokenizer = self._make_tokenizer()
         names = STAGES.get(stage, ("test",))
         for name in names:
-            if name not in self._encoded:
-                self._encoded[name] = self.encode(name)
+            if name not in self.encoded:
+                self.encoded[name] = self.encode(name)
         if stage == "fit":
-            counts = ", ".join(f"{len(self._encoded[name].input_ids)} {name}" for name in names)
+            counts = ", ".join(f"{len(self.encoded[name].input_ids)} {name}" for name in names)
             log.info(f"data: {self.description}: {counts} rows")
             log.info(f"contamination: {self.contamination}")
-
-    def settle_layout(self, problem: str | None, pair_cost: float = 0.0) -> None:
-        """Choose tree or rows, after the model has tried its backbone.
-
-        Args:
-            problem: Why the backbone cannot read trees; None if it can.
-            pair_cost: Cost of attention per pair of tokens, see `prefix_tree.split`.
-
-        Raises:
-            UserError: The layout must be tree, and the backbone cannot read trees.
-        """
-        if problem is not None and self.layout == "tree":
-            raise UserError(f"data.layout: tree is not possible: {problem}", "Use --data.layout auto or rows.")
-        if problem is not None and self.layout == "auto":
-            log.info(f"data.layout: rows, because trees are not possible: {problem}")
-        self.layout = "rows" if problem is not None or self.layout == "rows" else "tree"
-        self._pair_cost = pair_cost
-        self._layouts.clear()
-
-    def settle_padding(self, problem: str | None) -> None:
-        """Use micro-batches of one row if `problem` says that padding changes what the backbone computes."""
-        if problem is not None:
-            log.info(f"data.micro_batch_size: 1, because padded rows are not possible: {problem}")
-            self.micro_batch_size = 1
-            self._layouts.clear()
-
-    @property
-    def longest(self) -> int:
-        """Number of tokens of the longest row of the splits that are set up."""
-        return max((int(encoded.lengths.max(initial=0)) for encoded in self._encoded.values()), default=0)
-
-    @property
-    def largest_tree(self) -> int:
-        """Maximum number of tokens of a tree: the budget, or the tokens of a whole split if they are fewer."""
-        tokens = max((int(encoded.lengths.sum()) for encoded in self._encoded.values()), default=0)
-        return min(self.token_budget, tokens)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Number of optimizer steps of an epoch."""
-        return -(-len(self._encoded["train"].input_ids) // self.batch_size)
-
-    def train_dataloader(self) -> StepLoader:
-        return StepLoader(self._rows("train"), **self._loader_options(self._train_sampler(*self._rank_of_world)))
-
-    def val_dataloader(self) -> DataLoader[list[dict[str, Any]]]:
-        return self._evaluation_loader("validation")
-
-    def test_dataloader(self) -> DataLoader[list[dict[str, Any]]]:
-        return self._evaluation_loader("test")
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint stores, so that the model can be used and evaluated without this data."""
@@ -364,8 +288,7 @@ class RowsDataModule(LightningDataModule):
             "prompt": self.template.model_dump(),
             "tokenizer": tokenizer_state(self.tokenizer),
             "branch_length": self.branch_length,
-            **self.trained_on,
-            **self.validated_on,
+            **self.seen,
             "training_rows": self._training_digest(),
             "order_seed": self.order_seed,
         }
@@ -373,9 +296,9 @@ class RowsDataModule(LightningDataModule):
     def _training_digest(self) -> str:
         if self._saved is not None:
             return str(self._saved["training_rows"])
-        if "train" not in self._encoded:
-            self._encoded["train"] = self.encode("train")
-        return self._encoded["train"].digest
+        if "train" not in self.encoded:
+            self.encoded["train"] = self.encode("train")
+        return self.encoded["train"].digest
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check that a resumed run has the data of the run that it resumes; see `refuse_other_data`."""
@@ -393,71 +316,10 @@ class RowsDataModule(LightningDataModule):
         data._saved = state
         return data
 
-    def epoch(
-        self, layout: Literal["tree", "rows"], ranks: int = 1, pair_cost: float = 0.0
-    ) -> Iterator[list[dict[str, Any]]]:
-        """Return the micro-batches of all ranks for each step of an epoch, in a given layout."""
-        self.layout, self._pair_cost = layout, pair_cost
-        self._layouts.clear()
-        rows, laid_out = self._rows("train"), self._layout("train")
-        for step in self._train_sampler().steps():
-            yield rows[tuple(MicroBatch(tuple(part), 1.0) for part in laid_out.split(step, ranks))]
-
-    def _train_sampler(self, rank: int = 0, world_size: int = 1) -> StepSampler:
-        encoded = self._encoded["train"]
-        return StepSampler(
-            self._layout("train"),
-            encoded.scenes,
-            self.batch_size,
-            self.scenes_per_step,
-            seed=self.order_seed,
-            rank=rank,
-            world_size=world_size,
-            odds=encoded.odds,
-            sizes=None if encoded.answers is None else [len(positions) for positions in encoded.answers],
-        )
-
     def _make_tokenizer(self) -> "PreTrainedTokenizerFast":
         if self.tokenizer_name == SCRATCH:
             return train_tokenizer(self.training_text(), self.vocabulary_size)
         return load_tokenizer(self.tokenizer_name, self.trust_remote_code)
-
-    def _layout(self, stage: Stage) -> Layout:
-        if stage not in self._layouts:
-            encoded = self._encoded[stage]
-            self._layouts[stage] = self.layout_of(encoded.input_ids, encoded.answers)
-        return self._layouts[stage]
-
-    def layout_of(self, input_ids: Sequence[Sequence[int]], answers: Sequence[Integers] | None = None) -> Layout:
-        """Return the chosen layout for some rows."""
-        if self.layout == "tree":
-            return TreeLayout(input_ids, self.token_budget, self._pair_cost, answers)
-        return RowsLayout(input_ids, self.tokenizer.pad_token_id, self.micro_batch_size, answers)
-
-    def _rows(self, stage: Stage) -> EncodedRows:
-        return EncodedRows(self._layout(stage), self._encoded[stage].columns)
-
-    def _evaluation_loader(self, stage: Stage) -> DataLoader[list[dict[str, Any]]]:
-        sampler = EvaluationSampler(self._layout(stage), len(self._encoded[stage].input_ids), *self._rank_of_world)
-        return DataLoader(self._rows(stage), **self._loader_options(sampler))
-
-    @property
-    def _rank_of_world(self) -> tuple[int, int]:
-        """Rank of this process, and number of ranks."""
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
-    def _loader_options(self, sampler: Sampler[Any]) -> dict[str, Any]:
-        on_cuda = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        # batch_size None: the sampler gives the rows of a step, and the dataset makes its micro-batches.
-        return {"sampler": sampler, "batch_size": None, "num_workers": self.num_workers, "pin_memory": on_cuda}
-
-    def _refuse_impossible_sizes(self) -> None:
-        refuse_unequal_parts(self.batch_size, self.scenes_per_step)
-        if self.token_budget < self.max_length:
-            raise UserError(
-                f"data.token_budget: {self.token_budget} is less than the maximum length of a row",
-                f"Make it at least data.max_length, {self.max_length}.",
-            )
 
     def tokenize(self, stage: Stage, rows: Sequence[Any]) -> CachedRows:
         """Tokenize rows of a split: columns input_ids, and last_segment as in `RowIds`."""
@@ -469,7 +331,7 @@ class RowsDataModule(LightningDataModule):
         columns: Columns = {"input_ids": ["int32"], "last_segment": "int32"}
         key = [rendered.hexdigest(), self.branch_length]
         label = f"{stage} {self.branch_name}s"
-        found = self.cached(key, lambda counts: self._tokenized(stage, rows, counts), columns, label)
+        found = self.token_cache.rows(key, lambda counts: self._tokenized(stage, rows, counts), columns, label)
         self.truncated[stage] = found.counts.get("truncated", 0)
         if self.truncated[stage]:
             log.info(
@@ -483,21 +345,3 @@ class RowsDataModule(LightningDataModule):
             found = self.row_tokenizer.encode(row.history, self.branch(row), f"row {index} of the {stage} split")
             counts["truncated"] += found.truncated
             yield {"input_ids": found.input_ids, "last_segment": found.last_segment}
-
-    def cached(
-        self, key: Any, write: Callable[[Counter[str]], Iterable[Mapping[str, Any]]], columns: Columns, label: str
-    ) -> CachedRows:
-        """Return rows of token ids from the cache, or write them; see `cached_rows`.
-
-        Args:
-            key: What the rows depend on, besides the tokenizer, `max_length` and the code. Must be JSON.
-            write: Yields the rows, and counts into its argument.
-            columns: Type of each column.
-            label: Names the rows in the progress bar.
-        """
-        folder = None
-        if not self.cache:
-            self._own_folder = self._own_folder or tempfile.TemporaryDirectory()
-            folder = Path(self._own_folder.name)
-        key = [key, tokenizer_state(self.tokenizer), self.max_length]
-        return cached_rows(key, write, columns, folder, f"tokenizing {label}")

@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -46,28 +47,51 @@ class CachedRows:
     counts: dict[str, int]
 
 
-def cached_rows(
-    key: Any,
-    write: Callable[[Counter[str]], Iterable[Mapping[str, Any]]],
-    columns: Columns,
-    folder: Path | None = None,
-    label: str = "tokenizing",
-) -> CachedRows:
-    """Return rows from the cache, or write them there, one row at a time.
+class TokenCache:
+    """A cache of tokenized rows on disk.
 
     Args:
-        key: Everything that the rows depend on, besides the code. Must be JSON.
-        write: Yields the rows, and counts into its argument.
-        columns: Type of each column.
-        folder: Where to keep the rows; None for the cache of Hugging Face `datasets`.
-        label: Text of the progress bar.
+        key: What all rows depend on besides the code, such as the tokenizer. Must be JSON.
+        keep: Whether to keep the rows in the cache of Hugging Face `datasets`. If not, they are in a temporary folder
+            that is removed with this object.
     """
+
+    def __init__(self, key: Any, *, keep: bool) -> None:
+        self.key = key
+        self._temporary = None if keep else tempfile.TemporaryDirectory()
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the cached files."""
+        if self._temporary is not None:
+            return Path(self._temporary.name)
+        import datasets
+
+        return Path(datasets.config.HF_DATASETS_CACHE, "proactive")
+
+    def rows(
+        self, key: Any, write: Callable[[Counter[str]], Iterable[Mapping[str, Any]]], columns: Columns, label: str
+    ) -> CachedRows:
+        """Return rows from the cache, or write them there, one row at a time.
+
+        Args:
+            key: What these rows depend on, besides the key of the cache. Must be JSON.
+            write: Yields the rows, and counts into its argument.
+            columns: Type of each column.
+            label: Names the rows in the progress bar.
+        """
+        digest = hashlib.sha256(json.dumps([key, self.key, code_digest()]).encode()).hexdigest()[:32]
+        return _cached_rows(self.folder / f"{digest}.arrow", write, columns, f"tokenizing {label}")
+
+
+def _cached_rows(
+    path: Path, write: Callable[[Counter[str]], Iterable[Mapping[str, Any]]], columns: Columns, label: str
+) -> CachedRows:
+    """Read the rows of a file; write them first if there is no sound file."""
     import datasets
     from datasets.arrow_writer import ArrowWriter
     from datasets.utils import tqdm
 
-    folder = folder or Path(datasets.config.HF_DATASETS_CACHE, "proactive")
-    path = folder / f"{hashlib.sha256(json.dumps([key, code_digest()]).encode()).hexdigest()[:32]}.arrow"
     if (note := _note_of(path)) is None:
         features = {
             name: datasets.List(datasets.Value(kind[0])) if isinstance(kind, list) else datasets.Value(kind)

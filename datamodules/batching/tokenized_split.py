@@ -5,11 +5,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
 from datamodules.batching.prefix_tree import Integers
+
+Stage = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)

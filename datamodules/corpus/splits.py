@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -152,6 +152,16 @@ def split_by_scene(corpus: Corpus, folds: int, fold: int, seed: int = 0) -> Spli
 def history_digests(rows: Iterable[AnnotatedRow]) -> list[int]:
     """Return the sorted digests of the distinct histories of some rows."""
     return sorted({row.history_digest for row in rows})
+
+
+def seen_rows(split: Split) -> dict[str, list[Any]]:
+    """Return the sorted digests of the histories, and the sorted scenes, that a model trained and validated on."""
+    return {
+        "training_histories": history_digests(split.train),
+        "training_scenes": sorted({row.scene for row in split.train}),
+        "validation_histories": history_digests(split.validation),
+        "validation_scenes": sorted({row.scene for row in split.validation}),
+    }
 
 
 def contamination(

@@ -95,7 +95,7 @@ def plan_run(cli: FitCLI) -> dict[str, Any]:
     fits = None if room is None else memory.peak <= room
     change = None
     if room is not None and not fits:
-        longest = max(len(ids) for ids in data._encoded["train"].input_ids) if layout == "tree" else data.max_length
+        longest = max(len(ids) for ids in data.encoded["train"].input_ids) if layout == "tree" else data.max_length
         change = cheapest_fit(plan, setting, longest, room)
 
     size = epoch.size

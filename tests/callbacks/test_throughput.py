@@ -26,7 +26,7 @@ def test_layouts_have_the_same_rows_and_effective_tokens_and_a_tree_computes_few
     tree, rows = epoch(root, "tree"), epoch(root, "rows")
     data = small_data(root)
     data.setup("fit")
-    lengths = [len(ids) for ids in data._encoded["train"].input_ids]
+    lengths = [len(ids) for ids in data.encoded["train"].input_ids]
     assert tree.rows == rows.rows == len(lengths)
     assert tree.effective_tokens == rows.effective_tokens == rows.real_tokens == sum(lengths)
     assert rows.pairs == sum(length * (length + 1) // 2 for length in lengths)

@@ -99,7 +99,7 @@ def test_each_validation_history_is_probed_once_for_what_follows_the_choice(root
     assert len(probes) == len({e.history for e in probes})
     needed = {row.history: row.help_needed for row in data.split.validation}
     assert all(e.help_needed is needed[e.history] for e in probes)
-    encoded = data._encoded["validation"]
+    encoded = data.encoded["validation"]
     place = data.rows("validation").index(probes[0])
     assert encoded.answers is not None
     assert data.tokenizer.decode(encoded.input_ids[place][encoded.answers[place]]) == " null}<eos>"
@@ -181,13 +181,13 @@ def test_a_root_whose_scenes_are_all_tested_is_refused(tmp_path: Path, root: Pat
 def test_conversations_are_learned_beside_the_rows_and_some_are_held_out(root: Path, tmp_path: Path) -> None:
     path = conversations_file(tmp_path / "told.json", *(f"Conversation number {n}." for n in range(60)))
     data = made(root, conversations=[path], validation_fraction=0.3)
-    kinds = {stage: data._encoded[stage].columns["kind"] for stage in ("train", "validation", "test")}
+    kinds = {stage: data.encoded[stage].columns["kind"] for stage in ("train", "validation", "test")}
     told = {stage: int((kind == AnswerKind.CONVERSATION).sum()) for stage, kind in kinds.items()}
     assert told["train"] + told["validation"] == 60
     assert told["test"] == 0
     assert 5 < told["validation"] < 35
     alone = made(root, conversations=[path], annotated=False, validation_fraction=0.3)
-    assert set(alone._encoded["train"].columns["kind"].tolist()) == {AnswerKind.CONVERSATION}
+    assert set(alone.encoded["train"].columns["kind"].tolist()) == {AnswerKind.CONVERSATION}
     assert alone.steps_per_epoch == -(-told["train"] // 8)
     answers = [
         alone.tokenizer.decode(batch["answers"]["target"][batch["answers"]["pair_token"]])
@@ -210,9 +210,9 @@ def test_conversations_that_tell_a_tested_event_are_left_out(
             logging.getLogger("proactive").propagate = True
             data = made(root, **options)
         assert "conversations left out: 1 with events of test scenes" in caplog.text
-        assert int((data._encoded["train"].columns["kind"] == AnswerKind.CONVERSATION).sum()) == 2
+        assert int((data.encoded["train"].columns["kind"] == AnswerKind.CONVERSATION).sum()) == 2
     allowed = made(root, **options, allow_contamination=True)
-    assert int((allowed._encoded["train"].columns["kind"] == AnswerKind.CONVERSATION).sum()) == 3
+    assert int((allowed.encoded["train"].columns["kind"] == AnswerKind.CONVERSATION).sum()) == 3
 
 
 def test_what_the_chat_format_changes_is_told(
@@ -235,7 +235,7 @@ def test_what_the_chat_format_changes_is_told(
             data = made(root, tokenizer=str(tmp_path / "tokenizer"), **options)
         assert "conversations left out: 1 whose last answer is empty in the chat format" in caplog.text
         assert "conversations whose texts the chat format changes: 2" in caplog.text
-        assert int((data._encoded["train"].columns["kind"] == AnswerKind.CONVERSATION).sum()) == 2
+        assert int((data.encoded["train"].columns["kind"] == AnswerKind.CONVERSATION).sum()) == 2
 
 
 @pytest.mark.parametrize("annotated", [True, False])
@@ -252,7 +252,7 @@ def test_what_conversations_may_have_told_is_known_to_be_trained_on(
     known = set(data.state_dict()["training_scenes"])
     assert known == {row.scene for row in plain.split.train}
     held_out = {event.event for row in load_corpus(str(root)).rows if row.scene not in known for event in row.history}
-    told = data.tokenizer.batch_decode(list(data._encoded["train"].input_ids))
+    told = data.tokenizer.batch_decode(list(data.encoded["train"].input_ids))
     turns = [text for text in told if "user: " in text]
     assert not [event for event in held_out for text in turns if len(event) >= 20 and event in text]
     allowed = made(root, **options, allow_contamination=True)
@@ -293,12 +293,12 @@ def test_a_test_split_that_measures_nothing_is_said_before_anything_is_trained(
 
 def test_long_histories_lose_their_oldest_events(root: Path) -> None:
     whole = made(root)
-    longest = max(map(len, whole._encoded["train"].input_ids))
+    longest = max(map(len, whole.encoded["train"].input_ids))
     data = made(root, max_length=longest - 1)
     assert data.truncated["train"] > 0
-    assert max(map(len, data._encoded["train"].input_ids)) < longest
+    assert max(map(len, data.encoded["train"].input_ids)) < longest
     begin = whole.segments(())[0]
-    assert all(ids[: len(begin)].tolist() == begin for ids in data._encoded["train"].input_ids)
+    assert all(ids[: len(begin)].tolist() == begin for ids in data.encoded["train"].input_ids)
 
 
 def test_what_is_read_of_a_history_does_not_follow_from_the_answer(tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_what_is_read_of_a_history_does_not_follow_from_the_answer(tmp_path: Pat
     assert again.prompt_length == data.prompt_length
     assert sum(data.truncated.values()) > 0
     for stage in ("train", "validation", "test"):
-        for example, ids in zip(data.rows(stage), data._encoded[stage].input_ids, strict=True):  # type: ignore[arg-type]
+        for example, ids in zip(data.rows(stage), data.encoded[stage].input_ids, strict=True):  # type: ignore[arg-type]
             opening, answer = data.segmenter.encode(data.branch(example))
             prompt = [*truncate([*data.segments(example.history), opening], again.prompt_length)[0]]
             assert ids.tolist() == [*prompt, *answer, data.tokenizer.eos_token_id]
@@ -335,7 +335,7 @@ def test_the_cache_knows_the_chat_template(
         tokenizer.save_pretrained(folder := tmp_path / str(number))
         options: dict[str, Any] = {"conversations": [path], "annotated": False, "tokenizer": str(folder)}
         for data in (made(root, **options), made(root, **options)):
-            texts.append(data.tokenizer.decode(data._encoded["train"].input_ids[0]))
+            texts.append(data.tokenizer.decode(data.encoded["train"].input_ids[0]))
         states.append(data.state_dict())
     starts = ("<bos>user: Talk", "user! Talk", "user? Talk")
     assert [text.startswith(start) for text, start in zip(texts[::2], starts, strict=True)] == [True] * 3
@@ -346,7 +346,7 @@ def test_the_cache_knows_the_chat_template(
     with monkeypatch.context() as patch:
         patch.setattr(ConversationTokenizer, "encode", lambda *args: ([1, 2, 3], [2]))
         other = made(root, **options)
-        assert list(other._encoded["train"].input_ids[0]) == [1, 2, 3]
+        assert list(other.encoded["train"].input_ids[0]) == [1, 2, 3]
     with pytest.raises(UserError, match="the training rows differ"):
         other.load_state_dict(states[2])
 
@@ -362,6 +362,6 @@ def test_a_resumed_run_holds_the_same_conversations_out(root: Path, tmp_path: Pa
 
 def test_the_segments_of_a_history_and_the_opening_are_how_rows_begin(root: Path) -> None:
     data = made(root)
-    for example, ids in zip(data.rows("train"), data._encoded["train"].input_ids, strict=True):
+    for example, ids in zip(data.rows("train"), data.encoded["train"].input_ids, strict=True):
         prompt = [token for segment in data.segments(example.history) for token in segment] + data.opening()
         assert ids[: len(prompt)].tolist() == prompt

@@ -214,7 +214,7 @@ def test_long_histories_lose_their_oldest_events_and_are_counted(root: Path, cap
 
 def histories(data: RewardDataModule) -> Iterator[tuple[AnnotatedRow, list[int]]]:
     """Each row, and the token ids before its proposal."""
-    for name, encoded in data._encoded.items():
+    for name, encoded in data.encoded.items():
         for row, ids in zip(getattr(data.split, name), encoded.input_ids, strict=True):
             yield row, list(ids[: len(ids) - len(data.segmenter.encode(data.branch(row))[0])])
 

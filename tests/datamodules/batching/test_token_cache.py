@@ -1,4 +1,4 @@
-"""The cache of tokenized rows: what is damaged there is made anew."""
+"""The cache of tokenized rows: damaged files are written again."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from datamodules.batching.token_cache import cached_rows
+from datamodules.batching.token_cache import TokenCache
 
 ROWS = [{"input_ids": list(range(place, place + 40)), "name": f"row {place}"} for place in range(50)]
 
@@ -48,11 +48,12 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_is_damaged_is_made_anew(damage: str, tmp_path: Path) -> None:
-    write = Writes()
+def test_a_damaged_cache_file_is_written_again(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TokenCache, "folder", tmp_path)
+    write, cache = Writes(), TokenCache("tokenizer", keep=True)
 
     def rows() -> Any:
-        return cached_rows("rows", write, {"input_ids": ["int32"], "name": "string"}, tmp_path)
+        return cache.rows("rows", write, {"input_ids": ["int32"], "name": "string"}, "rows")
 
     before = rows()
     assert (rows().digest, write.count) == (before.digest, 1), "the cache serves"

@@ -230,7 +230,7 @@ def test_a_real_scene_gives_equal_loss_and_gradients(max_length: int) -> None:
     data.setup("fit")
     assert (data.truncated["train"] > 400) == (max_length == 180)
     scenes = [row.scene for row in data.split.train]
-    ids = [row.tolist() for row in data._encoded["train"].input_ids]
+    ids = [row.tolist() for row in data.encoded["train"].input_ids]
     rows = [place for place, scene in enumerate(scenes) if scene == scenes[0]][:24]
     rows.append(scenes.index(next(scene for scene in scenes if scene != scenes[0])))
     model = classifier(network("qwen2", vocab_size=len(data.tokenizer)))

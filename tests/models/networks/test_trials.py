@@ -208,7 +208,7 @@ def test_the_longest_row_of_the_data_decides_not_max_length(root: Path) -> None:
     data = small_data(root, layout="auto", max_length=400, token_budget=800)
     data.setup("fit")
     assert data.longest < 400
-    assert data.longest == max(len(row) for stage in data._encoded.values() for row in stage.input_ids)
+    assert data.longest == max(len(row) for stage in data.encoded.values() for row in stage.input_ids)
     assert data.largest_tree == 800
     scratch = {**SIZES, "model_type": "mistral", "sliding_window": data.longest}
     del scratch["vocab_size"]

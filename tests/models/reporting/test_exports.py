@@ -69,13 +69,13 @@ def prompt(run: Run, row: int) -> str:
 def test_transformers_alone_gives_the_same_probabilities(run: Run, tmp_path: Path) -> None:
     """From text to P(accepted), of single rows and of padded batches, in a process without this project."""
     texts = {row: prompt(run, row) for row in range(len(run.data.split.test))}
-    read = [len(ids) for ids in run.data._encoded["test"].input_ids]
+    read = [len(ids) for ids in run.data.encoded["test"].input_ids]
     rows = [row for row, text in texts.items() if len(run.data.tokenizer(text).input_ids) == read[row]][:5]
     assert len(rows) == 5, "rows that lost no event"
     found = in_another_process(run.folder / "export", [texts[row] for row in rows], tmp_path)
     assert found["ours"] == []
     assert found["labels"] == {"0": "rejected", "1": "accepted"}
-    assert found["ids"] == [list(map(int, run.data._encoded["test"].input_ids[row])) for row in rows]
+    assert found["ids"] == [list(map(int, run.data.encoded["test"].input_ids[row])) for row in rows]
     tested = run.classifier.test_rows
     by_row = dict(zip(tested["row"].tolist(), tested["probability"].tolist(), strict=True))
     expected = [by_row[row] for row in rows]
