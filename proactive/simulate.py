@@ -1,4 +1,4 @@
-"""`python -m proactive.simulate`: sessions of simulated users and assistants, and training data of them."""
+"""`python -m proactive.simulate`: simulated sessions, and training data from them."""
 
 if __name__ == "__main__":
     from proactive.commands import start
@@ -19,14 +19,17 @@ from models.judging.endpoint import EndpointOptions
 from proactive.commands import program
 from proactive.endpoints import endpoint_of
 from proactive.parser import Parser
-from proactive.simulation.endpoints import EndpointRole, RoleOptions, RolePrompt
+from proactive.simulation.concurrent_work import Limits, StoppedError
+from proactive.simulation.contamination import without_test_events
+from proactive.simulation.endpoint_roles import EndpointRole, RoleOptions, RolePrompt
 from proactive.simulation.log import LOG_FILE, SimulationLog
 from proactive.simulation.loop import LoopOptions
-from proactive.simulation.questions import ROLES, Players
+from proactive.simulation.questions import Roles
 from proactive.simulation.scenes import embedded_scenes, read_scenes
 from proactive.simulation.scripted import ScriptedRole
-from proactive.simulation.simulation import Simulation, StoppedError, derive, prepared, simulate
 from proactive.simulation.summary import ESTIMATED, estimate
+from proactive.simulation.trace_simulation import TraceSimulation, derive, simulate
+from proactive.simulation.work_items import ROLE_NAMES
 from proactive.tables import Table, show
 from proactive.terminal import say
 
@@ -35,70 +38,74 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str]) -> None:
-    """Parse, and carry out one of the subcommands."""
-    parser = Parser(prog=program("simulate"), description="Simulate sessions, and make training data of them.")
+    """Parse the arguments, and run a subcommand."""
+    parser = Parser(prog=program("simulate"), description="Simulate sessions, and write training data.")
     subcommands = parser.add_subcommands()
-    subcommands.add_subcommand("traces", _traces_parser(), help="simulate sessions, and derive their training data")
-    subcommands.add_subcommand("rows", _rows_parser(), help="derive the training data of simulated sessions again")
+    subcommands.add_subcommand("traces", _traces_parser(), help="simulate sessions, and write their training data")
+    subcommands.add_subcommand("rows", _rows_parser(), help="write the training data of simulated sessions again")
     options = parser.parse_args(arguments)
     {"traces": _traces, "rows": _rows}[options.subcommand](options[options.subcommand])
 
 
 def _traces_parser() -> Parser:
-    parser = Parser(prog="simulate traces", description="Let roles play sessions: environment, user, assistant and "
-        "judge. Each is scripted, or a model behind an endpoint.")  # fmt: skip
+    parser = Parser(prog="simulate traces", description="Simulate sessions with four roles: environment, user, "
+        "assistant and judge. Each is scripted, or a model behind an endpoint.")  # fmt: skip
     add = parser.add_argument
     add("--config", action="config", help="A file of these options.")
-    add("--scenes", type=Path, help="A file of scenes as the published scenes.yaml, or a folder that has one. If left "
-        "out, a scene for each topic of the embedded simulator.")  # fmt: skip
-    add("--output", type=Path, help="The folder to write; the same one goes on where a simulation stopped. A new one "
-        "in runs/simulate if left out.")  # fmt: skip
-    add("--trials", type=Tries, default=1, help="Sessions of each scene.")
-    add("--scenes-at-once", type=Tries, default=32, help="Sessions that run side by side; it changes no result.")
+    add("--scenes", type=Path, help="A file of scenes in the format of the published scenes.yaml, or a folder that "
+        "contains a scenes.yaml. Default: a scene for each topic of the embedded simulator.")  # fmt: skip
+    add("--output", type=Path, help="The output folder. A folder of a stopped simulation is continued. Default: a new "
+        "folder in runs/simulate.")  # fmt: skip
+    add("--trials", type=Tries, default=1, help="Sessions per scene.")
+    add("--scenes-at-once", type=Tries, default=32, help="Maximum number of concurrent sessions. It changes no result.")
     parser.add_class_arguments(LoopOptions, as_group=False)
-    add("--seed", type=Seed, default=0, help="Another seed, other sessions.")
-    for role in ROLES:
+    add("--seed", type=Seed, default=0, help="The seed of all random numbers.")
+    for role in ROLE_NAMES:
         parser.add_class_arguments(RoleOptions, role)
     parser.add_class_arguments(EndpointOptions, "endpoint", skip={"token_limit", "cost_limit", "time_limit"})
-    add("--budget-tokens", type=Count | None, help="Tokens in and out of all endpoints, after which no more is asked.")
-    add("--budget-cost", type=Positive | None, help="The same as cost, in the currency of the prices.")
-    add("--failures", type=CountOrNone, default=10, help="Sessions that may fail before the others are stopped too.")
-    add("--data.root", type=str, default="embedded", help="Example events of this root's test traces are kept from the "
-        "roles, and simulated events are compared with them.")  # fmt: skip
-    add("--contaminated", action="store_true", help="Show such example events to the roles, and mark the result.")
+    add("--budget-tokens", type=Count | None, help="Stop when all endpoints together have used so many tokens.")
+    add("--budget-cost", type=Positive | None, help="Stop when they have cost so much, in the currency of the prices.")
+    add(
+        "--failures", type=CountOrNone, default=10, help="Number of sessions that may fail before the simulation stops."
+    )
+    add("--data.root", type=str, default="embedded", help="Example events that are in this root's test traces are "
+        "removed, and simulated events are compared with these traces.")  # fmt: skip
+    add("--contaminated", action="store_true", help="Keep such example events, and mark the result.")
     return parser.with_output_options()
 
 
 def _rows_parser() -> Parser:
-    parser = Parser(prog="simulate rows", description="Write training data, summary and report of log and traces.")
+    parser = Parser(prog="simulate rows", description="Write training data, summary and report from log and traces.")
     parser.add_argument("folder", type=Path, help="A folder that `simulate traces` wrote.")
-    parser.add_argument("--estimate", type=Count | None, help="Also estimate what this many events would take, for "
+    parser.add_argument("--estimate", type=Count | None, help="Also estimate tokens and cost of so many events, for "
         "example 6790 as in the paper.")  # fmt: skip
     return parser.with_output_options()
 
 
 def _traces(options: "Namespace") -> None:
     given = embedded_scenes() if options.scenes is None else read_scenes(options.scenes)
-    scenes, examples = prepared(given, options.data.root, options.contaminated)
+    scenes, examples = without_test_events(given, options.data.root, options.contaminated)
     bounds = LoopOptions(**{one.name: options[one.name] for one in fields(LoopOptions)})
-    at_once, failures = options.scenes_at_once, options.failures
+    limits = Limits(options.scenes_at_once, options.failures)
     config = _traces_parser().dump(options)
-    simulation = Simulation(scenes, examples, options.trials, options.seed, bounds, at_once, failures, config)
+    simulation = TraceSimulation(scenes, examples, options.trials, options.seed, bounds, limits, config)
     log = SimulationLog()
     budget = Budget(options.budget_tokens, options.budget_cost, ("budget-tokens", "budget-cost"))
-    asked = [role for role in ROLES if options[role].url]
+    asked = [role for role in ROLE_NAMES if options[role].url]
     endpoints = {role: endpoint_of(role, options, options[role].temperature) for role in asked}
     clients = {role: ChatClient(endpoint, log, budget, role) for role, endpoint in endpoints.items()}
-    players: Players = dict.fromkeys(ROLES, ScriptedRole(log))
+    roles: Roles = dict.fromkeys(ROLE_NAMES, ScriptedRole(log))
     for role, client in clients.items():
-        players[role] = EndpointRole(client, RolePrompt.read(role, options[role].prompt))
+        roles[role] = EndpointRole(client, RolePrompt.read(role, options[role].prompt))
     folder = output_folder(options.output, "simulate", LOG_FILE)
     progress = (lambda text: None) if options.quiet else say
     try:
-        asyncio.run(simulate(simulation, players, list(clients.values()), log, folder, progress))
+        asyncio.run(simulate(simulation, roles, list(clients.values()), log, folder, progress))
     except StoppedError as error:
         _finish(folder, options.quiet)
-        raise UserError(error.what, f"{error.hint} To go on, give the same options with --output {folder}.") from error
+        raise UserError(
+            error.what, f"{error.hint} To continue, give the same options with --output {folder}."
+        ) from error
     _finish(folder, options.quiet)
 
 
@@ -109,7 +116,7 @@ def _rows(options: "Namespace") -> None:
 
 
 def _finish(folder: Path, quiet: bool) -> dict[str, Any]:
-    """Derive everything, print it, and return the summary."""
+    """Write everything that is derived, print the counts, and return the summary."""
     record = derive(folder)
     if not quiet:
         show(_table(record))
@@ -134,8 +141,8 @@ def _table(record: dict[str, Any]) -> Table:
     table.add_column("number", justify="right")
     contamination = record["contamination"]
     lines = {
-        **{f"trials: {end}": count for end, count in record["trials"]["ends"].items()},
-        **{f"failures: {cause}": count for cause, count in record["trials"]["failures"].items()},
+        **{f"sessions: {end}": count for end, count in record["sessions"]["ends"].items()},
+        **{f"failures: {cause}": count for cause, count in record["sessions"]["failures"].items()},
         **{f"events: {source}": count for source, count in record["events"].items()},
         **{f"rows: {category.replace('_', ' ')}": count for category, count in record["rows"].items()},
         "conversations": record["conversations"],

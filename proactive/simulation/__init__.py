@@ -1,1 +1,1 @@
-"""Simulating sessions: scenes, roles, the loop, and training data of what came about."""
+"""Simulated sessions: scenes, roles, the loop of a session, and training data."""

@@ -1,4 +1,4 @@
-"""log.jsonl: every question and answer, as soon as it is there."""
+"""log.jsonl: every question and answer, written as soon as it is known."""
 
 import asyncio
 import json
@@ -11,48 +11,48 @@ from datamodules.files.reading import MOST_ROWS, open_file, text_lines
 from datamodules.files.writing import sync
 from models.judging.answer_log import AnswerLog
 from proactive.simulation.questions import Question
-from proactive.simulation.scenes import Trial
+from proactive.simulation.work_items import WorkItem
 
 LOG_FILE = "log.jsonl"
 OUTCOME = "outcome"
 
 
 class SimulationLog(AnswerLog):
-    """A log whose lines reach the disk together where several trials wait for that."""
+    """A log that syncs its file once for all sessions that wait for it."""
 
     def __init__(self) -> None:
         super().__init__()
         self._syncing: asyncio.Task[None] | None = None
         self._unsynced = False
 
-    def keep(self, trial: Trial, question: Question[Any], attempt: int, text: str) -> None:
-        """Add an answer that no endpoint gave."""
-        key = self.key(trial, question, attempt)
-        self.add(key, text, trial.name, notes={**question.record(), "attempt": attempt})
+    def keep(self, item: WorkItem, question: Question[Any], attempt: int, text: str) -> None:
+        """Add an answer that does not come from an endpoint."""
+        key = self.key(item, question, attempt)
+        self.add(key, text, item.name, notes={**question.record(), "attempt": attempt})
 
     @staticmethod
-    def key(trial: Trial, question: Question[Any], attempt: int) -> str:
-        """Identifies an answer."""
-        return f"{trial.name} {question.digest[:32]} {attempt}"
+    def key(item: WorkItem, question: Question[Any], attempt: int) -> str:
+        """Return the key of an answer."""
+        return f"{item.name} {question.digest[:32]} {attempt}"
 
-    def end(self, trial: Trial, outcome: dict[str, Any]) -> None:
-        """Note how a trial ended; it is not simulated again."""
-        self.add(f"{OUTCOME} {trial.name}", json.dumps(outcome), trial.name, notes={"kind": OUTCOME})
+    def end(self, item: WorkItem, outcome: dict[str, Any]) -> None:
+        """Write how a work item ended. It will not be done again."""
+        self.add(f"{OUTCOME} {item.name}", json.dumps(outcome), item.name, notes={"kind": OUTCOME})
 
-    def outcome(self, trial: Trial) -> dict[str, Any] | None:
-        """How a trial ended, if it did."""
-        text = self.texts.get(f"{OUTCOME} {trial.name}")
+    def outcome(self, item: WorkItem) -> dict[str, Any] | None:
+        """Return how a work item ended; None if it has not ended."""
+        text = self.texts.get(f"{OUTCOME} {item.name}")
         return None if text is None else json.loads(text)
 
     async def synced(self) -> None:
-        """Wait until all that was added is on the disk."""
+        """Wait until all added lines are on the disk."""
         if self._unsynced:
             if self._syncing is None:
                 self._syncing = asyncio.create_task(self._sync())
             await self._syncing
 
     async def _sync(self) -> None:
-        await asyncio.sleep(0)  # trials that run side by side add their lines first
+        await asyncio.sleep(0)  # so that concurrent sessions add their lines first
         self._syncing, self._unsynced = None, False
         if self._file is not None:
             sync(self._file)
@@ -60,15 +60,15 @@ class SimulationLog(AnswerLog):
     def _append(self, entry: dict[str, Any]) -> None:
         if self._file is not None:
             self._file.write(json.dumps(entry).encode() + b"\n")
-            self._file.flush()  # a kill of this process loses nothing; a sync keeps it if the machine stops
+            self._file.flush()  # survives a kill of this process; a sync survives a stop of the machine
             self._unsynced = True
 
 
 def entries(path: Path) -> Iterator[dict[str, Any]]:
-    """The answers of a log, one by one, behind the first line, which holds the settings.
+    """Yield the entries of a log, without the first line, which holds the settings.
 
     Raises:
-        UserError: It cannot be read, or a line is no JSON.
+        UserError: It cannot be read, or a line is not JSON.
     """
     with open_file(path, MOST_ROWS) as file:
         for number, (where, line) in enumerate(text_lines(file, path)):

@@ -1,11 +1,9 @@
-"""What roles are asked, and the records that their answers have to fit.
+"""Questions to roles, and the schemas of their answers.
 
-Roles are the environment, the user, the assistant and the judge. A role keeps nothing between questions: all that it
-needs to know stands in the question. So a resumed simulation asks again nothing that the log answers.
+A role keeps no state between questions: each question contains everything that its answer depends on. So a resumed
+simulation can take answers from the log.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,14 +15,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from datamodules.corpus.records import Proposal, Text, Unicode
 from datamodules.prompting.chat_prompts import Schema
 from datamodules.ranges import FINITE
-from proactive.simulation.scenes import Trial
+from proactive.simulation.scenes import SimulatedSession
+from proactive.simulation.work_items import RoleName, WorkItem, digest
 
-RoleName = Literal["environment", "user", "assistant", "judge"]
-ROLES: tuple[RoleName, ...] = ("environment", "user", "assistant", "judge")
 Verdict = Literal["accepted", "rejected", "ignored"]
-MOST_EVENTS = 8  # that one act or one accepted offer may lead to
+MOST_EVENTS = 8  # after one act or one accepted offer
 MOST_ENTITIES = 100
-LONGEST = 2000  # characters of a text
+LONGEST = 2000  # characters of one text in an answer
 
 
 def _not_long(text: str | None) -> str | None:
@@ -38,63 +35,63 @@ Note = Annotated[Unicode, AfterValidator(_not_long)]
 Seconds = Annotated[float, Ge(0.001), Le(7 * 86_400), FINITE]  # between two events
 
 
-class Fits(BaseModel):
-    """A part of an answer."""
+class AnswerPart(BaseModel):
+    """An answer, or a part of one."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
     page: ClassVar[str] = "docs/how-to/simulate.md"
 
 
-class EntityState(Fits):
-    """The state of an entity. One that the scene does not know yet is only created if `new` says so."""
+class EntityState(AnswerPart):
+    """The state of an entity. An entity that does not exist yet is created only if `new` is true."""
 
     entity: Short
     state: Short
     new: bool
 
 
-class Setup(Fits):
-    """The environment's answer before the first event: the states of entities."""
+class SetupAnswer(AnswerPart):
+    """The environment's states of the entities before the first event."""
 
     entities: list[EntityState] = Field(max_length=MOST_ENTITIES)
 
 
-class Asked(Fits):
-    """A user's question about the surroundings."""
+class UserQuestion(AnswerPart):
+    """The user's question about the surroundings."""
 
     question: Short
 
 
-class Told(Fits):
-    """The environment's answer to it."""
+class EnvironmentAnswer(AnswerPart):
+    """The environment's answer to the user's question."""
 
     answer: Short
 
 
-class Act(Fits):
-    """What the user does next, in which hidden state, and whether that reaches the goal."""
+class ActAnswer(AnswerPart):
+    """The user's next act, their hidden state, and whether the act reaches the goal."""
 
     state: Literal["stuck", "exploring", "flowing", "away"]
     act: Short
     goal_reached: bool
 
 
-class NewEvent(Fits):
-    """An event, and how many seconds it comes after the one before."""
+class NewEvent(AnswerPart):
+    """An event, and the seconds since the event before it."""
 
     seconds: Seconds
     event: Short
 
 
-class Events(Fits):
-    """What comes of an act, or of an offer that the assistant carries out."""
+class EventsAnswer(AnswerPart):
+    """The events that follow an act or an accepted offer."""
 
     events: list[NewEvent] = Field(min_length=1, max_length=MOST_EVENTS)
     entities: list[EntityState] = Field(max_length=MOST_ENTITIES)
 
 
-class Proposed(Fits):
-    """The assistant's answer after an event; a proposal of null is silence."""
+class AssistantAnswer(AnswerPart):
+    """The assistant's answer after an event. A proposal of null is silence."""
 
     purpose: Note
     thoughts: Note
@@ -102,14 +99,14 @@ class Proposed(Fits):
     response: Note
 
 
-class Judged(Fits):
-    """What is thought of a proposal, and why."""
+class JudgeAnswer(AnswerPart):
+    """The judgment on a proposal, and the reason."""
 
     judgment: Verdict
     reason: Note
 
 
-Answer = TypeVar("Answer", bound=Fits)
+Answer = TypeVar("Answer", bound=AnswerPart)
 
 
 @dataclass(frozen=True)
@@ -117,10 +114,10 @@ class Question(Generic[Answer]):
     """A question.
 
     Attributes:
-        role: Who is asked.
-        kind: What for, in a word.
-        facts: All that the role needs to know, as JSON has it.
-        answer: What its answer has to fit.
+        role: The role that answers.
+        kind: The kind of question, one word. The role's prompt has a text for each kind.
+        facts: What the answer depends on, as plain JSON values, besides the facts of the work item.
+        answer: The type of the answer.
     """
 
     role: RoleName
@@ -131,44 +128,46 @@ class Question(Generic[Answer]):
     @cached_property
     def digest(self) -> str:
         """Hexadecimal digest of the question."""
-        content = [self.role, self.kind, self.facts]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return digest([self.role, self.kind, self.facts])
 
     @property
     def schema(self) -> Schema:
-        """The JSON schema of its answer."""
+        """The JSON schema of the answer."""
         schema = self.answer.model_json_schema()
         return Schema(self.kind, schema["properties"], schema.get("$defs", {}))
 
     def record(self) -> dict[str, Any]:
-        """The question for a log: of the history, only how long it is, for earlier answers hold it."""
+        """Return the question for the log. It has the length of the history only; earlier lines hold the events."""
         short = {name: len(value) if name == "history" else value for name, value in self.facts.items()}
         return {"role": self.role, "kind": self.kind, "question": short}
 
 
-class Refused(NamedTuple):
-    """An answer that does not fit, and why."""
+class InvalidAnswer(NamedTuple):
+    """An answer that is not valid, and the reason."""
 
     text: str
-    objection: str
+    error: str
 
 
-class Role(Protocol):
-    """Answers questions. A new kind of role is a new class with these methods."""
+Item = TypeVar("Item", bound=WorkItem, contravariant=True)
+
+
+class Role(Protocol[Item]):
+    """Answers questions about work items. A new kind of role is a new class with these methods."""
 
     def describe(self) -> dict[str, Any]:
-        """Return all that determines its answers, in plain types."""
+        """Return all settings that determine its answers, in plain types."""
         ...
 
-    async def reply(self, question: Question[Any], trial: Trial, refused: Sequence[Refused]) -> str:
-        """Return the answer as JSON, from the log if it holds it; a new answer is added to the log.
+    async def reply(self, question: Question[Any], item: Item, invalid: Sequence[InvalidAnswer]) -> str:
+        """Return the answer as JSON: from the log if it is there, otherwise a new one, which is added to the log.
 
         Args:
             question: The question.
-            trial: The session that it belongs to.
-            refused: Its answers to the question so far, none of which fits.
+            item: The work item that it belongs to.
+            invalid: Earlier answers to the same question, all invalid.
         """
         ...
 
 
-Players = dict[RoleName, Role]
+Roles = dict[RoleName, Role[SimulatedSession]]

@@ -1,11 +1,8 @@
-"""What a simulation starts from: descriptions of scenes, and trials of each."""
+"""Scene descriptions, which simulations start from, and the sessions to simulate."""
 
-import hashlib
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 from typing import Annotated, Any, ClassVar
 
 import yaml
@@ -17,6 +14,7 @@ from datamodules.corpus.simulator import DOMAINS
 from datamodules.errors import UserError
 from datamodules.files.reading import MOST_AT_ONCE, read_text
 from datamodules.files.safe_yaml import NotYamlError, parse_yaml
+from proactive.simulation.work_items import RoleName, WorkItem, digest
 
 SCENES_FILE = "scenes.yaml"
 
@@ -27,7 +25,7 @@ class _Part(BaseModel):
 
 
 class EnvironmentDescription(_Part):
-    """Where a user works. An operation of the assistant is text, or a mapping of its parts."""
+    """A user's surroundings. An operation of the assistant (`agent_ops`) is text or a mapping."""
 
     description: Text
     entities: list[Text] = Field(min_length=1)
@@ -37,7 +35,7 @@ class EnvironmentDescription(_Part):
 
 
 class UserDescription(_Part):
-    """Who works there, and what for."""
+    """A user: who they are, and their goal."""
 
     description: Text
     goal: Text
@@ -50,34 +48,36 @@ class SceneDescription(_Part):
     user: UserDescription
 
     def without_examples(self, events: Collection[str]) -> "SceneDescription":
-        """The scene without the example events that are among `events`."""
+        """Return the scene without the example events that `events` contains."""
         kept = [event for event in self.environment.events_example if event not in events]
         return self.model_copy(update={"environment": self.environment.model_copy(update={"events_example": kept})})
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One session to simulate.
+class SimulatedSession(WorkItem):
+    """One session to simulate. Its name is that of its trace file, without .json.
 
     Attributes:
-        name: The name of its trace, without the ending .json.
-        scene: What it starts from.
-        seed: Hexadecimal digest of the simulation's seed, the name and the scene: the same in any order of trials.
+        scene: The scene that it starts from.
     """
 
-    name: str
     scene: SceneDescription
-    seed: str
 
-    def random(self, *purpose: Any) -> Random:
-        """The random numbers for one purpose, whatever else was drawn."""
-        return Random(json.dumps([self.seed, *purpose]))
+    def facts_for(self, role: RoleName) -> dict[str, Any]:
+        scene = self.scene.model_dump()
+        person = {"user": scene["user"], "surroundings": scene["environment"]["description"]}
+        return {
+            "environment": scene,
+            "user": person,
+            "assistant": {"operations": scene["environment"]["agent_ops"]},
+            "judge": person,
+        }[role]
 
 
-def trials_of(scenes: Sequence[SceneDescription], trials: int, seed: int) -> list[Trial]:
-    """All trials of all scenes."""
+def sessions_of(scenes: Sequence[SceneDescription], trials: int, seed: int) -> list[SimulatedSession]:
+    """Return the sessions of all scenes, `trials` of each."""
     return [
-        Trial(name, scene, _digest([seed, name, scene.model_dump()]))
+        SimulatedSession(name, digest([seed, name, scene.model_dump()]), scene)
         for number, scene in enumerate(scenes, 1)
         for trial in range(1, trials + 1)
         for name in [f"scene_{number:03}_trial_{trial}"]
@@ -85,15 +85,15 @@ def trials_of(scenes: Sequence[SceneDescription], trials: int, seed: int) -> lis
 
 
 def scenes_digest(scenes: Sequence[SceneDescription]) -> str:
-    """A digest of scenes, 16 hexadecimal digits."""
-    return _digest([scene.model_dump() for scene in scenes])[:16]
+    """Return a digest of scenes, 16 hexadecimal digits."""
+    return digest([scene.model_dump() for scene in scenes])[:16]
 
 
 def read_scenes(path: Path) -> list[SceneDescription]:
-    """Read a file of scenes, or scenes.yaml of a folder.
+    """Read a file of scenes, or the scenes.yaml of a folder.
 
     Raises:
-        UserError: It cannot be read, is no YAML list, or a scene does not fit.
+        UserError: It cannot be read, is not a YAML list, or a scene is invalid.
     """
     file = path / SCENES_FILE if path.is_dir() else path
     hint = f"{SceneDescription.page} shows the format."
@@ -107,12 +107,12 @@ def read_scenes(path: Path) -> list[SceneDescription]:
 
 
 def scenes_text(scenes: Sequence[SceneDescription]) -> str:
-    """Scenes as YAML, as `read_scenes` reads it."""
+    """Return scenes as YAML in the format that `read_scenes` reads."""
     return yaml.safe_dump([scene.model_dump() for scene in scenes], sort_keys=False, allow_unicode=True, width=120)
 
 
 def embedded_scenes() -> list[SceneDescription]:
-    """A scene for each topic of the embedded simulator."""
+    """Return a scene for each topic of the embedded simulator."""
     return [
         SceneDescription(
             environment=EnvironmentDescription(
@@ -126,7 +126,3 @@ def embedded_scenes() -> list[SceneDescription]:
         for theme, domain in DOMAINS.items()
         for thing, place in domain.topics
     ]
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

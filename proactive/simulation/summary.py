@@ -1,4 +1,4 @@
-"""What came of a simulation, in figures: summary.json."""
+"""summary.json: counts, tokens, cost and contamination of a simulation."""
 
 import json
 import re
@@ -14,10 +14,10 @@ from datamodules.corpus.sources import TRAIN_FILE
 from datamodules.errors import UserError
 from models.judging.budget import Price, Usage
 from proactive.simulation.log import LOG_FILE, OUTCOME, entries
-from proactive.simulation.questions import ROLES
 from proactive.simulation.scenes import SceneDescription
-from proactive.simulation.traces import Step
+from proactive.simulation.simulated_traces import Step
 from proactive.simulation.training_data import CONVERSATIONS_FILE, PREFERENCES_FILE, Records
+from proactive.simulation.work_items import ROLE_NAMES
 
 SUMMARY_FILE = "summary.json"
 ESTIMATED = ("answers", "prompt_tokens", "completion_tokens", "cost")
@@ -32,16 +32,16 @@ def summary(
     tested: Collection[str],
     prices: Mapping[str, Price],
 ) -> dict[str, Any]:
-    """All figures.
+    """Return the content of summary.json.
 
     Args:
-        folder: The simulation's, for its log.
-        settings: As the log's first line has them.
-        scenes: The scenes as they were given to the roles.
-        traces: The traces that are finished.
+        folder: The folder of the simulation, which contains its log.
+        settings: The settings in the first line of the log.
+        scenes: The scenes as the roles saw them.
+        traces: The finished traces by name.
         files: The training data.
         tested: The texts of all events of the data root's test traces.
-        prices: By role, the price of its endpoint's tokens.
+        prices: The price of each role's tokens.
     """
     steps = [step for trace in traces.values() for step in trace]
     log = list(entries(folder / LOG_FILE))
@@ -50,7 +50,7 @@ def summary(
     categories = Counter(PUBLISHED_CATEGORIES[row["category"]] for row in files[TRAIN_FILE])
     return {
         "settings": settings,
-        "trials": _trials(json.loads(entry["text"]) for entry in log if entry["kind"] == OUTCOME),
+        "sessions": _sessions(json.loads(entry["text"]) for entry in log if entry["kind"] == OUTCOME),
         "events": dict(Counter(step.source for step in steps)),
         "proposals": {
             "offers": dict(Counter(one.judgment for one in attempts if one.proposal is not None)),
@@ -59,7 +59,9 @@ def summary(
         "rows": {category.value: categories[category] for category in Category},
         "conversations": len(files[CONVERSATIONS_FILE]),
         "preferences": len(files[PREFERENCES_FILE]),
-        "roles": {role: _role([entry for entry in log if entry.get("role") == role], prices[role]) for role in ROLES},
+        "roles": {
+            role: _role([entry for entry in log if entry.get("role") == role], prices[role]) for role in ROLE_NAMES
+        },
         "near_duplicates": {
             "scenes": near_duplicates(f"{one.environment.description} {one.user.goal}" for one in scenes),
             "events": near_duplicates(step.event.event for step in steps),
@@ -74,7 +76,9 @@ def summary(
 
 
 def estimate(record: Mapping[str, Any], events: int) -> dict[str, dict[str, float]]:
-    """What a simulation of so many events would take, by role and in total, in proportion to this one's.
+    """Return the estimated answers, tokens and cost of a number of events, by role and in total.
+
+    They are in proportion to the events of this simulation.
 
     Raises:
         UserError: There is no event yet, or no server has reported tokens.
@@ -88,15 +92,15 @@ def estimate(record: Mapping[str, Any], events: int) -> dict[str, dict[str, floa
 
 
 def near_duplicates(texts: Iterable[str]) -> int:
-    """How many texts have the words of an earlier one, in any order, whatever their numbers and signs."""
+    """Return how many texts have the same words as an earlier one, in any order, without numbers and signs."""
     words = Counter(frozenset(re.findall(r"[^\W\d_]+", text.casefold())) for text in texts)
     return words.total() - len(words)
 
 
 def burstiness(gaps: Sequence[float]) -> float | None:
-    """(s - m) / (s + m) of the gaps' mean m and standard deviation s (Goh and Barabasi, 2008).
+    """Return (s - m) / (s + m) of the gaps' mean m and standard deviation s (Goh and Barabasi, 2008).
 
-    -1 is a regular beat, 0 a Poisson process, 1 the burstiest; None for fewer than two gaps.
+    It is -1 for equal gaps, 0 for a Poisson process, and at most 1. None for fewer than two gaps.
     """
     if len(gaps) < 2:
         return None
@@ -104,18 +108,18 @@ def burstiness(gaps: Sequence[float]) -> float | None:
     return (deviation - mean) / (deviation + mean)
 
 
-def _trials(outcomes: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    found = sorted(outcomes, key=lambda outcome: outcome["trial"])
+def _sessions(outcomes: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    found = sorted(outcomes, key=lambda outcome: outcome["name"])
     failures = [outcome for outcome in found if outcome["end"] == "failed"]
     return {
         "ends": dict(sorted(Counter(outcome["end"] for outcome in found).items())),
         "failures": dict(sorted(Counter(outcome["cause"] for outcome in failures).items())),
-        "failed": {outcome["trial"]: outcome["reason"] for outcome in failures},
+        "failed": {outcome["name"]: outcome["reason"] for outcome in failures},
     }
 
 
 def _role(answers: Sequence[dict[str, Any]], price: Price) -> dict[str, Any]:
-    """Questions, and what endpoints took to answer them."""
+    """Return answers, tokens, cost and seconds of one role."""
     used = sum((Usage.of(entry["usage"]) for entry in answers if "usage" in entry), Usage())
     return {
         "answers": len(answers),

@@ -1,4 +1,4 @@
-"""Training data of simulated traces: annotated rows, conversations, preferences."""
+"""Training data from simulated traces: annotated rows, conversations, preferences."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ from datamodules.corpus.records import AnnotatedRow, Event
 from datamodules.corpus.sources import TRAIN_FILE
 from datamodules.files.writing import write_atomically
 from datamodules.prompting.chat_prompts import ChatPrompt
-from proactive.simulation.traces import Step
+from proactive.simulation.simulated_traces import Step
 
 PROVENANCE_FILE = "provenance.jsonl"
 CONVERSATIONS_FILE = "conversations.jsonl"
@@ -19,11 +19,11 @@ Records = list[dict[str, Any]]
 
 
 def training_data(traces: dict[str, list[Step]], judge: str) -> dict[str, Records]:
-    """The records of each file.
+    """Return the records of each file.
 
     Args:
-        traces: As `read_simulated` gives them.
-        judge: Who judged, for the rows' annotator.
+        traces: The traces by name.
+        judge: The description of the judge, for the field annotator of the rows' provenance.
     """
     rows: Records = []
     provenance: Records = []
@@ -46,13 +46,13 @@ def training_data(traces: dict[str, list[Step]], judge: str) -> dict[str, Record
 
 
 def write_training_data(folder: Path, files: dict[str, Records]) -> None:
-    """Write each file, one record a line."""
+    """Write each file, one record per line."""
     for name, records in files.items():
         write_atomically(folder / name, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records))
 
 
 def _rows(history: tuple[Event, ...], step: Step) -> Iterator[dict[str, Any]]:
-    """A row for each proposal that was accepted or rejected; the first judgment on it counts."""
+    """Yield a row for each proposal that was accepted or rejected. The first judgment on a proposal counts."""
     judged: dict[str | None, bool] = {}
     for attempt in step.attempts:
         if attempt.accepted is not None:
@@ -64,7 +64,7 @@ def _rows(history: tuple[Event, ...], step: Step) -> Iterator[dict[str, Any]]:
 
 
 def _preferences(history: Sequence[Event], step: Step) -> Records:
-    """A pair of each accepted and each rejected proposal after the same history."""
+    """Return all pairs of an accepted and a rejected proposal after the same history."""
     accepted = [attempt.proposal for attempt in step.attempts if attempt.judgment == "accepted"]
     rejected = [attempt.proposal for attempt in step.attempts if attempt.judgment == "rejected"]
     events = [event.model_dump() for event in history]
@@ -77,18 +77,18 @@ def _preferences(history: Sequence[Event], step: Step) -> Records:
 
 
 def _conversation(steps: Sequence[Step]) -> Records:
-    """A session as the turns of an agent: events, and its answer after each event where it was right.
+    """Return a session as a conversation with an agent: events, and the accepted answers.
 
-    A turn of the user holds all events since the last answer, a JSON object a line. Without such an answer there is no
-    record.
+    A user's turn holds all events since the last answer, one JSON object per line. A session without accepted answers
+    gives no record.
     """
     turns = [{"role": "system", "content": ChatPrompt.read(AGENT_PROMPT, with_proposal=False).system}]
     events: list[str] = []
     for step in steps:
         events.append(json.dumps(step.event.model_dump(), ensure_ascii=False))
-        right = next((attempt for attempt in step.attempts if attempt.judgment == "accepted"), None)
-        if right is not None:
-            answer = Answer(**right.model_dump(include={"purpose", "thoughts", "proposal", "response"}))
+        accepted = next((attempt for attempt in step.attempts if attempt.judgment == "accepted"), None)
+        if accepted is not None:
+            answer = Answer(**accepted.model_dump(include={"purpose", "thoughts", "proposal", "response"}))
             turns.append({"role": "user", "content": "\n".join(events)})
             turns.append({"role": "assistant", "content": write_answer(answer)})
             events = []

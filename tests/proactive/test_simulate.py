@@ -1,4 +1,4 @@
-"""The simulate command: a folder that is a data root, the same after any kill, and the figures of its report."""
+"""The simulate command: its output folder, kills at any moment, and the counts in its summary."""
 
 import json
 import os
@@ -16,8 +16,8 @@ from datamodules.corpus.sources import load_corpus
 from datamodules.corpus.traces import read_recorded
 from proactive import inspect, simulate
 from proactive.annotation.reader import read_sources
+from proactive.simulation.contamination import events_of_test_traces
 from proactive.simulation.scenes import embedded_scenes, scenes_text
-from proactive.simulation.simulation import events_of_test_traces
 from proactive.simulation.summary import burstiness, near_duplicates
 from tests.proactive.conftest import Ended
 from tests.proactive.simulation.killed import contents, killed, lines_of
@@ -27,7 +27,7 @@ ARGUMENTS = ["traces", "--trials=2", "--max_acts=4", "--output=out"]
 
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A simulation that nothing disturbed."""
+    """A simulation that was not stopped."""
     place = tmp_path_factory.mktemp("simulated")
     before = Path.cwd()
     os.chdir(place)
@@ -45,7 +45,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("before", 1), ("after", 1), ("before", 9), ("after", 20), ("before", 28), ("after", 30),
     ],
 )  # fmt: skip
-def test_killed_anywhere_the_same_command_gives_the_same_files(
+def test_a_simulation_killed_anywhere_writes_the_same_files_when_continued(
     kind: str, number: int, simulated: Path, tmp_path: Path, call: Callable[..., Ended]
 ) -> None:
     killed(kind, number, *ARGUMENTS, cwd=tmp_path)
@@ -55,7 +55,7 @@ def test_killed_anywhere_the_same_command_gives_the_same_files(
     assert contents(tmp_path / "out") == contents(simulated)
     keys = Counter(entry.get("key") for entry in lines_of(tmp_path / "out/log.jsonl"))
     assert kept <= keys.keys()
-    assert set(keys.values()) == {1}  # nothing is asked twice
+    assert set(keys.values()) == {1}  # no question is asked twice
 
 
 def _parsed(line: bytes) -> dict | None:
@@ -65,12 +65,14 @@ def _parsed(line: bytes) -> dict | None:
         return None
 
 
-def test_how_many_run_side_by_side_changes_no_file(simulated: Path, call: Callable[..., Ended], tmp_path: Path) -> None:
+def test_the_number_of_concurrent_sessions_changes_no_file(
+    simulated: Path, call: Callable[..., Ended], tmp_path: Path
+) -> None:
     assert call(simulate.main, *ARGUMENTS, "--scenes-at-once=1").code == 0
     assert contents(tmp_path / "out") == contents(simulated)
 
 
-def test_without_options_the_embedded_scenes_are_played_in_a_new_folder(
+def test_without_options_the_embedded_scenes_are_simulated_in_a_new_folder(
     call: Callable[..., Ended], tmp_path: Path
 ) -> None:
     ended = call(simulate.main, "traces")
@@ -92,7 +94,7 @@ def test_the_folder_is_a_data_root(simulated: Path, call: Callable[..., Ended]) 
     assert all(record["rows"].values())
 
 
-def test_training_data_says_what_the_traces_say(simulated: Path) -> None:
+def test_training_data_agree_with_the_traces(simulated: Path) -> None:
     rows = read_jsonl(simulated / "reward_data/train_data.jsonl", AnnotatedRow)
     preferences = lines_of(simulated / "preferences.jsonl")
     said: dict[tuple[int, str | None], set[bool]] = {}
@@ -134,14 +136,14 @@ def test_training_data_says_what_the_traces_say(simulated: Path) -> None:
     assert any(json.loads(turn.content)["proposal"] for turn in turns)
 
 
-def test_traces_open_as_recorded_ones_and_in_the_reader(simulated: Path) -> None:
+def test_traces_are_read_as_recorded_traces_and_by_the_trace_reader(simulated: Path) -> None:
     recorded = read_recorded(simulated / "traces")
     assert len(recorded.traces) == 24
     assert {True, False} == set(recorded.judgments.values())
     assert len(read_sources([simulated / "traces"])[0].traces) == 24
 
 
-def test_log_holds_every_question_with_role_kind_and_attempt(simulated: Path) -> None:
+def test_the_log_contains_every_question_with_role_kind_and_attempt(simulated: Path) -> None:
     _, *entries = lines_of(simulated / "log.jsonl")
     asked = [entry for entry in entries if entry["kind"] != "outcome"]
     assert len(entries) - len(asked) == 24
@@ -154,7 +156,7 @@ def test_log_holds_every_question_with_role_kind_and_attempt(simulated: Path) ->
     assert sum(role["answers"] for role in record["roles"].values()) == len(asked)
 
 
-def test_rows_are_derived_again_from_log_and_traces(
+def test_rows_are_written_again_from_log_and_traces(
     simulated: Path, call: Callable[..., Ended], tmp_path: Path
 ) -> None:
     simulated.parent.joinpath("copy").mkdir()
@@ -168,9 +170,7 @@ def test_rows_are_derived_again_from_log_and_traces(
         assert (copy / name).read_bytes() == (simulated / name).read_bytes()
 
 
-def test_other_options_do_not_go_on_in_a_folder_nor_in_one_of_others(
-    call: Callable[..., Ended], tmp_path: Path
-) -> None:
+def test_a_folder_of_other_options_or_other_content_is_refused(call: Callable[..., Ended], tmp_path: Path) -> None:
     assert call(simulate.main, *ARGUMENTS).code == 0
     before = contents(tmp_path / "out")
     ended = call(simulate.main, *ARGUMENTS, "--seed=1")
@@ -185,7 +185,7 @@ def test_other_options_do_not_go_on_in_a_folder_nor_in_one_of_others(
         assert call(simulate.main, "rows", folder).err.startswith(f"error: {folder}/log.jsonl")
 
 
-def test_hostile_text_of_scenes_is_shown_as_text(call: Callable[..., Ended], tmp_path: Path) -> None:
+def test_hostile_text_in_scenes_is_shown_as_text(call: Callable[..., Ended], tmp_path: Path) -> None:
     hostile = "<script>alert(1)</script>"
     scene = embedded_scenes()[0]
     environment = scene.environment.model_copy(update={"entities": [hostile, "\x1b[31m"], "theme": hostile})
@@ -207,7 +207,7 @@ def test_simulated_events_of_test_traces_are_counted(simulated: Path) -> None:
     assert record["events_of_test_traces"] == sum(text in tested for text in texts) > 0
 
 
-def test_example_events_of_the_roots_test_traces_reach_no_role_unless_asked_for(
+def test_example_events_of_the_roots_test_traces_are_removed_unless_contaminated(
     call: Callable[..., Ended], tmp_path: Path
 ) -> None:
     tested = sorted(events_of_test_traces("embedded"))[0]

@@ -1,4 +1,4 @@
-"""Simulations that are killed, and what they leave behind."""
+"""Kills simulations, and reads their files."""
 
 import json
 import signal
@@ -10,7 +10,7 @@ from typing import Any
 from tests.helpers import environment_of_commands
 from tests.patience import HANG
 
-# Runs the command, and kills it as soon as a count of lines of the log, or of whole files, is reached.
+# Runs the command, and kills it at a given line of the log, or before or after a given file is renamed.
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -47,7 +47,7 @@ main(arguments)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files but the config; the lines of the log in any order, for trials run side by side."""
+    """All files but the config. The lines of the log are sorted, because sessions are concurrent."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "config.yaml"]
     found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
     first, *lines = found["log.jsonl"].splitlines(keepends=True)
@@ -59,7 +59,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 def killed(kind: str, number: int, *arguments: str, cwd: Path) -> None:
-    """Start the command, and kill it at a line of its log ("line"), or "before" or "after" a file gets its place."""
+    """Start the command, and kill it at a line of its log ("line"), or "before" or "after" a file is renamed."""
     ended = subprocess.run(
         [sys.executable, "-c", KILLED, kind, str(number), *arguments],
         cwd=cwd,

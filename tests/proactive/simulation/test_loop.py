@@ -1,4 +1,4 @@
-"""One trial: the order of questions, the clock, and roles that misbehave."""
+"""One session: the order of questions, the times, and invalid answers."""
 
 import asyncio
 import json
@@ -12,48 +12,52 @@ from typing import Any
 import pytest
 
 from datamodules.corpus.clock import moments
+from proactive.simulation.asking import TRIES, NoValidAnswerError
 from proactive.simulation.log import SimulationLog
-from proactive.simulation.loop import TRIES, LoopOptions, TrialFailedError, TrialLoop
-from proactive.simulation.questions import ROLES, NewEvent, Question, Refused
-from proactive.simulation.scenes import Trial, embedded_scenes, trials_of
+from proactive.simulation.loop import LoopOptions, SessionLoop
+from proactive.simulation.questions import InvalidAnswer, NewEvent, Question
+from proactive.simulation.scenes import SimulatedSession, embedded_scenes, sessions_of
 from proactive.simulation.scripted import ScriptedRole
+from proactive.simulation.work_items import ROLE_NAMES
 
-TRIALS = trials_of(embedded_scenes(), 2, seed=3)
-Change = Callable[[dict[str, Any], int], Any]  # a scripted answer and the attempt -> what is answered instead
+SESSIONS = sessions_of(embedded_scenes(), 2, seed=3)
+Change = Callable[[dict[str, Any], int], Any]  # maps a scripted answer and the attempt to another answer
 
 
-class Told(ScriptedRole):
-    """A scripted role whose answers of some kinds are changed; it notes what it is asked."""
+class ChangedRole(ScriptedRole):
+    """A scripted role whose answers to some kinds of questions are changed. It records its questions."""
 
     def __init__(self, log: SimulationLog, changes: dict[str, Change] | None = None) -> None:
         super().__init__(log)
         self.changes = changes or {}
         self.asked: list[tuple[Question[Any], int, str]] = []
 
-    async def reply(self, question: Question[Any], trial: Trial, refused: Sequence[Refused]) -> str:
-        attempt = len(refused)
-        self.asked.append((question, attempt, refused[-1].objection if refused else ""))
-        text = await super().reply(question, trial, refused)
+    async def reply(self, question: Question[Any], session: SimulatedSession, invalid: Sequence[InvalidAnswer]) -> str:
+        attempt = len(invalid)
+        self.asked.append((question, attempt, invalid[-1].error if invalid else ""))
+        text = await super().reply(question, session, invalid)
         if question.kind not in self.changes:
             return text
         changed = self.changes[question.kind](json.loads(text), attempt)
         return changed if isinstance(changed, str) else json.dumps(changed)
 
 
-def loop_of(trial: Trial = TRIALS[0], options: LoopOptions | None = None, **changes: Change) -> tuple[TrialLoop, Told]:
+def loop_of(
+    session: SimulatedSession = SESSIONS[0], options: LoopOptions | None = None, **changes: Change
+) -> tuple[SessionLoop, ChangedRole]:
     log = SimulationLog()
-    role = Told(log, changes)
-    return TrialLoop(trial, dict.fromkeys(ROLES, role), log, options or LoopOptions()), role
+    role = ChangedRole(log, changes)
+    return SessionLoop(session, dict.fromkeys(ROLE_NAMES, role), log, options or LoopOptions()), role
 
 
-def failure(**changes: Change) -> tuple[str, Told]:
+def failure(**changes: Change) -> tuple[str, ChangedRole]:
     loop, role = loop_of(**changes)
-    with pytest.raises(TrialFailedError) as failed:
+    with pytest.raises(NoValidAnswerError) as failed:
         asyncio.run(loop.run())
     return str(failed.value), role
 
 
-def test_questions_come_in_the_order_of_the_issue() -> None:
+def test_questions_have_the_documented_order() -> None:
     loop, role = loop_of(options=LoopOptions(max_acts=30))
     end = asyncio.run(loop.run())
     kinds = [question.kind for question, _, _ in role.asked]
@@ -72,7 +76,7 @@ def test_questions_come_in_the_order_of_the_issue() -> None:
     assert len(carried_out) == sum(step.source == "assistant" for step in loop.steps) > 0
 
 
-def test_a_rejection_comes_back_to_the_assistant_with_its_reason() -> None:
+def test_the_assistant_gets_each_rejection_with_its_reason() -> None:
     loop, role = loop_of(judge=lambda answer, _: {"judgment": "rejected", "reason": "Not now."})
     asyncio.run(loop.run())
     proposed = [question for question, _, _ in role.asked if question.kind == "propose"]
@@ -80,7 +84,7 @@ def test_a_rejection_comes_back_to_the_assistant_with_its_reason() -> None:
     assert proposed[1].facts["rejected"][0]["reason"] == "Not now."
 
 
-def test_constant_rejection_ends_within_the_bounds() -> None:
+def test_a_session_in_which_everything_is_rejected_ends_at_the_limits() -> None:
     options = LoopOptions(max_acts=4, new_proposals=2)
     loop, role = loop_of(
         options=options,
@@ -94,7 +98,7 @@ def test_constant_rejection_ends_within_the_bounds() -> None:
     assert all(len(step.attempts) == 3 for step in loop.steps)
 
 
-def test_what_is_ignored_does_nothing() -> None:
+def test_an_ignored_offer_is_not_executed() -> None:
     loop, role = loop_of(judge=lambda answer, _: {"judgment": "ignored", "reason": ""})
     asyncio.run(loop.run())
     assert {question.kind for question, _, _ in role.asked} >= {"propose", "judge"}
@@ -103,7 +107,7 @@ def test_what_is_ignored_does_nothing() -> None:
     assert all(step.published()["judgement"] == [] for step in loop.steps)
 
 
-def test_a_user_that_never_finishes_ends_at_the_limit() -> None:
+def test_a_user_that_never_reaches_the_goal_ends_at_the_act_limit() -> None:
     loop, role = loop_of(options=LoopOptions(max_acts=5), act=lambda answer, _: answer | {"goal_reached": False})
     assert asyncio.run(loop.run()) == "act limit"
     assert sum(question.kind == "act" for question, _, _ in role.asked) == 5
@@ -139,19 +143,19 @@ def test_a_user_that_never_finishes_ends_at_the_limit() -> None:
         ({"events": lambda answer, _: answer | {"events": answer["events"] * 9}}, "environment, events: answer, field"),
     ],
 )
-def test_what_does_not_fit_is_sent_back_twice_and_then_fails(changes: dict[str, Change], said: str) -> None:
+def test_an_invalid_answer_is_sent_back_twice_and_then_the_session_fails(changes: dict[str, Change], said: str) -> None:
     message, role = failure(**changes)
     assert message.startswith(said)
     assert len(message) < 1100
     (kind,) = changes
-    last = [(attempt, objection) for question, attempt, objection in role.asked if question.kind == kind][-TRIES:]
+    last = [(attempt, error) for question, attempt, error in role.asked if question.kind == kind][-TRIES:]
     assert [attempt for attempt, _ in last] == list(range(TRIES))
     assert last[0][1] == ""
     assert message.endswith(last[1][1])
     assert last[1][1] == last[2][1]
 
 
-def test_an_answer_that_fits_at_the_third_try_goes_on() -> None:
+def test_a_third_answer_that_is_valid_continues_the_session() -> None:
     loop, _ = loop_of(act=lambda answer, attempt: answer if attempt == TRIES - 1 else "nonsense")
     undisturbed, _ = loop_of()
     asyncio.run(loop.run())
@@ -159,7 +163,7 @@ def test_an_answer_that_fits_at_the_third_try_goes_on() -> None:
     assert loop.steps == undisturbed.steps
 
 
-def test_an_entity_that_is_created_is_known_from_then_on() -> None:
+def test_a_created_entity_is_known_in_later_questions() -> None:
     created = {"entity": "a new file", "state": "empty", "new": True}
     loop, role = loop_of(events=lambda answer, _: answer | {"entities": [created]})
     asyncio.run(loop.run())
@@ -169,7 +173,7 @@ def test_an_entity_that_is_created_is_known_from_then_on() -> None:
     assert asked[1].facts["entities"]["a new file"] == "empty"
 
 
-def test_times_are_epoch_seconds_as_text_that_only_grow_also_over_29_february() -> None:
+def test_times_are_increasing_epoch_seconds_also_on_29_february() -> None:
     loop, _ = loop_of()
     loop.milliseconds = int(datetime(2024, 2, 28, 23, 59, 59, tzinfo=UTC).timestamp()) * 1000
     times = [loop._timed(NewEvent(seconds=seconds, event="x")) for seconds in (0.5, 1.0, 86_400.0, 0.001)]
@@ -180,14 +184,14 @@ def test_times_are_epoch_seconds_as_text_that_only_grow_also_over_29_february() 
     assert all(float(a.time) < float(b.time) for a, b in pairwise(times))
 
 
-def test_trials_differ_and_each_depends_on_its_identity_alone() -> None:
-    loops = [loop_of(trial)[0] for trial in TRIALS[:4]]
+def test_sessions_differ_and_depend_only_on_their_name_seed_and_scene() -> None:
+    loops = [loop_of(session)[0] for session in SESSIONS[:4]]
     for loop in loops:
         asyncio.run(loop.run())
     assert len({loop.steps[0].event.time for loop in loops}) == 4
-    again, _ = loop_of(trials_of(embedded_scenes(), 7, seed=3)[0])
+    again, _ = loop_of(sessions_of(embedded_scenes(), 7, seed=3)[0])
     asyncio.run(again.run())
     assert again.steps == loops[0].steps
-    other, _ = loop_of(replace(TRIALS[0], seed="other"))
+    other, _ = loop_of(replace(SESSIONS[0], seed="other"))
     asyncio.run(other.run())
     assert other.steps != loops[0].steps

@@ -1,12 +1,12 @@
-"""Descriptions of scenes: those of the published file, the embedded ones, and files that do not fit."""
+"""Scene descriptions: the published file, the embedded ones, and invalid files."""
 
 from pathlib import Path
 
 import pytest
 
 from datamodules.errors import UserError
+from proactive.simulation.contamination import without_test_events
 from proactive.simulation.scenes import embedded_scenes, read_scenes, scenes_text
-from proactive.simulation.simulation import prepared
 from tests.helpers import PROACTIVEBENCH, needs_proactivebench
 
 SCENES = PROACTIVEBENCH / "scenes" / "scenes.yaml"
@@ -23,13 +23,16 @@ def test_all_published_scenes_load_and_82_operations_are_mappings(tmp_path: Path
 
 
 @needs_proactivebench
-def test_example_events_of_the_test_traces_are_left_out_and_counted() -> None:
+def test_example_events_of_the_test_traces_are_removed_and_counted() -> None:
     given = read_scenes(SCENES)
-    scenes, record = prepared(given, str(PROACTIVEBENCH), contaminated=False)
+    scenes, record = without_test_events(given, str(PROACTIVEBENCH), contaminated=False)
     found = {"root": str(PROACTIVEBENCH), "examples": 1500, "examples_of_test_traces": 2}
     assert record == {**found, "contaminated": False}
     assert sum(len(scene.environment.events_example) for scene in scenes) == 1498
-    assert prepared(given, str(PROACTIVEBENCH), contaminated=True) == (given, {**found, "contaminated": True})
+    assert without_test_events(given, str(PROACTIVEBENCH), contaminated=True) == (
+        given,
+        {**found, "contaminated": True},
+    )
 
 
 def test_embedded_scenes_are_read_as_they_are_written(tmp_path: Path) -> None:
@@ -61,7 +64,7 @@ def test_embedded_scenes_are_read_as_they_are_written(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_no_scene_is_refused(text: str, said: str, tmp_path: Path) -> None:
+def test_an_invalid_scene_is_refused(text: str, said: str, tmp_path: Path) -> None:
     file = tmp_path / "scenes.yaml"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"scenes\.yaml") as refused:

@@ -16,7 +16,7 @@ TRACES = "traces"
 
 
 class Attempt(BaseModel):
-    """A proposal, and what was thought of it."""
+    """A proposal and its judgment."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -29,7 +29,7 @@ class Attempt(BaseModel):
 
     @property
     def accepted(self) -> bool | None:
-        """Whether it was accepted; None if it was ignored."""
+        """Whether the proposal was accepted; None if it was ignored."""
         return None if self.judgment == "ignored" else self.judgment == "accepted"
 
 
@@ -38,7 +38,7 @@ def _tuple(value: Any) -> Any:
 
 
 class _Information(BaseModel):
-    """What a simulated trace notes of a step, besides the published fields."""
+    """The fields of a simulated step that the published layout lacks."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -49,13 +49,13 @@ class _Information(BaseModel):
 
 @dataclass(frozen=True)
 class Step:
-    """An event.
+    """An event and the proposals after it.
 
     Attributes:
         event: The event.
-        source: Whose it is: user or assistant.
+        source: Who caused it: user or assistant.
         state: The user's hidden state.
-        attempts: What the assistant proposed after it, one after the other; the last one counts.
+        attempts: The assistant's proposals after the event, in order. The last one counts.
         task_status: Whether the user has reached the goal.
     """
 
@@ -66,15 +66,15 @@ class Step:
     task_status: bool = False
 
     def with_attempt(self, attempt: Attempt) -> "Step":
-        """The step after one more attempt."""
+        """Return the step with one more attempt."""
         return replace(self, attempts=(*self.attempts, attempt))
 
-    def done(self) -> "Step":
-        """The step, at which the user reaches the goal."""
+    def with_goal_reached(self) -> "Step":
+        """Return the step as one at which the user reaches the goal."""
         return replace(self, task_status=True)
 
     def published(self) -> dict[str, Any]:
-        """The step as the published traces have it; what they have no field for is in other_infomation."""
+        """Return the step in the published layout. Its field other_infomation has everything else."""
         last = self.attempts[-1:]
         return {
             "observation": self.event.model_dump(),
@@ -95,10 +95,10 @@ def write_trace(path: Path, steps: Sequence[Step]) -> None:
 
 
 def read_simulated(folder: Path) -> dict[str, list[Step]]:
-    """The traces of a simulation's folder, by name.
+    """Return the traces of a simulation's folder, by name.
 
     Raises:
-        UserError: A trace does not fit.
+        UserError: A trace is invalid.
     """
     return {path.stem: _read(path) for path in sorted((folder / TRACES).glob("*.json"))}
 

@@ -6,17 +6,17 @@ from typing import Any
 
 from models.reporting.templating import template_environment
 from models.reporting.timeline import ShownOffer, ShownStep, ShownTrace, outcome, outcomes_of, timelines
-from proactive.simulation.traces import Attempt, Step
+from proactive.simulation.simulated_traces import Attempt, Step
 
 SHOWN = 12  # traces
 
 
 def report(record: Mapping[str, Any], traces: Mapping[str, list[Step]]) -> str:
-    """The page as HTML; text from data and models stands in it escaped.
+    """Return the page as HTML. Text from data and models is escaped.
 
     Args:
-        record: What summary.json holds.
-        traces: The traces, of which the first `SHOWN` are shown.
+        record: The content of summary.json.
+        traces: The traces by name. The first `SHOWN` are shown.
     """
     environment = template_environment(Path(__file__).with_name("templates"))
     shown = timelines([[_shown(name, steps) for name, steps in list(traces.items())[:SHOWN]]])

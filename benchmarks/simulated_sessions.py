@@ -1,9 +1,9 @@
-"""Simulating sessions with scripted roles, which answer at once: what the loop itself takes, with its log on the disk.
+"""The time that the simulation itself takes: sessions with scripted roles, which answer at once, and a log on disk.
 
-    python benchmarks/simulation.py
+    python benchmarks/simulated_sessions.py
 
-One process plays `trials` sessions of each embedded scene, so many side by side. Figures count user's and assistant's
-events; the training data that is derived afterwards is not in them.
+One process simulates `trials` sessions of each embedded scene. Events of the user and of the assistant are counted. The
+time of writing the training data afterwards is not included.
 """
 
 import asyncio
@@ -13,28 +13,30 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
+from proactive.simulation.concurrent_work import Limits
 from proactive.simulation.log import SimulationLog
 from proactive.simulation.loop import LoopOptions
-from proactive.simulation.questions import ROLES, Players
+from proactive.simulation.questions import Roles
 from proactive.simulation.scenes import embedded_scenes
 from proactive.simulation.scripted import ScriptedRole
-from proactive.simulation.simulation import Simulation, simulate
-from proactive.simulation.traces import read_simulated
+from proactive.simulation.simulated_traces import read_simulated
+from proactive.simulation.trace_simulation import TraceSimulation, simulate
+from proactive.simulation.work_items import ROLE_NAMES
 
 
 def main(trials: int = 20, at_once: int = 32) -> dict[str, float]:
     """Simulate, and print sessions and events a second.
 
     Args:
-        trials: Sessions of each scene.
-        at_once: Sessions side by side.
+        trials: Sessions per scene.
+        at_once: Maximum number of concurrent sessions.
     """
-    simulation = Simulation(embedded_scenes(), {}, trials, 0, LoopOptions(), at_once, 0, "")
+    simulation = TraceSimulation(embedded_scenes(), {}, trials, 0, LoopOptions(), Limits(at_once, 0), "")
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         log = SimulationLog()
-        players: Players = dict.fromkeys(ROLES, ScriptedRole(log))
+        roles: Roles = dict.fromkeys(ROLE_NAMES, ScriptedRole(log))
         begin = time.perf_counter()
-        asyncio.run(simulate(simulation, players, [], log, Path(folder), lambda text: None))
+        asyncio.run(simulate(simulation, roles, [], log, Path(folder), lambda text: None))
         seconds = time.perf_counter() - begin
         traces = read_simulated(Path(folder))
     events = sum(map(len, traces.values()))

@@ -1,4 +1,4 @@
-"""Roles that models behind endpoints play."""
+"""Roles that are models behind endpoints."""
 
 import json
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ from datamodules.prompting.chat_prompts import Messages
 from datamodules.ranges import Temperature
 from models.judging.budget import Price
 from models.judging.chat_client import ChatClient
-from proactive.simulation.questions import LONGEST, Question, Refused, Role, RoleName
-from proactive.simulation.scenes import Trial
+from proactive.simulation.questions import LONGEST, InvalidAnswer, Question, Role
+from proactive.simulation.work_items import RoleName, WorkItem
 
 PROMPTS = Path(__file__).with_name("prompts")
 KINDS: dict[RoleName, set[str]] = {
@@ -32,13 +32,13 @@ KINDS: dict[RoleName, set[str]] = {
 
 @dataclass(frozen=True)
 class RoleOptions:
-    """Who plays a role: a model behind an endpoint, or a script.
+    """A role: a model behind an endpoint, or scripted.
 
     Args:
         url: The endpoint's address, for example http://localhost:8000/v1. Without it, the role is scripted.
         model: The model's name there.
         key_variable: The environment variable that holds the endpoint's key, if it has one.
-        prompt: What the model is told; the shipped file explains itself.
+        prompt: A prompt file. Start from one in proactive/simulation/prompts.
         temperature: Sampling temperature.
         extra: More fields of each request, such as {max_tokens: 512}.
         structured: Ask for JSON by response_format as well.
@@ -56,7 +56,7 @@ class RoleOptions:
 
 
 class RolePrompt(BaseModel):
-    """What a role's model is told: always, and for each kind of question."""
+    """The prompt of a role: a system message, and a text for each kind of question."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -65,14 +65,14 @@ class RolePrompt(BaseModel):
 
     @classmethod
     def read(cls, role: RoleName, path: Path | None) -> "RolePrompt":
-        """Read a prompt file; the shipped one if None.
+        """Read a prompt file: the default one if `path` is None.
 
         Raises:
-            UserError: It cannot be read, or has not exactly the parts that the shipped one has.
+            UserError: It cannot be read, or does not have exactly the fields of the default one.
         """
-        shipped = PROMPTS / f"{role}.yaml"
-        hint = f"Start from {shipped}."
-        file = path or shipped
+        default = PROMPTS / f"{role}.yaml"
+        hint = f"Start from {default}."
+        file = path or default
         try:
             prompt = cls.model_validate(parse_yaml(read_text(file, option=f"--{role}.prompt")))
         except (ValidationError, NotYamlError) as error:
@@ -83,12 +83,12 @@ class RolePrompt(BaseModel):
         return prompt
 
 
-class EndpointRole(Role):
+class EndpointRole(Role[WorkItem]):
     """A model behind an endpoint.
 
     Args:
-        client: Asks it; its log is the simulation's.
-        prompt: What it is told.
+        client: The client of the endpoint. It must write to the log of the simulation.
+        prompt: The prompt of the role.
     """
 
     def __init__(self, client: ChatClient, prompt: RolePrompt) -> None:
@@ -98,11 +98,11 @@ class EndpointRole(Role):
     def describe(self) -> dict[str, Any]:
         return {"role": "endpoint", **self.client.endpoint.settings, "prompt": self.prompt.model_dump()}
 
-    async def reply(self, question: Question[Any], trial: Trial, refused: Sequence[Refused]) -> str:
-        notes = {**question.record(), "attempt": len(refused)}
-        number = int(trial.seed[:7], 16) + len(refused)
+    async def reply(self, question: Question[Any], item: WorkItem, invalid: Sequence[InvalidAnswer]) -> str:
+        notes = {**question.record(), "attempt": len(invalid)}
+        number = int(item.seed[:7], 16) + len(invalid)
         text = await self.client.ask(
-            self._messages(question, trial, refused), trial.name, number, schema=question.schema, notes=notes
+            self._messages(question, item, invalid), item.name, number, schema=question.schema, notes=notes
         )
         fields = question.answer.model_fields.keys()
 
@@ -112,23 +112,11 @@ class EndpointRole(Role):
         found = conclusion(text or "", read)
         return json.dumps(found.value) if found and found.value is not None else text or ""
 
-    def _messages(self, question: Question[Any], trial: Trial, refused: Sequence[Refused]) -> Messages:
-        facts = {**_seen(question.role, trial), **question.facts}
+    def _messages(self, question: Question[Any], item: WorkItem, invalid: Sequence[InvalidAnswer]) -> Messages:
+        facts = {**item.facts_for(question.role), **question.facts}
         asked = f"{self.prompt.questions[question.kind]}\n{json.dumps(facts, ensure_ascii=False)}"
         messages = [{"role": "system", "content": self.prompt.system}, {"role": "user", "content": asked}]
-        for text, objection in refused:
+        for text, error in invalid:
             messages.append({"role": "assistant", "content": shortened(text, LONGEST) or "-"})
-            messages.append({"role": "user", "content": f"That does not fit: {objection}. Answer again."})
+            messages.append({"role": "user", "content": f"This answer is invalid: {error}. Answer again."})
         return messages
-
-
-def _seen(role: RoleName, trial: Trial) -> dict[str, Any]:
-    """What a role knows of the scene from the start."""
-    scene = trial.scene.model_dump()
-    surroundings = scene["environment"]["description"]
-    return {
-        "environment": scene,
-        "user": {"user": scene["user"], "surroundings": surroundings},
-        "assistant": {"operations": scene["environment"]["agent_ops"]},
-        "judge": {"user": scene["user"], "surroundings": surroundings},
-    }[role]

@@ -1,4 +1,4 @@
-"""Roles behind endpoints: one real server on loopback that plays all of them, and misbehaves."""
+"""Roles that are models behind endpoints: a real server on loopback, also with invalid answers and errors."""
 
 import json
 from collections import Counter
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from proactive import simulate
-from proactive.simulation.endpoints import PROMPTS
+from proactive.simulation.endpoint_roles import PROMPTS
 from proactive.simulation.scenes import embedded_scenes, scenes_text
 from proactive.simulation.summary import estimate
 from tests.chat_server import Body, ChatServer, Reply, chat_server
@@ -17,7 +17,7 @@ from tests.patience import HANG
 from tests.proactive.conftest import Ended
 from tests.proactive.simulation.killed import contents, killed
 
-ROLES = ("environment", "user", "assistant", "judge")
+ROLE_NAMES = ("environment", "user", "assistant", "judge")
 USAGE = {"prompt_tokens": 100, "completion_tokens": 10}
 PRICE = "{input: 1.0, output: 20.0}"
 
@@ -28,8 +28,8 @@ def asked(body: Body) -> tuple[str, dict[str, Any]]:
     return kind, json.loads(body["messages"][1]["content"].splitlines()[-1])
 
 
-def played(kind: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """An answer that fits and only depends on the question."""
+def valid_answer(kind: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """A valid answer that depends on the question only."""
     number = len(facts.get("history", ()))
     return {
         "setup": lambda: {"entities": [{"entity": "a lamp", "state": "on", "new": True}]},
@@ -51,16 +51,16 @@ def played(kind: str, facts: dict[str, Any]) -> dict[str, Any]:
     }[kind]()
 
 
-def plays(body: Body, before: int) -> Reply:
-    return Reply(json.dumps(played(*asked(body))), "stop", usage=USAGE)
+def answers(body: Body, before: int) -> Reply:
+    return Reply(json.dumps(valid_answer(*asked(body))), "stop", usage=USAGE)
 
 
 def arguments(server: ChatServer, *more: str, scenes: int = 2) -> list[str]:
-    """The options of a simulation of two scenes in which the server plays all roles."""
+    """The options of a simulation of two scenes in which the server is all roles."""
     Path("scenes.yaml").write_text(scenes_text(embedded_scenes()[:scenes]), encoding="utf-8")
     roles = [
         option
-        for role in ROLES
+        for role in ROLE_NAMES
         for option in (f"--{role}.url={server.url}", f"--{role}.model=m", f"--{role}.price={PRICE}")
     ]
     quick = ["--endpoint.first_delay=0.01", "--endpoint.longest_delay=0.02", f"--endpoint.timeout={HANG}"]
@@ -68,7 +68,7 @@ def arguments(server: ChatServer, *more: str, scenes: int = 2) -> list[str]:
 
 
 def without_seconds(folder: Path) -> dict[str, Any]:
-    """The content of all files, but for how long requests took."""
+    """The content of all files, without the seconds of requests."""
     found: dict[str, Any] = contents(folder)
     entries = [json.loads(line) for line in found.pop("log.jsonl").splitlines()]
     summary = json.loads(found.pop("summary.json"))
@@ -78,15 +78,15 @@ def without_seconds(folder: Path) -> dict[str, Any]:
     return {**found, "log": entries, "summary": summary}
 
 
-def test_a_server_plays_all_roles(call: Callable[..., Ended]) -> None:
-    with chat_server(plays) as server:
+def test_one_server_is_all_roles(call: Callable[..., Ended]) -> None:
+    with chat_server(answers) as server:
         ended = call(simulate.main, *arguments(server, "--trials=2"))
     assert (ended.code, ended.err) == (0, "")
     out = Path("out")
     assert max(Counter(server.asked).values()) == 1
-    assert len({body["seed"] for body in server.bodies}) == 4  # one for each trial
+    assert len({body["seed"] for body in server.bodies}) == 4  # one for each session
     record = json.loads((out / "summary.json").read_text())
-    assert record["trials"]["ends"] == {"goal reached": 4}
+    assert record["sessions"]["ends"] == {"goal reached": 4}
     roles = record["roles"]
     assert sum(role["answers"] for role in roles.values()) == len(server.bodies)
     for role in roles.values():
@@ -98,20 +98,20 @@ def test_a_server_plays_all_roles(call: Callable[..., Ended]) -> None:
     assert all(record["rows"][kind] for kind in ("correct_detection", "false_alarm", "non_response"))
     for body in server.bodies:
         kind, facts = asked(body)
-        if kind == "propose":  # knows neither goal nor hidden state
+        if kind == "propose":  # the assistant knows neither goal nor hidden state
             assert set(facts) == {"operations", "rejected", "history"}
         assert "additionalProperties" in body["response_format"]["json_schema"]["schema"]
 
 
 @pytest.mark.parametrize("lines", [2, 3, 4, 5, 8, 13, 21, 30, 34, 40, 47, 52])
-def test_killed_at_any_answer_it_asks_nothing_twice_and_gives_the_same_files(
+def test_a_simulation_killed_at_any_answer_repeats_no_request_and_writes_the_same_files(
     lines: int, call: Callable[..., Ended], tmp_path: Path
 ) -> None:
     def misbehaves(body: Body, before: int) -> Reply:
         kind, _ = asked(body)
         if kind == "events" and len(body["messages"]) == 2:
             return Reply('{"events": [{"seconds": -1, "event": "x"}], "entities": []}', "stop", usage=USAGE)
-        return plays(body, before)
+        return answers(body, before)
 
     with chat_server(misbehaves) as server:
         options = arguments(server, "--scenes-at-once=1")
@@ -128,45 +128,47 @@ def test_killed_at_any_answer_it_asks_nothing_twice_and_gives_the_same_files(
     assert undisturbed["summary"]["roles"]["environment"]["asked_again"] == 6
 
 
-def test_what_does_not_fit_is_sent_back_twice_and_fails_one_trial(call: Callable[..., Ended]) -> None:
+def test_an_invalid_answer_is_sent_back_twice_and_fails_one_session(call: Callable[..., Ended]) -> None:
     first = embedded_scenes()[0].user.goal
 
     def garbage(body: Body, before: int) -> Reply:
         kind, facts = asked(body)
         return (
-            Reply("I would rather not.", "stop") if kind == "act" and facts["user"]["goal"] == first else plays(body, 0)
+            Reply("I would rather not.", "stop")
+            if kind == "act" and facts["user"]["goal"] == first
+            else answers(body, 0)
         )
 
     with chat_server(garbage) as server:
         ended = call(simulate.main, *arguments(server))
         assert (ended.code, ended.err) == (0, "")
-        refused = [body for body in server.bodies if asked(body)[0] == "act" and first in str(body)]
-        assert [len(body["messages"]) for body in refused] == [2, 4, 6]
-        assert "That does not fit: answer: expected JSON" in refused[1]["messages"][-1]["content"]
-        assert refused[1]["messages"][2] == {"role": "assistant", "content": "I would rather not."}
+        repeated = [body for body in server.bodies if asked(body)[0] == "act" and first in str(body)]
+        assert [len(body["messages"]) for body in repeated] == [2, 4, 6]
+        assert "This answer is invalid: answer: expected JSON" in repeated[1]["messages"][-1]["content"]
+        assert repeated[1]["messages"][2] == {"role": "assistant", "content": "I would rather not."}
         number = len(server.bodies)
         assert call(simulate.main, *arguments(server)).code == 0
-        assert len(server.bodies) == number  # what has failed has ended
+        assert len(server.bodies) == number  # a failed session is not repeated
     record = json.loads(Path("out/summary.json").read_text())
-    assert record["trials"]["ends"] == {"failed": 1, "goal reached": 1}
-    assert record["trials"]["failures"] == {"user, act": 1}
+    assert record["sessions"]["ends"] == {"failed": 1, "goal reached": 1}
+    assert record["sessions"]["failures"] == {"user, act": 1}
     assert [path.name for path in Path("out/traces").iterdir()] == ["scene_002_trial_1.json"]
     assert "user, act" in Path("out/report.html").read_text()
     assert record["roles"]["user"]["without_usage"] == 3
 
 
-def test_thoughts_and_fences_around_an_answer_are_no_mistake(call: Callable[..., Ended]) -> None:
+def test_thoughts_and_code_fences_around_an_answer_are_skipped(call: Callable[..., Ended]) -> None:
     def thinks(body: Body, before: int) -> Reply:
-        return Reply(f"<think>Let me see.</think>\n```json\n{json.dumps(played(*asked(body)))}\n```", "stop")
+        return Reply(f"<think>Let me see.</think>\n```json\n{json.dumps(valid_answer(*asked(body)))}\n```", "stop")
 
     with chat_server(thinks) as server:
         assert call(simulate.main, *arguments(server)).code == 0
     record = json.loads(Path("out/summary.json").read_text())
-    assert record["trials"]["ends"] == {"goal reached": 2}
+    assert record["sessions"]["ends"] == {"goal reached": 2}
     assert all(role["asked_again"] == 0 for role in record["roles"].values())
 
 
-def test_an_endpoint_that_refuses_stops_its_trial_alone_and_the_same_command_goes_on(
+def test_a_refused_request_stops_one_session_and_the_same_command_continues_it(
     call: Callable[..., Ended], tmp_path: Path
 ) -> None:
     first = embedded_scenes()[0].user.goal
@@ -176,16 +178,16 @@ def test_an_endpoint_that_refuses_stops_its_trial_alone_and_the_same_command_goe
         kind, facts = asked(body)
         if broken and kind == "act" and facts["user"]["goal"] == first:
             return Reply(status=400, body=b'{"error": {"message": "too long for this model"}}')
-        return plays(body, before)
+        return answers(body, before)
 
     with chat_server(refuses) as server:
         options = arguments(server)
         ended = call(simulate.main, *options)
         assert ended.code == 2
         assert "too long for this model" in ended.err
-        assert ended.err.rstrip().endswith("To go on, give the same options with --output out.")
+        assert ended.err.rstrip().endswith("To continue, give the same options with --output out.")
         record = json.loads(Path("out/summary.json").read_text())
-        assert record["trials"]["ends"] == {"goal reached": 1}
+        assert record["sessions"]["ends"] == {"goal reached": 1}
         broken = False
         assert call(simulate.main, *options).code == 0
         Path("out").rename("first")
@@ -194,9 +196,11 @@ def test_an_endpoint_that_refuses_stops_its_trial_alone_and_the_same_command_goe
 
 
 @pytest.mark.parametrize("limit", [("--budget-tokens", "2000", "9000000"), ("--budget-cost", "0.005", "9")], ids=str)
-def test_a_limit_stops_all_and_a_greater_one_goes_on(limit: tuple[str, str, str], call: Callable[..., Ended]) -> None:
+def test_a_limit_stops_all_sessions_and_a_greater_one_continues_them(
+    limit: tuple[str, str, str], call: Callable[..., Ended]
+) -> None:
     option, low, high = limit
-    with chat_server(plays) as server:
+    with chat_server(answers) as server:
         options = arguments(server)
         ended = call(simulate.main, *options, f"{option}={low}")
         assert ended.code == 2
@@ -206,24 +210,24 @@ def test_a_limit_stops_all_and_a_greater_one_goes_on(limit: tuple[str, str, str]
         assert len(server.bodies) <= 20
         assert call(simulate.main, *options, f"{option}={high}").code == 0
         assert max(Counter(server.asked).values()) == 1
-    assert json.loads(Path("out/summary.json").read_text())["trials"]["ends"] == {"goal reached": 2}
+    assert json.loads(Path("out/summary.json").read_text())["sessions"]["ends"] == {"goal reached": 2}
 
 
-def test_more_failures_than_allowed_stop_the_others(call: Callable[..., Ended]) -> None:
+def test_too_many_failed_sessions_stop_the_simulation(call: Callable[..., Ended]) -> None:
     with chat_server(lambda body, before: Reply("no", "stop")) as server:
         options = arguments(server, "--scenes-at-once=1", "--failures=1", scenes=5)
         ended = call(simulate.main, *options)
         assert ended.code == 2
-        assert "more than 1 trials failed, the last one: failed: environment, setup: answer" in ended.err
+        assert "more than 1 sessions failed, the last one: failed: environment, setup: answer" in ended.err
         assert len(server.bodies) == 6
-    assert json.loads(Path("out/summary.json").read_text())["trials"]["ends"] == {"failed": 2}
+    assert json.loads(Path("out/summary.json").read_text())["sessions"]["ends"] == {"failed": 2}
 
 
-def test_a_prompt_of_ones_own_is_sent_and_one_without_a_kind_is_refused(call: Callable[..., Ended]) -> None:
+def test_a_prompt_file_is_sent_and_one_without_a_kind_is_refused(call: Callable[..., Ended]) -> None:
     mine = (PROMPTS / "judge.yaml").read_text().replace("You stand in for", "You are")
     Path("mine.yaml").write_text(mine)
     Path("bad.yaml").write_text("system: A\nquestions: {judged: B}\n")
-    with chat_server(plays) as server:
+    with chat_server(answers) as server:
         assert call(simulate.main, *arguments(server, "--judge.prompt=mine.yaml")).code == 0
         judged = [body for body in server.bodies if asked(body)[0] == "judge"]
         assert all(body["messages"][0]["content"].startswith("You are the person") for body in judged)
@@ -234,12 +238,12 @@ def test_a_prompt_of_ones_own_is_sent_and_one_without_a_kind_is_refused(call: Ca
         assert "--judge.model: an endpoint needs the model's name" in ended.err
 
 
-def test_one_file_describes_a_simulation_and_is_kept_with_it(call: Callable[..., Ended]) -> None:
-    with chat_server(plays) as server:
+def test_a_config_file_describes_a_simulation_and_is_stored_with_it(call: Callable[..., Ended]) -> None:
+    with chat_server(answers) as server:
         arguments(server)
         more = "temperature: 0, extra: {max_tokens: 512}, price: {input: 2.5, output: 10}"
         role = f"{{url: {server.url}, model: m, {more}}}"
-        lines = ["scenes: scenes.yaml", "trials: 2", *(f"{name}: {role}" for name in ROLES)]
+        lines = ["scenes: scenes.yaml", "trials: 2", *(f"{name}: {role}" for name in ROLE_NAMES)]
         Path("simulation.yaml").write_text("\n".join(lines))
         ended = call(simulate.main, "traces", "--config=simulation.yaml", "--output=out")
         assert (ended.code, ended.err) == (0, "")
@@ -251,14 +255,14 @@ def test_one_file_describes_a_simulation_and_is_kept_with_it(call: Callable[...,
 
 
 def test_tokens_and_cost_of_more_events_are_estimated_from_the_log(call: Callable[..., Ended]) -> None:
-    with chat_server(plays) as server:
+    with chat_server(answers) as server:
         assert call(simulate.main, *arguments(server)).code == 0
     record = json.loads(Path("out/summary.json").read_text())
     events = sum(record["events"].values())
     found = estimate(record, 10 * events)
     assert found["total"]["prompt_tokens"] == pytest.approx(1000 * len(server.bodies))
     assert found["judge"]["cost"] == pytest.approx(10 * record["roles"]["judge"]["cost"])
-    assert found["total"]["cost"] == pytest.approx(sum(found[role]["cost"] for role in ROLES))
+    assert found["total"]["cost"] == pytest.approx(sum(found[role]["cost"] for role in ROLE_NAMES))
     ended = call(simulate.main, "rows", "out", f"--estimate={10 * events}")
     assert f"Estimate for {10 * events:,} events" in ended.out
     assert f"{1000 * len(server.bodies):,}" in ended.out

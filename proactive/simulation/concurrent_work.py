@@ -1,0 +1,100 @@
+"""Doing work items concurrently. A failure of one does not stop the others, up to a limit."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from datamodules.errors import UserError
+from models.judging.budget import LimitReachedError
+from proactive.simulation.asking import NoValidAnswerError
+from proactive.simulation.log import LOG_FILE, SimulationLog
+from proactive.simulation.work_items import WorkItem
+
+FAILED = "failed"
+Say = Callable[[str], None]
+Item = TypeVar("Item", bound=WorkItem)
+
+
+class StoppedError(UserError):
+    """Not all work items have ended, because of an endpoint or a limit. The next call continues."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How work items are done. It changes no result.
+
+    Attributes:
+        at_once: Maximum number of concurrent items.
+        failures: How many items may fail, or be stopped by an endpoint, before all others are stopped.
+    """
+
+    at_once: int
+    failures: int
+
+
+async def do_all(
+    items: Sequence[Item],
+    do: Callable[[Item], Awaitable[str]],
+    what: str,
+    log: SimulationLog,
+    limits: Limits,
+    say: Say,
+) -> None:
+    """Do all work items that have not ended according to the log.
+
+    Args:
+        items: The items.
+        do: Does one item, writes its file if it has one, and returns how the item ended.
+        what: The plural of an item, for messages.
+        log: The open log. It receives the end of each item.
+        limits: The limits.
+        say: Prints how each item ended.
+
+    Raises:
+        StoppedError: Too many items have failed, or an endpoint or a limit has stopped some.
+    """
+    left = [item for item in items if log.outcome(item) is None]
+    if len(left) < len(items):
+        say(f"{len(items) - len(left)} of {len(items)} {what} have ended before")
+    room = asyncio.Semaphore(limits.at_once)
+    stopped: list[UserError] = []
+    limit_reached: list[UserError] = []
+    failed = 0
+
+    async def one(item: Item) -> None:
+        nonlocal failed
+        async with room:
+            if limit_reached:
+                return
+            try:
+                outcome = await _outcome(item, do)
+                log.end(item, outcome)  # after the item's file: an item with an end is not done again
+                await log.synced()
+                said = outcome["reason"] or outcome["end"]
+                failed += outcome["end"] == FAILED
+            except UserError as error:
+                said = f"stopped: {error.what}"
+                (limit_reached if isinstance(error, LimitReachedError) else stopped).append(error)
+        say(f"{item.name}: {said}")
+        if failed + len(stopped) > limits.failures:
+            raise StoppedError(
+                f"more than {limits.failures} {what} failed, the last one: {said}",
+                f"Answers so far are kept in {LOG_FILE}. See --failures.",
+            )
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for item in left:
+                group.create_task(one(item))
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None  # the other tasks were cancelled
+    for error in [*stopped, *limit_reached]:
+        raise StoppedError(error.what, error.hint)
+
+
+async def _outcome(item: Item, do: Callable[[Item], Awaitable[str]]) -> dict[str, str]:
+    try:
+        return {"name": item.name, "end": await do(item), "cause": "", "reason": ""}
+    except NoValidAnswerError as error:
+        return {"name": item.name, "end": FAILED, "cause": error.cause, "reason": f"failed: {error}"}

@@ -1,0 +1,38 @@
+"""Work items: what a simulation does one by one. Each succeeds or fails on its own."""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from random import Random
+from typing import Any, Literal
+
+RoleName = Literal["environment", "user", "assistant", "judge"]
+ROLE_NAMES: tuple[RoleName, ...] = ("environment", "user", "assistant", "judge")
+
+
+@dataclass(frozen=True)
+class WorkItem(ABC):
+    """One session to simulate.
+
+    Attributes:
+        name: Identifies the item within its simulation.
+        seed: Hexadecimal digest of the simulation's seed, the name and the content, so it does not depend on the order
+            of items.
+    """
+
+    name: str
+    seed: str
+
+    @abstractmethod
+    def facts_for(self, role: RoleName) -> dict[str, Any]:
+        """Return what a role knows in every question about this item, in plain types."""
+
+    def random(self, *purpose: Any) -> Random:
+        """Return the random numbers for one purpose. They do not depend on other draws."""
+        return Random(json.dumps([self.seed, *purpose]))
+
+
+def digest(content: Any) -> str:
+    """Return the hexadecimal SHA-256 digest of plain values."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
