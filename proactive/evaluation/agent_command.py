@@ -7,16 +7,16 @@ import signal
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from callbacks.progress import counted
 from datamodules.errors import UserError
 from datamodules.files.run_folders import METRICS_FILE, REPORT_FILE, missing_folders, output_folder, remove_empty
-from datamodules.prompting.chat_prompts import AGENT_PROMPT, JUDGE_PROMPT
-from datamodules.ranges import NotNegative, Seed, Temperature, Tries
-from models.judging.budget import Price
+from datamodules.prompting.chat_prompts import JUDGE_PROMPT
+from datamodules.ranges import NotNegative, Tries
 from models.judging.endpoint import EndpointOptions
-from models.judging.local_agent import AnswerOptions
+from proactive.agents import add_agent_options
+from proactive.endpoints import add_endpoint_options
 from proactive.evaluation.carry_out import ANSWERS_FILE, VERDICTS_FILE, carry_out
 from proactive.evaluation.prepare import prepare
 from proactive.parser import Parser
@@ -27,34 +27,14 @@ if TYPE_CHECKING:
     from jsonargparse import Namespace
 
 
-def _add_endpoint(parser: Parser, role: str, what: str, prompt: Path) -> None:
-    """Add the options of a role's endpoint."""
-    add = parser.add_argument
-    add(f"--{role}.url", type=str, help=what)
-    add(f"--{role}.model", type=str, help="Name of the model at the endpoint.")
-    add(f"--{role}.key_variable", type=str, help="Environment variable with the endpoint's key, if it needs one.")
-    add(f"--{role}.prompt", type=Path, default=prompt, help="Prompt file of the model; its comments explain it.")
-    add(f"--{role}.extra", type=dict, default={}, help="More fields for each request, such as {max_tokens: 512}.")
-    add(f"--{role}.structured", type=bool, default=True, help="Also request JSON from the endpoint by response_format.")
-    parser.add_class_arguments(Price, f"{role}.price")
-
-
 def agent_parser() -> Parser:
     """The options of `evaluate agent`."""
     parser = Parser(prog="evaluate agent", description="Measure an agent by the verdicts of a judge.")
     add = parser.add_argument
-    add("--agent.checkpoint", type=Path, nargs="+", help="Agent: a run, checkpoint or export. Of several, each trace "
-        "uses one that neither trained nor validated on it, if there is one, and none that trained on it. A trace that "
-        "all trained on is skipped.")  # fmt: skip
-    parser.add_class_arguments(AnswerOptions, "agent.answers")
-    add("--agent.traces", type=Path, help="Agent: the answers recorded in this folder, in the published layout.")
-    _add_endpoint(
-        parser, "agent", "Agent: a model at this endpoint, for example http://localhost:8000/v1.", AGENT_PROMPT
-    )
-    add("--agent.baseline", type=Literal["always-propose", "never-propose"], help="Agent: a baseline.")
+    add_agent_options(parser)
     add("--judge.checkpoint", type=Path, nargs="+", help="Judge: a run, checkpoint or export of a reward classifier. "
         "Of several, each trace uses one that neither trained nor validated on it, if there is one.")  # fmt: skip
-    _add_endpoint(parser, "judge", "Judge: a generative reward model at this endpoint.", JUDGE_PROMPT)
+    add_endpoint_options(parser, "judge", "Judge: a generative reward model at this endpoint.", JUDGE_PROMPT)
     add("--judge.attempts", type=Tries, default=3, help="Maximum number of requests until a verdict can be parsed.")
     add("--judge.recorded", action="store_true", help="Judge: the judgments in the recorded traces.")
     add("--data.root", type=str, help="Root of the test traces and of splits.json: embedded, published or a folder. "
@@ -64,8 +44,6 @@ def agent_parser() -> Parser:
         type=Tries | None,
         help="Answers after each event. An event is accepted if any candidate is. Default: one, or all recorded.",
     )
-    add("--temperature", type=Temperature, default=0.0, help="Sampling temperature of the agent.")
-    add("--seed", type=Seed, default=0, help="Seed of sampling; each request adds the index of its candidate.")
     add("--gate", type=Path, nargs="+", help="A reward classifier that holds back offers below a threshold. "
         "Of several, each trace uses one as for the judge.")  # fmt: skip
     add(

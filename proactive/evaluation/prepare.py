@@ -4,25 +4,23 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from datamodules.corpus.records import AnnotatedRow, scene_of
-from datamodules.corpus.sources import SPLITS_FILE, Corpus, load_corpus
+from datamodules.corpus.sources import SPLITS_FILE, Corpus
 from datamodules.corpus.traces import Recorded, Trace, read_recorded, read_splits, root_traces
 from datamodules.errors import UserError
 from datamodules.prompting.chat_prompts import ChatPrompt
-from models.judging.agents import Agent, AlwaysPropose, NeverPropose, RecordedAgent
+from models.judging.agents import Agent
 from models.judging.answer_log import AnswerLog
 from models.judging.budget import Budget
 from models.judging.chat_client import ChatClient
-from models.judging.endpoint_agent import EndpointAgent
 from models.judging.gate import gate_threshold
 from models.judging.judges import EndpointJudge, Judge, RecordedJudge, RewardJudge
-from models.judging.local_agent import AnswerOptions, LocalAgent
 from models.judging.weights import Model, Tie, Weights, assign, one_for_each
-from models.learning.checkpoint_files import load_trained
 from models.learning.proactive_agent import ProactiveAgent
 from models.learning.reward_classifier import RewardClassifier
+from proactive.agents import KINDS, load_weights, one_of, root_corpus, trained_agent, untrained_agent
 from proactive.endpoints import endpoint_of
 from proactive.evaluation.specification import Evaluation, Stamps
 
@@ -38,11 +36,11 @@ def prepare(options: "Namespace") -> Evaluation:
     """
     _refuse_contradictions(options)
     recorded = read_recorded(options.agent.traces) if options.agent.traces else None
-    agents = [_weights(ProactiveAgent, path, "--agent.checkpoint") for path in options.agent.checkpoint or ()]
-    judges = [_weights(RewardClassifier, path, "--judge.checkpoint") for path in options.judge.checkpoint or ()]
-    gates = [_weights(RewardClassifier, path, "--gate") for path in options.gate or ()]
+    agents = [load_weights(ProactiveAgent, path, "--agent.checkpoint") for path in options.agent.checkpoint or ()]
+    judges = [load_weights(RewardClassifier, path, "--judge.checkpoint") for path in options.judge.checkpoint or ()]
+    gates = [load_weights(RewardClassifier, path, "--gate") for path in options.gate or ()]
     states = [one.state for one in agents] + [one.state for one in (*judges, *gates)]
-    corpus = _corpus(options.data.root, states, needed=recorded is None)
+    corpus = root_corpus(options.data.root, states, needed=recorded is None)
     namesakes = {trace.name: trace for trace in root_traces(corpus)} if corpus else {}
     traces = recorded.traces if recorded else list(namesakes.values())
     _refuse_empty(traces, corpus)
@@ -86,24 +84,18 @@ class _Parts:
         """A trained agent for each trace."""
         options = self.options
         assigned = self._assign("agent", weights, "--agent.checkpoint")
-        how = AnswerOptions(**options.agent.answers.as_dict())
 
         def make(own: Weights[ProactiveAgent]) -> Agent:
-            return LocalAgent(own, how, options.candidates or 1, options.temperature, options.seed, log=self.answers)
+            return trained_agent(own, options, options.candidates or 1, self.answers)
 
         return one_for_each(assigned, make)
 
     def other_agents(self, recorded: Recorded | None) -> dict[str, Agent]:
-        """One agent for all traces. A new kind of agent is a new branch here."""
+        """One agent for all traces."""
         options = self.options
-        agent: Agent
-        if recorded is not None:
-            agent = RecordedAgent(recorded.answers, str(options.agent.traces), options.candidates)
-        elif options.agent.baseline:
-            agent = AlwaysPropose() if options.agent.baseline == "always-propose" else NeverPropose()
-        else:
-            prompt = ChatPrompt.read(options.agent.prompt, with_proposal=False)
-            agent = EndpointAgent(self._client("agent", options.temperature), prompt, options.candidates or 1)
+        agent = untrained_agent(
+            options, recorded, lambda: self._client("agent", options.temperature), options.candidates
+        )
         return {trace.name: agent for trace in self.traces}
 
     def classifiers(self, weights: Sequence[Weights[RewardClassifier]]) -> dict[str, Judge]:
@@ -167,8 +159,8 @@ def _answerable(weights: Sequence[Weights[ProactiveAgent]], traces: list[Trace],
 
 
 def _refuse_contradictions(options: "Namespace") -> None:
-    who = _one_of(options.agent, "agent", ("checkpoint", "traces", "url", "baseline"))
-    _one_of(options.judge, "judge", ("checkpoint", "url", "recorded"))
+    who = one_of(options.agent, "agent", KINDS)
+    one_of(options.judge, "judge", ("checkpoint", "url", "recorded"))
     if options.judge.recorded and who != "traces":
         raise UserError("--judge.recorded: only recorded traces have judgments", "Give them with --agent.traces.")
     if options.gate and options.judge.recorded:
@@ -182,30 +174,6 @@ def _refuse_contradictions(options: "Namespace") -> None:
 
 def _cost_ratio(options: "Namespace") -> float:
     return 1.0 if options.cost_ratio is None else options.cost_ratio
-
-
-def _one_of(group: "Namespace", name: str, choices: Sequence[str]) -> str:
-    given = [choice for choice in choices if group[choice]]
-    if len(given) != 1:
-        options = ", ".join(f"--{name}.{choice}" for choice in choices)
-        raise UserError(f"{name}: expected one of {options}, got {len(given)}", "Give exactly one of them.")
-    return given[0]
-
-
-def _weights(kind: type[Model], path: Path, option: str) -> Weights[Model]:
-    model, state, source = load_trained(kind, path, option)
-    return Weights(model, state, str(source))
-
-
-def _corpus(root: str | None, states: Sequence[Mapping[str, Any]], needed: bool) -> Corpus | None:
-    """The data root: as given, else that of the first weights, else the embedded one if `needed`."""
-    seed = 0
-    if root is None and states:
-        trained = states[0]["hyperparameters"]
-        root, seed = trained["root"], trained["seed"]
-    if root is None and not needed:
-        return None
-    return load_corpus(root or "embedded", seed)
 
 
 def _rows_of(traces: Sequence[Trace], namesakes: Mapping[str, Trace], corpus: Corpus) -> list[AnnotatedRow]:
