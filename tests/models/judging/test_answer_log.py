@@ -81,7 +81,7 @@ def test_a_file_that_is_no_log_is_refused(content: bytes, tmp_path: Path) -> Non
 
 def test_a_log_has_one_writer(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
-    with AnswerLog().opened(path, SETTINGS), pytest.raises(UserError, match="being written by another evaluation"):
+    with AnswerLog().opened(path, SETTINGS), pytest.raises(UserError, match="being written by another process"):
         kept(path)
     assert kept(path) == {}
 

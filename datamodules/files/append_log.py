@@ -1,0 +1,108 @@
+"""A file of JSON lines that only grows: a kill loses no line, and it continues with equal settings only."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar, Self
+
+from datamodules.errors import UserError
+from datamodules.escaping import shortened
+from datamodules.files.reading import MOST_ROWS, is_deep, require_regular
+
+OTHER_OUTPUT = "Give another --output."
+LONGEST_VALUE = 200  # characters of a setting in a message
+
+
+class AppendLog:
+    """Entries in a file between `opened` and its end.
+
+    The first line of the file holds the settings. An incomplete last line is dropped.
+    """
+
+    of: ClassVar[str] = "an evaluation"  # what it is the log of, for messages
+    mode: ClassVar[int] = 0o666  # of the file, before the umask
+
+    def __init__(self) -> None:
+        self._file: BinaryIO | None = None
+
+    @contextlib.contextmanager
+    def opened(self, path: Path, settings: dict[str, Any]) -> Iterator[Self]:
+        """Read the entries of a file, and append new ones to it until the block ends.
+
+        Raises:
+            UserError: The file has other settings, is not a log, or another process writes it.
+        """
+        if path.exists() and require_regular(path, hint=OTHER_OUTPUT) > MOST_ROWS:
+            raise UserError(f"{path}: larger than the limit of {MOST_ROWS:,} bytes", OTHER_OUTPUT)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, self.mode)
+        with os.fdopen(descriptor, "ab+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(
+                    f"{path} is being written by another process", "Wait for it, or give another --output."
+                ) from error
+            self._file = file
+            try:
+                self._read(path, file, json.loads(json.dumps(settings)))
+                yield self
+            finally:
+                self._file = None
+
+    def take(self, entry: dict[str, Any]) -> None:
+        """Use an entry of the file, in its order.
+
+        Raises:
+            ValueError, KeyError, TypeError: It is not an entry of this kind of log.
+        """
+        raise NotImplementedError
+
+    def _read(self, path: Path, file: BinaryIO, settings: dict[str, Any]) -> None:
+        file.seek(0)
+        content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        lines = whole.splitlines()
+        if not lines:
+            file.truncate(0)
+            fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+            self._append({"fingerprint": fingerprint, "settings": settings})
+            return
+        try:
+            before = _parsed(lines[0])["settings"]
+            for line in lines[1:]:
+                self.take(_parsed(line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} is not the log of {self.of}, or an older version wrote it", OTHER_OUTPUT
+            ) from error
+        for name in sorted(set(before) | set(settings)):
+            if (then := before.get(name)) != (now := settings.get(name)):
+                raise UserError(
+                    f"{path} was started with {name} {_value(then)}, and now it is {_value(now)}",
+                    "Continue with the same options, or give another --output.",
+                )
+        file.truncate(len(whole))
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        """Write an entry, and sync it to the disk, if a file is open."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps(entry).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _parsed(line: bytes) -> Any:
+    text = line.decode()
+    if is_deep(text):
+        raise ValueError("nested too deeply")
+    return json.loads(text)
+
+
+def _value(value: Any) -> str:
+    return shortened(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), LONGEST_VALUE)
