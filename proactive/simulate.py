@@ -26,6 +26,7 @@ from proactive.simulation.log import LOG_FILE, SimulationLog
 from proactive.simulation.loop import LoopOptions
 from proactive.simulation.questions import Roles
 from proactive.simulation.scenes import embedded_scenes, read_scenes
+from proactive.simulation.scenes_command import scenes, scenes_parser
 from proactive.simulation.scripted import ScriptedRole
 from proactive.simulation.summary import ESTIMATED, estimate
 from proactive.simulation.trace_simulation import TraceSimulation, derive, simulate
@@ -39,12 +40,13 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str]) -> None:
     """Parse the arguments, and run a subcommand."""
-    parser = Parser(prog=program("simulate"), description="Simulate sessions, and write training data.")
+    parser = Parser(prog=program("simulate"), description="Write scenes, simulate sessions, and write training data.")
     subcommands = parser.add_subcommands()
+    subcommands.add_subcommand("scenes", scenes_parser(), help="write scenes from seed tasks")
     subcommands.add_subcommand("traces", _traces_parser(), help="simulate sessions, and write their training data")
     subcommands.add_subcommand("rows", _rows_parser(), help="write the training data of simulated sessions again")
     options = parser.parse_args(arguments)
-    {"traces": _traces, "rows": _rows}[options.subcommand](options[options.subcommand])
+    {"scenes": scenes, "traces": _traces, "rows": _rows}[options.subcommand](options[options.subcommand])
 
 
 def _traces_parser() -> Parser:
@@ -84,11 +86,11 @@ def _rows_parser() -> Parser:
 
 def _traces(options: "Namespace") -> None:
     given = embedded_scenes() if options.scenes is None else read_scenes(options.scenes)
-    scenes, examples = without_test_events(given, options.data.root, options.contaminated)
+    described, examples = without_test_events(given, options.data.root, options.contaminated)
     bounds = LoopOptions(**{one.name: options[one.name] for one in fields(LoopOptions)})
     limits = Limits(options.scenes_at_once, options.failures)
     config = _traces_parser().dump(options)
-    simulation = TraceSimulation(scenes, examples, options.trials, options.seed, bounds, limits, config)
+    simulation = TraceSimulation(described, examples, options.trials, options.seed, bounds, limits, config)
     log = SimulationLog()
     budget = Budget(options.budget_tokens, options.budget_cost, ("budget-tokens", "budget-cost"))
     asked = [role for role in ROLE_NAMES if options[role].url]
@@ -136,10 +138,10 @@ def _estimate_table(found: dict[str, dict[str, float]], events: int) -> Table:
 
 
 def _table(record: dict[str, Any]) -> Table:
-    table = Table(title="Simulation")
+    contamination = record["contamination"]
+    table = Table(title="Simulation, CONTAMINATED" if contamination["contaminated"] else "Simulation")
     table.add_column("")
     table.add_column("number", justify="right")
-    contamination = record["contamination"]
     lines = {
         **{f"sessions: {end}": count for end, count in record["sessions"]["ends"].items()},
         **{f"failures: {cause}": count for cause, count in record["sessions"]["failures"].items()},

@@ -33,7 +33,7 @@ HELPS = {
     "plan": [["--task=reward"], ["--task=agent"]],
     "evaluate": [["reward"], ["agent"]],
     "annotate": [["import"], ["serve"], ["export"], ["agreement"]],
-    "simulate": [["traces"], ["rows"]],
+    "simulate": [["scenes"], ["traces"], ["rows"]],
 }
 OPTION = r"(?<![\w-])--[a-z][\w.-]*\w"
 

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from datamodules.errors import UserError
 from models.judging.budget import LimitReachedError
@@ -35,7 +35,7 @@ class Limits:
 
 async def do_all(
     items: Sequence[Item],
-    do: Callable[[Item], Awaitable[str]],
+    do: Callable[[Item], Awaitable[dict[str, Any]]],
     what: str,
     log: SimulationLog,
     limits: Limits,
@@ -45,7 +45,7 @@ async def do_all(
 
     Args:
         items: The items.
-        do: Does one item, writes its file if it has one, and returns how the item ended.
+        do: Does one item, writes its file if it has one, and returns its outcome: the end, and any other content.
         what: The plural of an item, for messages.
         log: The open log. It receives the end of each item.
         limits: The limits.
@@ -93,8 +93,8 @@ async def do_all(
         raise StoppedError(error.what, error.hint)
 
 
-async def _outcome(item: Item, do: Callable[[Item], Awaitable[str]]) -> dict[str, str]:
+async def _outcome(item: Item, do: Callable[[Item], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
     try:
-        return {"name": item.name, "end": await do(item), "cause": "", "reason": ""}
+        return {"name": item.name, "cause": "", "reason": "", **await do(item)}
     except NoValidAnswerError as error:
         return {"name": item.name, "end": FAILED, "cause": error.cause, "reason": f"failed: {error}"}

@@ -29,10 +29,12 @@ def without_test_events(
     tested = events_of_test_traces(root)
     examples = [event for scene in scenes for event in scene.environment.events_example]
     found = sum(event in tested for event in examples)
+    marked = sum(scene.contaminated for scene in scenes)
     record = {
         "root": root,
         "examples": len(examples),
         "examples_of_test_traces": found,
-        "contaminated": contaminated and found > 0,
+        "contaminated_scenes": marked,
+        "contaminated": marked > 0 or (contaminated and found > 0),
     }
     return (list(scenes) if contaminated else [scene.without_examples(tested) for scene in scenes]), record

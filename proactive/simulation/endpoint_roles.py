@@ -27,6 +27,7 @@ KINDS: dict[RoleName, set[str]] = {
     "user": {"ask", "act"},
     "assistant": {"propose"},
     "judge": {"judge"},
+    "writer": {"scene"},
 }
 
 

@@ -21,6 +21,7 @@ from proactive.simulation.work_items import RoleName, WorkItem, digest
 Verdict = Literal["accepted", "rejected", "ignored"]
 MOST_EVENTS = 8  # after one act or one accepted offer
 MOST_ENTITIES = 100
+MOST_EXAMPLES = 100  # operations or example events of one scene
 LONGEST = 2000  # characters of one text in an answer
 
 
@@ -104,6 +105,30 @@ class JudgeAnswer(AnswerPart):
 
     judgment: Verdict
     reason: Note
+
+
+class SceneEnvironment(AnswerPart):
+    """The environment of a written scene."""
+
+    description: Short
+    entities: list[Short] = Field(min_length=1, max_length=MOST_ENTITIES)
+    agent_ops: list[Short] = Field(max_length=MOST_EXAMPLES)
+    events_example: list[Short] = Field(max_length=MOST_EXAMPLES)
+    theme: Short
+
+
+class SceneUser(AnswerPart):
+    """The user of a written scene."""
+
+    description: Short
+    goal: Short
+
+
+class SceneAnswer(AnswerPart):
+    """The writer's scene."""
+
+    environment: SceneEnvironment
+    user: SceneUser
 
 
 Answer = TypeVar("Answer", bound=AnswerPart)

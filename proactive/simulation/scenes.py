@@ -17,6 +17,7 @@ from datamodules.files.safe_yaml import NotYamlError, parse_yaml
 from proactive.simulation.work_items import RoleName, WorkItem, digest
 
 SCENES_FILE = "scenes.yaml"
+EMBEDDED_OPERATIONS = ("read(place)", "write(place, text)", "search(words)")
 
 
 class _Part(BaseModel):
@@ -42,10 +43,17 @@ class UserDescription(_Part):
 
 
 class SceneDescription(_Part):
-    """One scene of scenes.yaml."""
+    """One scene of scenes.yaml.
+
+    Attributes:
+        environment: The environment.
+        user: The user.
+        contaminated: Whether the scene was written from events of test traces. Dumps do not contain it.
+    """
 
     environment: EnvironmentDescription
     user: UserDescription
+    contaminated: bool = Field(default=False, exclude=True)
 
     def without_examples(self, events: Collection[str]) -> "SceneDescription":
         """Return the scene without the example events that `events` contains."""
@@ -108,7 +116,8 @@ def read_scenes(path: Path) -> list[SceneDescription]:
 
 def scenes_text(scenes: Sequence[SceneDescription]) -> str:
     """Return scenes as YAML in the format that `read_scenes` reads."""
-    return yaml.safe_dump([scene.model_dump() for scene in scenes], sort_keys=False, allow_unicode=True, width=120)
+    marked = [scene.model_dump() | ({"contaminated": True} if scene.contaminated else {}) for scene in scenes]
+    return yaml.safe_dump(marked, sort_keys=False, allow_unicode=True, width=120)
 
 
 def embedded_scenes() -> list[SceneDescription]:
@@ -118,7 +127,7 @@ def embedded_scenes() -> list[SceneDescription]:
             environment=EnvironmentDescription(
                 description=f"The user works on {thing}, which lies in {place}.",
                 entities=[thing, place, *domain.apps],
-                agent_ops=["read(place)", "write(place, text)", "search(words)"],
+                agent_ops=list(EMBEDDED_OPERATIONS),
                 theme=theme,
             ),
             user=UserDescription(description="A person at a computer.", goal=f"Finish {thing}."),

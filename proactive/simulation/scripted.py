@@ -25,6 +25,7 @@ from datamodules.corpus.simulator import (
 from proactive.simulation.log import SimulationLog
 from proactive.simulation.questions import InvalidAnswer, Question, Role
 from proactive.simulation.scenes import SimulatedSession
+from proactive.simulation.work_items import WorkItem
 
 REACHES_GOAL = 0.15  # probability that an act of a flowing user reaches the goal
 SECOND_EVENT = 0.3  # probability that an act leads to two events
@@ -33,7 +34,7 @@ Facts = dict[str, Any]
 
 
 class ScriptedRole(Role[SimulatedSession]):
-    """Any of the four roles."""
+    """Any of the four roles of a session."""
 
     def __init__(self, log: SimulationLog) -> None:
         self.log = log
@@ -41,13 +42,26 @@ class ScriptedRole(Role[SimulatedSession]):
     def describe(self) -> dict[str, Any]:
         return {"role": "scripted"}
 
-    async def reply(self, question: Question[Any], session: SimulatedSession, invalid: Sequence[InvalidAnswer]) -> str:
-        key = self.log.key(session, question, len(invalid))
-        if key not in self.log.texts:
-            domain, topic = _vocabulary(session)
-            answer = _ANSWERS[question.kind](session, domain, topic, question.facts)
-            self.log.keep(session, question, len(invalid), json.dumps(answer, ensure_ascii=False))
-        return self.log.texts[key]
+    async def reply(self, question: Question[Any], item: SimulatedSession, invalid: Sequence[InvalidAnswer]) -> str:
+        def answer() -> Facts:
+            domain, topic = _vocabulary(item)
+            return _ANSWERS[question.kind](item, domain, topic, question.facts)
+
+        return logged_answer(self.log, question, item, invalid, answer)
+
+
+def logged_answer(
+    log: SimulationLog,
+    question: Question[Any],
+    item: WorkItem,
+    invalid: Sequence[InvalidAnswer],
+    answer: Callable[[], Facts],
+) -> str:
+    """Return the text of an answer from the log. If it is not there, make the answer and add it."""
+    key = log.key(item, question, len(invalid))
+    if key not in log.texts:
+        log.keep(item, question, len(invalid), json.dumps(answer(), ensure_ascii=False))
+    return log.texts[key]
 
 
 def _vocabulary(session: SimulatedSession) -> tuple[Domain, Topic]:

@@ -1,12 +1,16 @@
-"""report.html of a simulation."""
+"""report.html of simulated sessions, and of written scenes."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from models.reporting.templating import template_environment
 from models.reporting.timeline import ShownOffer, ShownStep, ShownTrace, outcome, outcomes_of, timelines
+from proactive.simulation.scenes import SceneDescription
 from proactive.simulation.simulated_traces import Attempt, Step
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 SHOWN = 12  # traces
 
@@ -18,11 +22,24 @@ def report(record: Mapping[str, Any], traces: Mapping[str, list[Step]]) -> str:
         record: The content of summary.json.
         traces: The traces by name. The first `SHOWN` are shown.
     """
-    environment = template_environment(Path(__file__).with_name("templates"))
     shown = timelines([[_shown(name, steps) for name, steps in list(traces.items())[:SHOWN]]])
-    return environment.get_template("simulation_report.html").render(
+    return _template("simulation_report.html").render(
         record=record, timelines=shown, traces=len(traces), sources=[""], outcomes=outcomes_of(shown)
     )
+
+
+def scenes_report(record: Mapping[str, Any], scenes: Mapping[str, SceneDescription]) -> str:
+    """Return the page of written scenes as HTML. Text from models is escaped.
+
+    Args:
+        record: The content of summary.json.
+        scenes: The scenes by name.
+    """
+    return _template("scenes_report.html").render(record=record, scenes=scenes)
+
+
+def _template(name: str) -> "Template":
+    return template_environment(Path(__file__).with_name("templates")).get_template(name)
 
 
 def _shown(name: str, steps: list[Step]) -> ShownTrace:

@@ -50,7 +50,7 @@ def summary(
     categories = Counter(PUBLISHED_CATEGORIES[row["category"]] for row in files[TRAIN_FILE])
     return {
         "settings": settings,
-        "sessions": _sessions(json.loads(entry["text"]) for entry in log if entry["kind"] == OUTCOME),
+        "sessions": _ends(json.loads(entry["text"]) for entry in log if entry["kind"] == OUTCOME),
         "events": dict(Counter(step.source for step in steps)),
         "proposals": {
             "offers": dict(Counter(one.judgment for one in attempts if one.proposal is not None)),
@@ -63,14 +63,49 @@ def summary(
             role: _role([entry for entry in log if entry.get("role") == role], prices[role]) for role in ROLE_NAMES
         },
         "near_duplicates": {
-            "scenes": near_duplicates(f"{one.environment.description} {one.user.goal}" for one in scenes),
-            "events": near_duplicates(step.event.event for step in steps),
+            "scenes": len(near_duplicates(map(_text, scenes))),
+            "events": len(near_duplicates(step.event.event for step in steps)),
         },
         "burstiness": burstiness(gaps),
         "contamination": {
             **settings["examples"],
             "events": len(steps),
             "events_of_test_traces": sum(step.event.event in tested for step in steps),
+        },
+    }
+
+
+def scenes_summary(
+    folder: Path,
+    settings: dict[str, Any],
+    outcomes: Sequence[dict[str, Any]],
+    scenes: Mapping[str, SceneDescription],
+    tested: Collection[str],
+    price: Price,
+) -> dict[str, Any]:
+    """Return the content of the summary.json of written scenes.
+
+    Args:
+        folder: The folder, which contains the log.
+        settings: The settings of the log.
+        outcomes: The outcomes of all scenes that have ended.
+        scenes: The written scenes by name.
+        tested: The texts of all events of the data root's test traces.
+        price: The price of the writer's tokens.
+    """
+    examples = [event for scene in scenes.values() for event in scene.environment.events_example]
+    names = list(scenes)
+    return {
+        "settings": settings,
+        "scenes": _ends(outcomes),
+        "roles": {"writer": _role([one for one in entries(folder / LOG_FILE) if one.get("role") == "writer"], price)},
+        "near_duplicates": {
+            names[later]: names[earlier] for later, earlier in near_duplicates(map(_text, scenes.values())).items()
+        },
+        "contamination": {
+            **settings["samples"],
+            "examples": len(examples),
+            "examples_of_test_traces": sum(event in tested for event in examples),
         },
     }
 
@@ -91,10 +126,18 @@ def estimate(record: Mapping[str, Any], events: int) -> dict[str, dict[str, floa
     return {**roles, "total": {name: sum(found[name] for found in roles.values()) for name in ESTIMATED}}
 
 
-def near_duplicates(texts: Iterable[str]) -> int:
-    """Return how many texts have the same words as an earlier one, in any order, without numbers and signs."""
-    words = Counter(frozenset(re.findall(r"[^\W\d_]+", text.casefold())) for text in texts)
-    return words.total() - len(words)
+def near_duplicates(texts: Iterable[str]) -> dict[int, int]:
+    """Return the place of each text that has the same words as an earlier one, and the place of the first such text.
+
+    The order of words does not count, nor do numbers and signs.
+    """
+    first: dict[frozenset[str], int] = {}
+    words = [frozenset(re.findall(r"[^\W\d_]+", text.casefold())) for text in texts]
+    return {place: first[one] for place, one in enumerate(words) if first.setdefault(one, place) != place}
+
+
+def _text(scene: SceneDescription) -> str:
+    return f"{scene.environment.description} {scene.user.goal}"
 
 
 def burstiness(gaps: Sequence[float]) -> float | None:
@@ -108,7 +151,7 @@ def burstiness(gaps: Sequence[float]) -> float | None:
     return (deviation - mean) / (deviation + mean)
 
 
-def _sessions(outcomes: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def _ends(outcomes: Iterable[dict[str, Any]]) -> dict[str, Any]:
     found = sorted(outcomes, key=lambda outcome: outcome["name"])
     failures = [outcome for outcome in found if outcome["end"] == "failed"]
     return {

@@ -97,11 +97,11 @@ async def simulate(
         if not (folder / CONFIG_FILE).exists():
             write_atomically(folder / CONFIG_FILE, simulation.config)
 
-        async def do(session: SimulatedSession) -> str:
+        async def do(session: SimulatedSession) -> dict[str, Any]:
             loop = SessionLoop(session, roles, log, simulation.options)
             end = await loop.run()
             write_trace(folder / TRACES / f"{session.name}.json", loop.steps)
-            return end
+            return {"end": end}
 
         async with contextlib.AsyncExitStack() as stack:
             for client in clients:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal
 
-RoleName = Literal["environment", "user", "assistant", "judge"]
-ROLE_NAMES: tuple[RoleName, ...] = ("environment", "user", "assistant", "judge")
+RoleName = Literal["environment", "user", "assistant", "judge", "writer"]
+ROLE_NAMES: tuple[RoleName, ...] = ("environment", "user", "assistant", "judge")  # those of a session
 
 
 @dataclass(frozen=True)
 class WorkItem(ABC):
-    """One session to simulate.
+    """One session to simulate, or one scene to write.
 
     Attributes:
         name: Identifies the item within its simulation.

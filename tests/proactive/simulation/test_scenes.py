@@ -26,7 +26,8 @@ def test_all_published_scenes_load_and_82_operations_are_mappings(tmp_path: Path
 def test_example_events_of_the_test_traces_are_removed_and_counted() -> None:
     given = read_scenes(SCENES)
     scenes, record = without_test_events(given, str(PROACTIVEBENCH), contaminated=False)
-    found = {"root": str(PROACTIVEBENCH), "examples": 1500, "examples_of_test_traces": 2}
+    counts = {"examples": 1500, "examples_of_test_traces": 2, "contaminated_scenes": 0}
+    found = {"root": str(PROACTIVEBENCH), **counts}
     assert record == {**found, "contaminated": False}
     assert sum(len(scene.environment.events_example) for scene in scenes) == 1498
     assert without_test_events(given, str(PROACTIVEBENCH), contaminated=True) == (
