@@ -291,7 +291,7 @@ def measure(
     sizes = meter.sizes()
     total = sum(sizes, BatchSize())
     counts = Operations.of(model.network)
-    operations = counts.count(total.real_tokens, total.pairs, total.targets)
+    operations = counts.count(total.unpadded_tokens, total.pairs, total.targets)
     setting = Setting(
         dtype=model_options["dtype"],
         precision=precision,

@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from datamodules.errors import UserError
-from datamodules.files.writing import Unfinished, cannot_write, no_room, sync
+from datamodules.files.writing import Unfinished, disk_full, sync, write_error
 from models.learning import sharded_files as shards
 from models.learning.checkpoint_files import checkpoint_problem, load_run, refuse_damaged
 from models.learning.training import BackboneModule
@@ -168,7 +168,7 @@ class FullySharded(ModelParallelStrategy):
             rank, (cause, _) = next(iter(failures.items()))
             if not isinstance(cause, OSError):
                 raise
-            raise cannot_write(target, f"{cause.strerror or cause} (rank {rank})") from error
+            raise write_error(target, f"{cause.strerror or cause} (rank {rank})") from error
 
     def _checksums(self, folder: Path) -> dict[str, int]:
         """The checksums of all files. Each rank reads the files that it wrote."""
@@ -187,12 +187,12 @@ class FullySharded(ModelParallelStrategy):
             except UserError as error:
                 problem = error.what, error.hint
             except (OSError, RuntimeError) as error:
-                if not (reason := no_room(error) or getattr(error, "strerror", None)):
+                if not (reason := disk_full(error) or getattr(error, "strerror", None)):
                     raise
                 problem = str(reason), ""
         problem, path = self.broadcast((problem, path))
         if problem:
-            raise UserError(*problem) if problem[1] else cannot_write(target, problem[0])
+            raise UserError(*problem) if problem[1] else write_error(target, problem[0])
         return path
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from datamodules.escaping import as_cell, of_cell
+from datamodules.escaping import from_cell, to_cell
 from models.learning.proactive_agent import ProactiveAgent
 
 SAMPLES = "answers.csv"
@@ -36,7 +36,7 @@ class SampledAnswers(Callback):
             if is_new:
                 writer.writeheader()
             place = {"epoch": trainer.current_epoch, "step": trainer.global_step}
-            writer.writerows({**place, **_cells(sample, as_cell)} for sample in pl_module.samples)
+            writer.writerows({**place, **_cells(sample, to_cell)} for sample in pl_module.samples)
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
@@ -47,7 +47,7 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
         rows = [
             row for row in csv.DictReader(file) if None not in row.values()
         ]  # a killed run may leave an incomplete last row
-    return list({(row["step"], row["history"]): _cells(row, of_cell) for row in rows}.values())
+    return list({(row["step"], row["history"]): _cells(row, from_cell) for row in rows}.values())
 
 
 def _cells(row: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:

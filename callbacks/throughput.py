@@ -69,7 +69,7 @@ class ThroughputLog(Callback):
         now = time.perf_counter()
         self._seconds, self._since = self._seconds + now - self._since, now
         totals: dict[str, Any] = {"time": self._seconds, "batches": self._steps, "samples": self._done.rows}
-        operations = self._operations.count(step.real_tokens, step.pairs, step.targets)
+        operations = self._operations.count(step.unpadded_tokens, step.pairs, step.targets)
         self._computed.update(**totals, lengths=self._done.tokens, flops=operations)
         self._effective.update(**totals, lengths=self._done.effective_tokens)
         if found := self._rates(trainer.world_size):

@@ -7,14 +7,14 @@ from typing import Any
 
 from datamodules.escaping import printable, shortened
 
-LONGEST_MESSAGE = 1000  # characters; names and values in a message may have any length
+MAX_MESSAGE = 1000  # characters; names and values in a message may have any length
 
 
 class UserError(Exception):
     """An error that the user can fix. `what` says what is wrong, `hint` what to do; each is one printable line."""
 
     def __init__(self, what: str, hint: str) -> None:
-        self.what = shortened(printable(what), LONGEST_MESSAGE)
+        self.what = shortened(printable(what), MAX_MESSAGE)
         self.hint = printable(hint)
         super().__init__(self.what, self.hint)
 

@@ -9,26 +9,26 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
-def shortened(text: str, most: int) -> str:
-    """Return a text with at most `most` characters; a longer one ends in …."""
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+def shortened(text: str, limit: int) -> str:
+    """Return a text with at most `limit` characters; a longer one ends in …."""
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
-def error_text(error: BaseException, most: int) -> str:
-    """Return the message of an exception on one line, with at most `most` characters."""
-    return shortened(" ".join(str(error).split()), most)
+def error_text(error: BaseException, limit: int) -> str:
+    """Return the message of an exception on one line, with at most `limit` characters."""
+    return shortened(" ".join(str(error).split()), limit)
 
 
 FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")  # first characters of a cell that a spreadsheet takes for a formula
 
 
-def as_cell(text: str) -> str:
+def to_cell(text: str) -> str:
     """Return a cell of a CSV file for a text: an apostrophe before what a spreadsheet would take for a formula."""
     return f"'{text}" if text.lstrip("'").startswith(FORMULA_STARTS) else text
 
 
-def of_cell(cell: str) -> str:
-    """Return the text of a cell from `as_cell`."""
+def from_cell(cell: str) -> str:
+    """Return the text of a cell from `to_cell`."""
     return cell[1:] if cell.startswith("'") and cell.lstrip("'").startswith(FORMULA_STARTS) else cell
 
 

@@ -1,6 +1,6 @@
 """Ranges of numbers in options, checkpoints and exports, as annotations of parameters.
 
-The parsers of the commands check them and show them in --help. `refuse_unsound` checks values that no parser has seen,
+The parsers of the commands check them and show them in --help. `check_ranges` checks values that no parser has seen,
 such as the options in a checkpoint.
 """
 
@@ -21,13 +21,13 @@ class Finite:
     """A finite number: not infinite, not NaN, not a boolean."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        return core_schema.no_info_before_validator_function(_refuse_no_number, handler(source))
+        return core_schema.no_info_before_validator_function(_refuse_not_finite, handler(source))
 
     def __repr__(self) -> str:
         return "finite"
 
 
-def _refuse_no_number(value: Any) -> Any:
+def _refuse_not_finite(value: Any) -> Any:
     try:
         sound = not isinstance(value, bool) and math.isfinite(float(value))
     except (ValueError, TypeError, OverflowError):
@@ -37,7 +37,7 @@ def _refuse_no_number(value: Any) -> Any:
     return value
 
 
-class FolderNamed:
+class FolderNameRule:
     """A name of a folder: not hidden, and not a path."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
@@ -54,20 +54,20 @@ def _refuse_path(name: str) -> str:
 
 
 FINITE = Finite()
-NotNegative = Annotated[float, Ge(0), FINITE]
+NonNegativeFloat = Annotated[float, Ge(0), FINITE]
 Positive = Annotated[float, Gt(0), FINITE]
 Share = Annotated[float, Ge(0), Le(1), FINITE]
-ShareBelowOne = Annotated[float, Ge(0), Lt(1), FINITE]
-PositiveShare = Annotated[float, Gt(0), Le(1), FINITE]
+FractionBelowOne = Annotated[float, Ge(0), Lt(1), FINITE]
+PositiveFraction = Annotated[float, Gt(0), Le(1), FINITE]
 Count = Annotated[int, Ge(1), Le(2**31 - 1), FINITE]
-CountOrNone = Annotated[int, Ge(0), Le(2**31 - 1), FINITE]  # 0 means none
+NonNegativeInt = Annotated[int, Ge(0), Le(2**31 - 1), FINITE]  # 0 means none
 Seed = Annotated[int, Ge(0), Le(2**32 - 1), FINITE]  # the range of NumPy
 Folds = Annotated[int, Ge(3), Le(10_000), FINITE]  # at least one each to train, validate and test
 Vocabulary = Annotated[int, Ge(259), Le(2**20), FINITE]  # at least every byte and three special tokens
 Workers = Annotated[int, Ge(0), Le(256), FINITE]  # processes
 Temperature = Annotated[float, Ge(0), Le(100), FINITE]  # for sampling
 Tries = Annotated[int, Ge(1), Le(1000), FINITE]
-FolderName = Annotated[str, MaxLen(60), FolderNamed()]  # at most 240 bytes; file systems allow 255
+FolderName = Annotated[str, MaxLen(60), FolderNameRule()]  # at most 240 bytes; file systems allow 255
 _PLAIN = {  # pydantic's messages as regular expressions, and our words for them
     r"greater than or equal to (\S+)": r"\1 or more",
     r"less than or equal to (\S+)": r"\1 or less",
@@ -76,7 +76,7 @@ _PLAIN = {  # pydantic's messages as regular expressions, and our words for them
 }
 
 
-def refuse_unsound(annotated: Any, values: Mapping[str, Any], group: str) -> None:
+def check_ranges(annotated: Any, values: Mapping[str, Any], group: str) -> None:
     """Check that values have the annotated types and ranges.
 
     Args:
@@ -101,10 +101,10 @@ def refuse_unsound(annotated: Any, values: Mapping[str, Any], group: str) -> Non
 def reason(error: ValidationError) -> str:
     """Return pydantic's reason for refusing a value, in a few words."""
     first = error.errors(include_url=False)[0]
-    return worded(first["msg"], repr(first["input"]))
+    return plain_message(first["msg"], repr(first["input"]))
 
 
-def worded(message: str, given: str) -> str:
+def plain_message(message: str, given: str) -> str:
     """Rewrite a message of pydantic so that it can follow the name of an option."""
     said = message.removeprefix("Value error, ").replace("Input should be ", "expected ", 1)
     for theirs, plain in _PLAIN.items():

@@ -21,7 +21,7 @@ from datamodules.batching.rows import LayoutName
 from datamodules.corpus.splits import SplitName
 from datamodules.errors import UserError
 from datamodules.files.writing import write_atomically
-from datamodules.ranges import Count, CountOrNone, Folds, Workers
+from datamodules.ranges import Count, Folds, NonNegativeInt, Workers
 from models.learning.checkpoint_files import load_trained
 from models.learning.reward_classifier import RewardClassifier
 from models.reporting.run_record import tested_record
@@ -39,7 +39,7 @@ def evaluate_reward(
     root: str | None = None,
     split: SplitName | None = None,
     folds: Folds | None = None,
-    fold: CountOrNone | None = None,
+    fold: NonNegativeInt | None = None,
     prompt: str | None = None,
     layout: LayoutName | None = None,
     token_budget: Count | None = None,

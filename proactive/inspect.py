@@ -17,7 +17,7 @@ from datamodules.corpus.records import AnnotatedRow, Category
 from datamodules.corpus.sources import Corpus, load_corpus
 from datamodules.corpus.splits import contamination, history_digests, split_by_scene
 from datamodules.prompting.segments import SegmentTokenizer
-from datamodules.prompting.templates import DEFAULT_PROMPT, PromptTemplate, render, training_text
+from datamodules.prompting.templates import DEFAULT_PROMPT, RewardTemplate, render, training_text
 from datamodules.prompting.tokenizers import SCRATCH, load_tokenizer, train_tokenizer
 from datamodules.ranges import Folds, Seed
 from proactive.commands import program
@@ -40,7 +40,7 @@ def inspect_root(root: str = "embedded", folds: Folds = 5, tokenizer: str = SCRA
         UserError: The data or the tokenizer cannot be read.
     """
     corpus = load_corpus(root, seed)
-    template = PromptTemplate.read(DEFAULT_PROMPT)
+    template = RewardTemplate.read(DEFAULT_PROMPT)
     if tokenizer == SCRATCH:
         segmenter = SegmentTokenizer(train_tokenizer(training_text(template, corpus.train), VOCABULARY_SIZE))
     else:
@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> None:
         show(_rows_table(counts), _splits_table(counts))
 
 
-def _row_counts(rows: Sequence[AnnotatedRow], template: PromptTemplate, segmenter: SegmentTokenizer) -> dict[str, Any]:
+def _row_counts(rows: Sequence[AnnotatedRow], template: RewardTemplate, segmenter: SegmentTokenizer) -> dict[str, Any]:
     categories = Counter(row.category for row in rows)
     ids = [[*segmenter.prefix, *chain(*segmenter.encode(render(template, row))), *segmenter.suffix] for row in rows]
     tokens = [len(row) for row in ids]

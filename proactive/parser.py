@@ -15,7 +15,7 @@ from typing import Any, NoReturn, Protocol, Self, get_args, get_origin
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from datamodules.errors import UserError
-from datamodules.ranges import worded
+from datamodules.ranges import plain_message
 
 # Values of parameters without a type are not instantiated. The denylist is jsonargparse's own: modules that run
 # commands, read pickles, and similar.
@@ -159,6 +159,6 @@ def _said(message: str) -> str:
     said = found["said"]
     given, problem = _GIVEN.search(said), _OF_PYDANTIC.search(said)
     if problem and given:
-        return one_line(f"{found['name']}: {worded(problem['said'].lstrip('- '), given['given'])}")
+        return one_line(f"{found['name']}: {plain_message(problem['said'].lstrip('- '), given['given'])}")
     what = best_reason(said[: given.start("given")]).removesuffix(". Got value:") if given else best_reason(said)
     return one_line(f"{found['name']}: {what}" + (f", got {given['given']}" if given else ""))

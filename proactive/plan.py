@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from datamodules.errors import UserError
 from datamodules.files.writing import write_atomically
-from datamodules.ranges import Count, PositiveShare
+from datamodules.ranges import Count, PositiveFraction
 from models.networks.operations import GIB
 from proactive.fitting.cli import FitCLI
 from proactive.fitting.configs import task_of
@@ -34,7 +34,7 @@ class PlanCLI(FitCLI):
         add("--device", type=str, default=None, help="Name of the device, such as h100; default: this machine's GPU.")
         add(
             "--utilization",
-            type=PositiveShare | None,
+            type=PositiveFraction | None,
             default=None,
             help="Share of the device's peak rate that the run reaches; default: as measured on such a card, else 0.4.",
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from datamodules.errors import UserError
 from datamodules.files.run_folders import REPORT_FILE, output_folder
-from datamodules.ranges import Count, CountOrNone, Positive, Seed, Tries
+from datamodules.ranges import Count, NonNegativeInt, Positive, Seed, Tries
 from models.judging.budget import Budget
 from models.judging.chat_client import ChatClient
 from models.judging.endpoint import EndpointOptions
@@ -68,7 +68,10 @@ def _traces_parser() -> Parser:
     add("--budget-tokens", type=Count | None, help="Stop when all endpoints together have used so many tokens.")
     add("--budget-cost", type=Positive | None, help="Stop when they have cost so much, in the currency of the prices.")
     add(
-        "--failures", type=CountOrNone, default=10, help="Number of sessions that may fail before the simulation stops."
+        "--failures",
+        type=NonNegativeInt,
+        default=10,
+        help="Number of sessions that may fail before the simulation stops.",
     )
     add("--data.root", type=str, default="embedded", help="Example events that are in this root's test traces are "
         "removed, and simulated events are compared with these traces.")  # fmt: skip

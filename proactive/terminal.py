@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from datamodules.errors import UserError
 from datamodules.escaping import printable
-from datamodules.files.writing import no_room
+from datamodules.files.writing import disk_full
 from proactive.environment import refuse_impossible_rank
 from proactive.parser import one_line
 
@@ -108,7 +108,7 @@ def as_user_error(error: BaseException) -> UserError | None:
         )
     if isinstance(error, MisconfigurationException):
         return UserError(text, "Change the trainer's options; see --help.")
-    if reason := no_room(error):
+    if reason := disk_full(error):
         return UserError(f"the disk is full: {reason}", "Free space there; files written before are intact.")
     if isinstance(error, OSError) and error.filename:
         return UserError(

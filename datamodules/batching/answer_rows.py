@@ -30,8 +30,8 @@ from datamodules.prompting.segments import Data, Segment, plain_text
 from datamodules.prompting.templates import AgentTemplate, render_history
 
 TURNS_FOR_VOCABULARY = 20_000  # turns of conversations that a tokenizer is trained on
-SILENCE = write_answer(Answer(proposal=None))
-AN_OFFER = write_answer(Answer(proposal="A"))
+NULL_ANSWER = write_answer(Answer(proposal=None))
+OFFER_ANSWER = write_answer(Answer(proposal="A"))
 
 
 class AnswerKind(IntEnum):
@@ -220,7 +220,7 @@ class AgentDataModule(RowsDataModule):
 
     def _answer_positions(self, examples: list[Example], input_ids: list[Integers], starts: Integers) -> list[Integers]:
         """Return the positions of each answer's tokens; of a probe, those after the choice of null or an offer."""
-        silence, offer = self.segmenter.encode([(Data(SILENCE),), (Data(AN_OFFER),)])
+        silence, offer = self.segmenter.encode([(Data(NULL_ANSWER),), (Data(OFFER_ANSWER),)])
         choice = next(position for position, (a, b) in enumerate(zip(silence, offer, strict=False)) if a != b)
         return [
             np.arange(start + (choice if example.kind == AnswerKind.PROBE else 0), len(ids))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datamodules.batching.token_cache import Columns
-from datamodules.corpus.conversations import mentions, read_conversations, telltale_pattern
+from datamodules.corpus.conversations import contains_event, event_pattern, read_conversations
 from datamodules.prompting.conversation_tokenizer import ConversationTokenizer
 
 if TYPE_CHECKING:
@@ -40,13 +40,13 @@ def conversation_rows(
         counts: Counts the conversations that are left out, by reason, and those that are rewritten.
     """
     conversation_tokenizer = ConversationTokenizer(tokenizer, max_length)
-    guard = None if held_out_events is None else telltale_pattern(held_out_events)
+    guard = None if held_out_events is None else event_pattern(held_out_events)
     for path in paths:
         for conversation in read_conversations(path):
             validates = int(conversation.scene, 16) < validation_fraction * SCENE_NUMBERS
             if validates is not validation:
                 continue
-            if mentions(conversation, guard):
+            if contains_event(conversation, guard):
                 counts["with events of test scenes"] += 1
             elif (encoded := conversation_tokenizer.encode(conversation)) is None:
                 counts["too long"] += 1

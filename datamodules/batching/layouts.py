@@ -15,7 +15,7 @@ class Inputs(TypedDict):
     """Input of a backbone for R rows: padded rows with an attention mask, or one tree with the other fields."""
 
     input_ids: Tensor  # (R, T) int64, padded on the right; (1, T) for a tree
-    attention_mask: NotRequired[Tensor]  # (R, T) int64, 1 for real tokens
+    attention_mask: NotRequired[Tensor]  # (R, T) int64, 1 for tokens, 0 for padding
     position_ids: NotRequired[Tensor]  # (1, T) int64
     subtree_end: NotRequired[Tensor]  # (1, T) int64, see Tree
     read_out: NotRequired[Tensor]  # (R,) int64, positions of the rows' last tokens
@@ -126,7 +126,7 @@ class TreeLayout:
         )
         answer_tokens = None
         if answers is not None:
-            position, pair_token = np.unique(tree.answer_place, return_inverse=True)
+            position, pair_token = np.unique(tree.answer_position, return_inverse=True)
             answer_tokens = AnswerTokens(
                 predicted_at=torch.from_numpy(tree.parent[position]),
                 target=torch.from_numpy(tree.input_ids[position]),
@@ -149,5 +149,5 @@ def ancestors(subtree_end: Tensor) -> Tensor:
     Returns:
         (T, T) bool; entry (q, k) says whether query q sees key k.
     """
-    place = torch.arange(len(subtree_end), device=subtree_end.device)
-    return (place[None, :] <= place[:, None]) & (place[:, None] < subtree_end[None, :])
+    position = torch.arange(len(subtree_end), device=subtree_end.device)
+    return (position[None, :] <= position[:, None]) & (position[:, None] < subtree_end[None, :])

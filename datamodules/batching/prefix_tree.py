@@ -76,7 +76,7 @@ class Tree:
     parent: Integers  # (T,) position of the token before each token in its row; -1 for a first token
     subtree_end: Integers  # (T,) position after the last descendant of each token
     answer_branch: Integers  # (P,) branch, 0 to R - 1, of each of P answer tokens
-    answer_place: Integers  # (P,) position of that token; a token of several answers is listed once for each
+    answer_position: Integers  # (P,) position of that token; a token of several answers is listed once for each
 
 
 def build_tree(order: PrefixOrder, rows: Sequence[int], answers: Sequence[Integers] | None = None) -> Tree:
@@ -94,10 +94,9 @@ def build_tree(order: PrefixOrder, rows: Sequence[int], answers: Sequence[Intege
     size = int(starts[-1])
     input_ids, position_ids = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
     parent, subtree_end = np.arange(-1, size - 1), np.full(size, size, dtype=np.int64)
-    answer_places: list[Integers] = []
-    path = np.empty(
-        int(lengths.max(initial=0)), dtype=np.int64
-    )  # position in the tree of each token of the current row
+    answer_positions: list[Integers] = []
+    # Position in the tree of each token of the current row.
+    path = np.empty(int(lengths.max(initial=0)), dtype=np.int64)
     read_out = np.empty(len(ordered), dtype=np.int64)
     depth = 0
     for number, (row, common, length) in enumerate(zip(ordered, shared, lengths, strict=True)):
@@ -109,12 +108,12 @@ def build_tree(order: PrefixOrder, rows: Sequence[int], answers: Sequence[Intege
         if end > start:
             parent[start] = path[common - 1] if common else -1
         if answers is not None:
-            answer_places.append(path[answers[row]])
+            answer_positions.append(path[answers[row]])
         read_out[number] = path[length - 1]
         depth = length
-    answer_branch = np.repeat(np.arange(len(answer_places)), [len(places) for places in answer_places])
-    answer_place = np.concatenate([*answer_places, np.empty(0, dtype=np.int64)])
-    return Tree(ordered, read_out, input_ids, position_ids, parent, subtree_end, answer_branch, answer_place)
+    answer_branch = np.repeat(np.arange(len(answer_positions)), [len(positions) for positions in answer_positions])
+    answer_position = np.concatenate([*answer_positions, np.empty(0, dtype=np.int64)])
+    return Tree(ordered, read_out, input_ids, position_ids, parent, subtree_end, answer_branch, answer_position)
 
 
 def split(

@@ -15,7 +15,7 @@ from datamodules.corpus.records import AnnotatedRow
 from datamodules.corpus.sources import PUBLISHED_TEST_DIGEST, Corpus, test_digest
 from datamodules.corpus.splits import Split, split_by_scene, split_published
 from datamodules.prompting.segments import Segment
-from datamodules.prompting.templates import PromptTemplate, render_proposal, training_text
+from datamodules.prompting.templates import RewardTemplate, render_proposal, training_text
 
 
 class RewardDataModule(RowsDataModule):
@@ -26,8 +26,8 @@ class RewardDataModule(RowsDataModule):
         options: See RowsDataModule.
     """
 
-    template_class = PromptTemplate
-    template: PromptTemplate
+    template_class = RewardTemplate
+    template: RewardTemplate
     branch_name = "proposal"
 
     def __init__(self, balance: Literal["none", "category"] = "none", **options: Any) -> None:
@@ -70,7 +70,7 @@ class RewardDataModule(RowsDataModule):
                 "label": torch.tensor([int(row.accepted) for row in rows], dtype=torch.int64),
                 "category": torch.tensor([row.category.number for row in rows], dtype=torch.int64),
             },
-            odds=[1 / frequency[row.category] for row in rows] if self.balance == "category" else None,
+            sampling_weights=[1 / frequency[row.category] for row in rows] if self.balance == "category" else None,
         )
 
     def without_padding_at_the_end(self, row: Integers) -> Integers:

@@ -20,7 +20,7 @@ from datamodules.corpus.sources import Corpus, load_corpus
 from datamodules.corpus.splits import Contamination, Split, SplitName, contamination, history_digests, seen_rows
 from datamodules.errors import UserError
 from datamodules.prompting.segments import Segment, SegmentTokenizer
-from datamodules.prompting.templates import Template, history_key
+from datamodules.prompting.templates import Template, rendered_digest
 from datamodules.prompting.tokenizers import (
     SCRATCH,
     load_tokenizer,
@@ -28,7 +28,7 @@ from datamodules.prompting.tokenizers import (
     tokenizer_state,
     train_tokenizer,
 )
-from datamodules.ranges import Count, CountOrNone, Folds, Seed, ShareBelowOne, Vocabulary, Workers, refuse_unsound
+from datamodules.ranges import Count, Folds, FractionBelowOne, NonNegativeInt, Seed, Vocabulary, Workers, check_ranges
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -89,8 +89,8 @@ class RowsDataModule(StepDataModule):
         root: str = "embedded",
         split: SplitName = "by_scene",
         folds: Folds = 5,
-        fold: CountOrNone = 0,
-        validation_fraction: ShareBelowOne = 0.1,
+        fold: NonNegativeInt = 0,
+        validation_fraction: FractionBelowOne = 0.1,
         prompt: str | None = None,
         tokenizer: str = SCRATCH,
         trust_remote_code: bool = False,
@@ -107,7 +107,7 @@ class RowsDataModule(StepDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        refuse_unsound(type(self), self.hparams, "data")
+        check_ranges(type(self), self.hparams, "data")
         self.root = root
         self.split_name = split
         self.folds = folds
@@ -326,7 +326,7 @@ class RowsDataModule(StepDataModule):
         rendered = hashlib.sha256()
         for row in rows:
             # An event has at least one token, so older events than these never fit into a row.
-            rendered.update(history_key(self.template, row.history[-self.max_length :]))
+            rendered.update(rendered_digest(self.template, row.history[-self.max_length :]))
             rendered.update(repr(self.branch(row)).encode())
         columns: Columns = {"input_ids": ["int32"], "last_segment": "int32"}
         key = [rendered.hexdigest(), self.branch_length]

@@ -55,7 +55,7 @@ class StepDataModule(LightningDataModule):
         """The tokenizer; padded rows need its padding token."""
         raise NotImplementedError
 
-    def settle_layout(self, problem: str | None, pair_cost: float = 0.0) -> None:
+    def choose_layout(self, problem: str | None, pair_cost: float = 0.0) -> None:
         """Choose tree or rows, after the model has tried its backbone.
 
         Args:
@@ -73,7 +73,7 @@ class StepDataModule(LightningDataModule):
         self._pair_cost = pair_cost
         self._layouts.clear()
 
-    def settle_padding(self, problem: str | None) -> None:
+    def choose_micro_batch_size(self, problem: str | None) -> None:
         """Use micro-batches of one row if `problem` says that padding changes what the backbone computes."""
         if problem is not None:
             log.info(f"data.micro_batch_size: 1, because padded rows are not possible: {problem}")
@@ -130,8 +130,8 @@ class StepDataModule(LightningDataModule):
             seed=self.order_seed,
             rank=rank,
             world_size=world_size,
-            odds=encoded.odds,
-            sizes=None if encoded.answers is None else [len(positions) for positions in encoded.answers],
+            sampling_weights=encoded.sampling_weights,
+            target_counts=None if encoded.answers is None else [len(positions) for positions in encoded.answers],
         )
 
     def _layout(self, stage: Stage) -> Layout:

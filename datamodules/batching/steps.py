@@ -50,7 +50,7 @@ class MicroBatch:
     weight: float
 
 
-Step = tuple[MicroBatch, ...]  # one rank's share of an optimizer step
+Step = tuple[MicroBatch, ...]  # one rank's micro-batches of an optimizer step
 
 
 def refuse_unequal_parts(batch_size: int, scenes_per_step: int | None) -> None:
@@ -69,9 +69,9 @@ class BatchSize:
     """Counts of one or several micro-batches."""
 
     rows: int = 0  # without filler rows
-    tokens: int = 0  # computed, with padding
-    effective_tokens: int = 0  # of single rows, without padding
-    real_tokens: int = 0  # computed, without padding
+    tokens: int = 0  # that the network computes, padding included
+    unpadded_tokens: int = 0  # of these, those that are no padding
+    effective_tokens: int = 0  # of the single rows: a token that rows share counts once for each
     pairs: int = 0  # of a query and a key that it attends to
     targets: int = 0  # tokens to predict; a token of several answers counts once
 
@@ -85,17 +85,21 @@ def batch_size(micro_batch: Any) -> BatchSize:
     rows = (micro_batch["weight"] > 0).sum()
     if "subtree_end" in inputs:
         depth_1T = inputs["position_ids"] + 1  # a token attends to itself and to those before it
-        real, pairs = torch.tensor(inputs["input_ids"].numel()), depth_1T.sum()
+        unpadded, pairs = torch.tensor(inputs["input_ids"].numel()), depth_1T.sum()
         effective = depth_1T[0, inputs["read_out"]].sum()
     else:
         length_R = inputs["attention_mask"].sum(1)
-        real, pairs = length_R.sum(), (length_R * (length_R + 1) // 2).sum()
-        effective = real
-    counts = torch.stack([count.to(rows.device) for count in (rows, effective, real, pairs)]).tolist()
-    targets = len(micro_batch["answers"]["target"]) if "answers" in micro_batch else 0
-    rows_counted, effective_tokens, real_tokens, pairs_counted = counts
-    tokens = inputs["input_ids"].numel()
-    return BatchSize(rows_counted, tokens, effective_tokens, real_tokens, pairs_counted, targets)
+        unpadded, pairs = length_R.sum(), (length_R * (length_R + 1) // 2).sum()
+        effective = unpadded
+    counted = torch.stack([count.to(rows.device) for count in (rows, unpadded, effective, pairs)]).tolist()
+    return BatchSize(
+        rows=counted[0],
+        tokens=inputs["input_ids"].numel(),
+        unpadded_tokens=counted[1],
+        effective_tokens=counted[2],
+        pairs=counted[3],
+        targets=len(micro_batch["answers"]["target"]) if "answers" in micro_batch else 0,
+    )
 
 
 class StepSampler(Sampler[Step]):
@@ -110,8 +114,9 @@ class StepSampler(Sampler[Step]):
         seed: Sets the order, together with the epoch.
         rank: Rank whose micro-batches to yield.
         world_size: Number of ranks. Each gets the same number of micro-batches.
-        odds: If given, an epoch samples N rows with replacement, with probabilities proportional to their odds.
-        sizes: Weight of each row in the mean of a step, such as its number of tokens; 1 if None.
+        sampling_weights: If given, an epoch samples N rows with replacement, with probabilities proportional to
+            these weights.
+        target_counts: Number of each row's targets, over which the loss of a step is the mean; 1 each if None.
 
     Raises:
         UserError: `scenes_per_step` does not divide `batch_size`.
@@ -127,8 +132,8 @@ class StepSampler(Sampler[Step]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        odds: Sequence[float] | None = None,
-        sizes: Sequence[int] | None = None,
+        sampling_weights: Sequence[float] | None = None,
+        target_counts: Sequence[int] | None = None,
     ) -> None:
         refuse_unequal_parts(batch_size, scenes_per_step)
         self.layout = layout
@@ -138,8 +143,8 @@ class StepSampler(Sampler[Step]):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.odds = odds
-        self.sizes = sizes
+        self.sampling_weights = sampling_weights
+        self.target_counts = target_counts
         self.epoch = 0
         self.first_step = 0  # steps before it are skipped, see `StepLoader`
 
@@ -151,17 +156,18 @@ class StepSampler(Sampler[Step]):
 
     def __iter__(self) -> Iterator[Step]:
         for rows in self.steps()[self.first_step :]:
-            total = len(rows) if self.sizes is None else sum(self.sizes[row] for row in rows)
-            yield share(self.layout.split(rows, self.world_size), self.rank, self.world_size, total)
+            counts = self.target_counts
+            targets = len(rows) if counts is None else sum(counts[row] for row in rows)
+            yield micro_batches_of_rank(self.layout.split(rows, self.world_size), self.rank, self.world_size, targets)
 
     def steps(self) -> list[list[int]]:
         """Return the rows of each step of this epoch. They are equal on all ranks and in all layouts."""
         random = np.random.default_rng([self.seed, self.epoch])
-        if self.odds is None:
+        if self.sampling_weights is None:
             rows = random.permutation(len(self.scenes)).tolist()
         else:
-            odds = np.array(self.odds)
-            rows = random.choice(len(odds), size=len(odds), p=odds / odds.sum()).tolist()
+            weights = np.array(self.sampling_weights)
+            rows = random.choice(len(weights), size=len(weights), p=weights / weights.sum()).tolist()
         steps, rest = self._from_few_scenes(rows, random)
         steps += [rest[start : start + self.batch_size] for start in range(0, len(rest), self.batch_size)]
         full = [step for step in steps if len(step) == self.batch_size]
@@ -196,7 +202,7 @@ class EvaluationSampler(Sampler[Step]):
 
     def __init__(self, layout: Layout, rows: int, rank: int = 0, world_size: int = 1) -> None:
         parts = layout.split(range(rows), world_size) if rows else []
-        self.micro_batches = share(parts, rank, world_size, rows)
+        self.micro_batches = micro_batches_of_rank(parts, rank, world_size, rows)
 
     def __len__(self) -> int:
         return len(self.micro_batches)
@@ -205,19 +211,19 @@ class EvaluationSampler(Sampler[Step]):
         return ((micro_batch,) for micro_batch in self.micro_batches)
 
 
-def share(parts: Sequence[Sequence[int]], rank: int, world_size: int, total: int) -> Step:
+def micro_batches_of_rank(parts: Sequence[Sequence[int]], rank: int, world_size: int, targets: int) -> Step:
     """Return the micro-batches of one rank. Each rank gets the same number.
 
     Args:
         parts: Rows of all micro-batches of the step.
         rank: The rank.
         world_size: Number of ranks.
-        total: Number of rows, or tokens, that the loss of the step is the mean of. A rank without a micro-batch
-            computes a filler row with weight 0.
+        targets: Number of rows, or of tokens, over which the loss of the step is the mean. A rank without a
+            micro-batch computes a filler row with weight 0.
     """
     rounds = -(-len(parts) // world_size)
     return tuple(
-        MicroBatch(tuple(parts[index]), world_size / total) if index < len(parts) else MicroBatch((parts[0][0],), 0.0)
+        MicroBatch(tuple(parts[index]), world_size / targets) if index < len(parts) else MicroBatch((parts[0][0],), 0.0)
         for index in range(rank, rounds * world_size, world_size)
     )
 

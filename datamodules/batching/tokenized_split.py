@@ -25,7 +25,7 @@ class TokenizedSplit:
         token_digest: Digest of all token ids and of the positions that are learned.
         columns: More fields of each row for its batch, tensors (N, ...) by name.
         answers: Positions of the learned tokens in each row; None for rows with a label.
-        odds: Relative frequency of each row in an epoch; None if every row comes once.
+        sampling_weights: Relative frequency of each row in an epoch; None if every row comes once.
     """
 
     input_ids: Sequence[Sequence[int]]
@@ -33,7 +33,7 @@ class TokenizedSplit:
     token_digest: str
     columns: dict[str, Tensor] = field(default_factory=dict)
     answers: Sequence[Integers] | None = None
-    odds: Sequence[float] | None = None
+    sampling_weights: Sequence[float] | None = None
 
     @cached_property
     def lengths(self) -> Integers:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from datamodules.corpus.replies import TWICE, UNREADABLE, Found, conclusion, is_example
+from datamodules.corpus.replies import DUPLICATE, UNREADABLE, Found, final_answer, is_example
 
 FIELDS = ("purpose", "thoughts", "proposal", "response")
 PUBLISHED_NAMES = {"proactive task": "proposal", "proactive_task": "proposal"}
@@ -61,7 +61,7 @@ def write_answer(answer: Answer) -> str:
 
 
 def read_answer(text: str, prompt: str | None = None) -> Answer | None:
-    """Return the final answer of a model's reply, see `conclusion`; None if none can be read. Never raises.
+    """Return the final answer of a model's reply, see `final_answer`; None if none can be read. Never raises.
 
     Args:
         text: The reply.
@@ -72,20 +72,20 @@ def read_answer(text: str, prompt: str | None = None) -> Answer | None:
     def read(content: dict[str, Any]) -> Found[Answer] | None:
         fields: dict[str, Any] = {}
         for name, value in content.items():
-            fields[_field(name)] = TWICE if fields.get(_field(name), value) != value else value
+            fields[_field(name)] = DUPLICATE if fields.get(_field(name), value) != value else value
         if "proposal" not in fields:
             return None
         proposal = _proposal(fields["proposal"])
         if proposal is UNREADABLE:
             return Found(UNREADABLE)
-        if proposal is _FORM:
+        if proposal is _IS_PLACEHOLDER:
             return None
         answer = Answer(proposal=proposal, **{name: _text(fields.get(name)) for name in FIELDS if name != "proposal"})
         if is_example({name: getattr(answer, name) or "" for name in FIELDS}, told):
             return None
         return Found(answer.proposal, answer)
 
-    found = conclusion(text, read)
+    found = final_answer(text, read)
     return found.value if found else None
 
 
@@ -99,11 +99,11 @@ def _field(name: str) -> str:
     return PUBLISHED_NAMES.get(plain, plain)
 
 
-_FORM = object()  # a placeholder instead of a proposal
+_IS_PLACEHOLDER = object()  # a placeholder instead of a proposal
 
 
 def _proposal(value: Any) -> Any:
-    """Return the proposal in a field: text, None, `UNREADABLE`, or `_FORM` for a placeholder.
+    """Return the proposal in a field: text, None, `UNREADABLE`, or `_IS_PLACEHOLDER` for a placeholder.
 
     Empty values are None. An operation with its arguments, which some models offer, becomes JSON text. A list of one
     item is that item. Numbers, true and several proposals are unreadable.
@@ -114,14 +114,14 @@ def _proposal(value: Any) -> Any:
         return _proposal(value[0])
     if isinstance(value, dict):
         is_schema = value.keys() & _SCHEMA_KEYS or value.get("type") in _SCHEMA_TYPES
-        return _FORM if is_schema else _text(value) or UNREADABLE
+        return _IS_PLACEHOLDER if is_schema else _text(value) or UNREADABLE
     if not isinstance(value, str):
         return UNREADABLE
     text = _text(value).strip()
     if _PLACEHOLDER.fullmatch(text):
-        return _FORM
+        return _IS_PLACEHOLDER
     if not any(character.isalnum() for character in text):
-        return _FORM if {*text} & {*".…?"} else None  # "..." is a placeholder; "-" and "[]" are null
+        return _IS_PLACEHOLDER if {*text} & {*".…?"} else None  # "..." is a placeholder; "-" and "[]" are null
     bare = " ".join(text.casefold().split()).strip(" .,;:!'\"`()[]{}*_-")
     return None if bare in NO_PROPOSAL else text
 

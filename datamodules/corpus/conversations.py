@@ -18,10 +18,10 @@ from pydantic_core import PydanticCustomError
 from datamodules.corpus.json_records import parse_json, validate
 from datamodules.corpus.records import Text
 from datamodules.errors import UserError
-from datamodules.files.reading import MOST_AT_ONCE, not_utf8, open_file, refuse_long, text_lines
+from datamodules.files.reading import MAX_TEXT_BYTES, not_utf8, open_file, refuse_long, text_lines
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-SHORTEST_TELLTALE = 20  # characters; a shorter event may occur in a conversation by chance
+MIN_EVENT_LENGTH = 20  # characters; a shorter event may occur in a conversation by chance
 PAGE = "docs/how-to/conversations.md"
 # Where JSON values begin and end. A string with all its contents is one match.
 _JSON_MARKS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{},]', re.DOTALL)
@@ -130,7 +130,7 @@ def _items_of_list(path: Path, file: IO[bytes]) -> Iterator[tuple[str, str]]:
     content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     depth = index = start = place = 0
     while True:
-        where, limit = f"{path}, index {index}", start + MOST_AT_ONCE + 1
+        where, limit = f"{path}, index {index}", start + MAX_TEXT_BYTES + 1
         mark = _JSON_MARKS.search(content, place, limit)
         place = mark.end() if mark else min(limit, len(content))
         refuse_long(where, place - start)
@@ -163,13 +163,13 @@ def _item(text: bytes, where: str) -> str:
         raise not_utf8(where) from error
 
 
-def telltale_pattern(events: Collection[str]) -> re.Pattern[str] | None:
+def event_pattern(events: Collection[str]) -> re.Pattern[str] | None:
     """Return a pattern that finds events in a conversation, as text or as a JSON string; None without long events."""
-    texts = {text for text in events if len(text) >= SHORTEST_TELLTALE}
+    texts = {text for text in events if len(text) >= MIN_EVENT_LENGTH}
     quoted = {json.dumps(text, ensure_ascii=ascii_only)[1:-1] for text in texts for ascii_only in (True, False)}
     return re.compile("|".join(map(re.escape, sorted(texts | quoted)))) if texts else None
 
 
-def mentions(conversation: Conversation, pattern: re.Pattern[str] | None) -> bool:
-    """Check whether a turn contains an event of `telltale_pattern`."""
+def contains_event(conversation: Conversation, pattern: re.Pattern[str] | None) -> bool:
+    """Check whether a turn contains an event of `event_pattern`."""
     return pattern is not None and any(pattern.search(message.content) for message in conversation.conversations)

@@ -9,7 +9,15 @@ from pydantic import BaseModel, ValidationError
 
 from datamodules.errors import UserError
 from datamodules.escaping import shortened
-from datamodules.files.reading import MOST_AT_ONCE, MOST_DEPTH, MOST_ROWS, is_deep, open_file, read_text, text_lines
+from datamodules.files.reading import (
+    MAX_DEPTH,
+    MAX_RECORDS_BYTES,
+    MAX_TEXT_BYTES,
+    is_deep,
+    open_file,
+    read_text,
+    text_lines,
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ def read_jsonl(path: Path, record: type[RecordType]) -> list[RecordType]:
     """
     records: list[RecordType] = []
     blank = ""  # location of a blank line; only the last line may be blank
-    with open_file(path, MOST_ROWS) as file:
+    with open_file(path, MAX_RECORDS_BYTES) as file:
         for where, line in text_lines(file, path):
             if blank:
                 parse_json("", blank)
@@ -53,13 +61,13 @@ def read_jsonl(path: Path, record: type[RecordType]) -> list[RecordType]:
     return records
 
 
-def read_json(path: Path, record: type[RecordType], most: int = MOST_AT_ONCE) -> tuple[RecordType, Any]:
-    """Read a file of one JSON object with at most `most` bytes; return the record and the parsed JSON.
+def read_json(path: Path, record: type[RecordType], limit: int = MAX_TEXT_BYTES) -> tuple[RecordType, Any]:
+    """Read a file of one JSON object with at most `limit` bytes; return the record and the parsed JSON.
 
     Raises:
         UserError: The file cannot be read, is not JSON, or is not such a record.
     """
-    content = parse_json(read_text(path, most), str(path))
+    content = parse_json(read_text(path, limit), str(path))
     return validate(content, record, str(path)), content
 
 
@@ -121,7 +129,7 @@ def parse_json(text: str, where: str) -> Any:
     """
     if is_deep(text):
         raise UserError(
-            f"{where}: expected JSON of at most {MOST_DEPTH} lists and objects within one another", "Mend that text."
+            f"{where}: expected JSON of at most {MAX_DEPTH} lists and objects within one another", "Mend that text."
         )
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Refused:

@@ -291,7 +291,7 @@ def history_digest(events: Iterable[Event]) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)
 
 
-def history_digests_of(events: Iterable[Event]) -> Iterator[int]:
+def running_digests(events: Iterable[Event]) -> Iterator[int]:
     """Yield `history_digest` of each history of a trace, the shortest first, in linear time."""
     digest = hashlib.blake2b(b"[", digest_size=8)
     for number, event in enumerate(events):

@@ -15,10 +15,10 @@ from datamodules.files.reading import is_deep
 
 Value = TypeVar("Value")
 
-MOST_FAILURES = 1000  # braces that begin no JSON object; a reply with more of them has no answer
+MAX_FAILURES = 1000  # braces that begin no JSON object; a reply with more of them has no answer
 UNREADABLE = object()  # decision of an answer whose decision cannot be read
 CUT_OFF = object()  # replaces an object within which the reply ends
-TWICE = object()  # replaces the value of a duplicate field with different values
+DUPLICATE = object()  # replaces the value of a duplicate field with different values
 
 # Delimiters of reasoning text: <think> of most models, and similar ones such as <thinking>, <reasoning>, <seed:think>
 # and <|begin_of_thought|>; Mistral's [THINK]; Kimi's ◁think▷; the channels of gpt-oss, also if a server dropped their
@@ -62,7 +62,7 @@ class Found(Generic[Value]):
     value: Value | None = None
 
 
-def conclusion(text: str, read: Callable[[dict[str, Any]], Found[Value] | None]) -> Found[Value] | None:
+def final_answer(text: str, read: Callable[[dict[str, Any]], Found[Value] | None]) -> Found[Value] | None:
     """Return the final answer of a reply; None if it has no answer. Never raises.
 
     If all answers agree, the last one is returned. Otherwise only answers on separate lines count, if there are any. If
@@ -72,7 +72,7 @@ def conclusion(text: str, read: Callable[[dict[str, Any]], Found[Value] | None])
         text: The reply.
         read: Returns the answer that a JSON object is, or None.
     """
-    spoken = behind_thoughts(text)
+    spoken = without_reasoning(text)
     if spoken is None:
         return None
     objects = _objects(spoken)
@@ -96,7 +96,7 @@ def _is_alone(text: str, start: int, end: int) -> bool:
     return bool(_MARKUP.fullmatch(text, line_start, start) and _MARKUP.fullmatch(after))
 
 
-def behind_thoughts(text: str) -> str | None:
+def without_reasoning(text: str) -> str | None:
     """Return a reply without its reasoning text; None if the reply ends within reasoning.
 
     If an end of reasoning has no beginning, everything before it is reasoning: some prompts contain the beginning.
@@ -107,7 +107,7 @@ def behind_thoughts(text: str) -> str | None:
     while mark := _MARKS.search(text, place):
         place = mark.end()
         if mark.lastgroup == "object":
-            decoded = _decode(text, mark.start()) if failures < MOST_FAILURES else None
+            decoded = _decode(text, mark.start()) if failures < MAX_FAILURES else None
             failures += not isinstance(decoded, tuple)
             place = decoded[1] if isinstance(decoded, tuple) else place
         elif mark.lastgroup == "close":
@@ -145,7 +145,7 @@ def _plain(text: str) -> str:
 def _objects(text: str) -> list[tuple[dict[str, Any], int, int]] | None:
     """Return the outermost JSON objects in a text, from left to right, with their start and end.
 
-    None if the text ends within an object, or contains more than `MOST_FAILURES` braces that begin no object.
+    None if the text ends within an object, or contains more than `MAX_FAILURES` braces that begin no object.
     """
     objects: list[tuple[dict[str, Any], int, int]] = []
     failures, start = 0, text.find("{")
@@ -154,7 +154,7 @@ def _objects(text: str) -> list[tuple[dict[str, Any], int, int]] | None:
         if isinstance(decoded, tuple):
             objects.append((decoded[0], start, decoded[1]))
         failures += decoded is None
-        if decoded is CUT_OFF or failures > MOST_FAILURES:
+        if decoded is CUT_OFF or failures > MAX_FAILURES:
             return None
         start = text.find("{", decoded[1] if isinstance(decoded, tuple) else start + 1)
     return objects
@@ -174,7 +174,7 @@ def _decode(text: str, start: int) -> Any:
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for name, value in pairs:
-        content[name] = TWICE if name in content and content[name] != value else value
+        content[name] = DUPLICATE if name in content and content[name] != value else value
     return content
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from datamodules.corpus.answers import Answer
 from datamodules.corpus.json_records import parse_json, read_json_list, read_json_mapping
-from datamodules.corpus.records import Event, History, PublishedStep, TestStep, TraceSplit, history_digests_of, scene_of
+from datamodules.corpus.records import Event, History, PublishedStep, TestStep, TraceSplit, running_digests, scene_of
 from datamodules.corpus.sources import SPLITS_FILE, Corpus
 from datamodules.errors import UserError
 from datamodules.files.reading import read_text, require_regular
@@ -205,7 +205,9 @@ def read_splits(path: Path | None, traces: Sequence[Trace]) -> dict[str, TraceSp
     return read_json_mapping(path, TraceSplit)
 
 
-def is_known(trace: Trace, namesake: Trace | None, scenes: Collection[str] | None, histories: Collection[int]) -> bool:
+def was_seen(
+    trace: Trace, root_trace: Trace | None, scenes: Collection[str] | None, histories: Collection[int]
+) -> bool:
     """Return whether a model that was trained on these scenes and histories has seen a trace.
 
     A recorded trace may be another excerpt of a test trace of the root: the same session and file name, with another
@@ -213,14 +215,14 @@ def is_known(trace: Trace, namesake: Trace | None, scenes: Collection[str] | Non
 
     Args:
         trace: The trace.
-        namesake: The root's trace of the same name, if there is one.
+        root_trace: The root's trace of the same name, if there is one.
         scenes: The training scenes; None if an old checkpoint does not list them.
         histories: Digests of the training histories.
     """
     return any(
         (scenes is not None and scene_of(one.events) in scenes)
-        or any(digest in histories for digest in history_digests_of(one.events))
-        for one in (trace, namesake)
+        or any(digest in histories for digest in running_digests(one.events))
+        for one in (trace, root_trace)
         if one is not None
     )
 

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from datamodules.corpus.records import AnnotatedRow, Event, history_digests_of
+from datamodules.corpus.records import AnnotatedRow, Event, running_digests
 from datamodules.corpus.traces import read_traces
 
-ENOUGH = 2  # published rule: this number of annotators decides an offer
+MIN_VOTES = 2  # published rule: this number of annotators decides an offer
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def read_units(path: Path) -> list[Unit]:
     sources: dict[tuple[int, str], dict[str, None]] = {}
     for source, recorded in read_traces(path).items():
         for trace in recorded.traces:
-            for step, digest in enumerate(history_digests_of(trace.events)):
+            for step, digest in enumerate(running_digests(trace.events)):
                 units.setdefault(digest, Unit(trace.name, trace.history(step), {}))
                 for candidate in recorded.answers[trace.name][step]:
                     if candidate.proposal is not None:
@@ -116,11 +116,11 @@ def published_rows(unit: Unit, labels: Sequence[UnitLabel]) -> list[AnnotatedRow
     needed = any(all(said) for said in votes)
     silent = [not any(label.accepted) for label in labels]
     rows = []
-    if len(labels) >= ENOUGH and not all(silent):
+    if len(labels) >= MIN_VOTES and not all(silent):
         rows.append(_row(unit, None, not needed, needed, silent))
     for verdict in (True, False):
         for proposal, said in zip(unit.offers, votes, strict=True):
-            if said.count(verdict) >= ENOUGH:
+            if said.count(verdict) >= MIN_VOTES:
                 rows.append(_row(unit, proposal, verdict, needed, said))
     return rows
 

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, ClassVar, Self
 
 from datamodules.errors import UserError
 from datamodules.escaping import shortened
-from datamodules.files.reading import MOST_ROWS, is_deep, require_regular
+from datamodules.files.reading import MAX_RECORDS_BYTES, is_deep, require_regular
 
 OTHER_OUTPUT = "Give another --output."
 LONGEST_VALUE = 200  # characters of a setting in a message
@@ -36,8 +36,8 @@ class AppendLog:
         Raises:
             UserError: The file has other settings, is not a log, or another process writes it.
         """
-        if path.exists() and require_regular(path, hint=OTHER_OUTPUT) > MOST_ROWS:
-            raise UserError(f"{path}: larger than the limit of {MOST_ROWS:,} bytes", OTHER_OUTPUT)
+        if path.exists() and require_regular(path, hint=OTHER_OUTPUT) > MAX_RECORDS_BYTES:
+            raise UserError(f"{path}: larger than the limit of {MAX_RECORDS_BYTES:,} bytes", OTHER_OUTPUT)
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, self.mode)
         with os.fdopen(descriptor, "ab+") as file:

@@ -9,9 +9,9 @@ from typing import IO
 
 from datamodules.errors import UserError
 
-MOST_AT_ONCE = 16 * 2**20  # bytes of a text that is parsed at once: a record, a JSON or YAML file, a server's response
-MOST_ROWS = 4 * 2**30  # bytes of a file of records, which is kept in memory
-MOST_DEPTH = 100  # nested JSON lists and objects
+MAX_TEXT_BYTES = 16 * 2**20  # a text that is parsed at once: a record, a JSON or YAML file, a server's response
+MAX_RECORDS_BYTES = 4 * 2**30  # a file of records, which is kept in memory
+MAX_DEPTH = 100  # nested JSON lists and objects
 PATH_HINT = "Check the path and its permissions."
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _KINDS = {
@@ -66,36 +66,38 @@ def require_regular_files(target: Path, option: str = "") -> None:
         require_regular(path, option, "Remove it from the folder.")
 
 
-def open_file(path: Path, most: int | None = MOST_AT_ONCE, option: str = "", hint: str = PATH_HINT) -> BufferedReader:
+def open_file(
+    path: Path, limit: int | None = MAX_TEXT_BYTES, option: str = "", hint: str = PATH_HINT
+) -> BufferedReader:
     """Open a regular file to read its bytes; see `require_regular` for the other arguments and errors.
 
     Args:
-        most: Maximum number of bytes; None for no limit.
+        limit: Maximum number of bytes; None for no limit.
 
     Raises:
         UserError: The file has more bytes.
     """
     size = require_regular(path, option, hint)
     where = f"{option}: {path}" if option else str(path)
-    if most is not None and size > most:
-        raise _too_long(where, f"{size:,} bytes", most)
+    if limit is not None and size > limit:
+        raise _too_long(where, f"{size:,} bytes", limit)
     try:
         return path.open("rb")
     except OSError as error:
         raise UserError(f"{where}: {error.strerror or error}", hint) from error
 
 
-def read_text(path: Path, most: int = MOST_AT_ONCE, option: str = "", hint: str = PATH_HINT) -> str:
+def read_text(path: Path, limit: int = MAX_TEXT_BYTES, option: str = "", hint: str = PATH_HINT) -> str:
     """Read a file as text, without a byte order mark.
 
     Raises:
         UserError: See `open_file`, or the file is not UTF-8.
     """
     where = f"{option}: {path}" if option else str(path)
-    with open_file(path, most, option, hint) as file:
-        content = file.read(most + 1)  # files of the system, such as those in /proc, report size 0
-    if len(content) > most:
-        raise _too_long(where, "more", most)
+    with open_file(path, limit, option, hint) as file:
+        content = file.read(limit + 1)  # files of the system, such as those in /proc, report size 0
+    if len(content) > limit:
+        raise _too_long(where, "more", limit)
     try:
         return content.removeprefix(_BYTE_ORDER_MARK).decode()
     except UnicodeDecodeError as error:
@@ -110,11 +112,11 @@ def text_lines(file: IO[bytes], path: Path) -> Iterator[tuple[str, str]]:
         UserError: A line is too long, or not UTF-8.
     """
     number = 0
-    while line := file.readline(MOST_AT_ONCE + 1):
+    while line := file.readline(MAX_TEXT_BYTES + 1):
         number += 1
         where = f"{path}, line {number}"
-        if len(line) > MOST_AT_ONCE:
-            raise _too_long(where, "more", MOST_AT_ONCE)
+        if len(line) > MAX_TEXT_BYTES:
+            raise _too_long(where, "more", MAX_TEXT_BYTES)
         try:
             yield where, (line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line).decode().rstrip("\r\n")
         except UnicodeDecodeError as error:
@@ -122,8 +124,8 @@ def text_lines(file: IO[bytes], path: Path) -> Iterator[tuple[str, str]]:
 
 
 def is_deep(text: str) -> bool:
-    """Check, without parsing and in linear time, whether JSON has more than `MOST_DEPTH` nested lists and objects."""
-    if text.count("[") + text.count("{") <= MOST_DEPTH:
+    """Check, without parsing and in linear time, whether JSON has more than `MAX_DEPTH` nested lists and objects."""
+    if text.count("[") + text.count("{") <= MAX_DEPTH:
         return False
     depth = 0
     for found in _BRACKETS.finditer(text):
@@ -131,7 +133,7 @@ def is_deep(text: str) -> bool:
             depth += 1
         elif found[1] in ("]", "}"):
             depth -= 1
-        if depth > MOST_DEPTH:
+        if depth > MAX_DEPTH:
             return True
     return False
 
@@ -140,10 +142,10 @@ def refuse_long(where: str, length: int) -> None:
     """Refuse a text that is too long to be parsed at once.
 
     Raises:
-        UserError: It has more than `MOST_AT_ONCE` bytes; the message names `where` and the limit.
+        UserError: It has more than `MAX_TEXT_BYTES` bytes; the message names `where` and the limit.
     """
-    if length > MOST_AT_ONCE:
-        raise _too_long(where, f"{length:,} bytes", MOST_AT_ONCE)
+    if length > MAX_TEXT_BYTES:
+        raise _too_long(where, f"{length:,} bytes", MAX_TEXT_BYTES)
 
 
 def not_utf8(where: str) -> UserError:
@@ -151,7 +153,7 @@ def not_utf8(where: str) -> UserError:
     return UserError(f"{where}: is not UTF-8", "Save the file as UTF-8 text.")
 
 
-def _too_long(where: str, size: str, most: int) -> UserError:
+def _too_long(where: str, size: str, limit: int) -> UserError:
     return UserError(
-        f"{where}: holds {size}, and the limit is {most:,} bytes", "Split it, or remove what does not belong there."
+        f"{where}: holds {size}, and the limit is {limit:,} bytes", "Split it, or remove what does not belong there."
     )

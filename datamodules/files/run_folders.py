@@ -20,7 +20,7 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"
 LOCK = ".lock"
-AGREED_AFTER = 120  # seconds: maximum time between the starts of a job's first and last rank
+RANKS_TIMEOUT = 120  # seconds: maximum time between the starts of a job's first and last rank
 
 
 def new_run_folder(root: Path, name: str) -> Path:
@@ -110,14 +110,14 @@ def agreed_folder(parent: Path, choose: Callable[[], Path]) -> Path:
     after the SLURM job. Other processes choose for themselves.
 
     Raises:
-        UserError: The file of rank 0 does not appear within `AGREED_AFTER` seconds.
+        UserError: The file of rank 0 does not appear within `RANKS_TIMEOUT` seconds.
     """
     environment = os.environ
     if "TORCHELASTIC_RUN_ID" in environment:
         from torch.distributed import TCPStore
 
         address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=AGREED_AFTER))
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=RANKS_TIMEOUT))
         key = f"proactive/run_folder/{environment['TORCHELASTIC_RESTART_COUNT']}"
         if environment["RANK"] == "0":
             store.set(key, str(choose()))
@@ -127,7 +127,7 @@ def agreed_folder(parent: Path, choose: Callable[[], Path]) -> Path:
         note = parent / f".slurm-{'-'.join(environment.get(name, '0') for name in names)}"
         if environment["SLURM_PROCID"] == "0":
             write_atomically(note, str(choose()))
-        end = time.monotonic() + AGREED_AFTER
+        end = time.monotonic() + RANKS_TIMEOUT
         while not note.is_file():
             if time.monotonic() > end:
                 raise UserError(

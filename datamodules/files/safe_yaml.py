@@ -12,9 +12,9 @@ from jsonargparse import _loaders_dumpers
 
 from datamodules.escaping import error_text
 
-MOST_BYTES = 2**18
-MOST_LEVELS = 64  # nested lists and mappings
-MOST_NODES = 2**17  # each alias counts as everything that it expands to
+MAX_BYTES = 2**18
+MAX_LEVELS = 64  # nested lists and mappings
+MAX_NODES = 2**17  # each alias counts as everything that it expands to
 _Loader: Any = _loaders_dumpers.get_yaml_default_loader()  # reads 1e-3 as a number, and a date as text
 
 
@@ -24,30 +24,30 @@ class TextLoader(yaml.SafeLoader):
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
-class SoundLoader(_Loader):
+class CheckedLoader(_Loader):
     """The loader of jsonargparse for texts in configurations, with our checks. It has no setting for a loader."""
 
     def __init__(self, stream: Any) -> None:
         if isinstance(stream, str):
-            _refuse_unsound(stream)
+            _check_limits(stream)
         super().__init__(stream)
 
 
-_loaders_dumpers.yaml_default_loader = SoundLoader  # type: ignore[assignment]
+_loaders_dumpers.yaml_default_loader = CheckedLoader  # type: ignore[assignment]
 
 
 class NotYamlError(yaml.YAMLError):
     """A text is not YAML, or is refused; the message says why in one line."""
 
 
-def parse_yaml(text: str, most: int = MOST_BYTES) -> Any:
-    """Parse YAML of at most `most` characters into plain types.
+def parse_yaml(text: str, limit: int = MAX_BYTES) -> Any:
+    """Parse YAML of at most `limit` characters into plain types.
 
     Raises:
         NotYamlError: The text is not YAML, or is refused.
     """
     try:
-        _refuse_unsound(text, most)
+        _check_limits(text, limit)
         return yaml.load(text, Loader=TextLoader)  # noqa: S506, it is a SafeLoader
     except NotYamlError:
         raise
@@ -65,7 +65,7 @@ def read_yaml(path: Path) -> Any:
     if path.exists() and not path.is_file():
         raise NotYamlError("it is not a regular file")
     with path.open("rb") as file:
-        content = file.read(MOST_BYTES + 1)
+        content = file.read(MAX_BYTES + 1)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -73,10 +73,10 @@ def read_yaml(path: Path) -> Any:
     return parse_yaml(text)
 
 
-def _refuse_unsound(text: str, most: int = MOST_BYTES) -> None:
+def _check_limits(text: str, limit: int = MAX_BYTES) -> None:
     """Raise a NotYamlError for a YAML text that is too large, or that has tags, deep nesting or too many values."""
-    if len(text) > most:
-        raise NotYamlError(f"it has more than {most:,} bytes")
+    if len(text) > limit:
+        raise NotYamlError(f"it has more than {limit:,} bytes")
     sizes: dict[str, int] = {}  # number of values of each anchor
     open_nodes: list[tuple[str | None, int]] = []  # the open lists and mappings: anchor, number of values before
     nodes = 0
@@ -91,8 +91,8 @@ def _refuse_unsound(text: str, most: int = MOST_BYTES) -> None:
                 raise _problem(f"the tag {event.tag}", event)
             if isinstance(event, yaml.CollectionStartEvent):
                 open_nodes.append((event.anchor, nodes - 1))
-                if len(open_nodes) > MOST_LEVELS:
-                    raise _problem(f"more than {MOST_LEVELS} nested lists and mappings", event)
+                if len(open_nodes) > MAX_LEVELS:
+                    raise _problem(f"more than {MAX_LEVELS} nested lists and mappings", event)
             else:
                 if "\0" in event.value or not _has_no_lone_surrogate(event.value):
                     raise _problem("NUL, or half a surrogate pair", event)
@@ -102,8 +102,8 @@ def _refuse_unsound(text: str, most: int = MOST_BYTES) -> None:
             anchor, before = open_nodes.pop()
             if anchor:
                 sizes[anchor] = nodes - before
-        if nodes > MOST_NODES:
-            raise _problem(f"more than {MOST_NODES:,} values, aliases included", event)
+        if nodes > MAX_NODES:
+            raise _problem(f"more than {MAX_NODES:,} values, aliases included", event)
 
 
 def _has_no_lone_surrogate(text: str) -> bool:

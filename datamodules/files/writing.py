@@ -16,7 +16,7 @@ from datamodules.errors import UserError
 
 UNFINISHED = ".unfinished"  # suffix of files that are being written
 CHUNK = 2**24
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Unfinished:
@@ -46,7 +46,7 @@ class Unfinished:
                 self._held, name = tempfile.mkstemp(UNFINISHED, name, target.parent)
                 self.path = Path(name)
         except OSError as error:
-            raise cannot_write(target, error) from error
+            raise write_error(target, error) from error
         with contextlib.suppress(OSError):  # some network file systems have no locks
             fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.path.chmod((0o777 if folder else 0o666) & ~_umask())
@@ -58,8 +58,8 @@ class Unfinished:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.end()
-        if error is not None and not isinstance(error, UserError) and (reason := no_room(error)):
-            raise cannot_write(self.target, reason) from error
+        if error is not None and not isinstance(error, UserError) and (reason := disk_full(error)):
+            raise write_error(self.target, reason) from error
 
     def end(self) -> None:
         """Remove the temporary file or folder if it was not renamed."""
@@ -93,21 +93,21 @@ def sync(file: IO[str] | IO[bytes]) -> None:
     os.fsync(file.fileno())
 
 
-def no_room(error: BaseException) -> str | None:
+def disk_full(error: BaseException) -> str | None:
     """Return the reason if a full disk caused an error, even if a library raised another error from it; else None."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError):
-            return (cause.strerror or str(cause)) if cause.errno in NO_ROOM else None
+            return (cause.strerror or str(cause)) if cause.errno in DISK_FULL else None
         cause = cause.__cause__ or cause.__context__
     text = str(error)
-    for number in NO_ROOM:
+    for number in DISK_FULL:
         if os.strerror(number) in text:
             return os.strerror(number)
     return "a part could not be written" if "inline_container" in text else None  # from PyTorch's writer
 
 
-def cannot_write(target: Path, reason: OSError | str) -> UserError:
+def write_error(target: Path, reason: OSError | str) -> UserError:
     """Return the error for a file that cannot be written."""
     why = (reason.strerror or str(reason)) if isinstance(reason, OSError) else reason
     return UserError(

@@ -12,11 +12,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from datamodules.corpus.answers import AGENT_PROMPT
 from datamodules.corpus.records import Event, Unicode
-from datamodules.corpus.replies import UNREADABLE, Found, behind_thoughts, conclusion, is_example
+from datamodules.corpus.replies import UNREADABLE, Found, final_answer, is_example, without_reasoning
 from datamodules.errors import UserError
 from datamodules.files.reading import read_text
 from datamodules.files.safe_yaml import NotYamlError, parse_yaml
-from datamodules.prompting.templates import MOST_PROMPT, PROMPT_HINT
+from datamodules.prompting.templates import MAX_PROMPT_BYTES, PROMPT_HINT
 
 JUDGE_PROMPT = Path(__file__).with_name("judge_prompt.yaml")
 Messages = list[dict[str, str]]  # as chat endpoints take them: role and content
@@ -80,7 +80,7 @@ class ChatPrompt(BaseModel):
         """
         hint = f"Start from {JUDGE_PROMPT if with_proposal else AGENT_PROMPT}."
         try:
-            prompt = cls.model_validate(parse_yaml(read_text(path, MOST_PROMPT, hint=PROMPT_HINT)))
+            prompt = cls.model_validate(parse_yaml(read_text(path, MAX_PROMPT_BYTES, hint=PROMPT_HINT)))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             part = ".".join(map(str, first["loc"])) or "top level"
@@ -111,7 +111,7 @@ class ChatPrompt(BaseModel):
 def read_verdict(text: str, prompt: str | None = None) -> bool | None:
     """Return whether a judge's reply accepts; None if it is unclear. Never raises.
 
-    The verdict is in the final JSON object of the reply, see `conclusion`. If there is none, the last line may be the
+    The verdict is in the final JSON object of the reply, see `final_answer`. If there is none, the last line may be the
     word accepted or rejected.
 
     Args:
@@ -124,9 +124,9 @@ def read_verdict(text: str, prompt: str | None = None) -> bool | None:
 def read_judgment(text: str, prompt: str | None = None) -> tuple[bool | None, str]:
     """Return the same as `read_verdict`, and the judge's reason if its JSON gives one."""
     told = _shipped_prompt() if prompt is None else prompt
-    if found := conclusion(text, lambda content: _judgment(content, told)):
+    if found := final_answer(text, lambda content: _judgment(content, told)):
         return (None, "") if found.decision is UNREADABLE else (found.decision, found.value or "")
-    spoken = behind_thoughts(text) or ""
+    spoken = without_reasoning(text) or ""
     last_line = next((line for line in reversed(spoken.splitlines()) if line.strip()), "")
     bare = _BARE_VERDICT.fullmatch(last_line)
     return (_VERDICTS[bare[1].lower()] if bare else None), ""

@@ -92,28 +92,28 @@ class ConversationTokenizer:
             openings = [*(f"{message.role}: " for message in messages), ""]
             pieces = [closing + opening for closing, opening in zip(closings, openings, strict=True)]
             return pieces, [on_one_line(text) for text in texts]
-        stand_ins = [f"CONTENT-{number}-OF-TURN" for number in range(len(messages))]
-        with_stand_ins = self._apply(messages, stand_ins)
-        pieces = re.split("|".join(stand_ins), with_stand_ins)
-        if re.findall("|".join(stand_ins), with_stand_ins) != stand_ins:
+        placeholders = [f"CONTENT-{number}-OF-TURN" for number in range(len(messages))]
+        with_placeholders = self._apply(messages, placeholders)
+        pieces = re.split("|".join(placeholders), with_placeholders)
+        if re.findall("|".join(placeholders), with_placeholders) != placeholders:
             raise UserError(
                 "data.conversations: the tokenizer's chat format leaves turns out, repeats or rewrites them",
                 "Use another backbone, or one whose tokenizer has no chat format.",
             )
         whole = self._apply(messages, texts)
         if whole != _joined(pieces, texts):
-            texts = [self._as_written(messages, stand_ins, pieces, place) for place in range(len(messages))]
+            texts = [self._as_written(messages, placeholders, pieces, place) for place in range(len(messages))]
             self.rewritten += 1
             if whole != _joined(pieces, texts):
                 raise _unclear_format(messages[-1])
         return pieces, texts
 
-    def _as_written(self, messages: Sequence[Message], stand_ins: list[str], pieces: list[str], place: int) -> str:
+    def _as_written(self, messages: Sequence[Message], placeholders: list[str], pieces: list[str], place: int) -> str:
         """Return one text as the format writes it; the other turns keep their placeholders."""
-        mixed = [*stand_ins[:place], messages[place].content, *stand_ins[place + 1 :]]
+        mixed = [*placeholders[:place], messages[place].content, *placeholders[place + 1 :]]
         text = self._apply(messages, mixed)
-        before = _joined(pieces[: place + 1], stand_ins[:place])
-        after = _joined(pieces[place + 1 :], stand_ins[place + 1 :])
+        before = _joined(pieces[: place + 1], placeholders[:place])
+        after = _joined(pieces[place + 1 :], placeholders[place + 1 :])
         if len(text) < len(before) + len(after) or not (text.startswith(before) and text.endswith(after)):
             raise _unclear_format(messages[place])
         return text[len(before) : len(text) - len(after)]

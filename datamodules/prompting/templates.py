@@ -22,7 +22,7 @@ from datamodules.files.reading import read_text
 from datamodules.files.safe_yaml import NotYamlError, parse_yaml
 from datamodules.prompting.segments import Data, Segment, plain_text
 
-MOST_PROMPT = 2**20  # bytes of a prompt file
+MAX_PROMPT_BYTES = 2**20  # bytes of a prompt file
 PROMPT_HINT = "Give the path of a prompt file."
 DEFAULT_PROMPT = Path(__file__).with_name("reward_prompt.yaml")
 DEFAULT_AGENT_PROMPT = Path(__file__).with_name("agent_prompt.yaml")
@@ -47,7 +47,7 @@ class Template(BaseModel):
             UserError: The file cannot be read, lacks a part, or names an unknown part or placeholder.
         """
         try:
-            return cls.parse(parse_yaml(read_text(path, MOST_PROMPT, "data.prompt", PROMPT_HINT)), str(path))
+            return cls.parse(parse_yaml(read_text(path, MAX_PROMPT_BYTES, "data.prompt", PROMPT_HINT)), str(path))
         except NotYamlError as error:
             raise UserError(f"data.prompt: {path} is not YAML: {error}", f"Start from {cls.default}.") from error
 
@@ -81,7 +81,7 @@ class Template(BaseModel):
         return template
 
 
-class PromptTemplate(Template):
+class RewardTemplate(Template):
     """Prompt of a reward classifier; `reward_prompt.yaml` explains each part."""
 
     default = DEFAULT_PROMPT
@@ -99,12 +99,12 @@ class AgentTemplate(Template):
     answer: Unicode
 
 
-def render(template: PromptTemplate, row: AnnotatedRow) -> list[Segment]:
+def render(template: RewardTemplate, row: AnnotatedRow) -> list[Segment]:
     """Render a row: instructions, events in time order, proposal with verdict slot."""
     return [*render_history(template, row.history), render_proposal(template, row.proposal)]
 
 
-def render_proposal(template: PromptTemplate, proposal: str | None) -> Segment:
+def render_proposal(template: RewardTemplate, proposal: str | None) -> Segment:
     """Render a proposal with its verdict slot."""
     return _fill(template.no_proposal, {}) if proposal is None else _fill(template.proposal, {"proposal": proposal})
 
@@ -124,7 +124,7 @@ def _event_segment(text: str, time: str, event: str) -> Segment:
     return _fill(text, {"time": time, "event": event})
 
 
-def history_key(template: Template, history: Iterable[Event]) -> bytes:
+def rendered_digest(template: Template, history: Iterable[Event]) -> bytes:
     """Return a digest of what `render_history` returns."""
     events = (_event_key(template.event, event.time, event.event) for event in history)
     return hashlib.sha256(b"".join((repr(_fill(template.instructions, {})).encode(), *events))).digest()
@@ -148,6 +148,6 @@ def _fill(text: str, values: Mapping[str, str]) -> Segment:
     return tuple(part for part in parts if part)
 
 
-def training_text(template: PromptTemplate, rows: Iterable[AnnotatedRow]) -> list[str]:
+def training_text(template: RewardTemplate, rows: Iterable[AnnotatedRow]) -> list[str]:
     """Return the distinct segments of rows as text, in order of appearance, to train a tokenizer on."""
     return list(dict.fromkeys(plain_text(segment) for row in rows for segment in render(template, row)))

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from datamodules.errors import UserError
-from datamodules.ranges import NotNegative, refuse_unsound
+from datamodules.ranges import NonNegativeFloat, check_ranges
 
 MILLION = 1_000_000
 
@@ -46,11 +46,11 @@ class Price:
         output: Per million completion tokens.
     """
 
-    input: NotNegative = 0.0
-    output: NotNegative = 0.0
+    input: NonNegativeFloat = 0.0
+    output: NonNegativeFloat = 0.0
 
     def __post_init__(self) -> None:
-        refuse_unsound(type(self), asdict(self), "price")
+        check_ranges(type(self), asdict(self), "price")
 
     def cost(self, usage: Usage) -> float:
         """The cost of some requests."""

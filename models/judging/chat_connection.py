@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from datamodules.errors import UserError
 from datamodules.escaping import printable, shortened
-from datamodules.files.reading import MOST_AT_ONCE
+from datamodules.files.reading import MAX_TEXT_BYTES
 from models.judging.completions import (
     Received,
     Reply,
@@ -168,7 +168,7 @@ class ChatConnection:
         return replace(reply, text=self.endpoint.without_key(reply.text), finish_reason=reason)
 
     async def _received(self, body: dict[str, Any], where: str) -> Received:
-        """Receive and decode a response of at most `MOST_AT_ONCE` bytes; stop at the limit."""
+        """Receive and decode a response of at most `MAX_TEXT_BYTES` bytes; stop at the limit."""
         assert self._http is not None
         async with self._http.stream("POST", self.endpoint.address, json=body) as response:
             coding = response.headers.get("content-encoding", "identity").strip().lower()
@@ -179,12 +179,12 @@ class ChatConnection:
             sent = 0
             async for chunk in response.aiter_raw():
                 sent += len(chunk)
-                room = MOST_AT_ONCE + 1 - len(content)
+                room = MAX_TEXT_BYTES + 1 - len(content)
                 content += decoder.decompress(chunk, room) if decoder else chunk[:room]
-                if max(sent, len(content)) > MOST_AT_ONCE:
+                if max(sent, len(content)) > MAX_TEXT_BYTES:
                     raise UserError(
                         f"{where}: {self.endpoint.address}: the response is longer than the limit of "
-                        f"{MOST_AT_ONCE:,} bytes",
+                        f"{MAX_TEXT_BYTES:,} bytes",
                         "Limit the model's answers, for example with max_tokens in --agent.extra or --judge.extra.",
                     )
                 if decoder and decoder.eof:

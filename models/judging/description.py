@@ -43,7 +43,7 @@ class Described(Protocol):
 Part = TypeVar("Part", bound=Described)
 
 
-def shares(parts: Mapping[str, Part], traces: Sequence[Trace]) -> list[tuple[Part, list[Trace]]]:
+def group_traces(parts: Mapping[str, Part], traces: Sequence[Trace]) -> list[tuple[Part, list[Trace]]]:
     """Group traces by their agent or judge."""
     found: dict[int, tuple[Part, list[Trace]]] = {}
     for trace in traces:

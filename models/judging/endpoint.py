@@ -9,7 +9,7 @@ from annotated_types import Ge, Le
 
 from datamodules.errors import UserError
 from datamodules.escaping import shortened
-from datamodules.ranges import FINITE, Count, NotNegative, Positive, Tries, refuse_unsound
+from datamodules.ranges import FINITE, Count, NonNegativeFloat, Positive, Tries, check_ranges
 from models.judging.api_keys import read_key, without_key
 from models.judging.budget import Price
 
@@ -37,15 +37,15 @@ class EndpointOptions:
     concurrency: Tries = 8
     timeout: Positive = 120.0
     retries: Annotated[int, Ge(0), Le(1000), FINITE] = 6
-    first_delay: NotNegative = 1.0
-    longest_delay: NotNegative = 60.0
-    longest_wait: NotNegative = 600.0
+    first_delay: NonNegativeFloat = 1.0
+    longest_delay: NonNegativeFloat = 60.0
+    longest_wait: NonNegativeFloat = 600.0
     time_limit: Positive | None = None
     token_limit: Count | None = None
     cost_limit: Positive | None = None
 
     def __post_init__(self) -> None:
-        refuse_unsound(type(self), asdict(self), "endpoint")
+        check_ranges(type(self), asdict(self), "endpoint")
 
 
 @dataclass(frozen=True)

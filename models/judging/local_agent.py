@@ -13,7 +13,7 @@ from datamodules.batching.answer_rows import AgentDataModule
 from datamodules.corpus.answers import Answer, read_answer
 from datamodules.corpus.records import Event
 from datamodules.corpus.traces import Answers, Candidate, Trace
-from datamodules.ranges import FINITE, Count, refuse_unsound
+from datamodules.ranges import FINITE, Count, check_ranges
 from models.decoding.branches import can_branch, reading_branches
 from models.decoding.generation import AnswerStream, AnswerWriter, GeneratedAnswer, generate_answers
 from models.decoding.grammar import AnswerGrammar
@@ -45,7 +45,7 @@ class AnswerOptions:
     traces_at_once: Annotated[int, Ge(1), Le(4096), FINITE] = 4
 
     def __post_init__(self) -> None:
-        refuse_unsound(type(self), asdict(self), "agent.answers")
+        check_ranges(type(self), asdict(self), "agent.answers")
 
 
 class LocalAgent(Agent):

@@ -45,7 +45,7 @@ class Scorer:
         self.data = RewardDataModule.from_state(weights.state)
         self.truncated = 0
         self._layout = self.data.layout
-        self._settled_for = (0, 0)  # tokens of the longest row and of the largest tree in the last trials
+        self._checked_lengths = (0, 0)  # tokens of the longest row and of the largest tree in the last trials
         self._cache: PrefixCache | None = None
 
     def score(self, pairs: Sequence[Pair]) -> list[float]:
@@ -60,7 +60,7 @@ class Scorer:
         if model.network.device != self.device:  # type: ignore[union-attr]
             model.to(self.device)
         one_history = all(pair.history == pairs[0].history for pair in pairs)
-        self._settle(rows, one_history)
+        self._choose_layout(rows, one_history)
         with torch.inference_mode():
             logits_RC = self._after_one_history(rows) if one_history and self._cache else self._batched(rows)
             probability_R = logits_RC.float().double().softmax(-1)[:, 1].cpu()
@@ -85,21 +85,21 @@ class Scorer:
         self.truncated += found.truncated or len(recent) < len(pair.history)
         return data.without_padding_at_the_end(np.array(found.input_ids))
 
-    def _settle(self, rows: Sequence[Integers], one_history: bool) -> None:
+    def _choose_layout(self, rows: Sequence[Integers], one_history: bool) -> None:
         """Choose the layout with trials, unless earlier trials had rows and trees at least as large as these.
 
         Calls with one history, and repeated trials, use the maximum sizes, because later rows may be longer.
         """
         longest, largest = max(map(len, rows)), min(self.data.token_budget, sum(map(len, rows)))
-        if longest <= self._settled_for[0] and largest <= self._settled_for[1]:
+        if longest <= self._checked_lengths[0] and largest <= self._checked_lengths[1]:
             return
-        if one_history or any(self._settled_for):
+        if one_history or any(self._checked_lengths):
             longest, largest = self.data.max_length, self.data.token_budget
-        self._settled_for = longest, largest
+        self._checked_lengths = longest, largest
         model, data = self.weights.model, self.data
         assert model.network is not None, "a loaded model has weights"
         data.layout = self._layout
-        model.settle_layout(data, longest, largest)
+        model.choose_layout(data, longest, largest)
         extends = data.layout == "tree" and cache_problem(model.network, longest) is None
         self._cache = PrefixCache(model.network) if extends else None
 

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from datamodules.corpus.traces import Trace, is_known
+from datamodules.corpus.traces import Trace, was_seen
 from datamodules.errors import UserError
 from models.learning.training import BackboneModule
 
@@ -44,17 +44,17 @@ class Weights(Generic[Model]):
             digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def tie(self, trace: Trace, namesake: Trace | None) -> Tie:
+    def tie(self, trace: Trace, root_trace: Trace | None) -> Tie:
         """Return whether training or validation rows contain the trace's session."""
-        if self._holds("training", trace, namesake):
+        if self._holds("training", trace, root_trace):
             return Tie.TRAINED
         if "validation_histories" not in self.state:
             return Tie.UNKNOWN
-        return Tie.VALIDATED if self._holds("validation", trace, namesake) else Tie.NONE
+        return Tie.VALIDATED if self._holds("validation", trace, root_trace) else Tie.NONE
 
-    def _holds(self, rows: str, trace: Trace, namesake: Trace | None) -> bool:
+    def _holds(self, rows: str, trace: Trace, root_trace: Trace | None) -> bool:
         scenes, histories = self.state.get(f"{rows}_scenes"), self.state[f"{rows}_histories"]
-        return is_known(trace, namesake, None if scenes is None else set(scenes), set(histories))
+        return was_seen(trace, root_trace, None if scenes is None else set(scenes), set(histories))
 
 
 def best_device() -> torch.device:

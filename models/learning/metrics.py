@@ -290,16 +290,16 @@ def confusion_metrics(counts: Tensor) -> dict[str, Tensor]:
     """
     tp, fp, tn, fn = counts.double().unbind(-1)
 
-    def share(part: Tensor, whole: Tensor) -> Tensor:
+    def ratio(part: Tensor, whole: Tensor) -> Tensor:
         return torch.where(whole > 0, part / whole.clamp(min=1), 0.0)
 
     return {
-        "recall": share(tp, tp + fn),
-        "precision": share(tp, tp + fp),
-        "accuracy": share(tp + tn, tp + fp + tn + fn),
-        "false_alarm": share(fp, tp + fp),
-        "f1": share(2 * tp, 2 * tp + fp + fn),
-        "accept_rate": share(tp, tp + fp),
+        "recall": ratio(tp, tp + fn),
+        "precision": ratio(tp, tp + fp),
+        "accuracy": ratio(tp + tn, tp + fp + tn + fn),
+        "false_alarm": ratio(fp, tp + fp),
+        "f1": ratio(2 * tp, 2 * tp + fp + fn),
+        "accept_rate": ratio(tp, tp + fp),
     }
 
 

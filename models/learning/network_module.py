@@ -106,7 +106,7 @@ class NetworkModule(LightningModule):
             if is_new:
                 self.refuse_network(self.network)
             data = self.trainer.datamodule  # type: ignore[attr-defined]
-            self.settle_layout(data, data.longest, data.largest_tree)
+            self.choose_layout(data, data.longest, data.largest_tree)
             if is_new and self.hparams["compile"]:  # after the trials, which read only few tokens
                 for block in blocks(self.network):
                     block.compile(dynamic=True)  # one graph for micro-batches of any length
@@ -121,7 +121,7 @@ class NetworkModule(LightningModule):
         refuse_unsupported(network, options, self.adapter, self.hparams["gradient_checkpointing"])
         problem = self.tree_problem(network) or tree_problem(network, data.longest)
         if data.layout == "tree" and problem:
-            data.settle_layout(problem)
+            data.choose_layout(problem)
 
     def _build(self) -> None:
         """Build the network, with adapters if there are options for them."""
@@ -146,7 +146,7 @@ class NetworkModule(LightningModule):
         add_adapter(self.network, self.head, self.adapter, self.hparams["quantization"], device)
         self.strict_loading = False  # a checkpoint contains only trained weights
 
-    def settle_layout(self, data: RowsDataModule, longest: int, largest: int) -> None:
+    def choose_layout(self, data: RowsDataModule, longest: int, largest: int) -> None:
         """Choose the layout and the attention with trials, and tell the data module. The network is on its device.
 
         Args:
@@ -163,9 +163,9 @@ class NetworkModule(LightningModule):
                 problem = choose_attention(network, device.type, longest, largest)
             else:
                 problem = tree_problem(network, longest, largest)
-        data.settle_layout(problem, pair_cost(network))
+        data.choose_layout(problem, pair_cost(network))
         if data.layout == "rows" and data.micro_batch_size > 1:
-            data.settle_padding(padding_problem(network, partial(self.read_rows, network), longest))
+            data.choose_micro_batch_size(padding_problem(network, partial(self.read_rows, network), longest))
 
 
 def checked_meta_network(

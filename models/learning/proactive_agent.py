@@ -13,7 +13,7 @@ from datamodules.batching.steps import AgentBatch
 from datamodules.corpus.answers import read_answer
 from datamodules.corpus.records import history_digest
 from datamodules.errors import UserError
-from datamodules.ranges import CountOrNone, NotNegative
+from datamodules.ranges import NonNegativeFloat, NonNegativeInt
 from models.decoding.branches import can_branch
 from models.decoding.generation import generate_answers
 from models.learning.answer_metrics import AnswerLosses, answer_losses, decisions, probed_rows, proposal_metrics
@@ -47,7 +47,9 @@ class ProactiveAgent(BackboneModule):
     head = "language model"
     monitored_metrics = ("validation/loss", "validation/f1", "validation/auroc", "validation/json_validity")
 
-    def __init__(self, null_weight: NotNegative = 1.0, sampled_answers: CountOrNone = 8, **options: Any) -> None:
+    def __init__(
+        self, null_weight: NonNegativeFloat = 1.0, sampled_answers: NonNegativeInt = 8, **options: Any
+    ) -> None:
         super().__init__(**options)
         self.answers = AnswerLosses()
         self.samples: list[dict[str, Any]] = []  # answers of the last validation

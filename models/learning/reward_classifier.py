@@ -12,7 +12,7 @@ from datamodules.batching.layouts import Inputs
 from datamodules.batching.reward_rows import RewardDataModule
 from datamodules.batching.steps import RewardBatch
 from datamodules.corpus.records import Category
-from datamodules.ranges import NotNegative
+from datamodules.ranges import NonNegativeFloat
 from models.learning.checkpoint_contents import RewardCheckpoint
 from models.learning.finite_check import not_finite_error
 from models.learning.metrics import RewardMetrics, reward_metrics
@@ -48,7 +48,7 @@ class RewardClassifier(BackboneModule):
     def __init__(
         self,
         pooling: Pooling = "auto",
-        category_weights: dict[CategoryName, NotNegative] | None = None,
+        category_weights: dict[CategoryName, NonNegativeFloat] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)

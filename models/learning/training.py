@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from datamodules.batching.rows import RowsDataModule, log
 from datamodules.errors import UserError
 from datamodules.prompting.tokenizers import SCRATCH
-from datamodules.ranges import NotNegative, Positive, Share, refuse_unsound
+from datamodules.ranges import NonNegativeFloat, Positive, Share, check_ranges
 from models.learning.calibration import Calibration, calibrated, metrics_by_reading
 from models.learning.checkpoint_contents import CheckpointContent
 from models.learning.finite_check import FiniteCheck, not_finite_error
@@ -41,7 +41,7 @@ from models.networks.weight_files import naming, refuse_other_tensors
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NOTEWORTHY = 0.05  # share of updates lost to rounding above which a run warns
+LOST_UPDATES_WARNING = 0.05  # share of updates lost to rounding above which a run warns
 
 
 def default_learning_rate(backbone: str, adapter: Any | None) -> tuple[float, str]:
@@ -114,8 +114,8 @@ class BackboneModule(NetworkModule):
         compile: bool = False,
         trust_remote_code: bool = False,
         optimizer: OptimizerName = "adamw",
-        learning_rate: NotNegative | None = None,
-        weight_decay: NotNegative = 0.1,
+        learning_rate: NonNegativeFloat | None = None,
+        weight_decay: NonNegativeFloat = 0.1,
         warmup_ratio: Share = 0.1,
         schedule: ScheduleName = "linear",
         gradient_clip_norm: Positive | None = 1.0,
@@ -125,7 +125,7 @@ class BackboneModule(NetworkModule):
         super().__init__()
         self.adapter = AdapterOptions(**adapter) if isinstance(adapter, dict) else adapter  # a checkpoint has a dict
         self.save_hyperparameters()
-        refuse_unsound(type(self), {**self.hparams, "adapter": self.adapter}, "model")
+        check_ranges(type(self), {**self.hparams, "adapter": self.adapter}, "model")
         self._startup_message: str | None = None
         if learning_rate is None:  # config.yaml and checkpoints store the rate that is used
             rate, kind = default_learning_rate(backbone, adapter)
@@ -179,7 +179,7 @@ class BackboneModule(NetworkModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         options = self.hparams
         lost = lost_updates(self.parameters(), options["optimizer"], options["learning_rate"])
-        if lost > NOTEWORTHY:
+        if lost > LOST_UPDATES_WARNING:
             log.warning(
                 f"model.learning_rate: steps of {options['learning_rate']:g} leave {lost:.0%} of the weights as they "
                 "are, for 16 bits round them away; use --model.optimizer adamw_8bit, which loses none, or "

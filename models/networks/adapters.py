@@ -17,7 +17,7 @@ from torch import nn
 
 from datamodules.errors import UserError
 from datamodules.escaping import error_text
-from datamodules.ranges import FINITE, Count, ShareBelowOne, refuse_unsound
+from datamodules.ranges import FINITE, Count, FractionBelowOne, check_ranges
 from models.networks.heads import reads_last_token
 from models.networks.network_options import Head
 from models.networks.quantization import PEFT_FLAGS, Quantization, quantize
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("proactive")
 NAME = "default"  # peft's name of a single adapter
-SMALL_SHARE = 0.01  # of the weights; smaller parts are not logged
+SMALL_FRACTION = 0.01  # of the weights; smaller parts are not logged
 TASK_TYPES: dict[Head, str] = {"classifier": "SEQ_CLS", "language model": "CAUSAL_LM"}  # peft's names
 
 
@@ -45,12 +45,12 @@ class AdapterOptions:
 
     rank: Annotated[int, Ge(1), Le(2**16), FINITE] = 16
     alpha: Count = 32
-    dropout: ShareBelowOne = 0.05
+    dropout: FractionBelowOne = 0.05
     targets: Literal["all-linear"] | list[str] = "all-linear"
     merge: bool = False
 
     def __post_init__(self) -> None:
-        refuse_unsound(type(self), asdict(self), "model.adapter")
+        check_ranges(type(self), asdict(self), "model.adapter")
 
 
 def refuse_unfit(adapter: AdapterOptions | None, quantization: Quantization, strategy: Strategy | None = None) -> None:
@@ -183,16 +183,16 @@ def _log_shares(
     frozen: Mapping[str, nn.Module],
 ) -> None:
     """Log which share of the weights gets adapters, which is quantized, and which is left out."""
-    share, others = _share(network, targets)
-    log.info(f"model.adapter: adapters on {len(targets)} layers, which hold {share:.1%} of the weights; {others}")
+    fraction, others = _fraction(network, targets)
+    log.info(f"model.adapter: adapters on {len(targets)} layers, which hold {fraction:.1%} of the weights; {others}")
     if quantization != "none":
-        share, others = _share(network, frozen)
-        log.info(f"model.quantization: {share:.1%} of the weights are kept in {quantization}; {others}")
+        fraction, others = _fraction(network, frozen)
+        log.info(f"model.quantization: {fraction:.1%} of the weights are kept in {quantization}; {others}")
     if fused := _fused_experts(network):
-        share = sum(fused.values()) / sum(parameter.numel() for parameter in network.parameters())
+        fraction = sum(fused.values()) / sum(parameter.numel() for parameter in network.parameters())
         log.warning(
             f"model.adapter: {', '.join(fused)} are not linear layers, because one tensor holds several experts: "
-            f"{share:.1%} of the weights get no adapter and are not quantized"
+            f"{fraction:.1%} of the weights get no adapter and are not quantized"
         )
 
 
@@ -207,7 +207,7 @@ def _fused_experts(network: "PreTrainedModel") -> Counter[str]:
     return fused
 
 
-def _share(network: "PreTrainedModel", layers: Mapping[str, nn.Module]) -> tuple[float, str]:
+def _fraction(network: "PreTrainedModel", layers: Mapping[str, nn.Module]) -> tuple[float, str]:
     """The share of a network's weights in some layers, 0 to 1, and a phrase that lists the largest other parts."""
     inside = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
     total, covered, others = 0, 0, Counter[str]()
@@ -217,7 +217,7 @@ def _share(network: "PreTrainedModel", layers: Mapping[str, nn.Module]) -> tuple
             covered += parameter.numel()
         else:
             others[".".join(name.split(".")[-2:])] += parameter.numel()
-    shares = [f"{name} {count / total:.1%}" for name, count in others.most_common() if count >= SMALL_SHARE * total]
+    shares = [f"{name} {count / total:.1%}" for name, count in others.most_common() if count >= SMALL_FRACTION * total]
     return covered / total, f"not {', '.join(shares) or 'norms and biases'}"
 
 

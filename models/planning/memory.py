@@ -141,7 +141,7 @@ class MemoryPlan:
         if setting.sharing == "sharded" and mixed:  # gathered weights are in 16 bits, without copies
             setting, mixed = replace(setting, precision=setting.precision.replace("mixed", "true")), False
         meta = self.network(setting, layers)
-        with FakeTensorMode(allow_non_fake_inputs=True), _in_place_of(self.module, meta) as network:
+        with FakeTensorMode(allow_non_fake_inputs=True), _replaced_network(self.module, meta) as network:
             network.to_empty(device="cpu")
             if setting.checkpointing:
                 network.gradient_checkpointing_enable({"use_reentrant": False})
@@ -149,8 +149,8 @@ class MemoryPlan:
             batch = _fake(self.micro_batch, setting.tokens)
             tracker = _tracker()
             tracker.track_external(network)
-            sixteen = torch.float16 if setting.precision.startswith("16") else torch.bfloat16
-            with tracker, torch.autocast("cpu", sixteen, enabled=mixed):
+            half_precision = torch.float16 if setting.precision.startswith("16") else torch.bfloat16
+            with tracker, torch.autocast("cpu", half_precision, enabled=mixed):
                 for _ in range(2 if setting.accumulates else 1):
                     self.module.loss(batch).backward()
                     tracker.reset_mod_stats()
@@ -202,7 +202,7 @@ def _tracker() -> Any:
 
 
 @contextlib.contextmanager
-def _in_place_of(module: BackboneModule, network: "PreTrainedModel") -> "Iterator[PreTrainedModel]":
+def _replaced_network(module: BackboneModule, network: "PreTrainedModel") -> "Iterator[PreTrainedModel]":
     module.network = network
     try:
         yield network

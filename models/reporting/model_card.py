@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from datamodules.batching.answer_rows import AN_OFFER, SILENCE
+from datamodules.batching.answer_rows import NULL_ANSWER, OFFER_ANSWER
 from datamodules.batching.rows import RowsDataModule
 from datamodules.escaping import on_one_line
 from datamodules.files.safe_yaml import NotYamlError, parse_yaml
@@ -51,8 +51,8 @@ def model_card(model: BackboneModule, data: RowsDataModule, record: dict[str, An
         pad_token_id=data.tokenizer.pad_token_id,
         calibration=model.calibration,
         decision=DECISION,
-        silence=repr(SILENCE),
-        offer=repr(AN_OFFER),
+        silence=repr(NULL_ANSWER),
+        offer=repr(OFFER_ANSWER),
     )
 
 

@@ -14,7 +14,7 @@ from starlette.routing import Route
 from datamodules.corpus.json_records import read_json
 from datamodules.corpus.records import AnnotatedRow
 from datamodules.corpus.traces import Offer, Recorded, Trace, read_traces
-from datamodules.files.reading import MOST_ROWS
+from datamodules.files.reading import MAX_RECORDS_BYTES
 from models.reporting.timeline import (
     TIMELINE_FILE,
     ShownOffer,
@@ -49,7 +49,7 @@ def read_sources(paths: Sequence[Path]) -> list[Source]:
     found: list[Source] = []
     for path in paths:
         if (file := path / TIMELINE_FILE).is_file():
-            kept, _ = read_json(file, ShownTraces, MOST_ROWS)
+            kept, _ = read_json(file, ShownTraces, MAX_RECORDS_BYTES)
             found.append(Source(path.resolve().name, kept.traces, kept.notes))
         else:
             found += [

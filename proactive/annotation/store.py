@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from datamodules.corpus.records import Event, history_digests_of
+from datamodules.corpus.records import Event, running_digests
 from datamodules.corpus.units import Unit, UnitLabel, decide
 from datamodules.errors import UserError
 from datamodules.files.reading import require_regular
@@ -196,7 +196,7 @@ class Store:
         added = 0
         with self._transaction() as db:
             for unit in units:
-                digests = list(history_digests_of(unit.history))
+                digests = list(running_digests(unit.history))
                 known = db.execute("SELECT offers FROM items WHERE digest = ?", digests[-1:]).fetchone()
                 if known:
                     if set(json.loads(known[0])) != set(unit.offers):

@@ -13,7 +13,7 @@ from callbacks.progress import counted
 from datamodules.errors import UserError
 from datamodules.files.run_folders import METRICS_FILE, REPORT_FILE, missing_folders, output_folder, remove_empty
 from datamodules.prompting.chat_prompts import JUDGE_PROMPT
-from datamodules.ranges import NotNegative, Tries
+from datamodules.ranges import NonNegativeFloat, Tries
 from models.judging.endpoint import EndpointOptions
 from proactive.agents import add_agent_options
 from proactive.endpoints import add_endpoint_options
@@ -48,7 +48,7 @@ def agent_parser() -> Parser:
         "Of several, each trace uses one as for the judge.")  # fmt: skip
     add(
         "--cost-ratio",
-        type=NotNegative | None,
+        type=NonNegativeFloat | None,
         help="For the gate: cost of a false alarm relative to a missed need; default 1.",
     )
     add("--gate-is-judge", action="store_true", help="Allow the judge's weights as gate, and mark the result.")

@@ -18,7 +18,7 @@ from datamodules.files.writing import write_atomically
 from models.judging.agents import Agent, AlwaysPropose, NeverPropose
 from models.judging.answer_log import AnswerLog
 from models.judging.budget import Price
-from models.judging.description import Advance, joint_record, joint_settings, shares
+from models.judging.description import Advance, group_traces, joint_record, joint_settings
 from models.judging.gate import gate_threshold
 from models.judging.judges import Judge, Verdict
 from models.reporting.timeline import TIMELINE_FILE, ShownTraces
@@ -120,7 +120,7 @@ async def _answers(agents: Mapping[str, Agent], traces: Sequence[Trace], progres
     total = sum(len(trace.events) for trace in traces) * (described.settings.get("candidates") or 1)
     found: dict[str, Any] = {}
     with _counted(progress, described.doing, total) as advance:
-        for agent, own in (agent_traces := shares(agents, traces)):
+        for agent, own in (agent_traces := group_traces(agents, traces)):
             found |= await agent.answer(own, advance)
             if len(agent_traces) > 1:
                 agent.release()
@@ -133,7 +133,7 @@ async def _verdicts(
     """The verdicts on all offers, each by the judge of its trace."""
     found: dict[Offer, Verdict] = {}
     with _counted(progress, judges[traces[0].name].describe().doing, len(offers)) as advance:
-        for judge, own in (judge_traces := shares(judges, traces)):
+        for judge, own in (judge_traces := group_traces(judges, traces)):
             by_name = {trace.name: trace for trace in own}
             mine = [offer for offer in offers if offer.trace in by_name]
             pairs = [

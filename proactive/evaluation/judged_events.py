@@ -12,7 +12,7 @@ from torch import Tensor
 from datamodules.corpus.records import AnnotatedRow, TraceSplit
 from datamodules.corpus.sources import PUBLISHED_TRACES_DIGESTS
 from datamodules.corpus.traces import Answers, Candidate, Offer, Trace, judged_steps, traces_digest
-from datamodules.escaping import as_cell
+from datamodules.escaping import to_cell
 from models.judging.gate import Gated
 from models.judging.judges import Verdict
 from models.learning.calibration import DECISION
@@ -305,7 +305,7 @@ def figures_csv(record: Mapping[str, Any]) -> str:
     writer.writerow(["Category", *PUBLISHED_COLUMNS])
     for name, split in record["splits"].items():
         values = [split["figures"][figure] for figure in PUBLISHED_COLUMNS.values()]
-        writer.writerow([as_cell(name), *values[:-1], int(values[-1])])
+        writer.writerow([to_cell(name), *values[:-1], int(values[-1])])
     return text.getvalue()
 
 

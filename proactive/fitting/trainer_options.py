@@ -6,7 +6,7 @@ from annotated_types import Ge, Le
 from jsonargparse import Namespace
 
 from datamodules.errors import UserError
-from datamodules.ranges import FINITE, Count, CountOrNone, PositiveShare, Seed, Share, refuse_unsound
+from datamodules.ranges import FINITE, Count, NonNegativeInt, PositiveFraction, Seed, Share, check_ranges
 
 TRAINER_DEFAULTS = {
     "max_epochs": 5,
@@ -20,20 +20,20 @@ LIMIT = Annotated[int, Ge(-1), Le(2**31 - 1), FINITE]  # -1 for no limit
 # Ranges that Lightning's annotations leave open. A run ends with its test, so the test needs rows.
 TRAINER_RANGES = {
     "max_epochs": LIMIT | None,
-    "min_epochs": CountOrNone | None,
+    "min_epochs": NonNegativeInt | None,
     "max_steps": LIMIT,
-    "min_steps": CountOrNone | None,
+    "min_steps": NonNegativeInt | None,
     "num_nodes": Count,
-    "limit_train_batches": Count | PositiveShare | None,
-    "limit_val_batches": CountOrNone | Share | None,
-    "limit_test_batches": Count | PositiveShare | None,
-    "limit_predict_batches": CountOrNone | Share | None,
-    "overfit_batches": CountOrNone | Share,
+    "limit_train_batches": Count | PositiveFraction | None,
+    "limit_val_batches": NonNegativeInt | Share | None,
+    "limit_test_batches": Count | PositiveFraction | None,
+    "limit_predict_batches": NonNegativeInt | Share | None,
+    "overfit_batches": NonNegativeInt | Share,
     "check_val_every_n_epoch": Count | None,
     "num_sanity_val_steps": LIMIT | None,
-    "log_every_n_steps": CountOrNone | None,
-    "fast_dev_run": bool | CountOrNone,
-    "reload_dataloaders_every_n_epochs": CountOrNone,
+    "log_every_n_steps": NonNegativeInt | None,
+    "fast_dev_run": bool | NonNegativeInt,
+    "reload_dataloaders_every_n_epochs": NonNegativeInt,
 }
 
 
@@ -50,8 +50,8 @@ def refuse_impossible_options(config: Namespace) -> None:
         # Options that take a number of batches or a share of them: the parser may read 3 as 3.0.
         if name in TRAINER_RANGES and isinstance(value, float) and value > 1 and value.is_integer():
             config.trainer[name] = int(value)
-    refuse_unsound(TRAINER_RANGES, config.trainer.as_dict(), "trainer")
-    refuse_unsound({"seed_everything": Seed | bool}, config.as_dict(), "")
+    check_ranges(TRAINER_RANGES, config.trainer.as_dict(), "trainer")
+    check_ranges({"seed_everything": Seed | bool}, config.as_dict(), "")
     if config.run.monitor == "validation/json_validity" and not config.model.sampled_answers:
         raise UserError(
             "run.monitor: validation/json_validity needs sampled answers, but model.sampled_answers is 0",

@@ -99,7 +99,7 @@ def plan_run(cli: FitCLI) -> dict[str, Any]:
         change = cheapest_fit(plan, setting, longest, room)
 
     size = epoch.size
-    operations = Operations.of(network).count(size.real_tokens, size.pairs, size.targets)
+    operations = Operations.of(network).count(size.unpadded_tokens, size.pairs, size.targets)
     utilization, utilization_source = _utilization(options.utilization, device, setting, layout)
     seconds = None
     if device:

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from datamodules.corpus.records import Unicode
-from datamodules.corpus.replies import Found, conclusion
+from datamodules.corpus.replies import Found, final_answer
 from datamodules.errors import UserError
 from datamodules.escaping import shortened
 from datamodules.files.reading import read_text
@@ -110,7 +110,7 @@ class EndpointRole(Role[WorkItem]):
         def read(content: dict[str, Any]) -> Found[dict[str, Any]] | None:
             return Found(json.dumps(content), content) if fields <= content.keys() else None
 
-        found = conclusion(text or "", read)
+        found = final_answer(text or "", read)
         return json.dumps(found.value) if found and found.value is not None else text or ""
 
     def _messages(self, question: Question[Any], item: WorkItem, invalid: Sequence[InvalidAnswer]) -> Messages:

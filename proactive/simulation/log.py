@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.corpus.json_records import parse_json
-from datamodules.files.reading import MOST_ROWS, open_file, text_lines
+from datamodules.files.reading import MAX_RECORDS_BYTES, open_file, text_lines
 from datamodules.files.writing import sync
 from models.judging.answer_log import AnswerLog
 from proactive.simulation.questions import Question
@@ -70,7 +70,7 @@ def entries(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         UserError: It cannot be read, or a line is not JSON.
     """
-    with open_file(path, MOST_ROWS) as file:
+    with open_file(path, MAX_RECORDS_BYTES) as file:
         for number, (where, line) in enumerate(text_lines(file, path)):
             if number:
                 yield parse_json(line, where)

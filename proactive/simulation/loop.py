@@ -6,7 +6,7 @@ from typing import Any
 
 from datamodules.corpus.records import Event
 from datamodules.errors import UserError
-from datamodules.ranges import CountOrNone, Tries
+from datamodules.ranges import NonNegativeInt, Tries
 from proactive.simulation.asking import ask
 from proactive.simulation.log import SimulationLog
 from proactive.simulation.questions import (
@@ -42,8 +42,8 @@ class LoopOptions:
     """
 
     max_acts: Tries = 12
-    adaptations: CountOrNone = 1
-    new_proposals: CountOrNone = 1
+    adaptations: NonNegativeInt = 1
+    new_proposals: NonNegativeInt = 1
 
 
 @dataclass

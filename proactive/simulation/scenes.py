@@ -12,7 +12,7 @@ from datamodules.corpus.json_records import validate
 from datamodules.corpus.records import Text, json_object
 from datamodules.corpus.simulator import DOMAINS
 from datamodules.errors import UserError
-from datamodules.files.reading import MOST_AT_ONCE, read_text
+from datamodules.files.reading import MAX_TEXT_BYTES, read_text
 from datamodules.files.safe_yaml import NotYamlError, parse_yaml
 from proactive.simulation.work_items import RoleName, WorkItem, digest
 
@@ -106,7 +106,7 @@ def read_scenes(path: Path) -> list[SceneDescription]:
     file = path / SCENES_FILE if path.is_dir() else path
     hint = f"{SceneDescription.page} shows the format."
     try:
-        content = parse_yaml(read_text(file, option="--scenes"), MOST_AT_ONCE)
+        content = parse_yaml(read_text(file, option="--scenes"), MAX_TEXT_BYTES)
     except NotYamlError as error:
         raise UserError(f"--scenes: {file} is not YAML: {error}", hint) from error
     if not isinstance(content, list) or not content:

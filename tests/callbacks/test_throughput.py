@@ -28,9 +28,9 @@ def test_layouts_have_the_same_rows_and_effective_tokens_and_a_tree_computes_few
     data.setup("fit")
     lengths = [len(ids) for ids in data.encoded["train"].input_ids]
     assert tree.rows == rows.rows == len(lengths)
-    assert tree.effective_tokens == rows.effective_tokens == rows.real_tokens == sum(lengths)
+    assert tree.effective_tokens == rows.effective_tokens == rows.unpadded_tokens == sum(lengths)
     assert rows.pairs == sum(length * (length + 1) // 2 for length in lengths)
-    assert tree.tokens == tree.real_tokens < rows.real_tokens < rows.tokens
+    assert tree.tokens == tree.unpadded_tokens < rows.unpadded_tokens < rows.tokens
     assert tree.pairs < rows.pairs
 
 

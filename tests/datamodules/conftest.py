@@ -75,10 +75,10 @@ def tokenizers(embedded: Corpus) -> "dict[str, PreTrainedTokenizerFast]":
     Made from scratch; a chat model's; an encoder's, with words around a text; and those whose model has its control
     tokens among its words: Unigram (as T5 and XLM-R have), WordLevel, and WordPiece that splits at white space alone.
     """
-    from datamodules.prompting.templates import DEFAULT_PROMPT, PromptTemplate, training_text
+    from datamodules.prompting.templates import DEFAULT_PROMPT, RewardTemplate, training_text
     from datamodules.prompting.tokenizers import train_tokenizer
 
-    text = training_text(PromptTemplate.read(DEFAULT_PROMPT), embedded.train[:300])
+    text = training_text(RewardTemplate.read(DEFAULT_PROMPT), embedded.train[:300])
     return {"scratch": train_tokenizer(text, 500), "chat": _chat_tokenizer(text), "encoder": _encoder_tokenizer()} | {
         "unigram": _unigram_tokenizer(),
         "words": _word_tokenizer(),

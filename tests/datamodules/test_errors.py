@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamodules.errors import LONGEST_MESSAGE, UserError
+from datamodules.errors import MAX_MESSAGE, UserError
 from datamodules.escaping import error_text, printable
 from tests.datamodules.conftest import few_examples
 
@@ -44,7 +44,7 @@ def test_what_a_terminal_would_obey_is_escaped(text: str, shown: str) -> None:
 
 def test_a_message_is_short_however_long_a_name_is() -> None:
     error = UserError("x" * 1_000_000, "a command " * 1000)
-    assert len(error.what) == LONGEST_MESSAGE
+    assert len(error.what) == MAX_MESSAGE
     assert error.what.endswith("…")
     assert error.hint == "a command " * 1000, "which must be whole to be of use"
 

@@ -27,6 +27,12 @@ from models.networks.network_options import Head, NetworkOptions
 from models.networks.tree_reading import choose_attention, tree_problem
 
 
+class _AgentDataModule(AgentDataModule):
+    @property
+    def _encoded(self) -> Any:
+        return self.encoded
+
+
 def _build_network(head: Head, backbone: str, tokenizer: Any) -> Any:
     return build_network(NetworkOptions(head, backbone), tokenizer)
 
@@ -42,7 +48,7 @@ def _score(weights: Weights[Any], rows: list[AnnotatedRow]) -> tuple[list[float]
 
 NAMES: dict[str, dict[str, Any]] = {
     "callbacks.checkpoints": {"load_trained": load_trained},
-    "datamodules.agent": {"AgentDataModule": AgentDataModule},
+    "datamodules.agent": {"AgentDataModule": _AgentDataModule},
     "datamodules.answers": {"read_answer": read_answer},
     "datamodules.batches": {"TreeLayout": TreeLayout},
     "datamodules.chat": {"read_verdict": read_verdict},

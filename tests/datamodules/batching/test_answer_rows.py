@@ -47,7 +47,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(root: Path | str, stage: str = "fit", **options: Any) -> AgentDataModule:
     data = AgentDataModule(**{"root": str(root), "folds": 3, "vocabulary_size": 400, "batch_size": 8, **options})
     data.setup(stage)
-    data.settle_layout(None)
+    data.choose_layout(None)
     return data
 
 

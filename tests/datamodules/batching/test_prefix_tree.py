@@ -57,7 +57,7 @@ def test_each_rows_answer_tokens_are_found_in_its_tree(case: tuple[Rows, list[in
     tree = build_tree(PrefixOrder(rows), chosen, answers)
     visible = ancestors(torch.from_numpy(tree.subtree_end)).numpy()
     for branch, row in enumerate(tree.rows):
-        found = tree.answer_place[tree.answer_branch == branch]
+        found = tree.answer_position[tree.answer_branch == branch]
         paths = [tree.input_ids[np.flatnonzero(visible[place])].tolist() for place in found]
         assert paths == [rows[row][: place + 1] for place in answers[row]]
 

@@ -22,7 +22,7 @@ from datamodules.corpus.splits import Split
 from datamodules.errors import UserError
 from datamodules.prompting import templates as prompts
 from datamodules.prompting.segments import Data, Segment, SegmentTokenizer, truncate
-from datamodules.prompting.templates import DEFAULT_PROMPT, PromptTemplate, render
+from datamodules.prompting.templates import DEFAULT_PROMPT, RewardTemplate, render
 from tests.datamodules.conftest import row_of
 from tests.helpers import PROACTIVEBENCH, needs_proactivebench, write_jsonl
 
@@ -274,7 +274,7 @@ def test_of_a_long_history_no_more_is_rendered_than_can_be_read(root: Path, monk
     rendered: list[int] = []
     whole = row_tokenizer_module.render_history
 
-    def watched(template: PromptTemplate, history: tuple[Event, ...]) -> list[Segment]:
+    def watched(template: RewardTemplate, history: tuple[Event, ...]) -> list[Segment]:
         rendered.append(len(history))
         return whole(template, history)
 
@@ -492,7 +492,7 @@ def test_state_measures_other_rows_with_the_first_tokenizer_and_histories(root: 
     assert (again.contamination.test_rows, again.contamination.contaminated_rows) == (7, 4)
     assert again.tokenizer("The user").input_ids == original.tokenizer("The user").input_ids
     overridden = RewardDataModule.from_state(stored(original, tmp_path), prompt=str(DEFAULT_PROMPT))
-    assert overridden.template == PromptTemplate.read(DEFAULT_PROMPT)
+    assert overridden.template == RewardTemplate.read(DEFAULT_PROMPT)
 
 
 @pytest.mark.parametrize("balance", ["none", "category"])

@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datamodules.batching.layouts import Layout, RowsLayout, TreeLayout
-from datamodules.batching.steps import EncodedRows, EvaluationSampler, MicroBatch, Step, StepSampler, share
+from datamodules.batching.steps import (
+    EncodedRows,
+    EvaluationSampler,
+    MicroBatch,
+    Step,
+    StepSampler,
+    micro_batches_of_rank,
+)
 from datamodules.errors import UserError
 from tests.datamodules.conftest import few_examples
 
@@ -146,14 +153,16 @@ def test_idle_rank_computes_a_row_without_weight() -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_odds_decide_how_often_a_row_is_drawn(world_size: int) -> None:
     layout, scenes = layout_of([1] * 2000), [str(row % 7) for row in range(2000)]
-    odds = [0.0, *[1.0] * 999, *[3.0] * 1000]
-    steps = steps_of(layout, scenes, 8, world_size, odds=odds, scenes_per_step=2)
+    sampling_weights = [0.0, *[1.0] * 999, *[3.0] * 1000]
+    steps = steps_of(layout, scenes, 8, world_size, sampling_weights=sampling_weights, scenes_per_step=2)
     drawn = Counter(row for step in steps for row in counted_rows(step))
     assert drawn.total() == 2000
     assert drawn[0] == 0
     assert sum(drawn[row] for row in range(1000)) / 2000 == pytest.approx(0.25, abs=0.03)
-    assert steps_of(layout, scenes, 8, world_size, odds=odds, scenes_per_step=2) == steps
-    assert steps_of(layout, scenes, 8, world_size, odds=odds, scenes_per_step=2, epoch=1) != steps
+    assert steps_of(layout, scenes, 8, world_size, sampling_weights=sampling_weights, scenes_per_step=2) == steps
+    assert (
+        steps_of(layout, scenes, 8, world_size, sampling_weights=sampling_weights, scenes_per_step=2, epoch=1) != steps
+    )
 
 
 @pytest.mark.parametrize(("batch_size", "scenes_per_step"), [(8, 3), (2, 4), (8, 0), (8, -2)])
@@ -180,8 +189,8 @@ def test_evaluation_of_no_rows_is_empty() -> None:
 
 def test_a_share_is_every_so_many_parts() -> None:
     parts = [[1, 2], [3], [4]]
-    assert share(parts, 0, 2, 4) == (MicroBatch((1, 2), 0.5), MicroBatch((4,), 0.5))
-    assert share(parts, 1, 2, 4) == (MicroBatch((3,), 0.5), MicroBatch((1,), 0.0))
+    assert micro_batches_of_rank(parts, 0, 2, 4) == (MicroBatch((1, 2), 0.5), MicroBatch((4,), 0.5))
+    assert micro_batches_of_rank(parts, 1, 2, 4) == (MicroBatch((3,), 0.5), MicroBatch((1,), 0.0))
 
 
 @few_examples

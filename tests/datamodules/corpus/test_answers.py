@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from datamodules.corpus.answers import ANSWER_SCHEMA, Answer, read_answer, write_answer
 from datamodules.corpus.json_records import read_json_list
 from datamodules.corpus.records import PublishedStep
-from datamodules.corpus.replies import behind_thoughts
+from datamodules.corpus.replies import without_reasoning
 from tests.helpers import PROACTIVEBENCH, needs_proactivebench
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
@@ -26,7 +26,7 @@ NOTHING = ["null", "false", "[]", "{}", "[null]", *map(json.dumps, NOTHING_IN_WO
 UNCLEAR = ["true", "0", "1", "3.5", "NaN", '["A", "B"]', "[true]", "[[]]x"]
 
 
-without_marks = texts.map(lambda text: text.replace("{", "(")).filter(lambda text: behind_thoughts(text) == text)
+without_marks = texts.map(lambda text: text.replace("{", "(")).filter(lambda text: without_reasoning(text) == text)
 
 
 @given(answer=answers, before=st.sampled_from(["", "Sure! ", "```json\n", "{ not json } "]), after=without_marks)

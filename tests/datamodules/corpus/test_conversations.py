@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamodules.corpus.conversations import Conversation, mentions, read_conversations, telltale_pattern
+from datamodules.corpus.conversations import Conversation, contains_event, event_pattern, read_conversations
 from datamodules.errors import UserError
 from datamodules.prompting.conversation_tokenizer import ConversationTokenizer
 from datamodules.prompting.tokenizers import train_tokenizer
@@ -352,8 +352,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ['He says "run it" to the user.', "Ein langer Satz über Änderungen.", "x" * 30])
 def test_events_are_found_in_conversations_whatever_json_makes_of_them(text: str) -> None:
-    pattern = telltale_pattern([text, "too short"])
+    pattern = event_pattern([text, "too short"])
     for content in (text, json.dumps({"Event": text}), json.dumps({"Event": text}, ensure_ascii=False, indent=4)):
-        assert mentions(conversation(("user", content), ("assistant", "b")), pattern)
-    assert not mentions(conversation(("user", "too short"), ("assistant", text[:15])), pattern)
-    assert not mentions(conversation(("user", "a"), ("assistant", "b")), telltale_pattern(["too short"]))
+        assert contains_event(conversation(("user", content), ("assistant", "b")), pattern)
+    assert not contains_event(conversation(("user", "too short"), ("assistant", text[:15])), pattern)
+    assert not contains_event(conversation(("user", "a"), ("assistant", "b")), event_pattern(["too short"]))

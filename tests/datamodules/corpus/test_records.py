@@ -20,7 +20,7 @@ from datamodules.corpus.records import (
     TestStep,
     TraceSplit,
     history_digest,
-    history_digests_of,
+    running_digests,
 )
 from datamodules.errors import UserError
 from tests.datamodules.conftest import few_examples, row_of, says_something
@@ -205,8 +205,8 @@ def test_digests_tell_histories_and_scenes_apart() -> None:
     assert moved[0].history_digest != moved[1].history_digest
     assert all(-(2**63) <= r.history_digest < 2**63 for r in (first, longer, other))
     events = row_of(["a", "b\n", "ü", "a"]).history
-    assert list(history_digests_of(events)) == [history_digest(events[:k]) for k in range(1, 5)]
-    assert list(history_digests_of([])) == []
+    assert list(running_digests(events)) == [history_digest(events[:k]) for k in range(1, 5)]
+    assert list(running_digests([])) == []
 
 
 # What is refused

@@ -16,11 +16,11 @@ from datamodules.corpus.traces import (
     Candidate,
     Offer,
     Trace,
-    is_known,
     judged_steps,
     read_recorded,
     read_splits,
     root_traces,
+    was_seen,
 )
 from datamodules.errors import UserError
 from tests.datamodules.conftest import few_examples
@@ -153,13 +153,13 @@ def test_a_folder_without_traces_is_refused(tmp_path: Path) -> None:
 def test_a_trace_is_known_by_scene_name_or_history() -> None:
     trace, other_cut = a_trace("a", "b", "c"), a_trace("A", "b", "c")
     scenes, histories = {scene_of(trace.events)}, {history_digest(trace.history(1))}
-    assert is_known(trace, None, scenes, ())
-    assert is_known(trace, None, None, histories)
-    assert is_known(trace, None, (), histories)
-    assert not is_known(other_cut, None, scenes, histories)
-    assert is_known(other_cut, trace, scenes, ())  # the session of that name was trained on
-    assert is_known(other_cut, trace, None, histories)
-    assert not is_known(trace, other_cut, {"other"}, {1})
+    assert was_seen(trace, None, scenes, ())
+    assert was_seen(trace, None, None, histories)
+    assert was_seen(trace, None, (), histories)
+    assert not was_seen(other_cut, None, scenes, histories)
+    assert was_seen(other_cut, trace, scenes, ())  # the session of that name was trained on
+    assert was_seen(other_cut, trace, None, histories)
+    assert not was_seen(trace, other_cut, {"other"}, {1})
 
 
 EVENTS = st.lists(st.sampled_from("abc"), min_size=1, max_size=5)
@@ -172,7 +172,7 @@ def test_a_trace_is_known_by_any_of_its_histories(mine: list[str], other: list[s
     for step_number in range(len(trained.events)):
         history = trained.history(step_number)
         expected = any(trace.history(number) == history for number in range(len(trace.events)))
-        assert is_known(trace, None, None, {history_digest(history)}) is expected
+        assert was_seen(trace, None, None, {history_digest(history)}) is expected
 
 
 @needs_proactivebench
@@ -185,4 +185,4 @@ def test_recorded_traces_are_cuts_of_the_roots_own() -> None:
     assert sum(len(trace.events) for trace in recorded.traces) == 227
     assert not recorded.judgments
     assert any(scene_of(trace.events) not in scenes for trace in recorded.traces)  # a first event that was changed
-    assert all(is_known(trace, own[trace.name], scenes, ()) for trace in recorded.traces)
+    assert all(was_seen(trace, own[trace.name], scenes, ()) for trace in recorded.traces)

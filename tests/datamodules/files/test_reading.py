@@ -19,9 +19,9 @@ from datamodules.corpus.records import AnnotatedRow, TestStep, TraceSplit
 from datamodules.corpus.traces import read_recorded
 from datamodules.errors import UserError
 from datamodules.files import reading
-from datamodules.files.reading import MOST_AT_ONCE, is_deep, open_file, read_text, require_regular_files, text_lines
+from datamodules.files.reading import MAX_TEXT_BYTES, is_deep, open_file, read_text, require_regular_files, text_lines
 from datamodules.prompting.chat_prompts import ChatPrompt
-from datamodules.prompting.templates import PromptTemplate
+from datamodules.prompting.templates import RewardTemplate
 from tests.datamodules.conftest import few_examples
 from tests.helpers import no_more_memory_than
 
@@ -30,7 +30,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "a trace": lambda path: read_json_list(path, TestStep),
     "splits": lambda path: read_json_mapping(path, TraceSplit),
     "conversations": lambda path: list(read_conversations(path)),
-    "a prompt": PromptTemplate.read,
+    "a prompt": RewardTemplate.read,
     "an agent's prompt": lambda path: ChatPrompt.read(path, with_proposal=False),
     "a judge's prompt": lambda path: ChatPrompt.read(path, with_proposal=True),
 }
@@ -75,7 +75,7 @@ def test_what_is_too_long_is_refused_in_bounded_memory(reader: str, tmp_path: Pa
     path = tmp_path / "it.json"
     path.write_bytes(b"[")
     os.truncate(path, 2**30)  # takes no room on the disk
-    with no_more_memory_than(5 * MOST_AT_ONCE), pytest.raises(UserError, match=r"it.json.*limit is \d.* bytes"):
+    with no_more_memory_than(5 * MAX_TEXT_BYTES), pytest.raises(UserError, match=r"it.json.*limit is \d.* bytes"):
         READERS[reader](path)
 
 
@@ -92,14 +92,14 @@ def test_a_file_is_measured_by_what_it_gives(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(reading, "require_regular", lambda *args: 0)
     path = tmp_path / "file"
     path.write_bytes(b"x" * 11)
-    assert read_text(path, most=11) == "x" * 11
+    assert read_text(path, limit=11) == "x" * 11
     with pytest.raises(UserError, match="file: holds more, and the limit is 10 bytes"):
-        read_text(path, most=10)
+        read_text(path, limit=10)
 
 
 @pytest.mark.parametrize("length", [9, 10, 11, 100])
 def test_a_line_may_be_as_long_as_the_limit(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "MOST_AT_ONCE", 10)
+    monkeypatch.setattr(reading, "MAX_TEXT_BYTES", 10)
     content = b"short\n" + b"x" * (length - 1) + b"\n"
     lines = text_lines(io.BytesIO(content), Path("f"))
     assert next(lines) == ("f, line 1", "short")
@@ -115,7 +115,7 @@ def test_an_item_of_a_list_of_conversations_has_the_limit_of_a_line(
     item: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (reading, conversations):
-        monkeypatch.setattr(module, "MOST_AT_ONCE", 1000)
+        monkeypatch.setattr(module, "MAX_TEXT_BYTES", 1000)
     path = tmp_path / "list.json"
     sound = '{"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
     path.write_text(f"[{', '.join([sound] * 50)}, {item % ('1' * 2000)}]")
@@ -150,7 +150,7 @@ def depth(value: Any) -> int:
 @given(ANY_JSON, st.integers(0, 6))
 def test_depth_is_that_of_the_value_whatever_its_texts_hold(value: Any, most: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "MOST_DEPTH", most)
+        patch.setattr(reading, "MAX_DEPTH", most)
         assert is_deep(json.dumps(value)) == (depth(value) > most)
 
 

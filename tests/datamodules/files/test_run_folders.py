@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datamodules.errors import UserError
-from datamodules.escaping import as_cell, of_cell
+from datamodules.escaping import from_cell, to_cell
 from datamodules.files.run_folders import (
     EmptyFolderGuard,
     latest_run_folder,
@@ -119,13 +119,13 @@ def test_a_folder_that_holds_something_stays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "＝1", "'=1"])
 def test_a_cell_is_no_formula(text: str) -> None:
-    assert as_cell(text) == f"'{text}"
+    assert to_cell(text) == f"'{text}"
 
 
 @few_examples
 @given(st.text("=+-@\t'a", max_size=6) | st.text(max_size=6))
 def test_a_cell_gives_its_text_again(text: str) -> None:
-    cell = as_cell(text)
-    assert of_cell(cell) == text
+    cell = to_cell(text)
+    assert from_cell(cell) == text
     assert cell in (text, f"'{text}")
     assert cell[:1] not in set("=+-@\t\r\n")

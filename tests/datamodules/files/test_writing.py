@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import ones, save
 
 from datamodules.errors import UserError
-from datamodules.files.writing import Unfinished, no_room, remove_leftovers
+from datamodules.files.writing import Unfinished, disk_full, remove_leftovers
 from tests.helpers import ROOT
 from tests.patience import HANG
 
@@ -118,7 +118,7 @@ def test_a_full_disk_is_told_by_name_and_leaves_what_was_there(what: str, tmp_pa
 def test_other_errors_are_not_taken_for_a_full_disk(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="ours"), Unfinished(tmp_path / "out"):
         raise RuntimeError("ours")
-    assert no_room(FileNotFoundError(2, "No such file")) is None
+    assert disk_full(FileNotFoundError(2, "No such file")) is None
     assert list(tmp_path.iterdir()) == []
 
 

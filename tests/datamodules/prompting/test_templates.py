@@ -13,21 +13,21 @@ from datamodules.corpus.records import AnnotatedRow
 from datamodules.corpus.sources import Corpus
 from datamodules.errors import UserError
 from datamodules.prompting.segments import Data, Segment, SegmentTokenizer, truncate
-from datamodules.prompting.templates import DEFAULT_PROMPT, PromptTemplate, render, training_text
+from datamodules.prompting.templates import DEFAULT_PROMPT, RewardTemplate, render, training_text
 from tests.datamodules.conftest import IMPOSTORS, few_examples, row_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-DEFAULT = PromptTemplate.read(DEFAULT_PROMPT)
+DEFAULT = RewardTemplate.read(DEFAULT_PROMPT)
 PARTS = {
     "instructions": "Judge.\n",
     "event": "{time} {event}\n",
     "proposal": "Do {proposal}?\n",
     "no_proposal": "Nothing?\n",
 }
-SMALL = PromptTemplate.parse(PARTS, "here")
-QUOTED = PromptTemplate.parse(
+SMALL = RewardTemplate.parse(PARTS, "here")
+QUOTED = RewardTemplate.parse(
     {**PARTS, "event": "{time_json}: {event_json}\n", "proposal": "{proposal_json}\n"}, "here"
 )
 HOSTILE = st.lists(st.sampled_from(IMPOSTORS) | st.text(st.characters(codec="utf-8"), max_size=4), max_size=4).map(
@@ -70,7 +70,7 @@ def test_default_prompt_shows_events_and_proposal_and_ends_with_its_verdict_slot
 @few_examples
 @given(st.lists(HOSTILE, min_size=1, max_size=3), st.none() | HOSTILE, st.sampled_from([DEFAULT, SMALL, QUOTED]))
 def test_no_text_from_the_data_makes_a_segment_or_a_line(
-    events: list[str], proposal: str | None, template: PromptTemplate
+    events: list[str], proposal: str | None, template: RewardTemplate
 ) -> None:
     hostile = render(template, row_of(events, proposal))
     innocent = render(template, row_of(["x"] * len(events), None if proposal is None else "x"))
@@ -107,7 +107,7 @@ def test_impostor_gives_no_special_token(
 ) -> None:
     """Also not where the template's own characters complete what the data began."""
     segmenter = SegmentTokenizer(tokenizers[family])
-    bracketed = PromptTemplate.parse({**PARTS, "event": "<{event}> [{event}]", "proposal": "<{proposal}>"}, "here")
+    bracketed = RewardTemplate.parse({**PARTS, "event": "<{event}> [{event}]", "proposal": "<{proposal}>"}, "here")
     texts = [f"x{impostor}", f"x {impostor} y", f"x{impostor}{impostor}", impostor.strip("<>[]")]
     for text in filter(str.strip, texts):
         for template in (DEFAULT, bracketed):
@@ -135,7 +135,7 @@ def test_special_tokens_come_from_the_template_alone(
     tokenizers: "dict[str, PreTrainedTokenizerFast]", family: str, token: str
 ) -> None:
     tokenizer = tokenizers[family]
-    template = PromptTemplate.parse({**PARTS, "event": f"{token}{{event}}{token}"}, "here")
+    template = RewardTemplate.parse({**PARTS, "event": f"{token}{{event}}{token}"}, "here")
     (_, ids, _) = SegmentTokenizer(tokenizer).encode(render(template, row_of([f"a{token}b"])))
     number = tokenizer.convert_tokens_to_ids(token)
     assert [position for position, i in enumerate(ids) if i == number] == [0, len(ids) - 1]
@@ -218,7 +218,7 @@ def test_training_text_is_every_distinct_segment_once() -> None:
 def test_prompt_file_of_the_user_replaces_ours(tmp_path: Path, mark: str) -> None:
     path = tmp_path / "prompt.yaml"
     path.write_text(mark + "".join(f"{name}: {json.dumps(text)}\n" for name, text in PARTS.items()), encoding="utf-8")
-    assert PromptTemplate.read(path) == SMALL
+    assert RewardTemplate.read(path) == SMALL
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_bad_prompt_file_is_refused_by_name_and_part(tmp_path: Path, content: by
     path = tmp_path / "prompt.yaml"
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
-        PromptTemplate.read(path)
+        RewardTemplate.read(path)
     assert caught.value.what.startswith(f"data.prompt: {path}")
     assert expected in caught.value.what
     assert len(str(caught.value).splitlines()) == 2
@@ -265,13 +265,13 @@ def test_a_surrogate_pair_that_yaml_leaves_apart_is_one_character(tmp_path: Path
     path = tmp_path / "prompt.yaml"
     path.write_text(json.dumps({**PARTS, "instructions": "\N{GRINNING FACE}"}))
     assert "\\ud83d\\ude00" in path.read_text()
-    assert PromptTemplate.read(path).instructions == "\N{GRINNING FACE}"
+    assert RewardTemplate.read(path).instructions == "\N{GRINNING FACE}"
 
 
 def test_prompt_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent.yaml"):
         with pytest.raises(UserError, match=r"data\.prompt: "):
-            PromptTemplate.read(path)
+            RewardTemplate.read(path)
 
 
 # Truncation

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tenacity import AsyncRetrying, RetryCallState
 
 from datamodules.errors import UserError
-from datamodules.files.reading import MOST_AT_ONCE
+from datamodules.files.reading import MAX_TEXT_BYTES
 from models.judging.answer_log import AnswerLog
 from models.judging.chat_client import ChatClient
 from models.judging.chat_connection import ChatConnection, RequestFailed
@@ -365,7 +365,7 @@ def test_the_key_is_sent_and_stands_nowhere_even_if_the_server_sends_it_back(
 
 
 # A beginning of gzip, of which each part that follows is empty.
-NOTHING_PACKED = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03" + b"\x00\x00\x00\xff\xff" * (MOST_AT_ONCE // 5)
+NOTHING_PACKED = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03" + b"\x00\x00\x00\xff\xff" * (MAX_TEXT_BYTES // 5)
 
 
 def bomb(size: int) -> bytes:
@@ -380,13 +380,13 @@ def bomb(size: int) -> bytes:
         Reply(body=b"0" * 65_536, status=500, headers={"Content-Length": str(10**12)}, endless=True),
         Reply(body=NOTHING_PACKED, headers={"Content-Encoding": "gzip"}),
         Reply(body=bomb(200_000_000), headers={"Content-Encoding": "gzip"}),
-        Reply(body=b'"' + b"0" * MOST_AT_ONCE),
+        Reply(body=b'"' + b"0" * MAX_TEXT_BYTES),
     ],
     ids=["endless", "endless error", "nothing, packed", "a bomb", "one byte too long"],
 )
 def test_of_a_response_no_more_is_read_than_the_limit(reply: Reply, log: AnswerLog) -> None:
-    with chat_server(lambda body, before: reply) as chat, no_more_memory_than(5 * MOST_AT_ONCE):
-        with pytest.raises(UserError, match=f"the response is longer than the limit of {MOST_AT_ONCE:,} bytes"):
+    with chat_server(lambda body, before: reply) as chat, no_more_memory_than(5 * MAX_TEXT_BYTES):
+        with pytest.raises(UserError, match=f"the response is longer than the limit of {MAX_TEXT_BYTES:,} bytes"):
             ask(chat, log, ["a"], retries=3)
         assert len(chat.bodies) == 1, "to ask again is of no use"
 

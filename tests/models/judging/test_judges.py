@@ -34,7 +34,7 @@ def test_offers_are_read_as_rows_are(trained: tuple[Weights[Any], Any]) -> None:
     pairs = [Pair(row.history, row.proposal) for row in rows]
     verdicts = asyncio.run(judge.judge(pairs, lambda: counted.append(None)))
     assert len(counted) == len(rows)
-    data.settle_layout(None)
+    data.choose_layout(None)
     data.setup("test")
     batches = [micro_batch for step in data.test_dataloader() for micro_batch in step]
     row_R = torch.cat([batch["row"] for batch in batches])
@@ -68,7 +68,7 @@ def test_the_least_tie_comes_first_then_the_order_given() -> None:
         def __init__(self, digest: str, **ties: Tie) -> None:
             self.digest, self.ties = digest, ties
 
-        def tie(self, trace: Trace, namesake: Trace | None) -> Tie:
+        def tie(self, trace: Trace, root_trace: Trace | None) -> Tie:
             return self.ties[trace.name]
 
     trained, validated, unknown, clean = Tie.TRAINED, Tie.VALIDATED, Tie.UNKNOWN, Tie.NONE
@@ -93,7 +93,7 @@ def test_a_trace_takes_the_first_weights_that_do_not_know_it_and_do_not_judge_it
         def __init__(self, digest: str, *known: str) -> None:
             self.digest, self.known = digest, known
 
-        def tie(self, trace: Trace, namesake: Trace | None) -> Tie:
+        def tie(self, trace: Trace, root_trace: Trace | None) -> Tie:
             return Tie.TRAINED if trace.name in self.known else Tie.NONE
 
     a, b, both = Known("A", "a"), Known("B", "b"), Known("C", "a", "b")

@@ -16,7 +16,7 @@ from datamodules.corpus.sources import load_corpus
 from datamodules.corpus.traces import Trace, root_traces
 from datamodules.errors import UserError
 from models.judging.answer_log import AnswerLog
-from models.judging.description import joint_settings, shares
+from models.judging.description import group_traces, joint_settings
 from models.judging.local_agent import AnswerOptions, LocalAgent, answer_key
 from models.judging.weights import Tie, Weights, assign, one_for_each
 from models.learning.proactive_agent import ProactiveAgent
@@ -61,7 +61,7 @@ def agents_on(
 def answered(agents: dict[str, LocalAgent], traces: list[Trace]) -> dict[str, Any]:
     """What the agent of each trace answers, with progress that reaches its end."""
     found: dict[str, Any] = {}
-    for agent, own in shares(agents, traces):
+    for agent, own in group_traces(agents, traces):
         counted: list[None] = []
         found |= asyncio.run(agent.answer(own, lambda counted=counted: counted.append(None)))
         assert len(counted) == agent.candidates * sum(len(trace.events) for trace in own)

@@ -100,9 +100,9 @@ def test_along_a_session_each_event_is_read_once(scorer: Callable[..., Scorer]) 
 def test_what_it_was_tried_with_grows_with_its_rows(scorer: Callable[..., Scorer]) -> None:
     mine = scorer(max_length=160)
     mine.score([Pair(EVENTS[:1], None), Pair(EVENTS[:2], None)])
-    assert mine._settled_for[0] < 160
+    assert mine._checked_lengths[0] < 160
     mine.score([Pair(EVENTS, None), Pair(EVENTS[:2], None)])
-    assert mine._settled_for == (160, 512)
+    assert mine._checked_lengths == (160, 512)
 
 
 def test_rows_that_lose_events_are_counted(scorer: Callable[..., Scorer]) -> None:

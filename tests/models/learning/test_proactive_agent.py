@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import models.networks.heads
 from datamodules.batching.answer_rows import AgentDataModule, AnswerKind
 from datamodules.batching.layouts import Layout, RowsLayout, TreeLayout
-from datamodules.batching.steps import EncodedRows, share
+from datamodules.batching.steps import EncodedRows, micro_batches_of_rank
 from datamodules.corpus.answers import Answer, read_answer, write_answer
 from datamodules.errors import UserError
 from models.learning.answer_metrics import AnswerLosses, answer_losses, decisions, proposal_metrics
@@ -49,7 +49,7 @@ def step(model: ProactiveAgent, layout: Layout, rows: Sequence[int], number: int
     """Loss and gradients of a step; every third answer is null."""
     kinds = torch.tensor([AnswerKind.NULL if row % 3 == 0 else AnswerKind.TEXT for row in range(number)])
     data = EncodedRows(layout, {"kind": kinds, "help_needed": torch.zeros(number, dtype=torch.int64)})
-    return result_of(model, data[share(layout.split(rows, 1), 0, 1, 7)])
+    return result_of(model, data[micro_batches_of_rank(layout.split(rows, 1), 0, 1, 7)])
 
 
 def assert_tree_is_rows(model: ProactiveAgent, ids: list[list[int]], rows: Sequence[int], budget: int = 2048) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from datamodules.batching.layouts import Layout, RowsLayout, TreeLayout, ancestors
 from datamodules.batching.reward_rows import RewardDataModule
-from datamodules.batching.steps import EncodedRows, StepSampler, share
+from datamodules.batching.steps import EncodedRows, StepSampler, micro_batches_of_rank
 from datamodules.errors import UserError
 from models.learning.reward_classifier import RewardClassifier
 from models.learning.training import BackboneModule
@@ -81,7 +81,7 @@ class Result:
 def step(model: RewardClassifier, layout: Layout, rows: Sequence[int], number: int) -> Result:
     """Loss and gradients; labels and categories depend on the rows' indices."""
     data = EncodedRows(layout, {"label": torch.arange(number) % 2, "category": torch.arange(number) % 4})
-    return result_of(model, data[share(layout.split(rows, 1), 0, 1, len(rows))])
+    return result_of(model, data[micro_batches_of_rank(layout.split(rows, 1), 0, 1, len(rows))])
 
 
 def result_of(model: BackboneModule, micro_batches: Sequence[Any]) -> Result:
@@ -398,7 +398,7 @@ def test_flex_attention_gives_equal_results_and_compiles_once() -> None:
                 layout, {name: torch.zeros(len(ids), dtype=torch.int64) for name in ("label", "category")}
             )
             model.to("cuda").zero_grad()
-            for micro_batch in data[share(layout.split(range(len(ids)), 1), 0, 1, len(ids))]:
+            for micro_batch in data[micro_batches_of_rank(layout.split(range(len(ids)), 1), 0, 1, len(ids))]:
                 moved = {k: v.cuda() for k, v in micro_batch.items() if k != "inputs"}
                 inputs = {k: v.cuda() for k, v in micro_batch["inputs"].items()}
                 model.loss({**moved, "inputs": inputs}).backward()

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from datamodules.files.reading import MOST_AT_ONCE, MOST_ROWS
+from datamodules.files.reading import MAX_RECORDS_BYTES, MAX_TEXT_BYTES
 from tests.proactive.bad_inputs.case import Case, Place, write
 
 TRAIN, TEST, TRACE, SPLITS = (
@@ -94,7 +94,7 @@ ROWS = {  # of train_data.jsonl: what is named
     "one MB of braces": ('{"a":' * 200_000, "at most 100 lists"),
     "deep and closed": (changed(ROW, obs=GONE)[:-1] + ', "obs": ' + "[" * 150 + "]" * 150 + "}", "at most 100 lists"),
     "a number of many digits": (changed(ROW, valid=GONE)[:-1] + ', "valid": ' + "1" * 10_000 + "}", "expected JSON"),
-    "a line beyond the limit": (changed(ROW, pred_task="x" * MOST_AT_ONCE), f"limit is {MOST_AT_ONCE:,} bytes"),
+    "a line beyond the limit": (changed(ROW, pred_task="x" * MAX_TEXT_BYTES), f"limit is {MAX_TEXT_BYTES:,} bytes"),
     "ten thousand empty events": (changed(ROW, obs=[{}] * 10_000), "field obs[0].time"),
 }
 TRACES = {
@@ -158,9 +158,15 @@ CASES = [
     Case("a root that is a file", "inspect", ["--root=file"], "file is not a directory", write("file", "")),
     Case("a root without rows", "inspect", ["--root=r"], "r has no reward_data", write(TRACE, "[]")),
     Case("too many folds", "inspect", ["--root=r", "--folds=2"], "folds", root()),
-    Case("a trace beyond the limit", "inspect", ["--root=r"], "a.json: holds", sparse(TRACE, MOST_AT_ONCE + 1)),
-    Case("rows beyond the limit", "inspect", ["--root=r"], "train_data.jsonl: holds", sparse(TRAIN, MOST_ROWS + 1)),
-    Case("a line without end", "inspect", ["--root=r"], "line 1: holds more", sparse(TRAIN, MOST_ROWS)),
+    Case("a trace beyond the limit", "inspect", ["--root=r"], "a.json: holds", sparse(TRACE, MAX_TEXT_BYTES + 1)),
+    Case(
+        "rows beyond the limit",
+        "inspect",
+        ["--root=r"],
+        "train_data.jsonl: holds",
+        sparse(TRAIN, MAX_RECORDS_BYTES + 1),
+    ),
+    Case("a line without end", "inspect", ["--root=r"], "line 1: holds more", sparse(TRAIN, MAX_RECORDS_BYTES)),
     Case("splits beyond the limit", "evaluate", [*BASELINE, "--data.root=r"], "limit", sparse(SPLITS, 2**30)),
     Case("a small root", "inspect", ["--root={root}"], "", accepted=True),
 ]

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from datamodules.files.reading import MOST_AT_ONCE
+from datamodules.files.reading import MAX_TEXT_BYTES
 from tests.chat_server import ChatServer, Reply
 from tests.proactive.bad_inputs.case import Case, Place
 from tests.proactive.bad_inputs.data import ESCAPES, root
@@ -66,10 +66,10 @@ REPLIES: dict[str, tuple[Reply, str]] = {  # by the model's name: what the serve
     "no-gzip": (said("hello", **PACKED), "not gzip"),
     "br": (said("hello", **{"Content-Encoding": "br"}), "body in br"),
     "gzip-twice": (said("hello", **{"Content-Encoding": "gzip, gzip"}), "body in gzip, gzip"),
-    "too-long": (Reply(body=b"0" * (MOST_AT_ONCE + 1)), LONG),
+    "too-long": (Reply(body=b"0" * (MAX_TEXT_BYTES + 1)), LONG),
     "endless": (Reply(body=b"0" * 65_536, headers=ENDLESS, endless=True), LONG),
     "endless-error": (Reply(body=b"0" * 65_536, status=500, headers=ENDLESS, endless=True), LONG),
-    "bomb": (Reply(body=gzip.compress(b"0" * 2 * MOST_AT_ONCE), headers=PACKED), LONG),
+    "bomb": (Reply(body=gzip.compress(b"0" * 2 * MAX_TEXT_BYTES), headers=PACKED), LONG),
 }
 SERVER = ChatServer(lambda body, before: REPLIES[body["model"]][0])  # each process of the tests has its own
 _THREAD = threading.Thread(target=SERVER.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
