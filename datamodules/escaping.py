@@ -6,6 +6,8 @@ import re
 
 def printable(text: str) -> str:
     """Escape line breaks, control characters and everything else that is not printable."""
+    if text.isprintable():
+        return text
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 

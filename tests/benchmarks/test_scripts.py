@@ -1,6 +1,7 @@
 """Benchmarks are scripts that no other code imports: each loads, and that of trees runs small."""
 
 import importlib.util
+import json
 import math
 from pathlib import Path
 from types import ModuleType
@@ -64,3 +65,12 @@ def test_the_simulation_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found["sessions"] == 12
     assert found["events"] > 12
     assert found["seconds"] > 0
+
+
+def test_an_export_is_read_to_its_end(tmp_path: Path) -> None:
+    module = loaded(ROOT / "benchmarks" / "watching.py")
+    path = module.write_export(tmp_path / "export.json", 300)
+    assert sum(len(bucket["events"]) for bucket in json.loads(path.read_text())["buckets"].values()) == 300
+    found = module.measure(path)
+    assert 50 < found["observations"] < 300
+    assert found["peak"] > 0
