@@ -9,6 +9,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from datamodules.escaping import from_cell, to_cell
+from datamodules.files.writing import naming_write_errors
 from models.learning.proactive_agent import ProactiveAgent
 
 SAMPLES = "answers.csv"
@@ -31,7 +32,7 @@ class SampledAnswers(Callback):
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         is_new = not self.path.exists()
-        with self.path.open("a", newline="", encoding="utf-8") as file:
+        with naming_write_errors(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             if is_new:
                 writer.writeheader()
@@ -44,9 +45,8 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
     if not (folder / SAMPLES).exists():
         return []
     with (folder / SAMPLES).open(newline="", encoding="utf-8") as file:
-        rows = [
-            row for row in csv.DictReader(file) if None not in row.values()
-        ]  # a killed run may leave an incomplete last row
+        # A killed run may leave an incomplete last row.
+        rows = [row for row in csv.DictReader(file) if None not in row.values()]
     return list({(row["step"], row["history"]): _cells(row, from_cell) for row in rows}.values())
 
 

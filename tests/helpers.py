@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -151,3 +152,14 @@ class KillRankAtStep(KillAtStep):
     def on_before_optimizer_step(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
         if trainer.global_rank == self.rank:
             super().on_before_optimizer_step(trainer, *args, **kwargs)
+
+
+@contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """No file can become longer than that, which fails a write as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

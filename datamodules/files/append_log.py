@@ -3,15 +3,17 @@
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from datamodules.errors import UserError
 from datamodules.escaping import shortened
 from datamodules.files.reading import MAX_RECORDS_BYTES, is_deep, require_regular
+from datamodules.files.writing import naming_write_errors
 
 OTHER_OUTPUT = "Give another --output."
 LONGEST_VALUE = 200  # characters of a setting in a message
@@ -27,27 +29,30 @@ class AppendLog:
     mode: ClassVar[int] = 0o666  # of the file, before the umask
 
     def __init__(self) -> None:
-        self._file: BinaryIO | None = None
+        self._file: io.FileIO | None = None
+        self._path = Path()
 
     @contextlib.contextmanager
     def opened(self, path: Path, settings: dict[str, Any]) -> Iterator[Self]:
         """Read the entries of a file, and append new ones to it until the block ends.
 
         Raises:
-            UserError: The file has other settings, is not a log, or another process writes it.
+            UserError: The file has other settings, is not a log, or another process writes it; or it cannot be written
+                to, for example because the disk is full.
         """
         if path.exists() and require_regular(path, hint=OTHER_OUTPUT) > MAX_RECORDS_BYTES:
             raise UserError(f"{path}: larger than the limit of {MAX_RECORDS_BYTES:,} bytes", OTHER_OUTPUT)
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, self.mode)
-        with os.fdopen(descriptor, "ab+") as file:
+        # Without a buffer, because closing a file whose buffer cannot be written raises an error without its name.
+        with io.FileIO(descriptor, "ab+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise UserError(
                     f"{path} is being written by another process", "Wait for it, or give another --output."
                 ) from error
-            self._file = file
+            self._file, self._path = file, path
             try:
                 self._read(path, file, json.loads(json.dumps(settings)))
                 yield self
@@ -62,7 +67,7 @@ class AppendLog:
         """
         raise NotImplementedError
 
-    def _read(self, path: Path, file: BinaryIO, settings: dict[str, Any]) -> None:
+    def _read(self, path: Path, file: io.FileIO, settings: dict[str, Any]) -> None:
         file.seek(0)
         content = file.read()
         whole = content[: content.rfind(b"\n") + 1]
@@ -90,11 +95,29 @@ class AppendLog:
 
     def _append(self, entry: dict[str, Any]) -> None:
         """Write an entry, and sync it to the disk, if a file is open."""
+        self._write(entry)
+        self._sync_file()
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        """Write an entry, if a file is open. It survives a kill of this process, but not a stop of the machine."""
         if self._file is None:
             return
-        self._file.write(json.dumps(entry).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        line = json.dumps(entry).encode() + b"\n"
+        size = os.fstat(self._file.fileno()).st_size
+        with naming_write_errors(self._path):
+            try:
+                while line:  # a full disk may take a part
+                    line = line[self._file.write(line) :]
+            except OSError:
+                self._file.truncate(size)  # a later entry must not continue the line
+                raise
+
+    def _sync_file(self) -> None:
+        """Sync the file to the disk, if one is open."""
+        if self._file is None:
+            return
+        with naming_write_errors(self._path):
+            os.fsync(self._file.fileno())
 
 
 def _parsed(line: bytes) -> Any:

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -111,8 +112,18 @@ def write_error(target: Path, reason: OSError | str) -> UserError:
     """Return the error for a file that cannot be written."""
     why = (reason.strerror or str(reason)) if isinstance(reason, OSError) else reason
     return UserError(
-        f"cannot write {target}: {why}", "Make room on the disk, or choose another path; nothing was replaced."
+        f"cannot write {target}: {why}",
+        "Make room on the disk, or choose another path; what was written before is intact.",
     )
+
+
+@contextlib.contextmanager
+def naming_write_errors(target: Path) -> Iterator[None]:
+    """Raise a UserError that names the file if a write fails; the errors of open files do not name them."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(target, error) from error
 
 
 def checksum(path: Path) -> int:

@@ -8,7 +8,6 @@ from typing import Any
 
 from datamodules.corpus.json_records import parse_json
 from datamodules.files.reading import MAX_RECORDS_BYTES, open_file, text_lines
-from datamodules.files.writing import sync
 from models.judging.answer_log import AnswerLog
 from proactive.simulation.questions import Question
 from proactive.simulation.work_items import WorkItem
@@ -54,14 +53,11 @@ class SimulationLog(AnswerLog):
     async def _sync(self) -> None:
         await asyncio.sleep(0)  # so that concurrent sessions add their lines first
         self._syncing, self._unsynced = None, False
-        if self._file is not None:
-            sync(self._file)
+        self._sync_file()
 
     def _append(self, entry: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(entry).encode() + b"\n")
-            self._file.flush()  # survives a kill of this process; a sync survives a stop of the machine
-            self._unsynced = True
+        self._write(entry)
+        self._unsynced = True
 
 
 def entries(path: Path) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from datamodules.errors import UserError
 from datamodules.files.run_folders import REPORT_FILE, output_folder
-from datamodules.ranges import Count, CountOrNone, Positive, Seed, Tries
+from datamodules.ranges import Count, NonNegativeInt, Positive, Seed, Tries
 from models.judging.budget import Budget, Price
 from models.judging.chat_client import ChatClient
 from models.judging.endpoint import EndpointOptions
@@ -46,7 +46,7 @@ def scenes_parser() -> Parser:
     parser.add_class_arguments(EndpointOptions, "endpoint", skip={"token_limit", "cost_limit", "time_limit"})
     add("--budget-tokens", type=Count | None, help="Stop when the endpoint has used so many tokens.")
     add("--budget-cost", type=Positive | None, help="Stop when it has cost so much, in the currency of the price.")
-    add("--failures", type=CountOrNone, default=10, help="Number of scenes that may fail before the others stop.")
+    add("--failures", type=NonNegativeInt, default=10, help="Number of scenes that may fail before the others stop.")
     add("--data.root", type=str, default="embedded", help="Sample events that are in this root's test traces are "
         "removed, and example events of the scenes are compared with these traces.")  # fmt: skip
     add("--contaminated", action="store_true", help="Keep such sample events, and mark the scenes.")

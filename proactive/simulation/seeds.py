@@ -11,7 +11,7 @@ from datamodules.corpus.json_records import validate
 from datamodules.corpus.records import Text
 from datamodules.corpus.simulator import DOMAINS
 from datamodules.errors import UserError
-from datamodules.files.reading import MOST_AT_ONCE, read_text
+from datamodules.files.reading import MAX_TEXT_BYTES, read_text
 from datamodules.files.safe_yaml import NotYamlError, parse_yaml
 
 
@@ -36,7 +36,7 @@ def read_seeds(path: Path) -> Seeds:
     """
     hint = f"{SeedTasks.page} shows the format."
     try:
-        content = parse_yaml(read_text(path, option="--seeds"), MOST_AT_ONCE)
+        content = parse_yaml(read_text(path, option="--seeds"), MAX_TEXT_BYTES)
     except NotYamlError as error:
         raise UserError(f"--seeds: {path} is not YAML: {error}", hint) from error
     if not isinstance(content, dict) or not content:

@@ -5,8 +5,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from callbacks.samples import COLUMNS, SampledAnswers, read_samples
+from datamodules.errors import UserError
 from models.learning.proactive_agent import ProactiveAgent
+from tests.helpers import full_disk
 
 
 def sample(history: str, answer: str) -> dict[str, Any]:
@@ -46,3 +50,11 @@ def test_what_an_agent_writes_is_no_formula_of_a_spreadsheet_and_is_read_as_it_w
     with writer.path.open(newline="") as file:
         assert [row["answer"] for row in csv.DictReader(file)] == ["'=1+1", "'@SUM(A1)", "''=1", "plain"]
     assert [row["answer"] for row in read_samples(tmp_path)] == ["=1+1", "@SUM(A1)", "'=1", "plain"]
+
+
+def test_a_full_disk_gives_an_error_that_names_the_file(tmp_path: Path) -> None:
+    writer, model = SampledAnswers(tmp_path), ProactiveAgent()
+    model.samples = [sample("a", "first")]
+    trainer: Any = SimpleNamespace(sanity_checking=False, is_global_zero=True, current_epoch=0, global_step=5)
+    with full_disk(10), pytest.raises(UserError, match=r"cannot write .*answers\.csv: File too large"):
+        writer.on_validation_end(trainer, model)

@@ -1,13 +1,10 @@
 """Writing: whole or not there, nowhere else than meant, and nothing left behind by whom a kill stopped."""
 
 import os
-import resource
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,7 @@ from torch import ones, save
 
 from datamodules.errors import UserError
 from datamodules.files.writing import Unfinished, disk_full, remove_leftovers
-from tests.helpers import ROOT
+from tests.helpers import ROOT, full_disk
 from tests.patience import HANG
 
 KILLED = """
@@ -26,17 +23,6 @@ from datamodules.files.writing import Unfinished
 unfinished = Unfinished(Path(sys.argv[1]), folder=sys.argv[2] == "folder")
 os.kill(os.getpid(), signal.SIGKILL)
 """
-
-
-@contextmanager
-def full_disk(room: int) -> Iterator[None]:
-    """No file can become longer than that, which fails a write as a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from datamodules.errors import UserError
 from models.judging.answer_log import AnswerLog
 from tests.datamodules.conftest import few_examples
+from tests.helpers import full_disk
 
 SETTINGS = {"model": "m"}
 
@@ -77,6 +78,17 @@ def test_a_file_that_is_no_log_is_refused(content: bytes, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="is not the log of an evaluation"):
         kept(tmp_path / "log.jsonl", SETTINGS)
     assert (tmp_path / "log.jsonl").read_bytes() == content
+
+
+@pytest.mark.parametrize("taken", [0, 1, 20])
+def test_a_full_disk_gives_an_error_that_names_the_log_and_keeps_the_log_whole(taken: int, tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    with AnswerLog().opened(path, SETTINGS) as log:
+        log.add("before", "text", "here")
+        with full_disk(path.stat().st_size + taken), pytest.raises(UserError, match=r"cannot write .*log\.jsonl: File"):
+            log.add("lost", "text", "here")
+        log.add("after", "text", "here")
+    assert kept(path) == {"before": "text", "after": "text"}
 
 
 def test_a_log_has_one_writer(tmp_path: Path) -> None:
