@@ -83,7 +83,7 @@ class RecordedEvent(BaseModel):
     """An event of a bucket. Its id is not read: exports have none."""
 
     timestamp: AwareDatetime
-    duration: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]  # seconds
+    duration: Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)]  # seconds; cutting can make it negative
     data: dict[str, Any]
 
 
@@ -147,7 +147,7 @@ def spans(kind: str, events: Iterable[RecordedEvent], privacy: PrivacyOptions) -
     found: dict[float, Span] = {}
     for event in events:
         start = event.timestamp.timestamp()
-        end = start + event.duration
+        end = start + max(event.duration, 0.0)
         if start not in found or end > found[start].end:
             found[start] = Span(start, end, read(event.data, privacy))
     ordered = [found[start] for start in sorted(found)]

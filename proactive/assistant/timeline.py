@@ -39,8 +39,9 @@ MAX_WAIT = 60.0  # seconds after which an application that stays in front is tol
 TAB_PULSE = 80.0  # seconds for which a tab is open after its latest heartbeat; the watchers send one a minute
 MAX_TABS = 100  # of one browser, looked at for a title
 BROWSERS = re.compile(
-    r"browser|firefox|chrom|safari|edge\b|brave|opera\b|vivaldi|librewolf|waterfox|epiphany|konqueror|falkon|floorp|"
-    r"\b(zen|arc|navigator|iexplore)\b",
+    r"browser|firefox|chrom|safari|edge\b|brave|opera\b|vivaldi|librewolf|waterfox|pale ?moon|seamonkey|epiphany|"
+    r"konqueror|falkon|floorp|iridium|thorium|midori|maxthon|duckduckgo|yandex|浏览器|"
+    r"\b(zen|arc|dia|comet|orion|min|navigator|iexplore)\b",
     re.IGNORECASE,
 )
 
@@ -169,13 +170,14 @@ class _Sentence:
             return sentences.editing(first.project, list(dict.fromkeys(files)))
         assert isinstance(first, Window)
         windows = [(span, span.content) for span in self.members if isinstance(span.content, Window)]
-        if not BROWSERS.search(first.app):
-            return sentences.working(first.app, list(dict.fromkeys(window.title for _, window in windows)))
         until = self.members[0].start + MAX_WAIT
-        shown = [tabs.shown(window.title, span.start, min(span.end, until)) for span, window in windows]
-        public = [tab for tab in shown if tab is not None and not tab.private]
-        titles = list(dict.fromkeys(tab.title for tab in public))
-        return sentences.browsing(first.app, titles, public[-1].address if public else None)
+        shown = [(window, tabs.shown(window.title, span.start, min(span.end, until))) for span, window in windows]
+        if not BROWSERS.search(first.app):
+            titles = [window.title for window, tab in shown if tab is None or not tab.private]
+            return sentences.working(first.app, list(dict.fromkeys(titles)))
+        public = [tab for _, tab in shown if tab is not None and not tab.private]
+        titles = [tab.title for tab in public]
+        return sentences.browsing(first.app, list(dict.fromkeys(titles)), public[-1].address if public else None)
 
 
 def _subject(span: Span) -> str:

@@ -77,30 +77,41 @@ class ActivityWatchServer:
 
 
 @contextmanager
-def recorded_requests(server: ActivityWatchServer) -> Iterator[tuple[str, list[str]]]:
-    """A proxy before a server: its address, and all text that it was sent."""
-    requests: list[str] = []
+def answering(answer: Callable[[BaseHTTPRequestHandler], tuple[int, bytes]]) -> Iterator[str]:
+    """The address of a server that answers each request with a status and a body."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            requests.append(f"{self.requestline}\n{self.headers}")
-            answer = server.http.get(f"{server.url}{self.path}")
-            self.send_response(answer.status_code)
-            self.send_header("Content-Length", str(len(answer.content)))
+            status, body = answer(self)
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(answer.content)
+            self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
             pass
 
-    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=proxy.serve_forever, daemon=True)
-    thread.start()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{proxy.server_address[1]}", requests
+        yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:
-        proxy.shutdown()
-        proxy.server_close()
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
+def recorded_requests(server: ActivityWatchServer) -> Iterator[tuple[str, list[str]]]:
+    """A proxy before a server: its address, and all text that it was sent."""
+    requests: list[str] = []
+
+    def forward(request: BaseHTTPRequestHandler) -> tuple[int, bytes]:
+        requests.append(f"{request.requestline}\n{request.headers}")
+        answer = server.http.get(f"{server.url}{request.path}")
+        return answer.status_code, answer.content
+
+    with answering(forward) as url:
+        yield url, requests
 
 
 class Over(Exception):  # noqa: N818 - the end of a script
@@ -149,7 +160,7 @@ class Watchers:
     """
 
     KINDS = {  # noqa: RUF012 - type of a bucket, seconds between heartbeats, seconds of a pulse
-        "windows": ("currentwindow", 2.0, 3.0),
+        "windows": ("currentwindow", 4.0, 5.0),
         "presence": ("afkstatus", 5.0, 185.0),
         "tabs": ("web.tab.current", 20.0, 80.0),
         "code": ("app.editor.activity", 5.0, 20.0),

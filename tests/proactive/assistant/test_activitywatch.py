@@ -18,6 +18,7 @@ from tests.proactive.assistant.activitywatch_server import (
     Over,
     Script,
     Watchers,
+    answering,
     recorded_requests,
 )
 
@@ -239,6 +240,53 @@ def test_a_server_that_is_not_there_at_the_first_start_is_an_error() -> None:
         source = ActivityWatchSource(f"http://127.0.0.1:{closed.getsockname()[1]}", Script(BEGIN), PrivacyOptions())
         with pytest.raises(UserError, match="ConnectError"):
             asyncio.run(watched(source))
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "reason"),
+    [
+        (404, b"{}", "it answers 404"),
+        (302, b"", "it answers 302"),
+        (200, b"Ring for Bob", "not ActivityWatch's: Invalid JSON"),
+        (200, b'{"a": {"type": 1, "title": "Ring for Bob"}}', "not ActivityWatch's, field a.type"),
+        (200, b" " * 2_001, "longer than 2,000 bytes"),
+    ],
+)
+def test_a_server_that_is_another_is_an_error_without_its_text(
+    status: int, body: bytes, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proactive.assistant.activitywatch_client.MAX_TEXT_BYTES", 2_000)
+    with answering(lambda _: (status, body)) as url:
+        source = ActivityWatchSource(url, Script(BEGIN), PrivacyOptions())
+        with pytest.raises(UserError, match=reason) as refused:
+            asyncio.run(watched(source))
+    assert "Bob" not in str(refused.value)
+
+
+def test_types_without_a_bucket_are_a_notice(
+    activitywatch: ActivityWatchServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "proactive")
+    activitywatch.create("only windows", "currentwindow")
+    activitywatch.create("input", "os.hid.input")
+    script = Script(BEGIN)
+    script.end = BEGIN + 50
+    asyncio.run(watched(ActivityWatchSource(activitywatch.url, script, PrivacyOptions())))
+    missing = re.findall(r"has no bucket of type ([\w.]+)", caplog.text)
+    assert missing == ["app.editor.activity", "afkstatus", "web.tab.current"], "each once"
+
+
+def test_an_export_with_input_only_tells_presence(tmp_path: Path) -> None:
+    moments = {0: 3, 30: 1, 31: 0, 600: 5}  # seconds, and how many keys were pressed then
+    events = [
+        {"timestamp": f"2025-06-15T15:{at // 60:02}:{at % 60:02}Z", "duration": 1, "data": {"presses": presses}}
+        for at, presses in moments.items()
+    ]
+    path = tmp_path / "export.json"
+    path.write_text(json.dumps({"buckets": {"keys": {"type": "os.hid.input", "events": events}}}), encoding="utf-8")
+    found = asyncio.run(watched(ExportSource(path, ReplayClock(), PrivacyOptions())))
+    assert [one.away for one in found if isinstance(one, Presence)] == [True, False]
+    assert [sentence for _, sentence in told(found)] == ["The user returns after 9 minutes."]
 
 
 @pytest.mark.parametrize(

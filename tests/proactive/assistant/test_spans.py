@@ -94,6 +94,10 @@ def test_input_only_tells_presence() -> None:
     assert [span.content for span in still_away] == [Status(False), Status(True)]
 
 
+def test_a_negative_duration_is_none() -> None:
+    assert [span.end - span.start for span in spans(WINDOW, [event(0, -0.001, app="Code")], PrivacyOptions())] == [0]
+
+
 def test_spans_are_cut_to_a_range() -> None:
     whole = [Span(0, 5, None), Span(5, 20, None), Span(20, 30, None)]
     assert clipped(whole, 10) == [Span(10, 20, None), Span(20, 30, None)]

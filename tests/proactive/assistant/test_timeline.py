@@ -84,6 +84,14 @@ def test_a_browser_shows_nothing_that_no_open_tab_confirms_and_nothing_private()
         assert lines(found) == [(163.0, "The user browses the web in 'Firefox'.")]
 
 
+def test_a_private_title_is_not_told_of_a_browser_that_is_not_known_as_one() -> None:
+    found = recording(
+        windows=[window(100, 120, "Unknown", "Rings - Unknown"), window(120, 170, "Unknown", "News - Unknown")],
+        web=[tab(100, 119, "Rings", private=True), tab(120, 160, "News", "news.example")],
+    )
+    assert lines(found) == [(163.0, "The user works in 'Unknown' with 'News - Unknown'.")]
+
+
 def test_away_and_back() -> None:
     here = [Span(0, 100, Status(False)), Span(100, 1000, Status(True)), Span(1000, 1010, Status(False))]
     whole = [(280.0, True), (1000, False), (1000, "The user returns after 15 minutes.")]
