@@ -22,11 +22,13 @@ from proactive.assistant.spans import (
     TYPES,
     WINDOW,
     Read,
+    Span,
     clipped,
+    kinds_of,
     spans,
     validated,
 )
-from proactive.assistant.timeline import MAX_WAIT, TAB_PULSE, Place, Recording
+from proactive.assistant.timeline import TAB_PULSE, Place, Recording
 
 if TYPE_CHECKING:
     from httpx2 import AsyncClient
@@ -89,23 +91,26 @@ class ActivityWatchClient:
         Raises:
             UnreachableError: The server does not answer, or not in ActivityWatch's format.
         """
-        kinds = {name: bucket.type for name, bucket in (await self._read("", BUCKETS)).items() if bucket.type in TYPES}
+        kinds = kinds_of(await self._read("", BUCKETS))
         self._log_missing(set(kinds.values()))
-        if PRESENCE in kinds.values():
-            kinds = {name: kind for name, kind in kinds.items() if kind != INPUT}
-        starts = {name: places[name].start if name in places else since for name in kinds}
-        windows = [starts[name] for name, kind in kinds.items() if kind == WINDOW]
-        found = {}
-        for name, kind in kinds.items():
-            start = max(starts[name] - LOOK_BACK, since)
+        found: dict[str, list[Span]] = {}
+        waiting: list[float] = []  # starts of windows that are not told
+        for name, kind in sorted(kinds.items(), key=lambda item: item[1] == TAB):
             if kind == TAB:
-                start = min(windows, default=starts[name]) - TAB_PULSE - MAX_WAIT
-            events = await self._read(f"{quote(name, safe='')}/events?start={_time(start)}", EVENTS)
-            read = spans(kind, events, self.privacy)
-            found[name] = read if kind == TAB else clipped(read, since)
-            if kind != TAB:
-                self._log_late(name, kind, [span.start for span in read if span.start > start], starts[name])
+                found[name] = await self._spans(name, kind, min(waiting) - TAB_PULSE) if waiting else []
+                continue
+            told = places[name].start if name in places else since
+            start = max(told - LOOK_BACK, since)
+            read = await self._spans(name, kind, start)
+            self._log_late(name, kind, [span.start for span in read if span.start > start], told)
+            found[name] = clipped(read, since)
+            if kind == WINDOW:
+                waiting += [span.start for span in found[name] if name not in places or span.start > told]
         return Recording(found, kinds)
+
+    async def _spans(self, bucket: str, kind: str, start: float) -> list[Span]:
+        events = await self._read(f"{quote(bucket, safe='')}/events?start={_time(start)}", EVENTS)
+        return spans(kind, events, self.privacy)
 
     async def _read(self, path: str, reader: TypeAdapter[Read]) -> Read:
         from httpx2 import HTTPError
