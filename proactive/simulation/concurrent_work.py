@@ -57,25 +57,21 @@ async def do_all(
     left = [item for item in items if log.outcome(item) is None]
     if len(left) < len(items):
         say(f"{len(items) - len(left)} of {len(items)} {what} have ended before")
-    room = asyncio.Semaphore(limits.at_once)
     stopped: list[UserError] = []
     limit_reached: list[UserError] = []
     failed = 0
 
     async def one(item: Item) -> None:
         nonlocal failed
-        async with room:
-            if limit_reached:
-                return
-            try:
-                outcome = await _outcome(item, do)
-                log.end(item, outcome)  # after the item's file: an item with an end is not done again
-                await log.synced()
-                said = outcome["reason"] or outcome["end"]
-                failed += outcome["end"] == FAILED
-            except UserError as error:
-                said = f"stopped: {error.what}"
-                (limit_reached if isinstance(error, LimitReachedError) else stopped).append(error)
+        try:
+            outcome = await _outcome(item, do)
+            log.end(item, outcome)  # after the item's file: an item with an end is not done again
+            await log.synced()
+            said = outcome["reason"] or outcome["end"]
+            failed += outcome["end"] == FAILED
+        except UserError as error:
+            said = f"stopped: {error.what}"
+            (limit_reached if isinstance(error, LimitReachedError) else stopped).append(error)
         say(f"{item.name}: {said}")
         if failed + len(stopped) > limits.failures:
             raise StoppedError(
@@ -83,10 +79,16 @@ async def do_all(
                 f"Answers so far are kept in {LOG_FILE}. See --failures.",
             )
 
+    async def one_after_the_other() -> None:
+        for item in waiting:
+            if not limit_reached:
+                await one(item)
+
+    waiting = iter(left)  # shared, so the number of tasks does not depend on the number of items
     try:
         async with asyncio.TaskGroup() as group:
-            for item in left:
-                group.create_task(one(item))
+            for _ in range(min(limits.at_once, len(left))):
+                group.create_task(one_after_the_other())
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None  # the other tasks were cancelled
     for error in [*stopped, *limit_reached]:
