@@ -31,7 +31,8 @@ from datamodules.batching.reward_rows import RewardDataModule
 from datamodules.corpus.records import Event
 from datamodules.prompting.segments import SegmentTokenizer
 from datamodules.prompting.templates import render_event
-from models.decoding.generation import GeneratedAnswer, generate_answers
+from models.decoding.answer_writer import GeneratedAnswer
+from models.decoding.generation import generate_answers
 from models.decoding.grammar import AnswerGrammar
 
 BACKBONE = {**tree_batches.BACKBONE, "max_position_embeddings": 4096}

@@ -37,7 +37,7 @@ from rich.table import Table
 
 from datamodules.batching.reward_rows import RewardDataModule
 from datamodules.files.writing import write_atomically
-from models.decoding.branches import branch_problem
+from models.decoding.branch_checks import branch_problem
 from models.learning.adamw_8bit import AdamW8bit
 from models.learning.reward_classifier import RewardClassifier
 

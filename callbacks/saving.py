@@ -14,7 +14,7 @@ from datamodules.files.writing import remove
 from models.learning import sharded_files as shards
 from models.learning.checkpoint_files import BEST, LAST
 from models.learning.training import BackboneModule
-from models.networks.weight_files import naming
+from models.networks.weight_files import naming_file
 
 PREVIOUS = "previous.ckpt"
 
@@ -40,7 +40,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == "fit":
-            with naming(trainer.ckpt_path or ""):
+            with naming_file(trainer.ckpt_path or ""):
                 _refuse_other_progress(checkpoint["loops"], {"fit_loop": trainer.fit_loop.state_dict()}, "loops")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

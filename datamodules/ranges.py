@@ -98,6 +98,20 @@ def check_ranges(annotated: Any, values: Mapping[str, Any], group: str) -> None:
             raise UserError(f"{option}: {reason(error)}", "Give another value; see --help.") from error
 
 
+def refuse_equal_samples(candidates: int, temperature: float) -> None:
+    """Refuse several answers at temperature 0, which would be equal, and a temperature below 0.
+
+    Raises:
+        UserError: The options are one of these.
+    """
+    if candidates > 1 and temperature == 0:
+        raise UserError(
+            f"--candidates: {candidates} candidates at temperature 0 are equal", "Give a --temperature above 0."
+        )
+    if temperature < 0:
+        raise UserError(f"--temperature: {temperature} is below 0", "Give 0 for greedy decoding, or more.")
+
+
 def reason(error: ValidationError) -> str:
     """Return pydantic's reason for refusing a value, in a few words."""
     first = error.errors(include_url=False)[0]

@@ -58,7 +58,8 @@ class RowsDataModule(StepDataModule):
         batch_size: Rows of one optimizer step, over all devices. The number of accumulated micro-batches follows from
             it and from the size of a micro-batch.
         layout: "tree" computes shared prefixes once; "rows" pads each row. Results are equal up to rounding. "auto"
-            uses trees if a trial at the start shows that the backbone can read them, and logs the reason if not.
+            uses trees if a self-check at the start finds that the backbone reads them correctly, and logs the reason if
+            not.
         token_budget: With layout tree, maximum number of tokens of a micro-batch; at least max_length.
         micro_batch_size: With layout rows, number of rows of a micro-batch.
         scenes_per_step: Number of scenes that the rows of a step come from. Fewer scenes share more tokens, more scenes

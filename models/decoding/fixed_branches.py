@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from models.decoding.branches import WASTE, BranchReader
+from models.decoding.branches import MIN_USED, BranchReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 STEPS_AHEAD = 64  # decoding steps that the cache has capacity for
-EVEN = 64  # the capacity is a multiple of it: attention kernels prefer that
+CAPACITY_MULTIPLE = 64  # the capacity is a multiple of it: attention kernels prefer that
 log = logging.getLogger("proactive")
-Place = tuple[int, int]  # trunk index, branch index
+Slot = tuple[int, int]  # trunk index, branch index
 
 
 class FixedBranchReader(BranchReader):
@@ -33,7 +33,7 @@ class FixedBranchReader(BranchReader):
     def __init__(self, network: "PreTrainedModel") -> None:
         super().__init__(network)
         self.records = self.device.type == "cuda"
-        self._at: list[list[Place]] | None = None  # slot of each of the caller's branches; the identity if None
+        self._at: list[list[Slot]] | None = None  # slot of each of the caller's branches; the identity if None
         self._steps_left = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits_BWV: Tensor | None = None  # of the last step; the CUDA graph writes them here
@@ -43,12 +43,12 @@ class FixedBranchReader(BranchReader):
         self._steps_left = 0
         return super().resume(known, tokens)
 
-    def branch(self, places: Sequence[Sequence[int]]) -> list[int]:
-        rows = [row for row, branches in enumerate(places) if branches]
-        at = [[self._at[row][place] if self._at else (row, place) for place in places[row]] for row in rows]
+    def branch(self, indices: Sequence[Sequence[int]]) -> list[int]:
+        rows = [row for row, branches in enumerate(indices) if branches]
+        at = [[self._at[row][index] if self._at else (row, index) for index in indices[row]] for row in rows]
         live = [one for branches in at for one in branches]
-        divided = len(set(live)) < len(live)  # a branch is forked
-        if not self._steps_left or divided or len(live) <= WASTE * self.position_BW.numel():
+        forked = len(set(live)) < len(live)
+        if not self._steps_left or forked or len(live) <= MIN_USED * self.position_BW.numel():
             at = self._lay_out(at)
         self._at = at
         return rows
@@ -59,9 +59,9 @@ class FixedBranchReader(BranchReader):
         ids_BW = torch.zeros(self._ids_BW.shape, dtype=torch.int64)
         at_PRW = torch.zeros(2, rows, width, dtype=torch.int64)
         for row, branches in enumerate(self._at):
-            for number, (place, token) in enumerate(zip(branches, tokens[row], strict=True)):
-                ids_BW[place] = token
-                at_PRW[:, row, number] = torch.tensor(place)
+            for number, (slot, token) in enumerate(zip(branches, tokens[row], strict=True)):
+                ids_BW[slot] = token
+                at_PRW[:, row, number] = torch.tensor(slot)
         self._ids_BW.copy_(ids_BW)
         self._steps_left -= 1
         if self._graph is None and self._logits_BWV is not None and self.records:
@@ -74,22 +74,22 @@ class FixedBranchReader(BranchReader):
         at_PRW = at_PRW.to(self.device)
         return self._logits_BWV[at_PRW[0], at_PRW[1]]
 
-    def _lay_out(self, at: list[list[Place]]) -> list[list[Place]]:
+    def _lay_out(self, at: list[list[Slot]]) -> list[list[Slot]]:
         """Keep the given branches and the tokens that they attend to, allocate capacity, and return the new slots."""
         self._graph = self._logits_BWV = None  # free their memory first
         here: list[list[int]] = [[] for _ in range(len(self.position_BW))]
         for branches in at:
-            for row, place in branches:
-                here[row].append(place)
-        kept = self._branch(here, waste=1.0)
+            for row, index in branches:
+                here[row].append(index)
+        kept = self._branch(here, min_used=1.0)
         rows, width, used = self.visible_BWK.shape
-        room = -(-(used + width * STEPS_AHEAD) // EVEN) * EVEN
-        self._steps_left = (room - used) // width
-        self.visible_BWK = torch.nn.functional.pad(self.visible_BWK, (0, room - used))
+        capacity = -(-(used + width * STEPS_AHEAD) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
+        self._steps_left = (capacity - used) // width
+        self.visible_BWK = torch.nn.functional.pad(self.visible_BWK, (0, capacity - used))
         self._target_W = torch.arange(used - width, used, device=self.device)  # as if one step had run before the first
         self._ids_BW = torch.zeros(rows, width, dtype=torch.int64, device=self.device)
         for layer in self.cache.layers:
-            layer.reserve(room, self._target_W)
+            layer.reserve(capacity, self._target_W)
         return [[(kept.index(branches[0][0]), number) for number in range(len(branches))] for branches in at]
 
     @torch.no_grad()

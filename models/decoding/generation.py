@@ -9,46 +9,28 @@ V vocabulary size.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from datamodules.batching.prefix_tree import common_prefix
-from datamodules.errors import UserError
-from datamodules.prompting.segments import truncate
-from models.decoding.branches import BranchReader, can_branch, reading_branches
+from datamodules.ranges import refuse_equal_samples
+from models.decoding.answer_writer import AnswerWriter, GeneratedAnswer, UnfinishedAnswer
+from models.decoding.branch_checks import can_branch
+from models.decoding.branches import BranchReader, reading_branches
 from models.decoding.grammar import AnswerGrammar
+from models.decoding.trunks import TraceIds, Trunk, trunks_of
 from models.networks.configurations import max_positions
-from models.networks.trials import uncompiled
+from models.networks.self_checks import uncompiled
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher
     from transformers import PreTrainedModel
-
-Trace = Sequence[Sequence[int]]  # token ids of the instructions and of each event
-
-
-@dataclass(frozen=True)
-class GeneratedAnswer:
-    """An answer to a trace's first `step` events.
-
-    `token_ids` exclude the end token. `finished` is False if the answer reached `max_new_tokens`. With a grammar, such
-    an answer ends with tokens that the network did not generate; they complete its JSON.
-    """
-
-    trace: int
-    step: int
-    candidate: int
-    token_ids: list[int]
-    finished: bool
 
 
 def generate_answers(
     network: "PreTrainedModel",
-    traces: Sequence[Trace],
+    traces: Sequence[TraceIds],
     opening: Sequence[int],
     *,
     end_id: int,
@@ -84,37 +66,26 @@ def generate_answers(
         max_length: Maximum number of tokens of prompt and answer. Longer prompts lose their oldest events, as in
             training. The network's number of positions if None.
         wanted: The (trace index, step) pairs to answer; step k is after event k, counted from 1. All if None.
-        branched: True generates from a branched cache, False one prompt at a time. If None, a trial decides.
+        branched: True generates from a branched cache, False one prompt at a time. If None, a self-check decides.
         streams: For each trace an integer >= 0 that seeds its random numbers; the trace index if None.
 
     Raises:
         UserError: There are several candidates at temperature 0, the temperature is negative, or the instructions
             leave no room for an answer.
     """
-    refuse_impossible_draws(candidates, temperature)
+    refuse_equal_samples(candidates, temperature)
     writer = AnswerWriter(end_id, max_new_tokens, temperature, seed, grammar)
     room = max_positions(network.config) if max_length is None else max_length
-    trunks = _trunks(traces, opening, wanted, room - max_new_tokens, streams)
+    trunks = trunks_of(traces, opening, wanted, room - max_new_tokens, streams)
     return _generate_answers(network, trunks, opening, candidates, writer, batch_size, branched)
-
-
-def refuse_impossible_draws(candidates: int, temperature: float) -> None:
-    """Raise a UserError for several candidates at temperature 0, or a negative temperature."""
-    if candidates > 1 and not temperature:
-        raise UserError(
-            f"candidates: {candidates} answers at temperature 0 are equal",
-            "Set a temperature above 0, such as 0.7, or ask for one candidate.",
-        )
-    if temperature < 0:
-        raise UserError(f"temperature: {temperature} is below 0", "Use 0 for greedy decoding, or more to sample.")
 
 
 def _generate_answers(
     network: "PreTrainedModel",
-    trunks: "Sequence[_Trunk]",
+    trunks: Sequence[Trunk],
     opening: Sequence[int],
     candidates: int,
-    writer: "AnswerWriter",
+    writer: AnswerWriter,
     batch_size: int,
     branched: bool | None,
 ) -> Iterator[GeneratedAnswer]:
@@ -148,14 +119,14 @@ class AnswerStream:
         self,
         network: "PreTrainedModel",
         opening: Sequence[int],
-        writer: "AnswerWriter",
+        writer: AnswerWriter,
         *,
         candidates: int,
         max_length: int,
         stream: int,
         branched: bool,
     ) -> None:
-        refuse_impossible_draws(candidates, writer.temperature)
+        refuse_equal_samples(candidates, writer.temperature)
         self.network = network
         self.opening = opening
         self.writer = writer
@@ -166,11 +137,11 @@ class AnswerStream:
         self._reader = _reader(network)
         self._read: list[int] = []  # the prompt whose keys and values the cache contains
 
-    def answer(self, segments: Trace) -> list[GeneratedAnswer]:
+    def answer(self, segments: TraceIds) -> list[GeneratedAnswer]:
         """Return the candidates after a history, in order; `segments` are the token ids of instructions and events."""
         step = len(segments) - 1
         limit = self.max_length - self.writer.max_new_tokens
-        (trunk,) = _trunks([segments], self.opening, {(0, step)}, limit, [self.stream])
+        (trunk,) = trunks_of([segments], self.opening, {(0, step)}, limit, [self.stream])
         with reading_branches(self.network):
             if not self.branched:
                 return list(_one_by_one(self.network, [trunk], self.opening, self.candidates, self.writer))
@@ -183,129 +154,8 @@ class AnswerStream:
             return sorted(answers, key=lambda answer: answer.candidate)
 
 
-@dataclass(frozen=True)
-class _Trunk:
-    """The tokens that several steps of a trace share.
-
-    `end` maps each step to the number of trunk tokens that its answers attend to.
-    """
-
-    trace: int
-    stream: int
-    token_ids: list[int]
-    end: dict[int, int]
-
-
-def _trunks(
-    traces: Sequence[Trace],
-    opening: Sequence[int],
-    wanted: Collection[tuple[int, int]] | None,
-    limit: int,
-    streams: Sequence[int] | None = None,
-) -> list[_Trunk]:
-    """Return the trunks of the wanted steps.
-
-    Steps of a trace share a trunk if the same number of events is dropped from their histories.
-    """
-    if wanted is None:
-        wanted = [(trace, step) for trace, segments in enumerate(traces) for step in range(1, len(segments))]
-    steps_of: dict[int, list[int]] = {}
-    for trace, step in sorted(set(wanted)):
-        if not (0 <= trace < len(traces) and 0 <= step < len(traces[trace])):
-            raise ValueError(f"there is no step {step} of trace {trace}")
-        steps_of.setdefault(trace, []).append(step)
-    trunks = []
-    for trace, trace_steps in steps_of.items():
-        first, *events = traces[trace]
-        if len(first) + len(opening) > limit:
-            raise UserError(
-                f"max_length: instructions and opening have {len(first) + len(opening)} tokens, and {limit} are left "
-                "beside the answer",
-                "Raise max_length, or lower max_new_tokens.",
-            )
-        by_dropped: dict[int, list[int]] = {}
-        for step in trace_steps:
-            older = max(step - limit, 0)  # these cannot fit: an event has at least one token
-            dropped = older + truncate([first, *events[older:step], opening], limit)[1]
-            by_dropped.setdefault(dropped, []).append(step)
-        for dropped, steps in by_dropped.items():
-            lengths = np.cumsum([len(first), *map(len, events[dropped : steps[-1]])])
-            token_ids = [token for part in (first, *events[dropped : steps[-1]]) for token in part]
-            stream = trace if streams is None else streams[trace]
-            trunks.append(_Trunk(trace, stream, token_ids, {step: int(lengths[step - dropped]) for step in steps}))
-    # Batches of similar trunks need the least padding.
-    return sorted(trunks, key=lambda trunk: (len(trunk.end), len(trunk.token_ids)))
-
-
-@dataclass
-class _Answer:
-    """An answer that is being generated.
-
-    `finished`: it ended by itself. `done`: it is finished, or has `max_new_tokens` tokens.
-    """
-
-    trace: int
-    step: int
-    candidate: int
-    draws: "np.ndarray[Any, Any]"
-    matcher: "LLMatcher | None"
-    token_ids: list[int] = field(default_factory=list)
-    finished: bool = False
-    done: bool = False
-
-
-@dataclass(frozen=True)
-class AnswerWriter:
-    """Chooses the tokens of answers from logits; `generate_answers` explains the fields."""
-
-    end_id: int
-    max_new_tokens: int
-    temperature: float = 0.0
-    seed: int = 0
-    grammar: AnswerGrammar | None = None
-
-    def start(self, trunk: _Trunk, step: int, candidate: int) -> _Answer:
-        """Return an empty answer, with its random numbers."""
-        # In float32 they are at most 1 - 2**-24, so their product with a sum in float64 stays below the sum.
-        random = np.random.default_rng([self.seed, trunk.stream, step, candidate])
-        draws = random.random(self.max_new_tokens, np.float32)
-        return _Answer(trunk.trace, step, candidate, draws, self.grammar.start() if self.grammar else None)
-
-    def extend(self, answers: Sequence[_Answer], logits_NV: Tensor) -> list[int]:
-        """Choose the next token of each answer, append it or finish the answer, and return the tokens."""
-        tokens = self._choose(answers, logits_NV.float()).tolist()
-        for answer, token in zip(answers, tokens, strict=True):
-            answer.finished = token == self.end_id
-            if not answer.finished:
-                answer.token_ids.append(token)
-                if self.grammar and answer.matcher:
-                    answer.finished = self.grammar.advance(answer.matcher, token)
-            answer.done = answer.finished or len(answer.token_ids) == self.max_new_tokens
-        return tokens
-
-    def _choose(self, answers: Sequence[_Answer], logits_NV: Tensor) -> Tensor:
-        """Return the next tokens (N,): the most probable ones, or samples by the inverse of the cumulative sum."""
-        if self.grammar:
-            matchers = [a.matcher for a in answers if a.matcher]
-            allowed_NV = self.grammar.allowed(matchers, logits_NV.shape[1], logits_NV.device)
-            logits_NV = logits_NV.masked_fill_(~allowed_NV, -torch.inf)
-        if not self.temperature:
-            return logits_NV.argmax(-1)
-        share_NV = (logits_NV.double() / self.temperature).softmax(-1).cumsum(-1)
-        draws = torch.tensor([a.draws[len(a.token_ids)] for a in answers], dtype=torch.float64)
-        draw_N1 = draws[:, None].to(logits_NV.device) * share_NV[:, -1:]
-        return torch.searchsorted(share_NV, draw_N1, right=True)[:, 0]
-
-    def result(self, answer: _Answer) -> GeneratedAnswer:
-        """Return the generated answer. The grammar completes the JSON of an answer that was cut off."""
-        token_ids = answer.token_ids
-        if self.grammar and not answer.finished:
-            token_ids = self.grammar.close(token_ids)
-        return GeneratedAnswer(answer.trace, answer.step, answer.candidate, token_ids, answer.finished)
-
-
 def _side_by_side(
-    network: "PreTrainedModel", trunks: Sequence[_Trunk], opening: Sequence[int], candidates: int, writer: AnswerWriter
+    network: "PreTrainedModel", trunks: Sequence[Trunk], opening: Sequence[int], candidates: int, writer: AnswerWriter
 ) -> Iterator[GeneratedAnswer]:
     """Generate the answers of a batch of trunks as branches of their caches."""
     reader = _reader(network)
@@ -314,25 +164,25 @@ def _side_by_side(
 
 
 def _extend(
-    reader: BranchReader, trunks: Sequence[_Trunk], candidates: int, writer: AnswerWriter, logits_BSV: Tensor
+    reader: BranchReader, trunks: Sequence[Trunk], candidates: int, writer: AnswerWriter, logits_BSV: Tensor
 ) -> Iterator[GeneratedAnswer]:
     """Generate all answers of a batch of trunks, starting from the logits (B, S, V) after the openings."""
     # For each trunk: the unfinished answers, each with the index of its branch.
     live = [
-        [(place, writer.start(t, step, n)) for place, step in enumerate(t.end) for n in range(candidates)]
+        [(index, writer.start(t, step, n)) for index, step in enumerate(t.end) for n in range(candidates)]
         for t in trunks
     ]
     logits_BWV = logits_BSV
     while True:
-        places = torch.tensor([(row, place) for row, answers in enumerate(live) for place, _ in answers])
+        indices = torch.tensor([(row, index) for row, answers in enumerate(live) for index, _ in answers])
         answers = [answer for answers in live for _, answer in answers]
-        writer.extend(answers, logits_BWV[places[:, 0], places[:, 1]])
+        writer.extend(answers, logits_BWV[indices[:, 0], indices[:, 1]])
         yield from (writer.result(answer) for answer in answers if answer.done)
-        live = [[(place, answer) for place, answer in answers if not answer.done] for answers in live]
+        live = [[(index, answer) for index, answer in answers if not answer.done] for answers in live]
         if not any(live):
             return
-        rows = reader.branch([[place for place, _ in answers] for answers in live])
-        live = [[(place, answer) for place, (_, answer) in enumerate(live[row])] for row in rows]
+        rows = reader.branch([[index for index, _ in answers] for answers in live])
+        live = [[(index, answer) for index, (_, answer) in enumerate(live[row])] for row in rows]
         logits_BWV = reader.read([[answer.token_ids[-1] for _, answer in answers] for answers in live])
 
 
@@ -345,7 +195,7 @@ def _reader(network: "PreTrainedModel") -> BranchReader:
 
 
 def _one_by_one(
-    network: "PreTrainedModel", trunks: Sequence[_Trunk], opening: Sequence[int], candidates: int, writer: AnswerWriter
+    network: "PreTrainedModel", trunks: Sequence[Trunk], opening: Sequence[int], candidates: int, writer: AnswerWriter
 ) -> Iterator[GeneratedAnswer]:
     """Generate one prompt at a time, for networks whose cache cannot branch."""
     for trunk in trunks:
@@ -357,7 +207,7 @@ def _one_by_one(
 
 
 @torch.no_grad()
-def _generate(network: "PreTrainedModel", prompt: list[int], answer: _Answer, writer: AnswerWriter) -> None:
+def _generate(network: "PreTrainedModel", prompt: list[int], answer: UnfinishedAnswer, writer: AnswerWriter) -> None:
     from transformers import GenerationConfig
 
     def choose(input_ids_1T: Tensor, logits_1V: Tensor) -> Tensor:

@@ -14,10 +14,18 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from datamodules.batching.prefix_tree import common_prefix
-from models.decoding.branches import GrowingLayer, attention_mask, cache_option, reading_branches
+from models.decoding.branches import attention_mask, reading_branches
+from models.decoding.growing_cache import GrowingLayer, cache_option
 from models.networks.attention import MASKED_ATTENTIONS
+from models.networks.self_checks import (
+    MIN_LONG_LENGTH,
+    SHORT_LENGTH,
+    difference_problem,
+    random_tokens,
+    reading_problem,
+    uncompiled,
+)
 from models.networks.tree_reading import read_row
-from models.networks.trials import FEW, LEAST, difference_problem, random_tokens, reading_problem, uncompiled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,7 +68,7 @@ class PrefixCache:
         network, device = self.network, self.network.get_input_embeddings().weight.device
         shared, lengths = known + len(trunk), list(map(len, branches))
         token_Q = [*trunk, *(token for branch in branches for token in branch)]
-        position_Q = [*range(known, shared), *(shared + place for length in lengths for place in range(length))]
+        position_Q = [*range(known, shared), *(shared + offset for length in lengths for offset in range(length))]
         visible_QK = torch.ones(len(token_Q), known + len(token_Q), dtype=torch.bool, device=device).tril(known)
         if branches:
             own_branch = torch.block_diag(*(torch.ones(length, length, device=device) for length in lengths)).bool()
@@ -79,7 +87,7 @@ class PrefixCache:
 def cache_problem(network: "PreTrainedModel", longest: int) -> str | None:
     """The reason why a network gives other states from a kept cache than for whole rows; None if it does not.
 
-    Trials compare states, first on a few tokens, then on rows of `longest` tokens; see `reading_problem`.
+    Self-checks compare states, first on a few tokens, then on rows of `longest` tokens; see `reading_problem`.
     """
     with reading_branches(network):
         return reading_problem(
@@ -87,15 +95,15 @@ def cache_problem(network: "PreTrainedModel", longest: int) -> str | None:
             "a cache",
             MASKED_ATTENTIONS,
             ("rows", longest),
-            lambda: _misread(network, LEAST),
-            lambda: _misread(network, max(longest, LEAST)),
+            lambda: _state_problem(network, MIN_LONG_LENGTH),
+            lambda: _state_problem(network, max(longest, MIN_LONG_LENGTH)),
         )
 
 
-def _misread(network: "PreTrainedModel", longest: int) -> str | None:
-    """The difference of states for calls that share all, half or nothing with the call before; None if they agree."""
+def _state_problem(network: "PreTrainedModel", longest: int) -> str | None:
+    """Compare the states of calls that have all, half or nothing in common with the call before; None if they agree."""
     first, other = random_tokens(network, longest), random_tokens(network, longest, seed=1)
-    half, few = first[: longest // 2], FEW // 2
+    half, few = first[: longest // 2], SHORT_LENGTH // 2
     calls: list[list[list[int]]] = [
         [half],
         [first],

@@ -8,7 +8,6 @@ from typing import Protocol
 
 from datamodules.corpus.records import Event
 from datamodules.corpus.traces import Answers, Candidate, Trace
-from datamodules.errors import UserError
 from models.judging.description import Advance, Description, uncounted
 
 # The offer of "always propose" without another agent. It fits any event, so the baseline measures the effect of never
@@ -132,17 +131,3 @@ class AlwaysPropose(Agent):
 def _first_offer(candidates: Sequence[Candidate]) -> Candidate:
     generic = Candidate(GENERIC_PROPOSAL, GENERIC_PROPOSAL)
     return next((candidate for candidate in candidates if candidate.proposal is not None), generic)
-
-
-def refuse_equal_candidates(candidates: int, temperature: float) -> None:
-    """Refuse several candidates at temperature 0, and a temperature below 0.
-
-    Raises:
-        UserError: The options are one of these.
-    """
-    if candidates > 1 and temperature == 0:
-        raise UserError(
-            f"--candidates: {candidates} candidates at temperature 0 are equal", "Give a --temperature above 0."
-        )
-    if temperature < 0:
-        raise UserError(f"--temperature: {temperature} is below 0", "Give 0 for greedy decoding, or more.")

@@ -7,7 +7,8 @@ from datamodules.corpus.answers import read_answer
 from datamodules.corpus.records import Event
 from datamodules.corpus.traces import Answers, Candidate, Trace
 from datamodules.prompting.chat_prompts import ANSWER_FORMAT, ChatPrompt
-from models.judging.agents import Agent, AgentSession, refuse_equal_candidates
+from datamodules.ranges import refuse_equal_samples
+from models.judging.agents import Agent, AgentSession
 from models.judging.chat_client import ChatClient
 from models.judging.description import Advance, Description, uncounted
 
@@ -26,7 +27,7 @@ class EndpointAgent(Agent):
     """
 
     def __init__(self, client: ChatClient, prompt: ChatPrompt, candidates: int = 1, latest: int | None = None) -> None:
-        refuse_equal_candidates(candidates, client.endpoint.temperature)
+        refuse_equal_samples(candidates, client.endpoint.temperature)
         self.client = client
         self.prompt = prompt
         self.candidates = candidates

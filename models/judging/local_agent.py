@@ -13,11 +13,13 @@ from datamodules.batching.answer_rows import AgentDataModule
 from datamodules.corpus.answers import Answer, read_answer
 from datamodules.corpus.records import Event
 from datamodules.corpus.traces import Answers, Candidate, Trace
-from datamodules.ranges import FINITE, Count, check_ranges
-from models.decoding.branches import can_branch, reading_branches
-from models.decoding.generation import AnswerStream, AnswerWriter, GeneratedAnswer, generate_answers
+from datamodules.ranges import FINITE, Count, check_ranges, refuse_equal_samples
+from models.decoding.answer_writer import AnswerWriter, GeneratedAnswer
+from models.decoding.branch_checks import can_branch
+from models.decoding.branches import reading_branches
+from models.decoding.generation import AnswerStream, generate_answers
 from models.decoding.grammar import AnswerGrammar
-from models.judging.agents import Agent, AgentSession, refuse_equal_candidates
+from models.judging.agents import Agent, AgentSession
 from models.judging.answer_log import AnswerLog
 from models.judging.description import Advance, Description, uncounted
 from models.judging.weights import Weights, best_device
@@ -72,7 +74,7 @@ class LocalAgent(Agent):
         seed: int = 0,
         log: AnswerLog | None = None,
     ) -> None:
-        refuse_equal_candidates(candidates, temperature)
+        refuse_equal_samples(candidates, temperature)
         self.weights = weights
         self.options = options or AnswerOptions()
         self.candidates = candidates

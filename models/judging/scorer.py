@@ -45,7 +45,7 @@ class Scorer:
         self.data = RewardDataModule.from_state(weights.state)
         self.truncated = 0
         self._layout = self.data.layout
-        self._checked_lengths = (0, 0)  # tokens of the longest row and of the largest tree in the last trials
+        self._checked_lengths = (0, 0)  # tokens of the longest row and of the largest tree of the last self-check
         self._cache: PrefixCache | None = None
 
     def score(self, pairs: Sequence[Pair]) -> list[float]:
@@ -86,9 +86,9 @@ class Scorer:
         return data.without_padding_at_the_end(np.array(found.input_ids))
 
     def _choose_layout(self, rows: Sequence[Integers], one_history: bool) -> None:
-        """Choose the layout with trials, unless earlier trials had rows and trees at least as large as these.
+        """Choose the layout with self-checks, unless earlier ones had rows and trees at least as large as these.
 
-        Calls with one history, and repeated trials, use the maximum sizes, because later rows may be longer.
+        Calls with one history, and repeated self-checks, use the maximum sizes, because later rows may be longer.
         """
         longest, largest = max(map(len, rows)), min(self.data.token_budget, sum(map(len, rows)))
         if longest <= self._checked_lengths[0] and largest <= self._checked_lengths[1]:

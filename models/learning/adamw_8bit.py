@@ -26,7 +26,7 @@ from models.networks.sharding import first_index, local_shard, zeros_as
 
 BLOCK = 64  # values that share a scale
 SIGNED, UNSIGNED = 127, 255  # the largest codes of a moment
-LEAST = 1e-30  # the smallest scale, for a block of zeros
+MIN_SCALE = 1e-30  # the smallest scale, for a block of zeros
 # Offsets of the random numbers of one weight, and of one step, from those of the previous one.
 WEIGHT_OFFSET, STEP_OFFSET = 0x85EBCA77, 0xC2B2AE3D
 
@@ -189,7 +189,7 @@ _compiled = torch.compile(_update, dynamic=True)  # compiled at the first call
 
 def _compress(value_GB: Tensor, scale_G1: Tensor) -> Tensor:
     """Signed square roots of values relative to a scale. They resolve small values better than equal steps."""
-    share_GB = value_GB / scale_G1.clamp(min=LEAST)
+    share_GB = value_GB / scale_G1.clamp(min=MIN_SCALE)
     return share_GB.sign() * share_GB.abs().sqrt()
 
 

@@ -21,7 +21,7 @@ from models.learning.checkpoint_contents import ShardFiles, refuse_options
 from models.learning.saved_models import EXPORT_STATE, export_state, model_from_checkpoint, model_from_export
 from models.learning.training import BackboneModule
 from models.networks.configurations import refuse_unfit_tokenizer
-from models.networks.weight_files import naming
+from models.networks.weight_files import naming_file
 
 LAST = "last.ckpt"
 BEST = "best.ckpt"
@@ -129,14 +129,14 @@ def load_trained(kind: type[Model], target: Path, option: str) -> tuple[Model, d
     """
     if (shards.recover(target) / EXPORT_STATE).is_file():
         require_regular_files(target, option)
-        with naming(target):
+        with naming_file(target):
             model, state = model_from_export(kind, target)
     else:
         target = _checkpoint_of(target, option)
-        with naming(target):
+        with naming_file(target):
             checkpoint = load_run(target, kind)
             model, state = model_from_checkpoint(kind, checkpoint), checkpoint[kind.data_class.__qualname__]
-    with naming(target):
+    with naming_file(target):
         refuse_options(kind.data_class, state["hyperparameters"], "hyperparameters")
         data = kind.data_class.from_state(state)
         refuse_unfit_tokenizer(model.network, data.tokenizer)

@@ -15,15 +15,15 @@ from datamodules.batching.rows import RowsDataModule
 from datamodules.errors import UserError
 from datamodules.prompting.tokenizers import SCRATCH
 from models.networks.adapter_files import AdapterBase
-from models.networks.adapters import AdapterOptions, add_adapter, refuse_unfit, target_layers
+from models.networks.adapters import AdapterOptions, add_adapter, refuse_unfit_adapter, target_layers
 from models.networks.building import build_network, fixed_seed
 from models.networks.configurations import max_positions, meta_network, network_config
 from models.networks.distributed_loading import build_sharded_network
 from models.networks.heads import last_states
 from models.networks.network_options import Head, NetworkOptions
+from models.networks.self_checks import padding_problem
 from models.networks.sharding import blocks, reshard
 from models.networks.tree_reading import choose_attention, pair_cost, tree_problem
-from models.networks.trials import padding_problem
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -86,14 +86,14 @@ class NetworkModule(LightningModule):
     def configure_model(self) -> None:
         """Build the network once, on the trainer's device, and choose the layout with the data module.
 
-        Lightning calls this with the trainer's device as default for new tensors. Trials and transformers do not
+        Lightning calls this with the trainer's device as default for new tensors. Self-checks and transformers do not
         expect that: a CPU generator cannot draw tensors for CUDA, and `from_pretrained` would need another library.
         So the default is the CPU here, and tensors are moved to the device explicitly.
 
         Raises:
             UserError: The options, the backbone and the data do not fit together.
         """
-        refuse_unfit(self.adapter, self.hparams["quantization"], self.trainer.strategy)
+        refuse_unfit_adapter(self.adapter, self.hparams["quantization"], self.trainer.strategy)
         sharded = mesh_of(self.trainer) is not None
         with torch.device("cpu"):
             is_new = self.network is None
@@ -102,12 +102,12 @@ class NetworkModule(LightningModule):
                 self._build()
             assert self.network is not None
             if not sharded:
-                self.network.to(self.trainer.strategy.root_device)  # trials run on the device
+                self.network.to(self.trainer.strategy.root_device)  # self-checks run on the device
             if is_new:
                 self.refuse_network(self.network)
             data = self.trainer.datamodule  # type: ignore[attr-defined]
             self.choose_layout(data, data.longest, data.largest_tree)
-            if is_new and self.hparams["compile"]:  # after the trials, which read only few tokens
+            if is_new and self.hparams["compile"]:  # after the self-checks, which read only few tokens
                 for block in blocks(self.network):
                     block.compile(dynamic=True)  # one graph for micro-batches of any length
             if sharded:
@@ -147,7 +147,7 @@ class NetworkModule(LightningModule):
         self.strict_loading = False  # a checkpoint contains only trained weights
 
     def choose_layout(self, data: RowsDataModule, longest: int, largest: int) -> None:
-        """Choose the layout and the attention with trials, and tell the data module. The network is on its device.
+        """Choose the layout and the attention with self-checks, and tell the data module. The network is on its device.
 
         Args:
             data: The data module.

@@ -14,7 +14,7 @@ from datamodules.corpus.answers import read_answer
 from datamodules.corpus.records import history_digest
 from datamodules.errors import UserError
 from datamodules.ranges import NonNegativeFloat, NonNegativeInt
-from models.decoding.branches import can_branch
+from models.decoding.branch_checks import can_branch
 from models.decoding.generation import generate_answers
 from models.learning.answer_metrics import AnswerLosses, answer_losses, decisions, probed_rows, proposal_metrics
 from models.learning.checkpoint_contents import AgentCheckpoint

@@ -18,9 +18,9 @@ from models.learning.calibration import Calibration
 from models.learning.checkpoint_contents import ExportContent, refuse_options
 from models.learning.training import BackboneModule
 from models.networks.adapter_files import ADAPTER_FILE, load_adapter, merged_state, save_adapter
-from models.networks.adapters import refuse_unfit
+from models.networks.adapters import refuse_unfit_adapter
 from models.networks.building import base_from_config, load_network
-from models.networks.configurations import network_from_config, quiet, refuse_other_size
+from models.networks.configurations import network_from_config, quiet_transformers, refuse_other_size
 from models.networks.weight_files import weights_in
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _build_for_weights(model: BackboneModule, config: dict[str, Any]) -> None:
     if model.adapter is None:
         model.network = network_from_config(model.network_options, config)
         return
-    refuse_unfit(model.adapter, model.hparams["quantization"])
+    refuse_unfit_adapter(model.adapter, model.hparams["quantization"])
     model.network = base_from_config(model.network_options, config)
     model.insert_adapter()
 
@@ -104,7 +104,7 @@ def export_weights(
     options = {name: value for name, value in model.hparams.items() if not name.startswith("_")}
     content = {"task": model.task, "model": options, "calibration": model.saved_calibration, "data": state}
     if model.adapter is None:
-        with quiet():
+        with quiet_transformers():
             model.network.save_pretrained(folder, state_dict=weights)
     elif not model.exports_adapter:
         _merged(model).save_pretrained(folder)

@@ -36,7 +36,7 @@ from models.networks.adapters import AdapterOptions
 from models.networks.network_options import DtypeName
 from models.networks.quantization import Quantization
 from models.networks.sharding import full_tensor
-from models.networks.weight_files import naming, refuse_other_tensors
+from models.networks.weight_files import naming_file, refuse_other_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -338,6 +338,6 @@ class BackboneModule(NetworkModule):
             trained = trained_names(self)
             own = {name: weight for name, weight in own.items() if name in trained}
         if "state_dict" in checkpoint:  # a sharded network has already read its part
-            with naming((self._trainer and self._trainer.ckpt_path) or ""):
+            with naming_file((self._trainer and self._trainer.ckpt_path) or ""):
                 refuse_other_tensors(checkpoint["state_dict"], own)
         self.calibration = Calibration.of(checkpoint["calibration"])

@@ -13,7 +13,7 @@ from datamodules.errors import UserError
 from models.networks.adapters import NAME, head_modules
 from models.networks.network_options import Head
 from models.networks.quantization import Quantization
-from models.networks.weight_files import naming, refuse_other_tensors
+from models.networks.weight_files import naming_file, refuse_other_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -110,7 +110,7 @@ def load_adapter(network: "PreTrainedModel", folder: Path) -> None:
         loaded = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: {error}", "Give the export folder of a run.") from error
-    with naming(path):
+    with naming_file(path):
         refuse_other_tensors(loaded, {name: state[own] for name, own in names.items()})
     network.load_state_dict({names[name]: weight for name, weight in loaded.items()}, strict=False)
 

@@ -53,7 +53,9 @@ class AdapterOptions:
         check_ranges(type(self), asdict(self), "model.adapter")
 
 
-def refuse_unfit(adapter: AdapterOptions | None, quantization: Quantization, strategy: Strategy | None = None) -> None:
+def refuse_unfit_adapter(
+    adapter: AdapterOptions | None, quantization: Quantization, strategy: Strategy | None = None
+) -> None:
     """Refuse options that do not fit together, and missing libraries, before weights are loaded.
 
     Raises:
@@ -102,7 +104,7 @@ def add_adapter(
     from peft import inject_adapter_in_model
 
     targets, frozen = target_layers(network, head, adapter), linear_layers(network)
-    _log_shares(network, targets, quantization, frozen)
+    _log_coverage(network, targets, quantization, frozen)
     if quantization != "none":
         quantize(network, frozen, quantization, device)
     try:
@@ -176,17 +178,17 @@ def never_quantized(network: "PreTrainedModel", head: Head) -> list[str]:
     return [name for name, module in network.named_modules() if any(module is one for one in kept)]
 
 
-def _log_shares(
+def _log_coverage(
     network: "PreTrainedModel",
     targets: Mapping[str, nn.Module],
     quantization: Quantization,
     frozen: Mapping[str, nn.Module],
 ) -> None:
-    """Log which share of the weights gets adapters, which is quantized, and which is left out."""
-    fraction, others = _fraction(network, targets)
+    """Log which fraction of the weights gets adapters, which is quantized, and which is left out."""
+    fraction, others = _coverage(network, targets)
     log.info(f"model.adapter: adapters on {len(targets)} layers, which hold {fraction:.1%} of the weights; {others}")
     if quantization != "none":
-        fraction, others = _fraction(network, frozen)
+        fraction, others = _coverage(network, frozen)
         log.info(f"model.quantization: {fraction:.1%} of the weights are kept in {quantization}; {others}")
     if fused := _fused_experts(network):
         fraction = sum(fused.values()) / sum(parameter.numel() for parameter in network.parameters())
@@ -207,8 +209,8 @@ def _fused_experts(network: "PreTrainedModel") -> Counter[str]:
     return fused
 
 
-def _fraction(network: "PreTrainedModel", layers: Mapping[str, nn.Module]) -> tuple[float, str]:
-    """The share of a network's weights in some layers, 0 to 1, and a phrase that lists the largest other parts."""
+def _coverage(network: "PreTrainedModel", layers: Mapping[str, nn.Module]) -> tuple[float, str]:
+    """The fraction of a network's weights in some layers, 0 to 1, and a phrase that lists the largest other parts."""
     inside = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
     total, covered, others = 0, 0, Counter[str]()
     for name, parameter in network.named_parameters():
@@ -217,8 +219,8 @@ def _fraction(network: "PreTrainedModel", layers: Mapping[str, nn.Module]) -> tu
             covered += parameter.numel()
         else:
             others[".".join(name.split(".")[-2:])] += parameter.numel()
-    shares = [f"{name} {count / total:.1%}" for name, count in others.most_common() if count >= SMALL_FRACTION * total]
-    return covered / total, f"not {', '.join(shares) or 'norms and biases'}"
+    largest = [f"{name} {count / total:.1%}" for name, count in others.most_common() if count >= SMALL_FRACTION * total]
+    return covered / total, f"not {', '.join(largest) or 'norms and biases'}"
 
 
 def linear_layers(network: "PreTrainedModel") -> dict[str, nn.Module]:

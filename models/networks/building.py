@@ -16,16 +16,16 @@ from datamodules.prompting.tokenizers import SCRATCH
 from models.networks.configurations import (
     LABELS,
     auto_class,
-    clear_errors,
+    naming_backbone,
     network_config,
     network_from_config,
-    quiet,
+    quiet_transformers,
     refuse_other_size,
 )
 from models.networks.network_options import Head, NetworkOptions
 from models.networks.weight_files import (
     Configuration,
-    naming,
+    naming_file,
     refuse_names,
     refuse_not_finite,
     refuse_other_shape,
@@ -57,7 +57,7 @@ def build_network(options: NetworkOptions, tokenizer: "PreTrainedTokenizerFast")
     """
     config = network_config(options, tokenizer)
     if options.backbone == SCRATCH:
-        with clear_errors(options.head, SCRATCH), quiet():
+        with naming_backbone(options.head, SCRATCH), quiet_transformers():
             return auto_class(options.head).from_config(config, **options.for_transformers)
     return pretrained_network(options, config)[0]
 
@@ -75,7 +75,7 @@ def pretrained_network(options: NetworkOptions, config: "PretrainedConfig") -> t
     from transformers.utils import SAFE_WEIGHTS_NAME
 
     head, backbone = options.head, options.backbone
-    with clear_errors(head, backbone), quiet():
+    with naming_backbone(head, backbone), quiet_transformers():
         if Path(backbone).is_dir():
             safetensors_files(Path(backbone), SAFE_WEIGHTS_NAME)
         is_text_part = PretrainedConfig.get_config_dict(backbone)[0].get("model_type") != config.model_type
@@ -110,7 +110,7 @@ def pretrained_network(options: NetworkOptions, config: "PretrainedConfig") -> t
         for name, found_shape, own_shape in sorted(found["mismatched_keys"]):
             refuse_shape(network, options, name, found_shape, own_shape)
             new.append(name)
-        with naming(f"model.backbone: {backbone}"):
+        with naming_file(f"model.backbone: {backbone}"):
             refuse_not_finite((n, weight) for n, weight in network.state_dict().items() if n not in new)
     return network, sorted(new)
 
@@ -207,11 +207,11 @@ def load_network(head: Head, path: str, *, attn_implementation: str | None = Non
 
     folder = Path(path)
     _, config = read_json(folder / CONFIG_NAME, Configuration)
-    with naming(folder):
+    with naming_file(folder):
         refuse_other_size(head, config, *weights_in(safetensors_files(folder, SAFE_WEIGHTS_NAME)))
         if (folder / ADAPTER_CONFIG_NAME).exists():  # transformers would load the backbone that it names
             raise UserError(f"{ADAPTER_CONFIG_NAME} does not belong in an export of a whole model", "Remove it.")
-    with clear_errors(head, str(folder)), quiet():
+    with naming_backbone(head, str(folder)), quiet_transformers():
         network, found = auto_class(head).from_pretrained(
             str(folder),
             use_safetensors=True,
@@ -221,7 +221,7 @@ def load_network(head: Head, path: str, *, attn_implementation: str | None = Non
             trust_remote_code=False,
             local_files_only=True,
         )
-    with naming(folder):
+    with naming_file(folder):
         refuse_names(found["missing_keys"], found["unexpected_keys"])
         for name, found_shape, own_shape in sorted(found["mismatched_keys"]):
             refuse_other_shape(name, found_shape, own_shape)

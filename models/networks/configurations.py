@@ -46,7 +46,7 @@ def network_config(options: NetworkOptions, tokenizer: "PreTrainedTokenizerFast"
     from transformers import AutoConfig
 
     backbone = options.backbone
-    with clear_errors(options.head, backbone), quiet():
+    with naming_backbone(options.head, backbone), quiet_transformers():
         if backbone == SCRATCH:
             settings = {"vocab_size": len(tokenizer), **(options.scratch or SCRATCH_CONFIG)}
             config = AutoConfig.for_model(settings.pop("model_type"), **settings)
@@ -105,7 +105,7 @@ def max_positions(config: "PretrainedConfig") -> int:
 def meta_network(options: NetworkOptions, config: "PretrainedConfig") -> "PreTrainedModel":
     """The network of a configuration on the meta device, without weights."""
     more = {"trust_remote_code": True} if options.trust_remote_code else {}
-    with clear_errors(options.head, options.backbone), quiet(), torch.device("meta"):
+    with naming_backbone(options.head, options.backbone), quiet_transformers(), torch.device("meta"):
         return auto_class(options.head).from_config(config, **options.for_transformers, **more)
 
 
@@ -118,7 +118,7 @@ def network_from_config(options: NetworkOptions, config: dict[str, Any]) -> "Pre
     """
     from transformers import AutoConfig
 
-    with clear_errors(options.head, config["model_type"]), quiet():
+    with naming_backbone(options.head, config["model_type"]), quiet_transformers():
         return auto_class(options.head).from_config(AutoConfig.for_model(**config), **options.for_transformers)
 
 
@@ -137,7 +137,7 @@ def refuse_other_size(head: Head, config: dict[str, Any], tensors: int, weights:
     """
     from transformers import AutoConfig
 
-    with clear_errors(head, config["model_type"]), quiet():
+    with naming_backbone(head, config["model_type"]), quiet_transformers():
         described = AutoConfig.for_model(**config)
         layers = int(getattr(described.get_text_config(), "num_hidden_layers", 0))
     larger = f"{layers:,} layers" if layers > tensors else ""
@@ -177,7 +177,7 @@ def auto_class(head: Head) -> Any:
 
 
 @contextlib.contextmanager
-def clear_errors(head: Head, name: str) -> Iterator[None]:
+def naming_backbone(head: Head, name: str) -> Iterator[None]:
     """Turn any error of transformers into a UserError that names the backbone."""
     try:
         yield
@@ -191,7 +191,7 @@ def clear_errors(head: Head, name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence transformers' notes on new heads and its progress bars, which appear at every start."""
     from transformers.utils import logging
 

@@ -13,8 +13,8 @@ from datamodules.batching.layouts import Inputs
 from datamodules.errors import UserError
 from models.networks.configurations import LABELS
 from models.networks.forward import as_forward
+from models.networks.self_checks import EXACT_TOLERANCE, tolerance
 from models.networks.tree_reading import read_tree, tree_states
-from models.networks.trials import NO_DIFFERENCE, tolerance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -142,7 +142,7 @@ def language_problem(model: "PreTrainedModel") -> str | None:
         states_TD = model.base_model(input_ids=row_1T, use_cache=False).last_hidden_state[0]
         found_TV = language_logits(model, states_TD)
     model.train(training)
-    if float((own_TV[:-1] - other_end_TV[:-1]).norm() / own_TV.norm()) > NO_DIFFERENCE:
+    if float((own_TV[:-1] - other_end_TV[:-1]).norm() / own_TV.norm()) > EXACT_TOLERANCE:
         return "it sees the tokens that it is to predict"
     difference = float((found_TV - own_TV).norm() / own_TV.norm())
     if difference > tolerance(model, states_TD.dtype):

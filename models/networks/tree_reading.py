@@ -1,4 +1,4 @@
-"""How a causal backbone reads a prefix tree: its attention mask, and a trial whether it reads trees correctly.
+"""How a causal backbone reads a prefix tree: its attention mask, and a self-check that it reads trees correctly.
 
 Shape legend: R rows, T tokens of a tree, D hidden size.
 """
@@ -14,10 +14,10 @@ from datamodules.batching.layouts import Inputs, TreeLayout, ancestors
 from models.networks.attention import BLOCKWISE, MASKED_ATTENTIONS, register, tree_blocks
 from models.networks.forward import as_forward
 from models.networks.operations import embedding_count, weight_count
-from models.networks.trials import (
-    FEW,
-    LEAST,
-    NO_DIFFERENCE,
+from models.networks.self_checks import (
+    EXACT_TOLERANCE,
+    MIN_LONG_LENGTH,
+    SHORT_LENGTH,
     difference_problem,
     random_tokens,
     reading_problem,
@@ -176,11 +176,11 @@ def _short_tree_problem(model: "PreTrainedModel") -> str | None:
     trunk, left, other, right = (tokens[start : start + 6] for start in range(0, 24, 6))
     left, other, right = [*trunk, 1, *left], [*trunk, 2, *other], [*trunk, 3, *right[:4]]  # in this order in a tree
     left_TD, other_TD, right_TD = (read_row(model, row) for row in (left, other, right))
-    if relative_difference(left_TD[: len(trunk)], other_TD[: len(trunk)]) > NO_DIFFERENCE:
+    if relative_difference(left_TD[: len(trunk)], other_TD[: len(trunk)]) > EXACT_TOLERANCE:
         return "the states of its tokens depend on what follows them"
     beside_left_RD = _read_rows_as_tree(model, [left, right])
     beside_other_RD = _read_rows_as_tree(model, [other, right])
-    if relative_difference(beside_left_RD[1], beside_other_RD[1]) > NO_DIFFERENCE:
+    if relative_difference(beside_left_RD[1], beside_other_RD[1]) > EXACT_TOLERANCE:
         return "a row's state depends on the other rows of its tree"
     return difference_problem(model, beside_left_RD, torch.stack([left_TD[-1], right_TD[-1]]), OTHER_STATES)
 
@@ -191,13 +191,13 @@ def _long_tree_problem(model: "PreTrainedModel", longest: int, tokens: int) -> s
     The first row is the longest. Filling branches follow, then a row that leaves the first one halfway, and one that
     leaves it near the beginning. So the ends of these short branches are far from the tokens that they see.
     """
-    longest = max(longest, LEAST)
+    longest = max(longest, MIN_LONG_LENGTH)
     half = longest // 2
     last = model.config.get_text_config().vocab_size - 1  # sorts behind the tokens of the filling branches
     first, more = random_tokens(model, longest), random_tokens(model, tokens, seed=1)
-    rows = [first, [*first[:half], last, *more[:FEW]], [*first[:FEW], last, *more[:FEW]]]
+    rows = [first, [*first[:half], last, *more[:SHORT_LENGTH]], [*first[:SHORT_LENGTH], last, *more[:SHORT_LENGTH]]]
     branch = longest - half
-    filling = [more[start : start + branch] for start in range(0, tokens - longest - 2 * FEW, branch)]
+    filling = [more[start : start + branch] for start in range(0, tokens - longest - 2 * SHORT_LENGTH, branch)]
     found_RD = _read_rows_as_tree(model, [*rows, *([*first[:half], *part] for part in filling)])[: len(rows)]
     expected_RD = torch.stack([read_row(model, row)[-1] for row in rows])
     problem = difference_problem(model, found_RD, expected_RD, OTHER_STATES)

@@ -48,10 +48,10 @@ def checked_implementation(value: Any) -> Any:
 FileName = Annotated[str, AfterValidator(_file_name)]
 
 
-Checked = Annotated[dict[str, Any], AfterValidator(json_object), AfterValidator(checked_configuration)]
+CheckedConfiguration = Annotated[dict[str, Any], AfterValidator(json_object), AfterValidator(checked_configuration)]
 
 
-class Configuration(RootModel[Checked]):
+class Configuration(RootModel[CheckedConfiguration]):
     """The content of a network's config.json."""
 
     hint: ClassVar[str] = HINT
@@ -67,7 +67,7 @@ class WeightsIndex(BaseModel):
 
 
 @contextmanager
-def naming(where: Path | str) -> Iterator[None]:
+def naming_file(where: Path | str) -> Iterator[None]:
     """Prefix each UserError with the file that it is about."""
     try:
         yield

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from datamodules.corpus.clock import Moment, moments
+from datamodules.corpus.event_times import Moment, moments
 from datamodules.corpus.records import Event
 
 TIMELINE_FILE = "timeline.json"

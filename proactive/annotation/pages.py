@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
-from datamodules.corpus.clock import moments
+from datamodules.corpus.event_times import moments
 from datamodules.corpus.units import UnitLabel
 from models.reporting.templating import template_environment
 from proactive.annotation.store import Item, Store, StoredLabel

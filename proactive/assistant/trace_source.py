@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from datamodules.corpus.clock import seconds_of
+from datamodules.corpus.event_times import seconds_of
 from datamodules.corpus.traces import Trace, traces_digest
 from proactive.assistant.clock import Clock
 from proactive.assistant.observations import Cursor, Happened, Observation, Source

@@ -22,6 +22,7 @@ from models.judging.description import Advance, group_traces, joint_record, join
 from models.judging.gate import gate_threshold
 from models.judging.judges import Judge, Verdict
 from models.reporting.timeline import TIMELINE_FILE, ShownTraces
+from proactive.evaluation.evaluation_report import evaluation_report, shown_traces
 from proactive.evaluation.judged_events import (
     JudgedEvent,
     Verdicts,
@@ -34,7 +35,6 @@ from proactive.evaluation.judged_events import (
     judged_files,
     notes,
 )
-from proactive.evaluation.page import evaluation_report, shown_traces
 from proactive.evaluation.specification import Evaluation
 
 ANSWERS_FILE = "answers.jsonl"

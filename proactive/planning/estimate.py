@@ -26,8 +26,8 @@ from models.networks.operations import (
     trained_count,
     weight_count,
 )
+from models.networks.self_checks import attention_window
 from models.networks.tree_reading import pair_cost
-from models.networks.trials import attention_window
 from models.planning.changes import Change, cheapest_fit
 from models.planning.memory import Memory, MemoryPlan, Setting, Sharing
 from proactive.fitting.cli import FitCLI

@@ -51,8 +51,8 @@ def test_room_ends_and_branches_leave(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(fixed_branches, "STEPS_AHEAD", ahead)
-    monkeypatch.setattr(fixed_branches, "EVEN", 8)
-    monkeypatch.setattr(fixed_branches, "WASTE", waste)
+    monkeypatch.setattr(fixed_branches, "CAPACITY_MULTIPLE", 8)
+    monkeypatch.setattr(fixed_branches, "MIN_USED", waste)
     end_id, expected = uneven
     fixed()
     for batch_size in (1, 2, 5):
@@ -96,7 +96,7 @@ def test_shapes_and_addresses_stay_while_there_is_room(llama: PreTrainedModel) -
         tuple(tensor.data_ptr() for tensor in steps[0])
     }
     assert len({layer.keys.data_ptr() for layer in reader.cache.layers}) == len(reader.cache.layers)
-    assert reader.cache.layers[0].keys.shape[2] % fixed_branches.EVEN == 0
+    assert reader.cache.layers[0].keys.shape[2] % fixed_branches.CAPACITY_MULTIPLE == 0
 
 
 def test_a_network_that_cannot_be_recorded_goes_on_without(

@@ -15,9 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from datamodules.errors import UserError
 from datamodules.prompting.segments import truncate
 from datamodules.prompting.tokenizers import train_tokenizer
-from models.decoding.branches import GrowingLayer, branch_problem
-from models.decoding.generation import AnswerStream, AnswerWriter, GeneratedAnswer, generate_answers
+from models.decoding.answer_writer import AnswerWriter, GeneratedAnswer
+from models.decoding.branch_checks import branch_problem
+from models.decoding.generation import AnswerStream, generate_answers
 from models.decoding.grammar import AnswerGrammar
+from models.decoding.growing_cache import GrowingLayer
 from tests.models.networks.test_tree_reading import FAMILIES, SMALL
 
 VOCABULARY = 61
@@ -147,7 +149,7 @@ def test_branches_and_traces_that_end_leave(
         keep(self, row_B, token_BK)
 
     monkeypatch.setattr(GrowingLayer, "keep", noted)
-    monkeypatch.setattr("models.decoding.branches.WASTE", waste)
+    monkeypatch.setattr("models.decoding.branches.MIN_USED", waste)
     for batch_size in (1, 2, 5):
         assert generated(llama, uneven_traces(), end_id=end_id, max_new_tokens=24, batch_size=batch_size) == expected
     assert bool(kept) == bool(waste)
@@ -277,7 +279,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(llama: PreTrainedModel) ->
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"candidates": 2}, "2 answers at temperature 0"), ({"temperature": -1.0}, "temperature: -1.0 is below 0")],
+    [({"candidates": 2}, "2 candidates at temperature 0"), ({"temperature": -1.0}, "temperature: -1.0 is below 0")],
 )
 def test_settings_that_make_no_sense_are_refused(llama: PreTrainedModel, options: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):

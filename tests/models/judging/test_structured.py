@@ -49,21 +49,21 @@ def test_a_request_asks_for_a_strict_schema(schema: Any) -> None:
     assert content["additionalProperties"] is False
 
 
-REFUSALS = {
+NETWORK_ERRORS = {
     "by param": {"error": {"message": "Unsupported", "param": "response_format.type"}},
     "by message": {"detail": [{"loc": ["body", "response_format"], "msg": "Extra inputs are not permitted"}]},
     "by schema": {"error": "json_schema is not available with this model"},
 }
 
 
-@pytest.mark.parametrize("case", REFUSALS)
+@pytest.mark.parametrize("case", NETWORK_ERRORS)
 @pytest.mark.parametrize("status", [400, 422])
 def test_a_server_without_response_format_is_asked_by_the_prompt_alone(
     case: str, status: int, messages: pytest.LogCaptureFixture
 ) -> None:
     def answer(body: Body, before: int) -> Reply:
         if "response_format" in body:
-            return Reply(status=status, body=json.dumps(REFUSALS[case]).encode())
+            return Reply(status=status, body=json.dumps(NETWORK_ERRORS[case]).encode())
         return Reply("fine")
 
     with chat_server(answer) as chat:
@@ -90,7 +90,7 @@ def test_max_tokens_is_renamed_for_a_server_that_expects_another_name(messages: 
 
 
 def test_a_format_of_the_users_own_is_not_given_up() -> None:
-    refusal = Reply(status=400, body=json.dumps(REFUSALS["by param"]).encode())
+    refusal = Reply(status=400, body=json.dumps(NETWORK_ERRORS["by param"]).encode())
     with chat_server(lambda body, before: refusal) as chat, pytest.raises(UserError, match="refuses: 400"):
         asked_of(endpoint(chat.url, extra={"response_format": {"type": "json_object"}}), AnswerLog(), question("a"))
     assert len(chat.bodies) == 1

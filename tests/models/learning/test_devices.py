@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from callbacks.saving import LastCheckpoint
 from datamodules.batching.answer_rows import AgentDataModule
-from models.decoding.branches import branch_problem
+from models.decoding.branch_checks import branch_problem
 from models.learning.proactive_agent import ProactiveAgent
 from models.learning.reward_classifier import RewardClassifier
 from models.learning.saved_models import model_from_checkpoint

@@ -1,4 +1,4 @@
-"""LoRA and QLoRA: trained weights, checkpoints, exports, refused options, and trials of quantized backbones."""
+"""LoRA and QLoRA: trained weights, checkpoints, exports, refused options, and self-checks of quantized backbones."""
 
 import contextlib
 import json
@@ -274,10 +274,10 @@ def test_options_that_do_not_fit_together_are_refused_before_weights_are_loaded(
 
 
 def test_a_sharded_backbone_is_refused(base: Path) -> None:
-    from models.networks.adapters import refuse_unfit
+    from models.networks.adapters import refuse_unfit_adapter
 
     with pytest.raises(UserError, match="the strategy is ModelParallelStrategy"):
-        refuse_unfit(AdapterOptions(), "nf4", ModelParallelStrategy())
+        refuse_unfit_adapter(AdapterOptions(), "nf4", ModelParallelStrategy())
 
 
 def test_impossible_options_are_refused() -> None:

@@ -22,8 +22,8 @@ from datamodules.errors import UserError
 from models.learning.reward_classifier import RewardClassifier
 from models.learning.training import BackboneModule
 from models.networks.attention import BLOCKWISE, QUERIES, tree_blocks
+from models.networks.self_checks import attention_window
 from models.networks.tree_reading import choose_attention, pair_cost, tree_mask, tree_problem
-from models.networks.trials import attention_window
 from tests.helpers import PROACTIVEBENCH, SMALL_BACKBONE, needs_proactivebench
 from tests.models.small import EVERY_FAMILY, VOCABULARY
 
@@ -295,7 +295,7 @@ def test_a_window_as_long_as_the_longest_row_is_no_problem() -> None:
 
 
 def test_a_backbone_that_ignores_the_mask_is_detected() -> None:
-    """The trial compares results: here branches see each other, which is wrong."""
+    """The self-check compares results: here branches see each other, which is wrong."""
     backbone = network("llama", "sdpa")
     inner = backbone.model.forward
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from datamodules.corpus.clock import moments
+from datamodules.corpus.event_times import moments
 from proactive.simulation.asking import TRIES, NoValidAnswerError
 from proactive.simulation.log import SimulationLog
 from proactive.simulation.loop import LoopOptions, SessionLoop

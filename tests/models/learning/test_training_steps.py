@@ -124,7 +124,7 @@ def test_losses_equal_a_plain_training_loop(optimizer: Any, root: Path) -> None:
 def test_compiled_blocks_are_one_graph_for_all_layers_and_lengths(
     root: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the first step compiles: neither the trials before it nor later steps do."""
+    """Only the first step compiles: neither the self-checks before it nor later steps do."""
     graphs: list[int] = []  # of each, in which step it was made
     steps: list[int] = []
 

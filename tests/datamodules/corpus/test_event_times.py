@@ -1,6 +1,6 @@
 """Clock times and gaps of events."""
 
-from datamodules.corpus.clock import moments, seconds_of
+from datamodules.corpus.event_times import moments, seconds_of
 from datamodules.corpus.records import Event
 
 

@@ -9,6 +9,7 @@ from datamodules.corpus.records import Category, Event, TraceSplit
 from datamodules.corpus.sources import PUBLISHED_TRACES_DIGESTS, load_corpus
 from datamodules.corpus.traces import Candidate, Offer, Trace, read_recorded, root_traces, traces_digest
 from models.judging.judges import Verdict
+from proactive.evaluation.evaluation_report import evaluation_report
 from proactive.evaluation.judged_events import (
     JudgedEvent,
     acceptance,
@@ -18,7 +19,6 @@ from proactive.evaluation.judged_events import (
     judge_events,
     notes,
 )
-from proactive.evaluation.page import evaluation_report
 from tests.helpers import PROACTIVEBENCH, needs_proactivebench
 from tests.models.reporting.test_run_page import HOSTILE, Page, a_row
 

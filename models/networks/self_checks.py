@@ -1,6 +1,6 @@
-"""Trials: before the first step, compute the same in two ways and compare.
+"""Self-checks: before the first step, compute the same in two ways and compare.
 
-A backbone with random weights hardly depends on its input. So a trial changes tokens that must not be seen, and
+A backbone with random weights hardly depends on its input. So a check changes tokens that must not be seen, and
 requires that nothing changes at all. All other values must agree within the rounding of float32.
 
 Shape legend: N rows or tokens, R rows, D size of a hidden state or number of logits.
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 # Accepted relative differences of hidden states, by the dtype of the computation. In float32, sums of 14,336 products
 # in another order differ by 1e-5 after a few dozen layers. A token that is seen but should not be changes more.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-NO_DIFFERENCE = 1e-6  # accepted if the same is computed again and only hidden tokens differ
-HALF = (torch.float16, torch.bfloat16)
-FEW = 7  # tokens of a short row
-LEAST = 16  # tokens of a long row, at least
-REFUSALS = (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError, LookupError)
+EXACT_TOLERANCE = 1e-6  # accepted if the same is computed again and only hidden tokens differ
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+SHORT_LENGTH = 7  # tokens of a short row
+MIN_LONG_LENGTH = 16  # least number of tokens of a long row
+NETWORK_ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError, LookupError)
 
 
 def reading_problem(
@@ -37,12 +37,12 @@ def reading_problem(
     what: str,
     attentions: Collection[str],
     lengths: tuple[str, int],
-    short_trial: Callable[[], str | None],
-    long_trial: Callable[[], str | None],
+    short_check: Callable[[], str | None],
+    long_check: Callable[[], str | None],
 ) -> str | None:
     """Check that a network reads something, such as trees, as it reads single rows.
 
-    The attention must take the masks, and its window must cover the longest row. Then a trial with a few tokens runs,
+    The attention must take the masks, and its window must cover the longest row. Then a check with a few tokens runs,
     and one with as many as the data have: a window under an unknown name, a choice of keys, and rotary factors that
     depend on the length show only in long texts.
 
@@ -51,8 +51,8 @@ def reading_problem(
         what: The name of the input, for the message if the network refuses it.
         attentions: The attentions that take the masks.
         lengths: What the longest row consists of, for messages, and its number of tokens.
-        short_trial: Returns what is wrong, or None.
-        long_trial: Returns what is wrong, or None. It runs in float32 if the network can.
+        short_check: Returns what is wrong, or None.
+        long_check: Returns what is wrong, or None. It runs in float32 if the network can.
 
     Returns:
         What is wrong, or None.
@@ -66,7 +66,7 @@ def reading_problem(
         return f"its layers attend to the last {window} tokens, and {rows} have up to {longest}"
     if model.device.type == "meta":
         return None
-    return run_trial(model, what, lambda: short_trial() or run_in_float32(model, long_trial))
+    return run_check(model, what, lambda: short_check() or run_in_float32(model, long_check))
 
 
 def attention_window(config: Any) -> int | None:
@@ -77,13 +77,13 @@ def attention_window(config: Any) -> int | None:
     return min((window for window in found if window is not None), default=None)
 
 
-def run_trial(model: "PreTrainedModel", what: str, trial: Callable[[], str | None]) -> str | None:
-    """Run a trial in evaluation mode, without gradients and compiled code.
+def run_check(model: "PreTrainedModel", what: str, check: Callable[[], str | None]) -> str | None:
+    """Run a check in evaluation mode, without gradients and compiled code.
 
     Args:
         model: The network.
         what: The name of the input, for the message if the network refuses it.
-        trial: Returns what is wrong, or None.
+        check: Returns what is wrong, or None.
 
     Returns:
         What is wrong, such as an error that the network raised, or None.
@@ -92,10 +92,10 @@ def run_trial(model: "PreTrainedModel", what: str, trial: Callable[[], str | Non
     model.eval()
     try:
         with torch.no_grad(), uncompiled(model), _full_float32_products():
-            return trial()
+            return check()
     except torch.OutOfMemoryError:
         raise
-    except REFUSALS as error:
+    except NETWORK_ERRORS as error:
         return f"it refuses {what} ({type(error).__name__}: {error_text(error, 120)})"
     finally:
         model.train(training)
@@ -112,20 +112,20 @@ def uncompiled(model: "PreTrainedModel") -> Iterator[None]:
         yield
 
 
-def run_in_float32(model: "PreTrainedModel", trial: Callable[[], str | None]) -> str | None:
-    """Run a trial in float32, also for a network with 16-bit weights.
+def run_in_float32(model: "PreTrainedModel", check: Callable[[], str | None]) -> str | None:
+    """Run a check in float32, also for a network with 16-bit weights.
 
     In 16 bits, rounding hides that a layer sees 4,000 tokens instead of 4,096. A network that cannot compute in
-    another dtype than its own, such as a sharded one, is tried in its own.
+    another dtype than its own, such as a sharded one, is checked in its own.
     """
     with _without_flex_attention(model):
-        if not any(parameter.dtype in HALF for parameter in model.parameters()):
-            return trial()
+        if not any(parameter.dtype in HALF_PRECISION for parameter in model.parameters()):
+            return check()
         try:
             with _weights_in_float32(model):
-                return trial()
-        except REFUSALS:
-            return trial()
+                return check()
+        except NETWORK_ERRORS:
+            return check()
 
 
 def tolerance(model: "PreTrainedModel", dtype: torch.dtype) -> float:
@@ -174,10 +174,10 @@ def padding_problem(model: "PreTrainedModel", read: Callable[[Inputs], Tensor], 
     Raises:
         UserError: The network cannot read a single row.
     """
-    tokens = random_tokens(model, max(longest, LEAST))
+    tokens = random_tokens(model, max(longest, MIN_LONG_LENGTH))
     short, shorter, full = 0, 1, 2
     pad_id = model.config.get_text_config().pad_token_id or 0
-    layout = RowsLayout([tokens[:FEW], tokens[1:], tokens], pad_id, micro_batch_size=3)
+    layout = RowsLayout([tokens[:SHORT_LENGTH], tokens[1:], tokens], pad_id, micro_batch_size=3)
     device = model.get_input_embeddings().weight.device
 
     def read_rows(*rows: int) -> Tensor:
@@ -187,7 +187,7 @@ def padding_problem(model: "PreTrainedModel", read: Callable[[Inputs], Tensor], 
 
     def one_by_one() -> str | None:
         before, _, _, after = (read_rows(row) for row in (shorter, short, full, shorter))
-        if relative_difference(after, before) > NO_DIFFERENCE:
+        if relative_difference(after, before) > EXACT_TOLERANCE:
             return "its result for a row depends on the rows that it read before"
         return None
 
@@ -197,12 +197,12 @@ def padding_problem(model: "PreTrainedModel", read: Callable[[Inputs], Tensor], 
             model, beside_longer, alone, "a row gives other results beside a longer one than alone"
         )
 
-    if refusal := run_trial(model, "rows", one_by_one):
+    if refusal := run_check(model, "rows", one_by_one):
         raise UserError(
             f"model.backbone: {type(model).__name__} cannot read rows of {len(tokens)} tokens: {refusal}",
             "Use another backbone, or a smaller data.max_length.",
         )
-    return run_trial(model, "padded rows", lambda: run_in_float32(model, together))
+    return run_check(model, "padded rows", lambda: run_in_float32(model, together))
 
 
 @contextlib.contextmanager
@@ -218,7 +218,7 @@ def _full_float32_products() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_flex_attention(model: "PreTrainedModel") -> Iterator[None]:
-    """Use sdpa with the same mask in place of FlexAttention, which keeps all scores if it is not compiled."""
+    """Use sdpa with the same mask instead of FlexAttention, which keeps all scores if it is not compiled."""
     own = model.config._attn_implementation
     if own == "flex_attention":
         with contextlib.suppress(ValueError):  # the backbone's attention has a part that sdpa lacks
@@ -235,7 +235,7 @@ def _weights_in_float32(model: "PreTrainedModel") -> Iterator[None]:
     own: dict[nn.Module, list[tuple[nn.Parameter, Tensor]]] = {}
 
     def convert(module: nn.Module, arguments: Any) -> None:
-        own[module] = [(p, p.data) for p in module.parameters(recurse=False) if p.dtype in HALF]
+        own[module] = [(p, p.data) for p in module.parameters(recurse=False) if p.dtype in HALF_PRECISION]
         for parameter, data in own[module]:
             parameter.data = data.float()
 

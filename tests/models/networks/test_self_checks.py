@@ -1,4 +1,4 @@
-"""Trials detect backbones that treat long texts differently, and rows whose results depend on other rows.
+"""Self-checks detect backbones that treat long texts differently, and rows whose results depend on other rows.
 
 Shape legend: R rows, T tokens, D hidden size.
 """
@@ -14,11 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from datamodules.batching.layouts import Inputs, TreeLayout
 from datamodules.errors import UserError
-from models.decoding.branches import branch_problem
+from models.decoding.branch_checks import branch_problem
 from models.learning.reward_classifier import RewardClassifier
 from models.networks.heads import classify, last_states
+from models.networks.self_checks import TOLERANCE, padding_problem, relative_difference, run_in_float32
 from models.networks.tree_reading import choose_attention, tree_problem
-from models.networks.trials import TOLERANCE, padding_problem, relative_difference, run_in_float32
 from tests.models.small import EVERY_FAMILY as SIZES
 from tests.models.small import VOCABULARY, fit, small_data
 
@@ -78,8 +78,8 @@ def alone(model: PreTrainedModel, ids: list[list[int]]) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def by_trial_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hide the names of windows, so that only trials can find them."""
-    monkeypatch.setattr("models.networks.trials.attention_window", lambda config: None)
+    """Hide the names of windows, so that only self-checks can find them."""
+    monkeypatch.setattr("models.networks.self_checks.attention_window", lambda config: None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -138,12 +138,12 @@ def test_a_trial_in_float32_computes_in_float32_and_restores_the_weights() -> No
     ids_1T = torch.arange(5, 15)[None]
     seen: list[Any] = []
 
-    def trial() -> str | None:
+    def check() -> str | None:
         seen.append(model(ids_1T).logits.dtype)
         raise ValueError("in the middle of it")
 
     with pytest.raises(ValueError, match="in the middle"), torch.no_grad():
-        run_in_float32(model, trial)
+        run_in_float32(model, check)
     assert seen == [torch.float32, torch.bfloat16]  # what fails in float32 is tried in the network's own dtype
     assert {name: weight.data_ptr() for name, weight in model.named_parameters()} == data
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
