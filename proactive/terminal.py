@@ -4,10 +4,11 @@ import contextlib
 import errno
 import logging
 import os
+import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -125,6 +126,19 @@ def as_user_error(error: BaseException) -> UserError | None:
 def say(text: str | Path, to_stderr: bool = False) -> None:
     """Print a line."""
     print(printable(str(text)), file=sys.stderr if to_stderr else sys.stdout)
+
+
+def same_command(command: str, arguments: Sequence[str], folder: Path) -> str:
+    """Return the command line that continues in an output folder.
+
+    Args:
+        command: The name of the command.
+        arguments: What it was given.
+        folder: Its output folder.
+    """
+    given = any(argument == "--output" or argument.startswith("--output=") for argument in arguments)
+    output = [] if given else ["--output", str(folder)]
+    return shlex.join(["python", "-m", f"proactive.{command}", *arguments, *output])
 
 
 class _OneLine(logging.Formatter):

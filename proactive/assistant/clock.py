@@ -6,7 +6,13 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Epoch seconds as the assistant counts them."""
+    """Epoch seconds as the assistant counts them.
+
+    Attributes:
+        stepwise: Whether time only moves with `reach`, so that nothing is waited for.
+    """
+
+    stepwise: bool
 
     def now(self) -> float:
         """Return the time."""
@@ -17,12 +23,14 @@ class Clock(Protocol):
         ...
 
     def seconds_until(self, at: float) -> float | None:
-        """Return the real seconds until a time, 0 if it is over. None: that time comes with an observation only."""
+        """Return the real seconds until a time, 0 if it is over; None if the clock is stepwise."""
         ...
 
 
 class SystemClock(Clock):
     """The time of this machine."""
+
+    stepwise = False
 
     def now(self) -> float:
         return time.time()
@@ -38,11 +46,12 @@ class ReplayClock(Clock):
     """The time of a replay. It starts with the first time that is waited for.
 
     Args:
-        speed: How many of its seconds pass in a real second; 0 for no waiting: then time only moves with `reach`.
+        speed: How many of its seconds pass in a real second; 0 for a stepwise clock.
     """
 
     def __init__(self, speed: float = 0.0) -> None:
         self.speed = speed
+        self.stepwise = speed == 0
         self._reached = 0.0  # the last time that was waited for
         self._began: float | None = None  # when the replay's time was 0, in the time of `time.monotonic`
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import shlex
 import signal
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -21,7 +20,7 @@ from proactive.evaluation.carry_out import ANSWERS_FILE, VERDICTS_FILE, carry_ou
 from proactive.evaluation.prepare import prepare
 from proactive.parser import Parser
 from proactive.tables import agent_tables, show
-from proactive.terminal import say
+from proactive.terminal import same_command, say
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -73,14 +72,16 @@ def evaluate_agent_command(options: "Namespace", arguments: Sequence[str]) -> No
             record = asyncio.run(carry_out(evaluation, folder, partial(counted, quiet=options.quiet)))
         except UserError as error:
             if not _remove_without_answers(folder, around):
-                raise UserError(error.what, f"{error.hint} To resume: {_same_command(arguments, folder)}") from error
+                raise UserError(
+                    error.what, f"{error.hint} To resume: {same_command('evaluate', arguments, folder)}"
+                ) from error
             raise
         except (KeyboardInterrupt, SystemExit):
             if not signals:
                 raise
             _remove_without_answers(folder, around)
             say("stopped; to resume:", to_stderr=True)
-            say(f"  {_same_command(arguments, folder)}", to_stderr=True)
+            say(f"  {same_command('evaluate', arguments, folder)}", to_stderr=True)
             raise SystemExit(128 + signals[0]) from None
     if not options.quiet:
         show(*agent_tables(record))
@@ -104,11 +105,6 @@ def _remove_without_answers(folder: Path, around: Sequence[Path]) -> bool:
         path.unlink()
     remove_empty(dict.fromkeys([folder, *around]))
     return True
-
-
-def _same_command(arguments: Sequence[str], folder: Path) -> str:
-    given = any(argument == "--output" or argument.startswith("--output=") for argument in arguments)
-    return shlex.join(["python", "-m", "proactive.evaluate", *arguments, *([] if given else ["--output", str(folder)])])
 
 
 @contextlib.contextmanager

@@ -1,0 +1,49 @@
+"""The options of `proactive.live`."""
+
+from pathlib import Path
+from typing import Literal
+
+from datamodules.ranges import Count, NotNegative, Share
+from models.judging.endpoint import EndpointOptions
+from proactive.agents import add_agent_options
+from proactive.assistant.deciding import Policy
+from proactive.parser import Parser
+
+
+def session_parser(prog: str) -> Parser:
+    """Return the options of a session."""
+    parser = Parser(prog=prog, description="Watch events, decide after each whether to offer help, and log "
+        "what the user answers. Without options it replays a session of the embedded data.")  # fmt: skip
+    add = parser.add_argument
+    add("--source", type=str, help="What to watch: a trace, a JSON file in either of the published layouts. Default: a "
+        "session of the embedded data.")  # fmt: skip
+    add_agent_options(parser)
+    add("--latest-events", type=Count, default=200, help="Number of latest events that a model at an endpoint gets.")
+    add("--data.root", type=str, help="Root whose traces count as the same session if they have the same file name: "
+        "embedded, published or a folder. Default: the root that gate or agent trained on.")  # fmt: skip
+    add("--gate", type=Path, nargs="+", help="A reward classifier that holds back offers below a threshold. Of "
+        "several, the one that knows the trace least. Default without a source: the newest run in runs/reward; if "
+        "there is none, it is trained first, in about a minute.")  # fmt: skip
+    add(
+        "--cost-ratio",
+        type=NotNegative | None,
+        help="For the gate: cost of a false alarm relative to a missed need; default 1.",
+    )
+    add("--shadow", action="store_true", help="Log the gate's verdicts, but hold nothing back.")
+    add("--gate-fails-open", action="store_true", help="Show offers if the gate fails, instead of nothing.")
+    add("--epsilon", type=Share, default=0.0, help="Probability of showing an offer that is below the threshold, so "
+        "that later figures are unbiased.")  # fmt: skip
+    parser.add_class_arguments(Policy, "policy")
+    add("--notify", type=Literal["terminal", "recorded"], help="How offers are shown: in the terminal; or recorded, "
+        "where the judgments in the trace answer, which is the default for traces.")  # fmt: skip
+    add("--speed", type=NotNegative, default=60.0, help="For a trace: how many times faster it is replayed; 0 "
+        "waits for nothing.")  # fmt: skip
+    add("--allow-remote", action="store_true", help="Allow a model on another machine, which gets all events.")
+    add("--contaminated", action="store_true", help="Allow an agent or gate that trained on the trace, and mark the "
+        "session.")  # fmt: skip
+    add("--keep", type=Count | None, help="Remove sessions in runs/live that were last written more than this many "
+        "days ago.")  # fmt: skip
+    parser.add_class_arguments(EndpointOptions, "endpoint")
+    add("--output", type=Path, help="Folder to write. The folder of a stopped session continues it. Default: a new one "
+        "in runs/live.")  # fmt: skip
+    return parser.with_output_options()

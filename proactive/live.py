@@ -1,0 +1,84 @@
+"""`python -m proactive.live`: watch, decide, offer help, and learn from the answers."""
+
+if __name__ == "__main__":
+    from proactive.commands import start
+
+    start("live")
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from datamodules.errors import UserError
+from datamodules.files.run_folders import latest_run_folder, output_folder
+from proactive.assistant.assistant import Assistant
+from proactive.assistant.keeping import make_private, remove_older
+from proactive.assistant.narration import lines_of
+from proactive.assistant.options import session_parser
+from proactive.assistant.preparing import Session, prepare
+from proactive.assistant.session_log import SESSION_FILE, Entry
+from proactive.assistant.session_summary import summary, summary_table
+from proactive.commands import program
+from proactive.tables import show
+from proactive.terminal import same_command, say
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+NAME = "live"
+DEFAULT_RUN = "reward"  # the name of the runs of `python -m proactive.fit`
+FIT = (sys.executable, "-m", "proactive.fit")
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, and run a session or export some."""
+    parser = session_parser(program(NAME))
+    options = parser.parse_args(arguments)
+    _run(options, arguments)
+
+
+def _run(options: "Namespace", arguments: Sequence[str]) -> None:
+    session = prepare(options, _default_gate)
+    if options.keep is not None:
+        for removed in remove_older(Path("runs", NAME), options.keep, options.output):
+            say(f"removed {removed}: it was kept for {options.keep} days")
+    folder = output_folder(options.output, NAME, SESSION_FILE)
+    make_private(folder)
+    tell: Callable[[str], None] = (lambda text: None) if options.quiet else say
+    for note in session.notes:
+        tell(note)
+    try:
+        asyncio.run(_watch(session, folder, tell))
+    except KeyboardInterrupt:
+        say(f"stopped; to continue: {same_command('live', arguments, folder)}", to_stderr=True)
+    if not options.quiet:
+        show(summary_table(summary(folder)))
+        say(f"{folder / SESSION_FILE} is the log")
+
+
+async def _watch(session: Session, folder: Path, tell: Callable[[str], None]) -> None:
+    def told(entry: Entry) -> None:
+        for line in lines_of(entry):
+            tell(line)
+        sys.stdout.flush()
+
+    async with contextlib.AsyncExitStack() as stack:
+        for client in session.clients:
+            await stack.enter_async_context(client)
+        await Assistant(replace(session.parts, told=told)).run(folder / SESSION_FILE, session.settings)
+
+
+def _default_gate() -> Path:
+    """The newest run of the default classifier; it is trained if there is none."""
+    with contextlib.suppress(UserError):
+        return latest_run_folder(Path("runs"), DEFAULT_RUN)
+    say(f"no run in runs/{DEFAULT_RUN}: the default classifier is trained first, as python -m proactive.fit does")
+    sys.stdout.flush()
+    if subprocess.run(FIT, check=False).returncode:  # noqa: S603 - the command is ours
+        raise UserError("the default classifier could not be trained", "Give a reward classifier with --gate.")
+    return latest_run_folder(Path("runs"), DEFAULT_RUN)
