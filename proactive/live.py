@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datamodules.errors import UserError
-from datamodules.files.run_folders import latest_run_folder, output_folder
+from datamodules.files.run_folders import latest_run_folder, missing_folders, output_folder, remove_empty
 from proactive.assistant.assistant import Assistant
 from proactive.assistant.keeping import make_private, remove_older
 from proactive.assistant.narration import lines_of
@@ -47,6 +47,7 @@ def _run(options: "Namespace", arguments: Sequence[str]) -> None:
     if options.keep is not None:
         for removed in remove_older(Path("runs", NAME), options.keep, options.output):
             say(f"removed {removed}: it was kept for {options.keep} days")
+    around = missing_folders(options.output or Path("runs", NAME))
     folder = output_folder(options.output, NAME, SESSION_FILE)
     make_private(folder)
     tell: Callable[[str], None] = (lambda text: None) if options.quiet else say
@@ -54,11 +55,22 @@ def _run(options: "Namespace", arguments: Sequence[str]) -> None:
         tell(note)
     try:
         asyncio.run(_watch(session, folder, tell))
+    except UserError:
+        _remove_without_entries(folder, around)
+        raise
     except KeyboardInterrupt:
         say(f"stopped; to continue: {same_command('live', arguments, folder)}", to_stderr=True)
     if not options.quiet:
         show(summary_table(summary(folder)))
         say(f"{folder / SESSION_FILE} is the log")
+
+
+def _remove_without_entries(folder: Path, around: Sequence[Path]) -> None:
+    """Remove the folder of a session that failed before its first entry, and the folders made for it."""
+    log = folder / SESSION_FILE
+    if log.is_file() and log.read_bytes().count(b"\n") <= 1:
+        log.unlink()
+        remove_empty(dict.fromkeys([folder, *around]))
 
 
 async def _watch(session: Session, folder: Path, tell: Callable[[str], None]) -> None:

@@ -9,7 +9,7 @@ Every method of `Watch` returns a new `Watch`. Times are epoch seconds.
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from datamodules.ranges import Count, NotNegative, Positive, Tries
+from datamodules.ranges import Count, NonNegativeFloat, Positive, Tries
 
 HOUR = 3600.0
 REMEMBERED = 1000  # latest offers that are not repeated
@@ -62,8 +62,8 @@ class Policy:
         moved_on: Number of further events that withdraw an open offer.
     """
 
-    pause: NotNegative = 120.0
-    longest_pause: NotNegative = 3600.0
+    pause: NonNegativeFloat = 120.0
+    longest_pause: NonNegativeFloat = 3600.0
     per_hour: Tries = 6
     expires: Positive = 60.0
     moved_on: Count = 5

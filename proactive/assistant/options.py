@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Literal
 
-from datamodules.ranges import Count, NotNegative, Share
+from datamodules.ranges import Count, NonNegativeFloat, Share
 from models.judging.endpoint import EndpointOptions
 from proactive.agents import add_agent_options
 from proactive.assistant.deciding import Policy
+from proactive.assistant.privacy import PrivacyOptions
 from proactive.parser import Parser
 
 
@@ -15,8 +16,8 @@ def session_parser(prog: str) -> Parser:
     parser = Parser(prog=prog, description="Watch events, decide after each whether to offer help, and log "
         "what the user answers. Without options it replays a session of the embedded data.")  # fmt: skip
     add = parser.add_argument
-    add("--source", type=str, help="What to watch: a trace, a JSON file in either of the published layouts. Default: a "
-        "session of the embedded data.")  # fmt: skip
+    add("--source", type=str, help="What to watch: the address of an ActivityWatch server, an export of one, or a "
+        "trace in either of the published layouts. Default: a session of the embedded data.")  # fmt: skip
     add_agent_options(parser)
     add("--latest-events", type=Count, default=200, help="Number of latest events that a model at an endpoint gets.")
     add("--data.root", type=str, help="Root whose traces count as the same session if they have the same file name: "
@@ -26,7 +27,7 @@ def session_parser(prog: str) -> Parser:
         "there is none, it is trained first, in about a minute.")  # fmt: skip
     add(
         "--cost-ratio",
-        type=NotNegative | None,
+        type=NonNegativeFloat | None,
         help="For the gate: cost of a false alarm relative to a missed need; default 1.",
     )
     add("--shadow", action="store_true", help="Log the gate's verdicts, but hold nothing back.")
@@ -34,10 +35,12 @@ def session_parser(prog: str) -> Parser:
     add("--epsilon", type=Share, default=0.0, help="Probability of showing an offer that is below the threshold, so "
         "that later figures are unbiased.")  # fmt: skip
     parser.add_class_arguments(Policy, "policy")
-    add("--notify", type=Literal["terminal", "recorded"], help="How offers are shown: in the terminal; or recorded, "
-        "where the judgments in the trace answer, which is the default for traces.")  # fmt: skip
-    add("--speed", type=NotNegative, default=60.0, help="For a trace: how many times faster it is replayed; 0 "
+    add("--notify", type=Literal["terminal", "recorded"], help="How offers are shown: in the terminal, where y or n "
+        "answers; or recorded, where the judgments in the trace answer. Default: recorded for a trace, else "
+        "terminal.")  # fmt: skip
+    add("--speed", type=NonNegativeFloat, default=60.0, help="For a file: how many times faster it is replayed; 0 "
         "waits for nothing.")  # fmt: skip
+    parser.add_class_arguments(PrivacyOptions, "privacy")
     add("--allow-remote", action="store_true", help="Allow a model on another machine, which gets all events.")
     add("--contaminated", action="store_true", help="Allow an agent or gate that trained on the trace, and mark the "
         "session.")  # fmt: skip

@@ -2,14 +2,12 @@
 
 import ipaddress
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from datamodules.corpus.sources import load_corpus
-from datamodules.corpus.traces import Recorded, Trace, read_recorded, root_traces
+from datamodules.corpus.traces import Answers, Recorded, Trace, read_recorded, root_traces
 from datamodules.errors import UserError
 from models.judging.agents import Agent, RecordedAgent
 from models.judging.answer_log import AnswerLog
@@ -23,14 +21,11 @@ from models.learning.proactive_agent import ProactiveAgent
 from models.learning.reward_classifier import RewardClassifier
 from proactive.agents import KINDS, load_weights, one_of, root_corpus, trained_agent, untrained_agent
 from proactive.assistant.assistant import Parts
-from proactive.assistant.clock import Clock, ReplayClock
 from proactive.assistant.deciding import Policy
 from proactive.assistant.gating import Gate, GateOptions
 from proactive.assistant.notices import Notices, RecordedNotices
-from proactive.assistant.observations import Source
-from proactive.assistant.replayed import embedded_replay, read_replay, recorded_judgments
+from proactive.assistant.sources import EMBEDDED, recorded_judgments, watched
 from proactive.assistant.terminal_notices import TerminalNotices
-from proactive.assistant.trace_source import TraceSource
 from proactive.endpoints import endpoint_of
 from proactive.evaluation.judged_events import TRAINING_NOTES
 from proactive.evaluation.specification import Stamps
@@ -39,7 +34,7 @@ if TYPE_CHECKING:
     from jsonargparse import Namespace
 
 MOST_ANSWERS = 100  # of an endpoint, that are kept in memory
-EMBEDDED = "embedded"
+AGENT_HINT = "Give --agent.checkpoint, --agent.url or --agent.baseline."
 
 
 @dataclass
@@ -86,36 +81,32 @@ def prepare(options: "Namespace", default_gate: Callable[[], Path]) -> Session:
     gates = [load_weights(RewardClassifier, path, "--gate") for path in paths]
     agents = [load_weights(ProactiveAgent, path, "--agent.checkpoint") for path in options.agent.checkpoint or ()]
     weights: list[Weights[Any]] = [*gates, *agents]
-    recorded = _replay(options, weights)
-    trace = recorded.traces[0]
-    namesakes = _namesakes(options, weights, trace)
-    ties: dict[str, dict[str, Tie]] = {}
-    chosen = partial(_chosen, trace=trace, namesakes=namesakes, contaminated=options.contaminated, ties=ties)
+    source, clock, recorded = watched(options, weights)
+    trace = recorded.traces[0] if recorded else None
+    choose = _Choice(trace, _namesakes(options, weights) if trace else {}, options.contaminated)
     clients: list[ChatClient] = []
     if agents:
-        agent: Agent = trained_agent(chosen("agent", agents, "--agent.checkpoint"), options)
+        agent: Agent = trained_agent(choose.one("agent", agents, "--agent.checkpoint"), options)
     elif own:
-        agent = RecordedAgent(recorded.answers, str(options.source or EMBEDDED), 1)
+        agent = RecordedAgent(_answers(recorded), str(options.source or EMBEDDED), 1)
     else:
         others = _recorded_answers(options.agent.traces, trace) if options.agent.traces else None
         agent = untrained_agent(options, others, lambda: _client(options, clients), 1, options.latest_events)
-    threshold = gate_threshold(1.0 if options.cost_ratio is None else options.cost_ratio)
-    how = GateOptions(options.shadow, options.gate_fails_open, options.epsilon, options.seed)
-    gate = Gate(RewardJudge(chosen("gate", gates, "--gate")), threshold, how, trace.name) if gates else None
-    clock: Clock = ReplayClock(options.speed)
-    source: Source = TraceSource(trace, clock)
-    policy = Policy(**{one.name: options.policy[one.name] for one in fields(Policy)})
-    parts = Parts(source, clock, agent, _notices(options, recorded), policy)
-    if gate:
+    parts = Parts(source, clock, agent, _notices(options, recorded), Policy(**options.policy.as_dict()))
+    gate: Gate | None = None
+    if gates:
+        how = GateOptions(options.shadow, options.gate_fails_open, options.epsilon, options.seed)
+        threshold = gate_threshold(1.0 if options.cost_ratio is None else options.cost_ratio)
+        gate = Gate(RewardJudge(choose.one("gate", gates, "--gate")), threshold, how, source.name)
         gate.warm_up()
         parts = replace(parts, gating=gate.verdict, threshold=threshold, window=gate.window)
-    stamps = Stamps(ties).record()
+    stamps = Stamps(choose.ties).record()
     settings = {
         **source.describe(),
         "name": source.name,
         **joint_settings({source.name: agent}),
         "gate": gate.describe() if gate else None,
-        "policy": {one.name: getattr(policy, one.name) for one in fields(Policy)},
+        "policy": asdict(parts.policy),
         "stamps": {name: bool(found) for name, found in stamps.items() if found},
     }
     return Session(parts, settings, [_decides(agent, gate, own), *_stamp_notes(stamps)], clients)
@@ -149,38 +140,40 @@ def is_loopback(url: str) -> bool:
         return host == "localhost"
 
 
-def _replay(options: "Namespace", weights: list[Weights[Any]]) -> Recorded:
-    """The trace of `--source`; without one, the embedded trace that the weights know least."""
-    if options.source is not None:
-        return read_replay(Path(options.source))
-    corpus = load_corpus(EMBEDDED)
-    traces = root_traces(corpus)
-    least = min(traces, key=lambda trace: max((one.tie(trace, None) for one in weights), default=Tie.NONE))
-    return embedded_replay(corpus, least)
-
-
-def _namesakes(options: "Namespace", weights: list[Weights[Any]], trace: Trace) -> dict[str, Trace]:
-    """The trace of the data root that has the same name, as in `evaluate agent`."""
-    states = [one.state for one in weights]
-    corpus = root_corpus(options.data.root, states, needed=False)
+def _namesakes(options: "Namespace", weights: list[Weights[Any]]) -> dict[str, Trace]:
+    """The traces of the data root by name, as in `evaluate agent`."""
+    corpus = root_corpus(options.data.root, [one.state for one in weights], needed=False)
     return {one.name: one for one in root_traces(corpus)} if corpus else {}
 
 
-def _chosen(
-    role: str,
-    weights: list[Weights[Model]],
-    option: str,
-    trace: Trace,
-    namesakes: Mapping[str, Trace],
-    contaminated: bool,
-    ties: dict[str, dict[str, Tie]],
-) -> Weights[Model]:
-    """The weights with the weakest tie to the trace, by the rule of `evaluate agent`."""
-    assigned, ties[role] = assign(weights, [trace], namesakes, option, contaminated)
-    return assigned[trace.name]
+@dataclass
+class _Choice:
+    """Chooses the weights that know a trace least, by the rule of `evaluate agent`, and notes how much they know."""
+
+    trace: Trace | None
+    namesakes: Mapping[str, Trace]
+    contaminated: bool
+    ties: dict[str, dict[str, Tie]] = field(default_factory=dict)
+
+    def one(self, role: str, weights: list[Weights[Model]], option: str) -> Weights[Model]:
+        if self.trace is None:
+            if len(weights) > 1:
+                raise UserError(f"{option}: there is no trace to choose one of {len(weights)} for", "Give one.")
+            return weights[0]
+        assigned, self.ties[role] = assign(weights, [self.trace], self.namesakes, option, self.contaminated)
+        return assigned[self.trace.name]
 
 
-def _recorded_answers(folder: Path, trace: Trace) -> Recorded:
+def _answers(recorded: Recorded | None) -> Answers:
+    """The answers in the trace that is the source."""
+    if recorded is None:
+        raise UserError("agent: there is none, and the source is not a trace with recorded offers", AGENT_HINT)
+    return recorded.answers
+
+
+def _recorded_answers(folder: Path, trace: Trace | None) -> Recorded:
+    if trace is None:
+        raise UserError("--agent.traces: the source is not a trace", AGENT_HINT)
     recorded = read_recorded(folder)
     same = [one for one in recorded.traces if one.name == trace.name]
     if not same or same[0].events != trace.events:
@@ -197,12 +190,13 @@ def _client(options: "Namespace", clients: list[ChatClient]) -> ChatClient:
     return client
 
 
-def _notices(options: "Namespace", recorded: Recorded) -> Notices:
-    match options.notify or "recorded":
-        case "terminal":
-            return TerminalNotices()
-        case _:
-            return RecordedNotices(recorded_judgments(recorded))
+def _notices(options: "Namespace", recorded: Recorded | None) -> Notices:
+    kind = options.notify or ("recorded" if recorded else "terminal")
+    if kind == "terminal":
+        return TerminalNotices()
+    if recorded is None:
+        raise UserError("--notify recorded: the source is not a trace", "Choose another kind of notice.")
+    return RecordedNotices(recorded_judgments(recorded))
 
 
 def _decides(agent: Agent, gate: Gate | None, own: bool) -> str:

@@ -13,7 +13,7 @@ from datamodules.corpus.json_records import parse_json
 from datamodules.corpus.records import Event, Proposal, Unicode
 from datamodules.errors import UserError
 from datamodules.files.append_log import AppendLog
-from datamodules.files.reading import MOST_ROWS, open_file, text_lines
+from datamodules.files.reading import MAX_RECORDS_BYTES, open_file, text_lines
 from proactive.assistant.deciding import Decision, Reply
 
 SESSION_FILE = "session.jsonl"
@@ -135,7 +135,7 @@ def read_session(folder: Path) -> tuple[dict[str, Any], Iterator[Entry]]:
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Each complete line: a killed process leaves an incomplete last one."""
-    with open_file(path, MOST_ROWS, hint=SESSION_HINT) as file:
+    with open_file(path, MAX_RECORDS_BYTES, hint=SESSION_HINT) as file:
         last = file.seek(0, 2)
         if last:
             file.seek(-1, 2)

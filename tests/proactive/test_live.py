@@ -205,9 +205,46 @@ def test_contradictions_are_refused_before_anything_is_written(
 def test_a_source_that_is_no_trace_is_named(call: Call, tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "object.json").write_text("{}")
-    for source, said in (("list.json", "contains no event"), ("object.json", "expected a JSON list"), (".", "folder")):
+    for source, said in (("list.json", "contains no event"), ("object.json", "object.json"), (".", "folder")):
         ended = call(live.main, f"--source={source}")
         assert (ended.code, said in ended.err) == (2, True), ended.err
+
+
+def test_an_export_is_watched_with_an_agent_of_its_own(call: Call, tmp_path: Path) -> None:
+    window = {"app": "Code", "title": "parser.py - shop"}
+    events = [
+        {
+            "id": n,
+            "timestamp": f"2024-06-03T10:{n:02}:00+00:00",
+            "duration": 50.0,
+            "data": {**window, "title": f"{n}.py"},
+        }
+        for n in range(4)
+    ]
+    bucket = {
+        "id": "w",
+        "type": "currentwindow",
+        "client": "c",
+        "hostname": "h",
+        "created": "2024-06-03T09:00:00+00:00",
+    }
+    export = tmp_path / "export.json"
+    export.write_text(json.dumps({"buckets": {"w": {**bucket, "events": events}}}))
+    ended = call(live.main, f"--source={export}", "--output=mine")
+    assert (ended.code, "agent: there is none" in ended.err) == (2, True), ended.err
+    ended = call(live.main, f"--source={export}", "--agent.baseline=always-propose", *FREE, "--output=mine")
+    assert (ended.code, ended.err) == (0, "")
+    assert settings(tmp_path / "mine")["source"] == "export"
+    found = entries(tmp_path / "mine")
+    assert "Code" in found[0]["event"]["event"]
+    assert found[0]["decision"] == "shown"
+
+
+def test_a_server_that_is_not_there_is_named(call: Call, tmp_path: Path) -> None:
+    ended = call(live.main, "--source=http://127.0.0.1:9", "--agent.baseline=never-propose", "--quiet")
+    assert ended.code == 2
+    assert "http://127.0.0.1:9" in ended.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_sessions_are_kept_for_some_days(call: Call, tmp_path: Path) -> None:
