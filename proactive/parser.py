@@ -144,7 +144,7 @@ def best_reason(text: str) -> str:
     tried = re.split(r"\n\s*- ", "\n" + text.partition("Errors:")[2].partition("\n  Given value")[0])[1:]
     if not tried:
         return one_line(text)
-    others = ("Expected a ", "Not a valid subclass", "a class path", "a dict ")
+    others = ("Expected a <class", "Not a valid subclass", "a class path", "a dict ")
     if telling := [one for one in tried if not one.startswith(others)]:
         return one_line(telling[0])
     kinds = re.findall(r"Expected a <class '(?:[\w.]+\.)?(\w+)'>", "\n".join(tried))

@@ -13,24 +13,18 @@ from typing import TYPE_CHECKING, Any
 from datamodules.errors import UserError
 from datamodules.files.run_folders import REPORT_FILE, output_folder
 from datamodules.ranges import Count, NonNegativeInt, Positive, Seed, Tries
-from models.judging.budget import Budget
-from models.judging.chat_client import ChatClient
 from models.judging.endpoint import EndpointOptions
 from proactive.commands import program
-from proactive.endpoints import endpoint_of
 from proactive.parser import Parser
 from proactive.simulation.concurrent_work import Limits, StoppedError
 from proactive.simulation.contamination import without_test_events
-from proactive.simulation.endpoint_roles import EndpointRole, RoleOptions, RolePrompt
 from proactive.simulation.log import LOG_FILE, SimulationLog
 from proactive.simulation.loop import LoopOptions
-from proactive.simulation.questions import Roles
+from proactive.simulation.role_options import OPTIONS, roles_of
 from proactive.simulation.scenes import embedded_scenes, read_scenes
 from proactive.simulation.scenes_command import scenes, scenes_parser
-from proactive.simulation.scripted import ScriptedRole
 from proactive.simulation.summary import ESTIMATED, estimate
 from proactive.simulation.trace_simulation import TraceSimulation, derive, simulate
-from proactive.simulation.work_items import ROLE_NAMES
 from proactive.tables import Table, show
 from proactive.terminal import say
 
@@ -51,7 +45,8 @@ def main(arguments: list[str]) -> None:
 
 def _traces_parser() -> Parser:
     parser = Parser(prog="simulate traces", description="Simulate sessions with four roles: environment, user, "
-        "assistant and judge. Each is scripted, or a model behind an endpoint.")  # fmt: skip
+        "assistant and judge. Each is scripted, or a model behind an endpoint. The assistant can be a trained agent or "
+        "a baseline, the judge a reward classifier.")  # fmt: skip
     add = parser.add_argument
     add("--config", action="config", help="A file of these options.")
     add("--scenes", type=Path, help="A file of scenes in the format of the published scenes.yaml, or a folder that "
@@ -62,8 +57,8 @@ def _traces_parser() -> Parser:
     add("--scenes-at-once", type=Tries, default=32, help="Maximum number of concurrent sessions. It changes no result.")
     parser.add_class_arguments(LoopOptions, as_group=False)
     add("--seed", type=Seed, default=0, help="The seed of all random numbers.")
-    for role in ROLE_NAMES:
-        parser.add_class_arguments(RoleOptions, role)
+    for role, kind in OPTIONS.items():
+        parser.add_class_arguments(kind, role)
     parser.add_class_arguments(EndpointOptions, "endpoint", skip={"token_limit", "cost_limit", "time_limit"})
     add("--budget-tokens", type=Count | None, help="Stop when all endpoints together have used so many tokens.")
     add("--budget-cost", type=Positive | None, help="Stop when they have cost so much, in the currency of the prices.")
@@ -95,17 +90,11 @@ def _traces(options: "Namespace") -> None:
     config = _traces_parser().dump(options)
     simulation = TraceSimulation(described, examples, options.trials, options.seed, bounds, limits, config)
     log = SimulationLog()
-    budget = Budget(options.budget_tokens, options.budget_cost, ("budget-tokens", "budget-cost"))
-    asked = [role for role in ROLE_NAMES if options[role].url]
-    endpoints = {role: endpoint_of(role, options, options[role].temperature) for role in asked}
-    clients = {role: ChatClient(endpoint, log, budget, role) for role, endpoint in endpoints.items()}
-    roles: Roles = dict.fromkeys(ROLE_NAMES, ScriptedRole(log))
-    for role, client in clients.items():
-        roles[role] = EndpointRole(client, RolePrompt.read(role, options[role].prompt))
+    roles, clients = roles_of(options, log)
     folder = output_folder(options.output, "simulate", LOG_FILE)
     progress = (lambda text: None) if options.quiet else say
     try:
-        asyncio.run(simulate(simulation, roles, list(clients.values()), log, folder, progress))
+        asyncio.run(simulate(simulation, roles, clients, log, folder, progress))
     except StoppedError as error:
         _finish(folder, options.quiet)
         raise UserError(

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -85,12 +85,11 @@ class AppendLog:
             raise UserError(
                 f"{path} is not the log of {self.of}, or an older version wrote it", OTHER_OUTPUT
             ) from error
-        for name in sorted(set(before) | set(settings)):
-            if (then := before.get(name)) != (now := settings.get(name)):
-                raise UserError(
-                    f"{path} was started with {name} {_value(then)}, and now it is {_value(now)}",
-                    "Continue with the same options, or give another --output.",
-                )
+        for name, then, now in _differences(before, settings):
+            raise UserError(
+                f"{path} was started with {name} {_value(then)}, and now it is {_value(now)}",
+                "Continue with the same options, or give another --output.",
+            )
         file.truncate(len(whole))
 
     def _append(self, entry: dict[str, Any]) -> None:
@@ -125,6 +124,16 @@ def _parsed(line: bytes) -> Any:
     if is_deep(text):
         raise ValueError("nested too deeply")
     return json.loads(text)
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any], parent: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The settings that differ: their names, with dots in names of nested settings, and both values."""
+    for name in sorted(set(then) | set(now)):
+        one, other = then.get(name), now.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            yield from _differences(one, other, f"{parent}{name}.")
+        elif one != other:
+            yield f"{parent}{name}", one, other
 
 
 def _value(value: Any) -> str:

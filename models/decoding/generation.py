@@ -95,9 +95,11 @@ def _generate_answers(
             branched = can_branch(network, longest)
         if branched:
             for start in range(0, len(trunks), batch_size):
-                yield from _side_by_side(network, trunks[start : start + batch_size], opening, candidates, writer)
+                yield from _side_by_side(
+                    network, trunks[start : start + batch_size], opening, range(candidates), writer
+                )
         else:
-            yield from _one_by_one(network, trunks, opening, candidates, writer)
+            yield from _one_by_one(network, trunks, opening, range(candidates), writer)
 
 
 class AnswerStream:
@@ -137,41 +139,48 @@ class AnswerStream:
         self._reader = _reader(network)
         self._read: list[int] = []  # the prompt whose keys and values the cache contains
 
-    def answer(self, segments: TraceIds) -> list[GeneratedAnswer]:
-        """Return the candidates after a history, in order; `segments` are the token ids of instructions and events."""
+    def answer(self, segments: TraceIds, numbers: Sequence[int] | None = None) -> list[GeneratedAnswer]:
+        """Return candidates after a history, in order.
+
+        Args:
+            segments: The token ids of the instructions and of each event.
+            numbers: The indices of the candidates, in increasing order; all if None.
+        """
         step = len(segments) - 1
+        chosen = range(self.candidates) if numbers is None else numbers
         limit = self.max_length - self.writer.max_new_tokens
         (trunk,) = trunks_of([segments], self.opening, {(0, step)}, limit, [self.stream])
         with reading_branches(self.network):
             if not self.branched:
-                return list(_one_by_one(self.network, [trunk], self.opening, self.candidates, self.writer))
+                return list(_one_by_one(self.network, [trunk], self.opening, chosen, self.writer))
             prompt = trunk.token_ids
             # Without an opening, run the last token of the prompt again to get the logits after it.
             known = min(common_prefix(self._read, prompt), len(prompt) - (not self.opening))
             logits_11V = self._reader.resume(known, [*prompt[known:], *self.opening])
             self._read = prompt
-            answers = _extend(self._reader, [trunk], self.candidates, self.writer, logits_11V)
+            answers = _extend(self._reader, [trunk], chosen, self.writer, logits_11V)
             return sorted(answers, key=lambda answer: answer.candidate)
 
 
 def _side_by_side(
-    network: "PreTrainedModel", trunks: Sequence[Trunk], opening: Sequence[int], candidates: int, writer: AnswerWriter
+    network: "PreTrainedModel",
+    trunks: Sequence[Trunk],
+    opening: Sequence[int],
+    numbers: Sequence[int],
+    writer: AnswerWriter,
 ) -> Iterator[GeneratedAnswer]:
     """Generate the answers of a batch of trunks as branches of their caches."""
     reader = _reader(network)
     logits_BSV = reader.begin([t.token_ids for t in trunks], [list(t.end.values()) for t in trunks], opening)
-    yield from _extend(reader, trunks, candidates, writer, logits_BSV)
+    yield from _extend(reader, trunks, numbers, writer, logits_BSV)
 
 
 def _extend(
-    reader: BranchReader, trunks: Sequence[Trunk], candidates: int, writer: AnswerWriter, logits_BSV: Tensor
+    reader: BranchReader, trunks: Sequence[Trunk], numbers: Sequence[int], writer: AnswerWriter, logits_BSV: Tensor
 ) -> Iterator[GeneratedAnswer]:
-    """Generate all answers of a batch of trunks, starting from the logits (B, S, V) after the openings."""
+    """Generate the candidates `numbers` of a batch of trunks, starting from the logits (B, S, V) after the openings."""
     # For each trunk: the unfinished answers, each with the index of its branch.
-    live = [
-        [(index, writer.start(t, step, n)) for index, step in enumerate(t.end) for n in range(candidates)]
-        for t in trunks
-    ]
+    live = [[(index, writer.start(t, step, n)) for index, step in enumerate(t.end) for n in numbers] for t in trunks]
     logits_BWV = logits_BSV
     while True:
         indices = torch.tensor([(row, index) for row, answers in enumerate(live) for index, _ in answers])
@@ -195,12 +204,16 @@ def _reader(network: "PreTrainedModel") -> BranchReader:
 
 
 def _one_by_one(
-    network: "PreTrainedModel", trunks: Sequence[Trunk], opening: Sequence[int], candidates: int, writer: AnswerWriter
+    network: "PreTrainedModel",
+    trunks: Sequence[Trunk],
+    opening: Sequence[int],
+    numbers: Sequence[int],
+    writer: AnswerWriter,
 ) -> Iterator[GeneratedAnswer]:
     """Generate one prompt at a time, for networks whose cache cannot branch."""
     for trunk in trunks:
         for step, end in trunk.end.items():
-            for candidate in range(candidates):
+            for candidate in numbers:
                 answer = writer.start(trunk, step, candidate)
                 _generate(network, [*trunk.token_ids[:end], *opening], answer, writer)
                 yield writer.result(answer)

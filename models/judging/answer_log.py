@@ -10,6 +10,11 @@ from models.judging.budget import Usage
 FINAL = ("stop", "end_turn", "stop_sequence", "eos", "eos_token", "complete", "completed")
 
 
+def is_final(finish_reason: str | None) -> bool:
+    """Whether a reply is complete, as far as its finish reason says."""
+    return not finish_reason or finish_reason.lower() in FINAL
+
+
 class AnswerLog(AppendLog):
     """Texts by key, in memory, and in a file between `opened` and its end. A kill loses no line of the file.
 
@@ -67,7 +72,7 @@ class AnswerLog(AppendLog):
 
     def _note(self, key: str, text: str, finish_reason: str | None) -> None:
         self.texts[key] = text
-        if finish_reason and finish_reason.lower() not in FINAL:
+        if finish_reason and not is_final(finish_reason):
             self.unfinished[key] = finish_reason
 
     def take(self, entry: dict[str, Any]) -> None:

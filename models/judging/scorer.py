@@ -28,7 +28,8 @@ class Scorer:
     """A trained reward classifier that stays on its device between calls.
 
     Pairs with several histories are computed as in training, as prefix trees if the backbone supports them. Pairs that
-    all have the same history use a KV cache that is kept between calls, so a session computes each event once.
+    all have the same history use a KV cache that is kept between calls, so a session computes each event once. Each
+    session has its own cache.
 
     Args:
         weights: A trained reward classifier and the state of its data module.
@@ -46,10 +47,15 @@ class Scorer:
         self.truncated = 0
         self._layout = self.data.layout
         self._checked_lengths = (0, 0)  # tokens of the longest row and of the largest tree of the last self-check
-        self._cache: PrefixCache | None = None
+        self._extends = False  # whether caches work with this network
+        self._caches: dict[str, PrefixCache] = {}  # by session
 
-    def score(self, pairs: Sequence[Pair]) -> list[float]:
+    def score(self, pairs: Sequence[Pair], session: str = "") -> list[float]:
         """Return the calibrated P(accepted) of each pair of a history and a proposal.
+
+        Args:
+            pairs: The pairs.
+            session: The session whose cache is used if all pairs have the same history. `forget` frees it.
 
         Raises:
             UserError: Instructions and a proposal are longer than `data.max_length`, or a probability is NaN.
@@ -62,7 +68,7 @@ class Scorer:
         one_history = all(pair.history == pairs[0].history for pair in pairs)
         self._choose_layout(rows, one_history)
         with torch.inference_mode():
-            logits_RC = self._after_one_history(rows) if one_history and self._cache else self._batched(rows)
+            logits_RC = self._after_one_history(rows, session) if one_history and self._extends else self._batched(rows)
             probability_R = logits_RC.float().double().softmax(-1)[:, 1].cpu()
         if not torch.isfinite(probability_R).all():
             raise UserError(
@@ -73,8 +79,12 @@ class Scorer:
 
     def release(self) -> None:
         """Free the device memory. The next call moves the weights back to the device."""
-        self._cache = self._cache and PrefixCache(self._cache.network)
+        self._caches.clear()
         self.weights.model.cpu()
+
+    def forget(self, session: str) -> None:
+        """Free the cache of a session that has ended."""
+        self._caches.pop(session, None)
 
     def row_of(self, pair: Pair) -> Integers:
         """Return the token ids of a pair, (T,) int64."""
@@ -100,13 +110,14 @@ class Scorer:
         assert model.network is not None, "a loaded model has weights"
         data.layout = self._layout
         model.choose_layout(data, longest, largest)
-        extends = data.layout == "tree" and cache_problem(model.network, longest) is None
-        self._cache = PrefixCache(model.network) if extends else None
+        self._extends = data.layout == "tree" and cache_problem(model.network, longest) is None
 
-    def _after_one_history(self, rows: Sequence[Integers]) -> Tensor:
-        """Return the logits (R, C) of rows with the same history, computed with the KV cache."""
-        assert self._cache is not None
-        return classify_states(self._cache.network, self._cache.states([row.tolist() for row in rows]))
+    def _after_one_history(self, rows: Sequence[Integers], session: str) -> Tensor:
+        """Return the logits (R, C) of rows with the same history, computed with the session's KV cache."""
+        network = self.weights.model.network
+        assert network is not None, "a loaded model has weights"
+        cache = self._caches.setdefault(session, PrefixCache(network))
+        return classify_states(network, cache.states([row.tolist() for row in rows]))
 
     def _batched(self, rows: Sequence[Integers]) -> Tensor:
         """Return the logits (R, C) of any rows, computed in micro-batches as in an evaluation."""

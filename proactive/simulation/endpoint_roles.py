@@ -105,7 +105,7 @@ class EndpointRole(Role[WorkItem]):
         text = await self.client.ask(
             self._messages(question, item, invalid), item.name, number, schema=question.schema, notes=notes
         )
-        fields = question.answer.model_fields.keys()
+        fields = {*question.required}
 
         def read(content: dict[str, Any]) -> Found[dict[str, Any]] | None:
             return Found(json.dumps(content), content) if fields <= content.keys() else None

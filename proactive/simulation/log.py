@@ -24,10 +24,18 @@ class SimulationLog(AnswerLog):
         self._syncing: asyncio.Task[None] | None = None
         self._unsynced = False
 
-    def keep(self, item: WorkItem, question: Question[Any], attempt: int, text: str) -> None:
-        """Add an answer that does not come from an endpoint."""
-        key = self.key(item, question, attempt)
-        self.add(key, text, item.name, notes={**question.record(), "attempt": attempt})
+    def keep(
+        self,
+        item: WorkItem,
+        question: Question[Any],
+        attempt: int,
+        text: str,
+        finish_reason: str | None = None,
+        seconds: float | None = None,
+    ) -> None:
+        """Add an answer that does not come from an endpoint; `seconds` is the time of its computation."""
+        notes = {**question.record(), "attempt": attempt, **({} if seconds is None else {"seconds": seconds})}
+        self.add(self.key(item, question, attempt), text, item.name, finish_reason, notes=notes)
 
     @staticmethod
     def key(item: WorkItem, question: Question[Any], attempt: int) -> str:

@@ -1,7 +1,7 @@
 """Questions to roles, and the schemas of their answers.
 
-A role keeps no state between questions: each question contains everything that its answer depends on. So a resumed
-simulation can take answers from the log.
+Each question contains everything that its answer depends on. What a role keeps between questions only saves time. So a
+resumed simulation can take answers from the log.
 """
 
 from collections.abc import Sequence
@@ -23,6 +23,7 @@ MOST_EVENTS = 8  # after one act or one accepted offer
 MOST_ENTITIES = 100
 MOST_EXAMPLES = 100  # operations or example events of one scene
 LONGEST = 2000  # characters of one text in an answer
+EARLIER_ANSWERS = ("history", "rejected")  # facts
 
 
 def _not_long(text: str | None) -> str | None:
@@ -101,10 +102,11 @@ class AssistantAnswer(AnswerPart):
 
 
 class JudgeAnswer(AnswerPart):
-    """The judgment on a proposal, and the reason."""
+    """The judgment on a proposal, and the reason. `probability` is P(accepted), from judges that compute it."""
 
     judgment: Verdict
     reason: Note
+    probability: Annotated[float, Ge(0), Le(1)] | None = None
 
 
 class SceneEnvironment(AnswerPart):
@@ -157,13 +159,18 @@ class Question(Generic[Answer]):
 
     @property
     def schema(self) -> Schema:
-        """The JSON schema of the answer."""
+        """The JSON schema of the answer's required fields."""
         schema = self.answer.model_json_schema()
-        return Schema(self.kind, schema["properties"], schema.get("$defs", {}))
+        return Schema(self.kind, {name: schema["properties"][name] for name in self.required}, schema.get("$defs", {}))
+
+    @property
+    def required(self) -> list[str]:
+        """The required fields of the answer."""
+        return [name for name, field in self.answer.model_fields.items() if field.is_required()]
 
     def record(self) -> dict[str, Any]:
-        """Return the question for the log. It has the length of the history only; earlier lines hold the events."""
-        short = {name: len(value) if name == "history" else value for name, value in self.facts.items()}
+        """Return the question for the log. Of facts that consist of earlier answers it has the length only."""
+        short = {name: len(value) if name in EARLIER_ANSWERS else value for name, value in self.facts.items()}
         return {"role": self.role, "kind": self.kind, "question": short}
 
 
@@ -193,6 +200,10 @@ class Role(Protocol[Item]):
             invalid: Earlier answers to the same question, all invalid.
         """
         ...
+
+    def release(self, item: Item) -> None:
+        """Free what the role keeps for a work item that has ended, such as a KV cache. Most roles keep nothing."""
+        return
 
 
 Roles = dict[RoleName, Role[SimulatedSession]]

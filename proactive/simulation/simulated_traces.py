@@ -16,7 +16,7 @@ TRACES = "traces"
 
 
 class Attempt(BaseModel):
-    """A proposal and its judgment."""
+    """A proposal and its judgment; `probability` is P(accepted), from judges that compute it."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -26,6 +26,7 @@ class Attempt(BaseModel):
     response: Unicode
     judgment: Literal["accepted", "rejected", "ignored"]
     reason: Unicode
+    probability: float | None = None
 
     @property
     def accepted(self) -> bool | None:

@@ -56,4 +56,11 @@ def _shown_step(step: Step) -> ShownStep:
 def _shown_offer(attempt: Attempt, counts: bool) -> ShownOffer:
     notes = {"Purpose": attempt.purpose, "Thoughts": attempt.thoughts, "Response": attempt.response}
     shown = {title: text for title, text in notes.items() if text}
-    return ShownOffer(attempt.proposal, True, attempt.accepted, thought=attempt.reason, notes=shown, counts=counts)
+    return ShownOffer(
+        attempt.proposal,
+        verdict=attempt.accepted,
+        probability=attempt.probability,
+        thought=attempt.reason,
+        notes=shown,
+        counts=counts,
+    )

@@ -5,6 +5,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,35 @@ from typing import Any
 from datamodules.corpus.records import PUBLISHED_CATEGORIES, Category
 from datamodules.corpus.sources import TRAIN_FILE
 from datamodules.errors import UserError
+from models.judging.answer_log import is_final
 from models.judging.budget import Price, Usage
 from proactive.simulation.log import LOG_FILE, OUTCOME, entries
 from proactive.simulation.scenes import SceneDescription
 from proactive.simulation.simulated_traces import Step
 from proactive.simulation.training_data import CONVERSATIONS_FILE, PREFERENCES_FILE, Records
-from proactive.simulation.work_items import ROLE_NAMES
 
 SUMMARY_FILE = "summary.json"
+SOURCES = ("url", "checkpoint", "baseline")  # options of a role
 ESTIMATED = ("answers", "prompt_tokens", "completion_tokens", "cost")
+
+
+@dataclass(frozen=True)
+class PlayedBy:
+    """Who played a role.
+
+    Attributes:
+        source: The address of an endpoint, the path of a checkpoint, the name of a baseline, or "scripted".
+        price: The price of an endpoint's tokens.
+    """
+
+    source: str
+    price: Price
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "PlayedBy":
+        """Return who plays the role that a group of options describes."""
+        given = (options[name] for name in SOURCES if options.get(name))
+        return cls(str(next(given, "scripted")), Price(**options["price"]))
 
 
 def summary(
@@ -30,7 +51,7 @@ def summary(
     traces: dict[str, list[Step]],
     files: dict[str, Records],
     tested: Collection[str],
-    prices: Mapping[str, Price],
+    played_by: Mapping[str, PlayedBy],
 ) -> dict[str, Any]:
     """Return the content of summary.json.
 
@@ -41,7 +62,7 @@ def summary(
         traces: The finished traces by name.
         files: The training data.
         tested: The texts of all events of the data root's test traces.
-        prices: The price of each role's tokens.
+        played_by: Who played each role.
     """
     steps = [step for trace in traces.values() for step in trace]
     log = list(entries(folder / LOG_FILE))
@@ -60,7 +81,8 @@ def summary(
         "conversations": len(files[CONVERSATIONS_FILE]),
         "preferences": len(files[PREFERENCES_FILE]),
         "roles": {
-            role: _role([entry for entry in log if entry.get("role") == role], prices[role]) for role in ROLE_NAMES
+            role: {"source": one.source, **_role([entry for entry in log if entry.get("role") == role], one.price)}
+            for role, one in played_by.items()
         },
         "near_duplicates": {
             "scenes": len(near_duplicates(map(_text, scenes))),
@@ -162,11 +184,12 @@ def _ends(outcomes: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _role(answers: Sequence[dict[str, Any]], price: Price) -> dict[str, Any]:
-    """Return answers, tokens, cost and seconds of one role."""
+    """Return answers, tokens, cost and seconds of one role.."""
     used = sum((Usage.of(entry["usage"]) for entry in answers if "usage" in entry), Usage())
     return {
         "answers": len(answers),
         "asked_again": sum(entry["attempt"] > 0 for entry in answers),
+        "cut_off": sum(not is_final(entry["finish_reason"]) for entry in answers),
         "prompt_tokens": used.prompt_tokens,
         "completion_tokens": used.completion_tokens,
         "without_usage": used.unreported,

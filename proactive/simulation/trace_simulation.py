@@ -13,7 +13,6 @@ from datamodules.files.reading import open_file, text_lines
 from datamodules.files.run_folders import CONFIG_FILE, REPORT_FILE
 from datamodules.files.safe_yaml import NotYamlError, read_yaml
 from datamodules.files.writing import write_atomically
-from models.judging.budget import Price
 from models.judging.chat_client import ChatClient
 from proactive.simulation.concurrent_work import Limits, Say, do_all
 from proactive.simulation.contamination import events_of_test_traces
@@ -31,7 +30,7 @@ from proactive.simulation.scenes import (
 )
 from proactive.simulation.simulated_traces import TRACES, read_simulated, write_trace
 from proactive.simulation.simulation_report import report
-from proactive.simulation.summary import SUMMARY_FILE, summary
+from proactive.simulation.summary import SUMMARY_FILE, PlayedBy, summary
 from proactive.simulation.training_data import training_data, write_training_data
 from proactive.simulation.work_items import ROLE_NAMES
 
@@ -99,7 +98,11 @@ async def simulate(
 
         async def do(session: SimulatedSession) -> dict[str, Any]:
             loop = SessionLoop(session, roles, log, simulation.options)
-            end = await loop.run()
+            try:
+                end = await loop.run()
+            finally:
+                for role in roles.values():
+                    role.release(session)
             write_trace(folder / TRACES / f"{session.name}.json", loop.steps)
             return {"end": end}
 
@@ -121,17 +124,17 @@ def derive(folder: Path) -> dict[str, Any]:
     files = training_data(traces, json.dumps(settings["roles"]["judge"]))
     write_training_data(folder, files)
     tested = events_of_test_traces(settings["examples"]["root"])
-    record = summary(folder, settings, read_scenes(folder), traces, files, tested, _prices(folder / CONFIG_FILE))
+    record = summary(folder, settings, read_scenes(folder), traces, files, tested, _played_by(folder / CONFIG_FILE))
     write_atomically(folder / SUMMARY_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     write_atomically(folder / REPORT_FILE, report(record, traces))
     return record
 
 
-def _prices(path: Path) -> dict[str, Price]:
-    """Return the price of each role's tokens from a simulation's config."""
+def _played_by(path: Path) -> dict[str, PlayedBy]:
+    """Return who played each role, and at what price, from a simulation's config."""
     try:
         config = read_yaml(path)
-        return {role: Price(**config[role]["price"]) for role in ROLE_NAMES}
+        return {role: PlayedBy.of(config[role]) for role in ROLE_NAMES}
     except (OSError, NotYamlError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: {error}", "Give a folder that `simulate traces` wrote, with all its files."

@@ -463,6 +463,20 @@ def test_another_history_and_the_same_one_again_are_answered_as_well(llama: PreT
         assert answer.token_ids == expected[number, step, 0].token_ids
 
 
+@pytest.mark.parametrize("branched", [True, False])
+def test_candidates_can_be_generated_one_after_the_other(llama: PreTrainedModel, branched: bool) -> None:
+    trace = uneven_traces()[2]
+    writer = AnswerWriter(END, NEW, DRAWN["temperature"], DRAWN["seed"])
+    options: Any = {"candidates": 3, "max_length": 10_000, "stream": 0, "branched": branched}
+    together = AnswerStream(llama, OPENING, writer, **options)
+    stream = AnswerStream(llama, OPENING, writer, **options)
+    for step in (3, 5):
+        segments = trace[: step + 1]
+        alone = [stream.answer(segments, [number])[0].token_ids for number in range(3)]
+        assert alone == [answer.token_ids for answer in together.answer(segments)]
+        assert len({tuple(tokens) for tokens in alone}) > 1
+
+
 def test_draws_follow_from_the_stream_and_not_from_the_index(llama: PreTrainedModel) -> None:
     traces = uneven_traces()
     alone = generated(llama, [traces[2]], **DRAWN, streams=[2])

@@ -97,6 +97,33 @@ def test_along_a_session_each_event_is_read_once(scorer: Callable[..., Scorer]) 
     assert sum(read) < events + 11 * proposals
 
 
+def test_sessions_side_by_side_read_each_event_once(scorer: Callable[..., Scorer]) -> None:
+    def tokens_read(sessions: tuple[str, str]) -> tuple[int, list[float]]:
+        """The number of tokens of all forward passes, and the scores, of two sessions that take turns."""
+        mine = scorer(max_length=500, token_budget=512)
+        mine.score([Pair(EVENTS[:1], None)])
+        network = mine.weights.model.network
+        assert network is not None
+        read: list[int] = []
+        network.base_model.register_forward_pre_hook(
+            lambda module, arguments, inputs: read.append(inputs["input_ids"].numel()), with_kwargs=True
+        )
+        histories = [EVENTS, EVENTS[::-1]]
+        scores = [
+            mine.score([Pair(history[:number], PROPOSALS[0])], name)[0]
+            for number in range(1, 13)
+            for name, history in zip(sessions, histories, strict=True)
+        ]
+        for name in sessions:
+            mine.forget(name)
+        assert mine._caches.keys() <= {""}
+        return sum(read), scores
+
+    (own, scores), (shared, same) = tokens_read(("a", "b")), tokens_read(("a", "a"))
+    assert scores == pytest.approx(same, abs=1e-6)
+    assert own < shared / 2
+
+
 def test_what_it_was_tried_with_grows_with_its_rows(scorer: Callable[..., Scorer]) -> None:
     mine = scorer(max_length=160)
     mine.score([Pair(EVENTS[:1], None), Pair(EVENTS[:2], None)])

@@ -213,6 +213,26 @@ def test_a_limit_stops_all_sessions_and_a_greater_one_continues_them(
     assert json.loads(Path("out/summary.json").read_text())["sessions"]["ends"] == {"goal reached": 2}
 
 
+@pytest.mark.parametrize("limit", [("token_limit", "330", "9000000"), ("cost_limit", "0.0009", "9")], ids=str)
+def test_a_limit_of_one_role_counts_only_its_own_usage_also_after_a_restart(
+    limit: tuple[str, str, str], call: Callable[..., Ended]
+) -> None:
+    option, low, high = limit
+    with chat_server(answers) as server:
+        options = arguments(server, "--scenes-at-once=1")
+        for _ in range(2):  # the second call counts the usage in the log, and sends nothing
+            ended = call(simulate.main, *options, f"--judge.{option}={low}")
+            assert ended.code == 2
+            assert f"the limit of judge.{option} is reached" in ended.err
+            kinds = Counter(asked(body)[0] for body in server.bodies)
+            assert kinds["judge"] == 3
+            assert sum(kinds.values()) > 9
+        assert call(simulate.main, *options, f"--judge.{option}={high}", "--budget-tokens=2000").code == 2
+        assert 17 <= len(server.bodies) <= 20, "the common limit counts all roles"
+        assert call(simulate.main, *options, f"--judge.{option}={high}").code == 0
+        assert max(Counter(server.asked).values()) == 1
+
+
 def test_too_many_failed_sessions_stop_the_simulation(call: Callable[..., Ended]) -> None:
     with chat_server(lambda body, before: Reply("no", "stop")) as server:
         options = arguments(server, "--scenes-at-once=1", "--failures=1", scenes=5)
