@@ -32,27 +32,49 @@ class AnswerTokens(TypedDict):
 
 @dataclass(frozen=True)
 class LaidOut:
-    """The input for some rows, with the rows in the order of outputs; `answers` is None for rows with a label."""
+    """The input for some items.
+
+    Attributes:
+        rows: The rows in the order of outputs.
+        inputs: The input of the backbone.
+        answers: The answer tokens; None for rows with a label.
+        groups: (G, K) int64, for each group that was laid out the positions of its rows in `rows`; None without groups.
+    """
 
     rows: Sequence[int]
     inputs: Inputs
     answers: AnswerTokens | None
+    groups: Tensor | None = None
 
 
 class Layout(Protocol):
-    """Divides rows into micro-batches and makes the input of each.
+    """Divides items into micro-batches and makes the input of each.
 
-    Constructors take the token ids of all rows and, for agents, the positions of each row's answer tokens, which are
-    above 0.
+    Items are rows, or groups of rows that stay in one micro-batch, such as the two answers of a preference. Constructors
+    take the token ids of all rows; for agents, the positions of each row's answer tokens, which are above 0; and for
+    groups, the rows of each, (G, K).
     """
 
-    def split(self, rows: Sequence[int], ranks: int) -> list[list[int]]:
-        """Divide rows into micro-batches; in the last round, fewer than `ranks` ranks may stay without one."""
+    def split(self, items: Sequence[int], ranks: int) -> list[list[int]]:
+        """Divide items into micro-batches; in the last round, fewer than `ranks` ranks may stay without one."""
         ...
 
-    def lay_out(self, rows: Sequence[int]) -> LaidOut:
-        """Make the input of a micro-batch."""
+    def lay_out(self, items: Sequence[int]) -> LaidOut:
+        """Make the input of a micro-batch. A row of several groups is in it once."""
         ...
+
+
+def _rows_of(items: Sequence[int], groups: Integers | None) -> tuple[Integers, Integers]:
+    """The distinct rows of some items, and for each item the indices of its rows among them, (G, K)."""
+    if groups is None:
+        return np.asarray(items, dtype=np.int64), np.arange(len(items))[:, None]
+    rows, index = np.unique(groups[np.asarray(items, dtype=np.int64)], return_inverse=True)
+    return rows, index.reshape(len(items), -1)
+
+
+def _positions(index: Integers, order: Integers, groups: Integers | None) -> Tensor | None:
+    """The positions of the rows of groups in the outputs, (G, K), where `order` lists the index of each output."""
+    return None if groups is None else torch.from_numpy(np.argsort(order)[index])
 
 
 class RowsLayout:
@@ -64,19 +86,28 @@ class RowsLayout:
         pad_id: int,
         micro_batch_size: int,
         answers: Sequence[Integers] | None = None,
+        groups: Integers | None = None,
     ) -> None:
         self.input_ids = input_ids
         self.pad_id = pad_id
         self.micro_batch_size = micro_batch_size
         self.answers = answers
+        self.groups = groups
 
-    def split(self, rows: Sequence[int], ranks: int) -> list[list[int]]:
-        by_length = sorted(rows, key=lambda row: len(self.input_ids[row]))
-        rounds = -(-len(rows) // (self.micro_batch_size * ranks))
-        size = -(-len(rows) // (rounds * ranks))
-        return [by_length[start : start + size] for start in range(0, len(rows), size)]
+    def split(self, items: Sequence[int], ranks: int) -> list[list[int]]:
+        by_length = sorted(items, key=self._longest)
+        largest = max(self.micro_batch_size // (1 if self.groups is None else self.groups.shape[1]), 1)
+        rounds = -(-len(items) // (largest * ranks))
+        size = -(-len(items) // (rounds * ranks))
+        return [by_length[start : start + size] for start in range(0, len(items), size)]
 
-    def lay_out(self, rows: Sequence[int]) -> LaidOut:
+    def _longest(self, item: int) -> int:
+        rows = [item] if self.groups is None else self.groups[item]
+        return max(len(self.input_ids[row]) for row in rows)
+
+    def lay_out(self, items: Sequence[int]) -> LaidOut:
+        chosen, index = _rows_of(items, self.groups)
+        rows = chosen.tolist()
         ids = [torch.as_tensor(self.input_ids[row], dtype=torch.int64) for row in rows]
         lengths = torch.tensor([len(row) for row in ids])
         input_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.pad_id)
@@ -93,7 +124,7 @@ class RowsLayout:
                 pair_token=torch.arange(len(position)),
                 pair_row=torch.from_numpy(pair_row),
             )
-        return LaidOut(rows, inputs, answers)
+        return LaidOut(rows, inputs, answers, _positions(index, np.arange(len(rows)), self.groups))
 
 
 class TreeLayout:
@@ -105,18 +136,22 @@ class TreeLayout:
         token_budget: int,
         pair_cost: float = 0.0,
         answers: Sequence[Integers] | None = None,
+        groups: Integers | None = None,
     ) -> None:
         self.input_ids = input_ids
         self.token_budget = token_budget
         self.pair_cost = pair_cost
         self.answers = answers
+        self.groups = groups
 
-    def split(self, rows: Sequence[int], ranks: int) -> list[list[int]]:
-        parts = split(self._order(rows), range(len(rows)), self.token_budget, ranks, self.pair_cost)
-        return [[rows[index] for index in part] for part in parts]
+    def split(self, items: Sequence[int], ranks: int) -> list[list[int]]:
+        rows, index = _rows_of(items, self.groups)
+        parts = split(self._order(rows), index, self.token_budget, ranks, self.pair_cost)
+        return [[items[number] for number in part] for part in parts]
 
-    def lay_out(self, rows: Sequence[int]) -> LaidOut:
-        answers = None if self.answers is None else [self.answers[row] for row in rows]
+    def lay_out(self, items: Sequence[int]) -> LaidOut:
+        rows, index = _rows_of(items, self.groups)
+        answers = None if self.answers is None else [self.answers[row] for row in rows.tolist()]
         tree = build_tree(self._order(rows), range(len(rows)), answers)
         inputs = Inputs(
             input_ids=torch.from_numpy(tree.input_ids)[None],
@@ -133,11 +168,11 @@ class TreeLayout:
                 pair_token=torch.from_numpy(pair_token),
                 pair_row=torch.from_numpy(tree.answer_branch),
             )
-        return LaidOut([rows[index] for index in tree.rows], inputs, answer_tokens)
+        return LaidOut(rows[tree.rows].tolist(), inputs, answer_tokens, _positions(index, tree.rows, self.groups))
 
-    def _order(self, rows: Sequence[int]) -> PrefixOrder:
+    def _order(self, rows: Integers) -> PrefixOrder:
         """Sort only these rows: the token ids of all rows may not fit into memory."""
-        return PrefixOrder([self.input_ids[row] for row in rows])
+        return PrefixOrder([self.input_ids[row] for row in rows.tolist()])
 
 
 def ancestors(subtree_end: Tensor) -> Tensor:

@@ -44,16 +44,22 @@ class PrefixOrder:
         given = np.asarray(rows, dtype=np.int64)
         return given[np.argsort(self._rank[given], kind="stable")]
 
+    def sorted_groups(self, groups: npt.ArrayLike) -> tuple[Integers, Integers]:
+        """Sort the rows of each group, and the groups by their rows: (G, K), and the index of each group, (G,)."""
+        given = np.asarray(groups, dtype=np.int64)
+        inside = np.take_along_axis(given, np.argsort(self._rank[given], axis=1, kind="stable"), axis=1)
+        index = np.lexsort(self._rank[inside].T[::-1])
+        return inside[index], index
+
     def shared(self, rows: Integers) -> Integers:
-        """Count the tokens that each sorted row shares with the row before it, (R,); 0 for the first row."""
+        """Count the tokens that each row shares with the row before it, (R,); 0 for the first row."""
         shared = np.zeros(len(rows), dtype=np.int64)
         if len(rows) > 1:
-            rank = self._rank[rows]
-            same = rank[1:] == rank[:-1]
+            rank = np.sort(np.stack([self._rank[rows[:-1]], self._rank[rows[1:]]], axis=1), axis=1)
             # Two rows share the minimum of what the neighbours between them share. Equal rows share all tokens.
-            neighbours = np.append(self._shared[: rank[-1]], self.lengths.max())
-            minimum = np.minimum.reduceat(neighbours, rank[:-1])
-            shared[1:] = np.where(same, self.lengths[rows[1:]], minimum)
+            neighbours = np.append(self._shared, self.lengths.max())
+            minimum = np.minimum.reduceat(neighbours, rank.flatten())[::2]
+            shared[1:] = np.where(rank[:, 0] == rank[:, 1], self.lengths[rows[1:]], minimum)
         return shared
 
     def tokens(self, rows: Sequence[int]) -> int:
@@ -117,14 +123,14 @@ def build_tree(order: PrefixOrder, rows: Sequence[int], answers: Sequence[Intege
 
 
 def split(
-    order: PrefixOrder, rows: Sequence[int], token_budget: int, ranks: int = 1, pair_cost: float = 0.0
+    order: PrefixOrder, groups: npt.ArrayLike, token_budget: int, ranks: int = 1, pair_cost: float = 0.0
 ) -> list[Integers]:
-    """Divide rows into trees within a token budget, at minimal total cost.
+    """Divide groups of rows into trees within a token budget, at minimal total cost. No group is cut apart.
 
     Args:
         order: The order of all rows.
-        rows: Indices of the rows to divide; they may repeat.
-        token_budget: Maximum number of tokens of a tree; at least the length of the longest row.
+        groups: (G, K) indices of the K rows of each group. Groups and rows may repeat. Single rows are groups of one.
+        token_budget: Maximum number of tokens of a tree; at least the tokens of the largest group.
         ranks: Number of ranks that share the trees. If there are several, the number of trees that the budget needs
             is rounded up to a multiple of `ranks`. Then the largest tree is made as small as this number allows; fewer
             trees may result.
@@ -132,37 +138,44 @@ def split(
             costs t + pair_cost t^2. It is above 0 if attention also computes masked pairs.
 
     Returns:
-        The row indices of each tree.
+        The indices of the groups of each tree, 0 to G - 1.
 
     Raises:
-        UserError: A single row exceeds the budget.
+        UserError: A single group exceeds the budget.
     """
-    ordered = order.sorted(rows)
-    shared = order.shared(ordered)
-    longest = int(order.lengths[ordered].max(initial=0))
-    if longest > token_budget:
+    sorted_GK, index_G = order.sorted_groups(groups)
+    size = sorted_GK.shape[1]
+    shared = order.shared(sorted_GK.flatten())
+    added = order.lengths[sorted_GK.flatten()] - shared
+    # A tree counts what each row adds to the row before it. With several rows in a group this is an upper bound,
+    # because a row may come again in a later group.
+    added_G = added.reshape(-1, size).sum(1)
+    shared_G = shared[::size]
+    largest = int((added_G + shared_G).max(initial=0))
+    if largest > token_budget:
+        what = "a row has" if size == 1 else f"{size} rows that stay together have"
         raise UserError(
-            f"data.token_budget: a row has {longest} tokens, more than {token_budget}",
-            "Make token_budget at least data.max_length.",
+            f"data.token_budget: {what} {largest} tokens, more than {token_budget}",
+            "Make token_budget at least data.max_length." if size == 1 else "Give a greater one.",
         )
-    added = order.lengths[ordered] - shared
-    cuts = _cuts(added, shared, token_budget, pair_cost)
+    cuts = _cuts(added_G, shared_G, token_budget, pair_cost)
     if ranks > 1:
         trees = -(-len(cuts) // ranks) * ranks
-        low, high = longest, token_budget
+        low, high = largest, token_budget
         while low < high:  # find the smallest budget that needs no more trees
             middle = (low + high) // 2
-            if len(tried := _cuts(added, shared, middle, pair_cost)) <= trees:
+            if len(tried := _cuts(added_G, shared_G, middle, pair_cost)) <= trees:
                 cuts, high = tried, middle
             else:
                 low = middle + 1
-    return np.split(ordered, cuts[1:])
+    return np.split(index_G, cuts[1:])
 
 
 def _cuts(added: Integers, shared: Integers, budget: int, pair_cost: float) -> list[int]:
-    """Return the first row of each tree, at minimal total cost, with at most `budget` tokens in each tree.
+    """Return the first row or group of each tree, at minimal total cost, with at most `budget` tokens in each tree.
 
-    A tree of rows i to j - 1 has the tokens that these rows add, and those that row i shares with the row before it.
+    A tree of rows (or groups) i to j - 1 has the tokens that these add, and those that row i shares with the row before
+    it.
     """
     before = np.concatenate([[0], np.cumsum(added)])
     cost = np.zeros(len(added) + 1)  # minimal cost of the first j rows

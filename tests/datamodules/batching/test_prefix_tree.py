@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
@@ -62,16 +63,39 @@ def test_each_rows_answer_tokens_are_found_in_its_tree(case: tuple[Rows, list[in
         assert paths == [rows[row][: place + 1] for place in answers[row]]
 
 
+def singly(rows: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Groups of one row."""
+    return np.array(rows)[:, None]
+
+
+@given(rows_and_choice(), st.data(), st.sampled_from([1, 2, 3]), st.sampled_from([0.0, 0.1]))
+def test_split_cuts_no_group_apart_and_keeps_the_budget(
+    case: tuple[Rows, list[int]], data: st.DataObject, ranks: int, pair_cost: float
+) -> None:
+    rows, chosen = case
+    pairs = np.array([[row, data.draw(st.sampled_from(chosen))] for row in chosen])
+    order = PrefixOrder(rows)
+    budget = data.draw(st.integers(2 * max(map(len, rows)), 40))
+    parts = split(order, pairs, budget, ranks, pair_cost)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(pairs)))
+    assert all(order.tokens(np.unique(pairs[part]).tolist()) <= budget for part in parts)
+
+
+def test_a_group_longer_than_the_budget_is_refused() -> None:
+    with pytest.raises(UserError, match=r"data\.token_budget: 2 rows that stay together have 9 tokens, more than 8"):
+        split(PrefixOrder([[1, 2, 3, 4, 5], [1, 6, 7, 8, 9]]), [[0, 1]], token_budget=8)
+
+
 @given(rows_and_choice(), st.integers(7, 30), st.sampled_from([1, 2, 4]), st.sampled_from([0.0, 0.1]))
 def test_split_keeps_every_row_and_the_budget(
     case: tuple[Rows, list[int]], budget: int, ranks: int, pair_cost: float
 ) -> None:
     rows, chosen = case
     order = PrefixOrder(rows)
-    parts = split(order, chosen, budget, ranks, pair_cost)
-    assert sorted(np.concatenate(parts).tolist()) == sorted(chosen)
-    assert all(order.tokens(part.tolist()) <= budget for part in parts)
-    one = split(order, chosen, budget, 1, pair_cost)
+    parts = split(order, singly(chosen), budget, ranks, pair_cost)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(chosen)))
+    assert all(order.tokens([chosen[index] for index in part]) <= budget for part in parts)
+    one = split(order, singly(chosen), budget, 1, pair_cost)
     assert len(parts) <= -(-len(one) // ranks) * ranks
 
 
@@ -95,17 +119,17 @@ def test_split_cuts_at_the_cheapest_places(case: tuple[Rows, list[int]], budget:
         for number in range(len(ordered))
         for cuts in itertools.combinations(places, number)
     )
-    found = [part.tolist() for part in split(order, chosen, budget, 1, pair_cost)]
+    found = [[chosen[index] for index in part] for part in split(order, singly(chosen), budget, 1, pair_cost)]
     assert cost(found) == pytest.approx(min(map(cost, ways)))
 
 
 def test_split_evens_the_trees_of_ranks_out() -> None:
     rows = [[1, number, *range(10)] for number in range(12)]
     order = PrefixOrder(rows)
-    sizes = [len(part) for part in split(order, range(12), token_budget=100, ranks=4)]
+    sizes = [len(part) for part in split(order, singly(range(12)), token_budget=100, ranks=4)]
     assert sizes == [3, 3, 3, 3]  # one rank alone would compute trees of 9 and 3 rows
 
 
 def test_a_row_longer_than_the_budget_is_refused() -> None:
     with pytest.raises(UserError, match=r"data\.token_budget: a row has 9 tokens, more than 8"):
-        split(PrefixOrder([[1] * 9, [1]]), [0, 1], token_budget=8)
+        split(PrefixOrder([[1] * 9, [1]]), singly([0, 1]), token_budget=8)
