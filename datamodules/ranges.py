@@ -59,6 +59,7 @@ Positive = Annotated[float, Gt(0), FINITE]
 Share = Annotated[float, Ge(0), Le(1), FINITE]
 FractionBelowOne = Annotated[float, Ge(0), Lt(1), FINITE]
 PositiveFraction = Annotated[float, Gt(0), Le(1), FINITE]
+BelowHalf = Annotated[float, Ge(0), Lt(0.5), FINITE]
 Count = Annotated[int, Ge(1), Le(2**31 - 1), FINITE]
 NonNegativeInt = Annotated[int, Ge(0), Le(2**31 - 1), FINITE]  # 0 means none
 Seed = Annotated[int, Ge(0), Le(2**32 - 1), FINITE]  # the range of NumPy

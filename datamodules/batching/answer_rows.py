@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from itertools import chain, islice
 from pathlib import Path
@@ -41,6 +41,8 @@ class AnswerKind(IntEnum):
     NULL = 1  # a correct silence, learned
     CONVERSATION = 2  # the answers of a conversation, learned
     PROBE = 3  # measures P(null) after a history, never learned
+    REJECTED = 4  # a rejected proposal or silence
+    MISMATCHED = 5  # the proposal of another row, which measures how far a policy has moved from its reference
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def _learned(rows: Sequence[AnnotatedRow]) -> list[Example]:
     return list(examples.values())
 
 
-def _probes(rows: Sequence[AnnotatedRow]) -> list[Example]:
+def probes(rows: Sequence[AnnotatedRow]) -> list[Example]:
     """Return one probe for each history for which it is known whether help was needed.
 
     The majority of its rows decides: each row votes by `help_needed`, or by the judgment of a null proposal. Without
@@ -87,42 +89,29 @@ def _probes(rows: Sequence[AnnotatedRow]) -> list[Example]:
     ]
 
 
-class AgentDataModule(RowsDataModule):
-    """Answers to learn: accepted proposals of annotated rows, null for correct silences, and conversations.
+class AnswersDataModule(RowsDataModule):
+    """Answers after histories. Subclasses say in `rows` which ones.
 
     Args:
         annotated: Whether to learn from the root's annotated rows. Their histories measure the decision to propose in
             any case.
-        conversations: Conversation files to learn from: JSON lists or JSON lines of
-            {"conversations": [{"role": ..., "content": ...}, ...]}.
         allow_contamination: Whether to train on tested scenes as well. The run, its metrics and its model card then say
             so.
         options: See RowsDataModule. With split "published", the root's test traces test, and whole scenes outside them
             train and validate.
     """
 
-    may_change = (*RowsDataModule.may_change, "conversations")
     branch_name = "answer"
     template_class = AgentTemplate
     template: AgentTemplate
 
-    def __init__(
-        self,
-        annotated: bool = True,
-        conversations: list[str] | None = None,
-        allow_contamination: bool = False,
-        **options: Any,
-    ) -> None:
+    def __init__(self, annotated: bool = True, allow_contamination: bool = False, **options: Any) -> None:
         super().__init__(**options)
         self.annotated = annotated
-        self.conversations = [Path(path) for path in conversations or []]
         self.contamination_allowed = allow_contamination
-        self.conversation_counts: Counter[str] = Counter()  # see `conversation_rows`
         self._scenes: list[str] = []  # all scenes of the root
-        self._held_out_events: list[str] = []  # events of the scenes that do not train
-        self._file_digests: dict[Path, str] = {}
-        if not annotated and not self.conversations:
-            raise UserError("data.annotated: false leaves no training data", "Give data.conversations.")
+        self.held_out_scenes: set[str] = set()  # those that do not train
+        self._held_out_events: list[str] = []  # their events
 
     def divide(self, corpus: Corpus) -> Split:
         split = (
@@ -136,18 +125,10 @@ class AgentDataModule(RowsDataModule):
         sessions += [tuple(step.observation for step in steps) for steps in corpus.traces.values() if steps]
         training = {row.scene for row in split.train}
         self._scenes = sorted({scene_of(session) for session in sessions})
-        held_out = (session for session in sessions if scene_of(session) not in training)
+        self.held_out_scenes = set(self._scenes) - training
+        held_out = (session for session in sessions if scene_of(session) in self.held_out_scenes)
         self._held_out_events = sorted({event.event for session in held_out for event in session})
         return split
-
-    @property
-    def seen(self) -> dict[str, list[Any]]:
-        """With allow_contamination, conversations may contain events of any scene, so all scenes count as seen."""
-        seen = super().seen
-        if self._saved is None and self.contamination_allowed and self.conversations:
-            rows = [*self.split.train, *self.split.validation, *self.split.test]
-            seen |= {"training_histories": history_digests(rows), "training_scenes": self._scenes}
-        return seen
 
     def training_text(self) -> list[str]:
         segments = (
@@ -155,9 +136,7 @@ class AgentDataModule(RowsDataModule):
             for example in self.rows("train")
             for segment in [*render_history(self.template, example.history), *self.branch(example)]
         )
-        conversations = chain.from_iterable(map(read_conversations, self.conversations))
-        turns = (turn.content for conversation in conversations for turn in conversation.conversations)
-        return list(dict.fromkeys(chain(map(plain_text, segments), islice(turns, TURNS_FOR_VOCABULARY))))
+        return list(dict.fromkeys(map(plain_text, segments)))
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -165,58 +144,46 @@ class AgentDataModule(RowsDataModule):
             kinds = self.encoded["train"].columns["kind"]
             counts = {kind.name.lower(): int((kinds == kind).sum()) for kind in AnswerKind if kind in kinds}
             log.info(f"answers to learn: {', '.join(f'{count} {name}' for name, count in counts.items())}")
-            if left_out := [f"{n} {reason}" for reason, n in self.conversation_counts.items() if reason != REWRITTEN]:
-                log.info(f"conversations left out: {', '.join(left_out)}")
-            if rewritten := self.conversation_counts[REWRITTEN]:
-                log.info(
-                    f"conversations whose texts the chat format changes: {rewritten}; the changed texts are learned"
-                )
             if self.contamination_allowed:
                 log.info("contaminated: data.allow_contamination trains on tested scenes")
 
     def rows(self, stage: Stage) -> list[Example]:
-        """Return the answers to learn, and for validation and test also the probes; without conversations."""
-        rows: list[AnnotatedRow] = getattr(self.split, stage)
-        return (_learned(rows) if self.annotated else []) + (_probes(rows) if stage != "train" else [])
+        """Return the answers of a split; for validation and test also the probes."""
+        raise NotImplementedError
 
     def decisions(self, rows: Sequence[AnnotatedRow]) -> list[Decision]:
         """Return for each history whether help is needed."""
-        return [(marked_words(probe.history), bool(probe.help_needed)) for probe in _probes(rows)]
+        return [(marked_words(probe.history), bool(probe.help_needed)) for probe in probes(rows)]
 
     def decision_count(self, stage: Stage) -> int:
         return sum(example.kind == AnswerKind.PROBE for example in self.rows(stage))
 
     def encode(self, stage: Stage) -> TokenizedSplit:
-        examples = self.rows(stage)
-        found = self.tokenize(stage, examples)
-        columns = found.rows.with_format("numpy")
-        input_ids: Any = list(columns["input_ids"][:])
-        answers: Any = self._answer_positions(examples, input_ids, columns["last_segment"][:])
-        scenes = [scene_of(example.history) for example in examples]
-        kinds = [int(example.kind) for example in examples]
-        needed = [-1 if example.help_needed is None else int(example.help_needed) for example in examples]
-        digest = found.digest
-        if self.conversations and stage != "test":
-            conversations = self._conversation_rows(stage)
-            digest += conversations.digest
-            if len(rows := conversations.rows.with_format("numpy")):
-                input_ids = ConcatDataset([input_ids, rows["input_ids"]]) if input_ids else rows["input_ids"]
-                answers = ConcatDataset([answers, rows["answer"]]) if answers else rows["answer"]
-                scenes += rows["scene"][:].tolist()
-                kinds += [int(AnswerKind.CONVERSATION)] * len(rows)
-                needed += [-1] * len(rows)
-        if stage != "test" and not set(kinds) - {AnswerKind.PROBE}:
+        encoded = self.encode_answers(stage)
+        kinds = set(encoded.columns["kind"].tolist())
+        if stage != "test" and not kinds - {AnswerKind.PROBE}:
             raise UserError(f"data: there is no answer in the {stage} split", "Give more scenes or conversations.")
         if stage == "test" and AnswerKind.PROBE not in kinds:
             raise UserError(
                 "data: no history of the test split says whether help was needed",
                 "Use another fold or split, or add rows with help_needed.",
             )
+        return encoded
+
+    def encode_answers(self, stage: Stage) -> TokenizedSplit:
+        """Tokenize the rows of a split, of which there may be none."""
+        examples = self.rows(stage)
+        found = self.tokenize(stage, examples)
+        columns = found.rows.with_format("numpy")
+        input_ids: Any = list(columns["input_ids"][:])
+        answers: Any = self._answer_positions(examples, input_ids, columns["last_segment"][:])
+        scenes = [scene_of(example.history) for example in examples]
+        needed = [-1 if example.help_needed is None else int(example.help_needed) for example in examples]
         fields = {
-            "kind": torch.tensor(kinds, dtype=torch.int64),
+            "kind": torch.tensor([int(example.kind) for example in examples], dtype=torch.int64),
             "help_needed": torch.tensor(needed, dtype=torch.int64),
         }
-        return TokenizedSplit(input_ids, scenes, digest, fields, answers)
+        return TokenizedSplit(input_ids, scenes, found.digest, fields, answers)
 
     def _answer_positions(self, examples: list[Example], input_ids: list[Integers], starts: Integers) -> list[Integers]:
         """Return the positions of each answer's tokens; of a probe, those after the choice of null or an offer."""
@@ -247,6 +214,70 @@ class AgentDataModule(RowsDataModule):
     @property
     def end(self) -> list[int]:
         return [self.tokenizer.eos_token_id]
+
+
+class AgentDataModule(AnswersDataModule):
+    """Answers to learn: accepted proposals of annotated rows, null for correct silences, and conversations.
+
+    Args:
+        conversations: Conversation files to learn from: JSON lists or JSON lines of
+            {"conversations": [{"role": ..., "content": ...}, ...]}.
+        options: See AnswersDataModule.
+    """
+
+    may_change = (*RowsDataModule.may_change, "conversations")
+
+    def __init__(self, conversations: list[str] | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.conversations = [Path(path) for path in conversations or []]
+        self.conversation_counts: Counter[str] = Counter()  # see `conversation_rows`
+        self._file_digests: dict[Path, str] = {}
+        if not self.annotated and not self.conversations:
+            raise UserError("data.annotated: false leaves no training data", "Give data.conversations.")
+
+    @property
+    def seen(self) -> dict[str, list[Any]]:
+        """With allow_contamination, conversations may contain events of any scene, so all scenes count as seen."""
+        seen = super().seen
+        if self._saved is None and self.contamination_allowed and self.conversations:
+            rows = [*self.split.train, *self.split.validation, *self.split.test]
+            seen |= {"training_histories": history_digests(rows), "training_scenes": self._scenes}
+        return seen
+
+    def training_text(self) -> list[str]:
+        conversations = chain.from_iterable(map(read_conversations, self.conversations))
+        turns = (turn.content for conversation in conversations for turn in conversation.conversations)
+        return list(dict.fromkeys(chain(super().training_text(), islice(turns, TURNS_FOR_VOCABULARY))))
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit":
+            if left_out := [f"{n} {reason}" for reason, n in self.conversation_counts.items() if reason != REWRITTEN]:
+                log.info(f"conversations left out: {', '.join(left_out)}")
+            if rewritten := self.conversation_counts[REWRITTEN]:
+                log.info(
+                    f"conversations whose texts the chat format changes: {rewritten}; the changed texts are learned"
+                )
+
+    def rows(self, stage: Stage) -> list[Example]:
+        """Return the answers to learn, and for validation and test also the probes; without conversations."""
+        rows: list[AnnotatedRow] = getattr(self.split, stage)
+        return (_learned(rows) if self.annotated else []) + (probes(rows) if stage != "train" else [])
+
+    def encode_answers(self, stage: Stage) -> TokenizedSplit:
+        encoded = super().encode_answers(stage)
+        if not self.conversations or stage == "test":
+            return encoded
+        conversations = self._conversation_rows(stage)
+        rows = conversations.rows.with_format("numpy")
+        digest, count = encoded.token_digest + conversations.digest, len(rows)
+        if not count:
+            return replace(encoded, token_digest=digest)
+        input_ids: Any = ConcatDataset([encoded.input_ids, rows["input_ids"]]) if encoded.scenes else rows["input_ids"]
+        answers: Any = ConcatDataset([encoded.answers, rows["answer"]]) if encoded.scenes else rows["answer"]
+        added = {"kind": int(AnswerKind.CONVERSATION), "help_needed": -1}
+        columns = {name: torch.cat([encoded.columns[name], torch.full((count,), n)]) for name, n in added.items()}
+        return TokenizedSplit(input_ids, [*encoded.scenes, *rows["scene"][:].tolist()], digest, columns, answers)
 
     def _conversation_rows(self, stage: Stage) -> CachedRows:
         """Return the tokenized conversations of a split, on disk."""

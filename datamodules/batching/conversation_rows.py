@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from datamodules.batching.token_cache import Columns
 from datamodules.corpus.conversations import contains_event, event_pattern, read_conversations
+from datamodules.corpus.splits import validates
 from datamodules.prompting.conversation_tokenizer import ConversationTokenizer
 
 if TYPE_CHECKING:
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
 COLUMNS: Columns = {"input_ids": ["int32"], "answer": ["int32"], "scene": "string"}
 REWRITTEN = "rewritten"  # among the counts, conversations that are learned with changed texts
-SCENE_NUMBERS = 2**64  # a conversation's scene is a hash of 64 bits
 
 
 def conversation_rows(
@@ -43,8 +43,7 @@ def conversation_rows(
     guard = None if held_out_events is None else event_pattern(held_out_events)
     for path in paths:
         for conversation in read_conversations(path):
-            validates = int(conversation.scene, 16) < validation_fraction * SCENE_NUMBERS
-            if validates is not validation:
+            if validates(conversation.scene, validation_fraction) is not validation:
                 continue
             if contains_event(conversation, guard):
                 counts["with events of test scenes"] += 1

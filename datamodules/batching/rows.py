@@ -295,11 +295,13 @@ class RowsDataModule(StepDataModule):
         }
 
     def _training_digest(self) -> str:
-        if self._saved is not None:
-            return str(self._saved["training_rows"])
-        if "train" not in self.encoded:
-            self.encoded["train"] = self.encode("train")
-        return self.encoded["train"].digest
+        return str(self._saved["training_rows"]) if self._saved is not None else self.split_digest("train")
+
+    def split_digest(self, stage: Stage) -> str:
+        """Return the digest of the tokenized rows of a split; see `TokenizedSplit.digest`."""
+        if stage not in self.encoded:
+            self.encoded[stage] = self.encode(stage)
+        return self.encoded[stage].digest
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check that a resumed run has the data of the run that it resumes; see `refuse_other_data`."""

@@ -47,7 +47,7 @@ class StepDataModule(LightningDataModule):
         super().__init__()
         self.order_seed = 0
         self.encoded: dict[Stage, TokenizedSplit] = {}
-        self._layouts: dict[Stage, Layout] = {}
+        self._layout: Layout | None = None  # of training steps
         self._pair_cost = 0.0
 
     @property
@@ -71,14 +71,14 @@ class StepDataModule(LightningDataModule):
             log.info(f"data.layout: rows, because trees are not possible: {problem}")
         self.layout = "rows" if problem is not None or self.layout == "rows" else "tree"
         self._pair_cost = pair_cost
-        self._layouts.clear()
+        self._layout = None
 
     def choose_micro_batch_size(self, problem: str | None) -> None:
         """Use micro-batches of one row if `problem` says that padding changes what the backbone computes."""
         if problem is not None:
             log.info(f"data.micro_batch_size: 1, because padded rows are not possible: {problem}")
             self.micro_batch_size = 1
-            self._layouts.clear()
+            self._layout = None
 
     @property
     def longest(self) -> int:
@@ -94,7 +94,7 @@ class StepDataModule(LightningDataModule):
     @property
     def steps_per_epoch(self) -> int:
         """Number of optimizer steps of an epoch."""
-        return -(-len(self.encoded["train"].input_ids) // self.batch_size)
+        return -(-len(self.encoded["train"].item_scenes) // self.batch_size)
 
     def scene_numbers(self, stage: Stage) -> Tensor:
         """Return the index of each tokenized row's scene, (N,) int64. Scenes are numbered in order of appearance."""
@@ -102,56 +102,67 @@ class StepDataModule(LightningDataModule):
         return torch.tensor([numbers.setdefault(scene, len(numbers)) for scene in self.encoded[stage].scenes])
 
     def train_dataloader(self) -> StepLoader:
-        return StepLoader(self._rows("train"), **self._loader_options(self._train_sampler(*self._rank_of_world)))
+        return StepLoader(self._train_rows(), **self._loader_options(self._train_sampler(*self._rank_of_world)))
 
     def val_dataloader(self) -> DataLoader[list[dict[str, Any]]]:
-        return self._evaluation_loader("validation")
+        return self.evaluation_loader("validation")
 
     def test_dataloader(self) -> DataLoader[list[dict[str, Any]]]:
-        return self._evaluation_loader("test")
+        return self.evaluation_loader("test")
 
     def epoch(
         self, layout: Literal["tree", "rows"], ranks: int = 1, pair_cost: float = 0.0
     ) -> Iterator[list[dict[str, Any]]]:
         """Return the micro-batches of all ranks for each step of an epoch, in a given layout."""
         self.layout, self._pair_cost = layout, pair_cost
-        self._layouts.clear()
-        rows, laid_out = self._rows("train"), self._layout("train")
+        self._layout = None
+        rows, laid_out = self._train_rows(), self.train_layout
         for step in self._train_sampler().steps():
             yield rows[tuple(MicroBatch(tuple(part), 1.0) for part in laid_out.split(step, ranks))]
 
     def _train_sampler(self, rank: int = 0, world_size: int = 1) -> StepSampler:
         encoded = self.encoded["train"]
         return StepSampler(
-            self._layout("train"),
-            encoded.scenes,
+            self.train_layout,
+            encoded.item_scenes,
             self.batch_size,
             self.scenes_per_step,
             seed=self.order_seed,
             rank=rank,
             world_size=world_size,
             sampling_weights=encoded.sampling_weights,
-            target_counts=None if encoded.answers is None else [len(positions) for positions in encoded.answers],
+            item_weights=encoded.item_weights,
         )
 
-    def _layout(self, stage: Stage) -> Layout:
-        if stage not in self._layouts:
-            encoded = self.encoded[stage]
-            self._layouts[stage] = self.layout_of(encoded.input_ids, encoded.answers)
-        return self._layouts[stage]
+    @property
+    def train_layout(self) -> Layout:
+        """The layout of training steps."""
+        if self._layout is None:
+            encoded = self.encoded["train"]
+            self._layout = self.layout_of(encoded.input_ids, encoded.answers, encoded.groups)
+        return self._layout
 
-    def layout_of(self, input_ids: Sequence[Sequence[int]], answers: Sequence[Integers] | None = None) -> Layout:
-        """Return the chosen layout for some rows."""
+    def layout_of(
+        self,
+        input_ids: Sequence[Sequence[int]],
+        answers: Sequence[Integers] | None = None,
+        groups: Integers | None = None,
+    ) -> Layout:
+        """Return the chosen layout for some rows, or groups of rows."""
         if self.layout == "tree":
-            return TreeLayout(input_ids, self.token_budget, self._pair_cost, answers)
-        return RowsLayout(input_ids, self.tokenizer.pad_token_id, self.micro_batch_size, answers)
+            return TreeLayout(input_ids, self.token_budget, self._pair_cost, answers, groups)
+        return RowsLayout(input_ids, self.tokenizer.pad_token_id, self.micro_batch_size, answers, groups)
 
-    def _rows(self, stage: Stage) -> EncodedRows:
-        return EncodedRows(self._layout(stage), self.encoded[stage].columns)
+    def _train_rows(self) -> EncodedRows:
+        encoded = self.encoded["train"]
+        return EncodedRows(self.train_layout, encoded.columns, encoded.group_weight)
 
-    def _evaluation_loader(self, stage: Stage) -> DataLoader[list[dict[str, Any]]]:
-        sampler = EvaluationSampler(self._layout(stage), len(self.encoded[stage].input_ids), *self._rank_of_world)
-        return DataLoader(self._rows(stage), **self._loader_options(sampler))
+    def evaluation_loader(self, stage: Stage) -> DataLoader[list[dict[str, Any]]]:
+        """Return a loader of every row of a split once, without groups."""
+        encoded = self.encoded[stage]
+        layout = self.layout_of(encoded.input_ids, encoded.answers)
+        sampler = EvaluationSampler(layout, len(encoded.input_ids), *self._rank_of_world)
+        return DataLoader(EncodedRows(layout, encoded.columns), **self._loader_options(sampler))
 
     @property
     def _rank_of_world(self) -> tuple[int, int]:

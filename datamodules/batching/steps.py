@@ -38,9 +38,16 @@ class AgentBatch(Batch):
     help_needed: Tensor  # (R,) int64, 1 if help was needed, 0 if not, -1 if that is unknown
 
 
+class PreferenceBatch(AgentBatch):
+    """Judged proposals, in groups of two rows."""
+
+    groups: Tensor  # (G, 2) int64, positions of the rows of each group, 0 to R - 1
+    group_weight: Tensor  # (G,) float32, the weight in the step's mean loss; 0 for a filler
+
+
 @dataclass(frozen=True)
 class MicroBatch:
-    """Indices of the rows of a micro-batch, and the weight of each.
+    """Indices of the rows, or groups of rows, of a micro-batch, and the weight of each.
 
     The mean loss of a step is the sum of weight x loss over its rows, or their tokens, averaged over ranks as DDP and
     FSDP average gradients.
@@ -107,8 +114,8 @@ class StepSampler(Sampler[Step]):
 
     Args:
         layout: Divides the rows of a step into micro-batches. The loss of a step does not depend on it.
-        scenes: Scene of each row.
-        batch_size: Rows of a step, over all ranks. The last step of an epoch may have fewer.
+        scenes: Scene of each row, or of each group if the layout has groups.
+        batch_size: Rows, or groups, of a step, over all ranks. The last step of an epoch may have fewer.
         scenes_per_step: Number of scenes of a step, each with the same number of rows, as long as enough scenes have
             rows left. The remaining rows are mixed. None draws from all rows.
         seed: Sets the order, together with the epoch.
@@ -116,7 +123,8 @@ class StepSampler(Sampler[Step]):
         world_size: Number of ranks. Each gets the same number of micro-batches.
         sampling_weights: If given, an epoch samples N rows with replacement, with probabilities proportional to
             these weights.
-        target_counts: Number of each row's targets, over which the loss of a step is the mean; 1 each if None.
+        item_weights: Weight of each row or group in the mean loss of a step, such as its number of targets; 1 each if
+            None.
 
     Raises:
         UserError: `scenes_per_step` does not divide `batch_size`.
@@ -133,7 +141,7 @@ class StepSampler(Sampler[Step]):
         rank: int = 0,
         world_size: int = 1,
         sampling_weights: Sequence[float] | None = None,
-        target_counts: Sequence[int] | None = None,
+        item_weights: Sequence[float] | None = None,
     ) -> None:
         refuse_unequal_parts(batch_size, scenes_per_step)
         self.layout = layout
@@ -144,7 +152,7 @@ class StepSampler(Sampler[Step]):
         self.rank = rank
         self.world_size = world_size
         self.sampling_weights = sampling_weights
-        self.target_counts = target_counts
+        self.item_weights = item_weights
         self.epoch = 0
         self.first_step = 0  # steps before it are skipped, see `StepLoader`
 
@@ -211,19 +219,19 @@ class EvaluationSampler(Sampler[Step]):
         return ((micro_batch,) for micro_batch in self.micro_batches)
 
 
-def micro_batches_of_rank(parts: Sequence[Sequence[int]], rank: int, world_size: int, targets: int) -> Step:
+def micro_batches_of_rank(parts: Sequence[Sequence[int]], rank: int, world_size: int, total: float) -> Step:
     """Return the micro-batches of one rank. Each rank gets the same number.
 
     Args:
         parts: Rows of all micro-batches of the step.
         rank: The rank.
         world_size: Number of ranks.
-        targets: Number of rows, or of tokens, over which the loss of the step is the mean. A rank without a
-            micro-batch computes a filler row with weight 0.
+        total: Number of rows, or of tokens, over which the loss of the step is the mean, or the sum of the weights of
+            groups. A rank without a micro-batch computes a filler with weight 0.
     """
     rounds = -(-len(parts) // world_size)
     return tuple(
-        MicroBatch(tuple(parts[index]), world_size / targets) if index < len(parts) else MicroBatch((parts[0][0],), 0.0)
+        MicroBatch(tuple(parts[index]), world_size / total) if index < len(parts) else MicroBatch((parts[0][0],), 0.0)
         for index in range(rank, rounds * world_size, world_size)
     )
 
@@ -234,11 +242,15 @@ class EncodedRows(Dataset[list[dict[str, Any]]]):
     Args:
         layout: Makes the input of a micro-batch.
         columns: More fields of each row, tensors (N, ...) by name.
+        group_weight: With a layout of groups, (G,) float32, the weight of each group in the mean of a step.
     """
 
-    def __init__(self, layout: Layout, columns: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, layout: Layout, columns: Mapping[str, Tensor], group_weight: Tensor | None = None
+    ) -> None:
         self.layout = layout
         self.columns = columns
+        self.group_weight = group_weight
 
     def __getitem__(self, step: Step) -> list[dict[str, Any]]:
         return [self._batch(micro_batch) for micro_batch in step]
@@ -254,6 +266,9 @@ class EncodedRows(Dataset[list[dict[str, Any]]]):
         }
         if laid_out.answers is not None:
             batch["answers"] = laid_out.answers
+        if laid_out.groups is not None and self.group_weight is not None:
+            batch["groups"] = laid_out.groups
+            batch["group_weight"] = self.group_weight[torch.tensor(micro_batch.rows)] * micro_batch.weight
         return {**batch, "size": vars(batch_size(batch))}  # counted here, before the batch is copied to the device
 
 

@@ -12,6 +12,7 @@ from datamodules.corpus.sources import TEST_FILE, TRACES, Corpus
 from datamodules.errors import UserError
 
 SplitName = Literal["published", "by_scene"]
+SCENE_NUMBERS = 2**64  # a scene's name is a hash of 64 bits
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,16 @@ def split_by_scene(corpus: Corpus, folds: int, fold: int, seed: int = 0) -> Spli
     test_rows, validation_rows = held_out[fold], held_out[(fold + 1) % folds]
     train_rows = sorted(set(range(len(scenes))) - set(test_rows) - set(validation_rows))
     return Split(*([corpus.rows[index] for index in indices] for indices in (train_rows, validation_rows, test_rows)))
+
+
+def validates(scene: str, fraction: float) -> bool:
+    """Whether a scene of a file of conversations or preferences is in the validation split.
+
+    Args:
+        scene: 16 hexadecimal digits, such as those of `scene_of`. They alone decide.
+        fraction: Share of all possible scenes that validate.
+    """
+    return int(scene, 16) < fraction * SCENE_NUMBERS
 
 
 def history_digests(rows: Iterable[AnnotatedRow]) -> list[int]:

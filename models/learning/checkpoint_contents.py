@@ -13,6 +13,7 @@ from functools import cache
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Self, Union
 
+import torch
 from pydantic import (
     AfterValidator,
     AliasChoices,
@@ -23,6 +24,8 @@ from pydantic import (
     create_model,
     model_validator,
 )
+
+from torch import Tensor
 
 from datamodules.corpus.json_records import validate
 from datamodules.corpus.records import json_object
@@ -125,7 +128,7 @@ class SavedBase(Content):
 class ExportContent(Content):
     """The content of proactive.json."""
 
-    task: Literal["reward", "agent"]
+    task: Literal["reward", "agent", "preference"]
     model: Plain
     calibration: FittedCalibration | None
     data: SavedData
@@ -167,7 +170,7 @@ class RunOptions(Content):
 class CheckpointContent(Content):
     """The content of a checkpoint file, and of values.pt in a sharded checkpoint."""
 
-    task: Literal["reward", "agent"]
+    task: Literal["reward", "agent", "preference"]
     version: str = Field(validation_alias="pytorch-lightning_version", pattern=r"^2\.\d+(\.\w+)*$")
     epoch: Count
     global_step: Count
@@ -200,6 +203,27 @@ class AgentCheckpoint(CheckpointContent):
     """The checkpoint of an agent."""
 
     data: SavedData = Field(validation_alias="AgentDataModule")
+
+
+def _log_probability(value: Any) -> Any:
+    sound = isinstance(value, Tensor) and value.dtype == torch.float64 and value.dim() == 1
+    if not sound or not bool((value <= 0).all()):  # false for NaN as well
+        raise ValueError("expected a float64 tensor (N,) of log-probabilities")
+    return value
+
+
+class SavedReference(Content):
+    """The log-probabilities of the rows of a split before preference training, and the digest of the rows."""
+
+    rows: str
+    log_probability: Annotated[Any, AfterValidator(_log_probability)]
+
+
+class PreferenceCheckpoint(CheckpointContent):
+    """The checkpoint of an agent that learned from judged proposals."""
+
+    data: SavedData = Field(validation_alias="PreferenceDataModule")
+    reference: dict[Literal["train", "validation", "test"], SavedReference]
 
 
 class ShardFiles(Content):

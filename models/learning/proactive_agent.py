@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from datamodules.batching.answer_rows import AgentDataModule, AnswerKind
+from datamodules.batching.rows import Stage
 from datamodules.batching.steps import AgentBatch
 from datamodules.corpus.answers import read_answer
 from datamodules.corpus.records import history_digest
@@ -74,14 +75,21 @@ class ProactiveAgent(BackboneModule):
         return zero_R.index_add(0, answers["pair_row"], loss_L[answers["pair_token"]])
 
     def loss(self, batch: AgentBatch) -> Tensor:
-        weight_R = torch.where(batch["kind"] == AnswerKind.NULL, self.hparams["null_weight"], 1.0)
-        return (self.row_losses(batch) * weight_R * batch["weight"]).sum()
+        return (self.row_losses(batch) * self.null_weights(batch) * batch["weight"]).sum()
+
+    def null_weights(self, batch: AgentBatch) -> Tensor:
+        """The factor on the loss of each row, (R,)."""
+        return torch.where(batch["kind"] == AnswerKind.NULL, self.hparams["null_weight"], 1.0)
+
+    def answer_metrics(self, rows: dict[str, Tensor], stage: Stage) -> dict[str, Tensor]:
+        """The metrics of the answers of a split, from the columns of `AnswerLosses`."""
+        return answer_losses(rows)
 
     def on_validation_epoch_start(self) -> None:
         self.answers.reset()
 
     def validation_step(self, batch: list[AgentBatch], batch_idx: int) -> None:
-        self._collect(batch)
+        self.collect(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics, and fit the calibration."""
@@ -90,7 +98,7 @@ class ProactiveAgent(BackboneModule):
             raise not_finite_error(
                 "an answer's loss in validation", float(rows["loss"].sum()), self.trainer.global_step
             )
-        metrics = answer_losses(rows)
+        metrics = self.answer_metrics(rows, "validation")
         offers_N, needed_N = decisions(rows)
         if len(needed_N):
             self.calibrate(offers_N, needed_N)
@@ -105,7 +113,7 @@ class ProactiveAgent(BackboneModule):
         self.answers.reset()
 
     def test_step(self, batch: list[AgentBatch], batch_idx: int) -> None:
-        self._collect(batch)
+        self.collect(batch)
 
     def on_test_epoch_end(self) -> None:
         """Store the probed histories of all ranks in `test_rows`, and the metrics in `test_metrics`."""
@@ -113,8 +121,10 @@ class ProactiveAgent(BackboneModule):
         offers_N, needed_N = decisions(rows)
         scene_N = self.scenes_of("test", probed_rows(rows))
 
+        answers = self.answer_metrics(rows, "test")
+
         def metrics(probability_N: Tensor, threshold: float) -> dict[str, Tensor]:
-            return answer_losses(rows) | proposal_metrics(probability_N, needed_N, threshold, scene_N)
+            return answers | proposal_metrics(probability_N, needed_N, threshold, scene_N)
 
         columns = {"probability": offers_N, "target": needed_N, "row": probed_rows(rows), "scene": scene_N}
         self.record_test(columns, metrics, len(rows["row"]))
@@ -151,15 +161,20 @@ class ProactiveAgent(BackboneModule):
             for index, example in enumerate(chosen)
         ]
 
-    def _collect(self, batch: list[AgentBatch]) -> None:
+    def collect(self, batch: list[AgentBatch]) -> None:
+        """Add the losses of rows to `answers`."""
         for micro_batch in batch:
             real_R = micro_batch["weight"] > 0
-            tokens_R = torch.bincount(micro_batch["answers"]["pair_row"], minlength=len(real_R))
             columns = (
                 self.row_losses(micro_batch),
-                tokens_R,
+                answer_lengths(micro_batch),
                 micro_batch["kind"],
                 micro_batch["help_needed"],
                 micro_batch["row"],
             )
             self.answers.update(*(column[real_R] for column in columns))
+
+
+def answer_lengths(batch: AgentBatch) -> Tensor:
+    """The number of tokens of each row's answer, (R,) int64."""
+    return torch.bincount(batch["answers"]["pair_row"], minlength=len(batch["row"]))

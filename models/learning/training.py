@@ -95,6 +95,8 @@ class BackboneModule(NetworkModule):
     task: ClassVar[str]  # the value of --task
     data_class: ClassVar[type[RowsDataModule]]
     checkpoint_record: ClassVar[type[CheckpointContent]]  # validates its checkpoints
+    # Options of the data that follow from the model's, by the model's name.
+    linked_options: ClassVar[dict[str, str]] = {"backbone": "tokenizer", "trust_remote_code": "trust_remote_code"}
     pipeline: ClassVar[str]  # of transformers, for the model card
     card_tags: ClassVar[tuple[str, ...]] = ()
     constant_decisions: ClassVar[tuple[str, str]]  # names of the two baselines that always decide the same
@@ -143,6 +145,9 @@ class BackboneModule(NetworkModule):
         self._checked_values: dict[str, Tensor] = {}  # of the current step, by name
 
     # What subclasses define
+
+    def prepare_step(self, batch: list[Any]) -> None:
+        """Compute what the losses of all micro-batches of a step need; by default nothing."""
 
     def loss(self, batch: Any) -> Tensor:
         """Return the micro-batch's contribution to the step's loss, a scalar tensor."""
@@ -207,6 +212,7 @@ class BackboneModule(NetworkModule):
     def training_step(self, batch: list[Any], batch_idx: int) -> None:
         """One optimizer step over the micro-batches of this rank."""
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        self.prepare_step(batch)
         loss = torch.zeros((), dtype=torch.float32, device=self.device)
         for number, micro_batch in enumerate(batch, start=1):
             with self._gradient_exchange(is_last=number == len(batch)):

@@ -122,8 +122,8 @@ class FitCLI(LightningCLI):
         )
         parser.add_argument("--quiet", action="store_true", help="Print only the run folder.")
         parser.add_argument("--debug", action="store_true", help="Show tracebacks and messages of libraries.")
-        parser.link_arguments("model.backbone", "data.tokenizer")
-        parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
+        for name, of_data in self.task.module.linked_options.items():
+            parser.link_arguments(f"model.{name}", f"data.{of_data}")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)

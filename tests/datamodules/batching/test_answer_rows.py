@@ -12,7 +12,7 @@ import datasets
 import pytest
 
 from datamodules.batching import token_cache as cache_module
-from datamodules.batching.answer_rows import AgentDataModule, AnswerKind, _probes
+from datamodules.batching.answer_rows import AgentDataModule, AnswerKind, probes
 from datamodules.batching.steps import AgentBatch
 from datamodules.corpus.answers import read_answer
 from datamodules.corpus.records import Category, scene_of
@@ -108,7 +108,7 @@ def test_each_validation_history_is_probed_once_for_what_follows_the_choice(root
 
 def test_what_is_known_of_a_history_follows_from_its_judgments_where_no_row_says_it(root: Path) -> None:
     rows = [row.model_copy(update={"help_needed": None}) for row in load_corpus(str(root)).train]
-    said = {probe.history: probe.help_needed for probe in _probes(rows)}
+    said = {probe.history: probe.help_needed for probe in probes(rows)}
     for row in rows:
         if row.category in (Category.MISSED_NEED, Category.CORRECT_DETECTION) and row.history in said:
             same = [other for other in rows if other.history == row.history]
@@ -134,9 +134,9 @@ def test_most_rows_of_a_history_say_whether_help_was_needed(rows: list[Any], exp
     given = [row_of(["It rains."], proposal, accepted, help_needed=needed) for proposal, accepted, needed in rows]
     other = row_of(["It rains.", "It pours."], None, True)
     for order in permutations(given):
-        probes = {probe.history: probe.help_needed for probe in _probes([*order, other])}
-        assert probes.pop(other.history) is False
-        assert probes == ({} if expected is None else {given[0].history: expected})
+        found = {probe.history: probe.help_needed for probe in probes([*order, other])}
+        assert found.pop(other.history) is False
+        assert found == ({} if expected is None else {given[0].history: expected})
 
 
 @pytest.mark.parametrize("split", ["by_scene", "published"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.batching.answer_rows import _probes
+from datamodules.batching.answer_rows import probes
 from datamodules.corpus.records import AnnotatedRow, Category, Event
 from datamodules.corpus.simulator import simulate
 from datamodules.corpus.sources import Corpus
@@ -124,7 +124,7 @@ def test_help_is_needed_after_a_history_or_it_is_not(seed: int) -> None:
         for step in steps:
             history = (*history, step.observation)
             assert step.task_status is needed[history]
-    probed = {probe.history: probe.help_needed for probe in _probes(train + test)}
+    probed = {probe.history: probe.help_needed for probe in probes(train + test)}
     assert probed == needed
     assert 0.3 < sum(needed.values()) / len(needed) < 0.7
 
