@@ -14,8 +14,7 @@ from models.judging.answer_log import AnswerLog
 from models.judging.chat_client import ChatClient
 from models.judging.endpoint_agent import EndpointAgent
 from models.judging.local_agent import AnswerOptions, LocalAgent
-from models.judging.weights import Model, Weights
-from models.learning.checkpoint_files import load_trained
+from models.judging.weights import Weights
 from models.learning.proactive_agent import ProactiveAgent
 from proactive.endpoints import add_endpoint_options
 from proactive.parser import Parser
@@ -94,12 +93,6 @@ def one_of(group: "Namespace", name: str, choices: Sequence[str]) -> str:
         options = ", ".join(f"--{name}.{choice}" for choice in choices)
         raise UserError(f"{name}: expected one of {options}, got {len(given)}", "Give exactly one of them.")
     return given[0]
-
-
-def load_weights(kind: type[Model], path: Path, option: str) -> Weights[Model]:
-    """Load the weights that an option names; see `models.learning.checkpoint_files.load_trained`."""
-    model, state, source = load_trained(kind, path, option)
-    return Weights(model, state, str(source))
 
 
 def root_corpus(root: str | None, states: Sequence[Mapping[str, Any]], needed: bool) -> Corpus | None:

@@ -68,7 +68,7 @@ def evaluate_reward(
     Raises:
         UserError: The checkpoint or the data cannot be read, or an option is not valid.
     """
-    classifier, state, source = load_trained(RewardClassifier, checkpoint, "--checkpoint")
+    classifier, state, source = load_trained((RewardClassifier,), checkpoint, "--checkpoint")
     data = RewardDataModule.from_state(
         state,
         root=root,

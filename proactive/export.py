@@ -34,7 +34,7 @@ def export(checkpoint: Path, output: Path) -> Path:
     """
     refuse_other_folder(output)
     kind = TASKS[checkpoint_task(checkpoint, "--checkpoint", TASKS)].module
-    model, state, source = load_trained(kind, checkpoint, "--checkpoint")
+    model, state, source = load_trained((kind,), checkpoint, "--checkpoint")
     export_model(model, kind.data_class.from_state(state), _record(source), output)
     return source
 

@@ -11,9 +11,8 @@ from datamodules.corpus.traces import Pair
 from datamodules.errors import UserError
 from models.judging.local_agent import AnswerOptions, LocalAgent
 from models.judging.scorer import Scorer
-from models.judging.weights import Model, Weights
-from models.learning.checkpoint_files import load_trained
-from models.learning.proactive_agent import ProactiveAgent
+from models.judging.weights import Weights, load_weights
+from models.learning.preference_agent import AGENTS
 from models.learning.reward_classifier import RewardClassifier
 
 EventLike = str | Mapping[str, str] | Sequence[object] | Event
@@ -90,7 +89,7 @@ def load_judge(path: str | Path) -> LoadedJudge:
     Raises:
         UserError: The path contains no reward classifier, or a damaged one.
     """
-    return LoadedJudge(_weights(RewardClassifier, path, "load_judge"))
+    return LoadedJudge(load_weights((RewardClassifier,), Path(path), "load_judge"))
 
 
 def load_agent(
@@ -113,7 +112,7 @@ def load_agent(
     Raises:
         UserError: The path contains no agent or a damaged one, or several candidates at temperature 0 would be equal.
     """
-    weights = _weights(ProactiveAgent, path, "load_agent")
+    weights = load_weights(AGENTS, Path(path), "load_agent")
     return LoadedAgent(LocalAgent(weights, AnswerOptions(max_new_tokens), candidates, temperature, seed))
 
 
@@ -147,8 +146,3 @@ def _event(index: int, value: EventLike) -> Event:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _weights(kind: type[Model], path: str | Path, function: str) -> Weights[Model]:
-    model, state, source = load_trained(kind, Path(path), function)
-    return Weights(model, state, str(source))

@@ -24,6 +24,13 @@ REWARD_COLUMNS = {
     "calibration_error": "calibration error",
     "acceptance_rate": "accepts",
 }
+PREFERENCE_COLUMNS = {
+    "preference_accuracy": "accuracy",
+    "preference_loss": "loss",
+    "reward_margin": "margin",
+    "reward_chosen": "accepted",
+    "reward_rejected": "rejected",
+}
 AGENT_COLUMNS = ("recall", "precision", "accuracy", "false_alarm", "f1")
 WITHOUT_TERMINAL = 160  # characters in a line, where output goes to no terminal
 
@@ -108,6 +115,17 @@ def decision_tables(record: Record) -> list[Table]:
     for label, metrics in record["baselines"].items():
         add(label, metrics)
     return [table]
+
+
+def preference_tables(record: Record) -> list[Table]:
+    """The tables of a test after preference training, from its `run_record`."""
+    found = record["test"]["raw"]
+    pairs = int(found.get("pairs", 0))
+    table = Table(title=f"Implicit rewards of {pairs} test pairs of an accepted and a rejected proposal")
+    for name in PREFERENCE_COLUMNS.values():
+        table.add_column(name, justify="right")
+    table.add_row(*(_cell(found, name) for name in PREFERENCE_COLUMNS))
+    return [*decision_tables(record), *([table] if pairs else [])]
 
 
 def agent_tables(record: Record) -> list[Table]:

@@ -9,11 +9,12 @@ from lightning.pytorch.callbacks import Callback
 from callbacks.samples import SampledAnswers, read_samples
 from datamodules.batching.rows import RowsDataModule
 from datamodules.files.run_folders import LOGS
+from models.learning.preference_agent import PreferenceAgent
 from models.learning.proactive_agent import ProactiveAgent
 from models.learning.reward_classifier import RewardClassifier
 from models.learning.training import BackboneModule
 from models.reporting.run_page import agent_report, read_curves, reward_report
-from proactive.tables import Record, Table, decision_tables, reward_tables
+from proactive.tables import Record, Table, decision_tables, preference_tables, reward_tables
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,16 @@ def _agent_page(record: Record, model: BackboneModule, data: RowsDataModule, fol
     return agent_report(record, model.test_rows, read_samples(folder / LOGS), read_curves(folder / LOGS))
 
 
+def _sampled_answers(folder: Path) -> list[Callback]:
+    return [SampledAnswers(folder / LOGS)]
+
+
 TASKS = {
     task.module.task: task
     for task in (
         Task(RewardClassifier, reward_tables, _reward_page, lambda folder: []),
-        Task(ProactiveAgent, decision_tables, _agent_page, lambda folder: [SampledAnswers(folder / LOGS)]),
+        Task(ProactiveAgent, decision_tables, _agent_page, _sampled_answers),
+        Task(PreferenceAgent, preference_tables, _agent_page, _sampled_answers),
     )
 }
 DEFAULT_TASK = RewardClassifier.task

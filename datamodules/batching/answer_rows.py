@@ -273,8 +273,9 @@ class AgentDataModule(AnswersDataModule):
         digest, count = encoded.token_digest + conversations.digest, len(rows)
         if not count:
             return replace(encoded, token_digest=digest)
-        input_ids: Any = ConcatDataset([encoded.input_ids, rows["input_ids"]]) if encoded.scenes else rows["input_ids"]
-        answers: Any = ConcatDataset([encoded.answers, rows["answer"]]) if encoded.scenes else rows["answer"]
+        before: list[Any] = [[encoded.input_ids], [encoded.answers]] if encoded.scenes else [[], []]
+        input_ids: Any = ConcatDataset([*before[0], rows["input_ids"]])
+        answers: Any = ConcatDataset([*before[1], rows["answer"]])
         added = {"kind": int(AnswerKind.CONVERSATION), "help_needed": -1}
         columns = {name: torch.cat([encoded.columns[name], torch.full((count,), n)]) for name, n in added.items()}
         return TokenizedSplit(input_ids, [*encoded.scenes, *rows["scene"][:].tolist()], digest, columns, answers)

@@ -50,9 +50,9 @@ class LaidOut:
 class Layout(Protocol):
     """Divides items into micro-batches and makes the input of each.
 
-    Items are rows, or groups of rows that stay in one micro-batch, such as the two answers of a preference. Constructors
-    take the token ids of all rows; for agents, the positions of each row's answer tokens, which are above 0; and for
-    groups, the rows of each, (G, K).
+    Items are rows, or groups of rows that stay in one micro-batch, such as the two answers of a preference.
+    Constructors take the token ids of all rows; for agents, the positions of each row's answer tokens, which are above
+    0; and for groups, the rows of each, (G, K).
     """
 
     def split(self, items: Sequence[int], ranks: int) -> list[list[int]]:

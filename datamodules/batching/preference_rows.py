@@ -1,6 +1,5 @@
 """PreferenceDataModule: judged proposals in groups of two rows, for an agent that learns from judgments."""
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +32,7 @@ class Groups(NamedTuple):
     """Groups of two rows, of which each distinct row is listed once."""
 
     examples: list[Example]
-    index: Integers  # (G, 2), the rows of each group
+    rows: Integers  # (G, 2), the rows of each group
     weight: list[float]  # of each group in the mean loss
 
 
@@ -83,7 +82,7 @@ class PreferenceDataModule(AnswersDataModule):
                 f"data: there is no {what} proposal in the {stage} split", "Give more scenes, or --data.preferences."
             )
         weight = torch.tensor(groups.weight, dtype=torch.float32)
-        return replace(super().encode_answers(stage), groups=groups.index, group_weight=weight)
+        return replace(super().encode_answers(stage), groups=groups.rows, group_weight=weight)
 
     @property
     def seen(self) -> dict[str, list[Any]]:
@@ -91,7 +90,8 @@ class PreferenceDataModule(AnswersDataModule):
         seen = super().seen
         if self._saved is not None:
             return seen
-        for prefix, stage in (("training", "train"), ("validation", "validation")):
+        stages: dict[str, Stage] = {"training": "train", "validation": "validation"}
+        for prefix, stage in stages.items():
             histories = [line.history for line in self._lines(stage)]
             for name, found in (("histories", map(history_digest, histories)), ("scenes", map(scene_of, histories))):
                 seen[f"{prefix}_{name}"] = sorted({*seen[f"{prefix}_{name}"], *found})
@@ -119,7 +119,7 @@ class PreferenceDataModule(AnswersDataModule):
     def pairs(self, stage: Stage) -> Integers:
         """Return the rows of all pairs of an accepted and a rejected proposal after the same history, (P, 2)."""
         if self.objective == "dpo":
-            return self.groups(stage).index
+            return self.groups(stage).rows
         rows: dict[int, tuple[list[int], list[int]]] = {}
         for number, example in enumerate(self.groups(stage).examples):
             if example.kind != AnswerKind.MISMATCHED:
@@ -130,7 +130,7 @@ class PreferenceDataModule(AnswersDataModule):
     def _pairs(self, stage: Stage) -> Iterator[tuple[Example, Example, float]]:
         """Yield pairs of an accepted and a rejected proposal; a pair may come again."""
         lines = self._lines(stage)
-        given = [Preference(*line.judged, line.weight) for line in lines if line.accepted is None]
+        given = [Preference(line.judged[0], line.judged[1], line.weight) for line in lines if line.accepted is None]
         single = [proposal for line in lines if line.accepted is not None for proposal in line.judged]
         for one in given + preferences_of(self._annotated(stage) + single):
             yield _example(one.chosen), _example(one.rejected), one.weight

@@ -245,9 +245,7 @@ class EncodedRows(Dataset[list[dict[str, Any]]]):
         group_weight: With a layout of groups, (G,) float32, the weight of each group in the mean of a step.
     """
 
-    def __init__(
-        self, layout: Layout, columns: Mapping[str, Tensor], group_weight: Tensor | None = None
-    ) -> None:
+    def __init__(self, layout: Layout, columns: Mapping[str, Tensor], group_weight: Tensor | None = None) -> None:
         self.layout = layout
         self.columns = columns
         self.group_weight = group_weight

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge, Le
 
-from datamodules.batching.answer_rows import AgentDataModule
+from datamodules.batching.answer_rows import AnswersDataModule
 from datamodules.corpus.answers import Answer, read_answer
 from datamodules.corpus.records import Event
 from datamodules.corpus.traces import Answers, Candidate, Trace
@@ -146,9 +146,9 @@ class LocalAgent(Agent):
         )
 
     @cached_property
-    def data(self) -> AgentDataModule:
+    def data(self) -> AnswersDataModule:
         """The data module that renders and tokenizes histories."""
-        return AgentDataModule.from_state(self.weights.state)
+        return self.weights.model.data_class.from_state(self.weights.state)
 
     @cached_property
     def writer(self) -> AnswerWriter:

@@ -5,12 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 
 from datamodules.corpus.traces import Trace, was_seen
 from datamodules.errors import UserError
+from models.learning.checkpoint_files import load_trained
 from models.learning.training import BackboneModule
 
 Model = TypeVar("Model", bound=BackboneModule)
@@ -55,6 +57,12 @@ class Weights(Generic[Model]):
     def _holds(self, rows: str, trace: Trace, root_trace: Trace | None) -> bool:
         scenes, histories = self.state.get(f"{rows}_scenes"), self.state[f"{rows}_histories"]
         return was_seen(trace, root_trace, None if scenes is None else set(scenes), set(histories))
+
+
+def load_weights(kinds: Sequence[type[Model]], path: Path, option: str) -> Weights[Model]:
+    """Load the weights that an option names; see `models.learning.checkpoint_files.load_trained`."""
+    model, state, source = load_trained(kinds, path, option)
+    return Weights(model, state, str(source))
 
 
 def best_device() -> torch.device:

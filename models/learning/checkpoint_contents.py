@@ -24,7 +24,6 @@ from pydantic import (
     create_model,
     model_validator,
 )
-
 from torch import Tensor
 
 from datamodules.corpus.json_records import validate

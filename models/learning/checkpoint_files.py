@@ -5,7 +5,7 @@
 
 import pickle
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +18,12 @@ from datamodules.files.reading import require_regular_files
 from datamodules.files.run_folders import CHECKPOINTS
 from models.learning import sharded_files as shards
 from models.learning.checkpoint_contents import ShardFiles, refuse_options
-from models.learning.saved_models import EXPORT_STATE, export_state, model_from_checkpoint, model_from_export
+from models.learning.saved_models import (
+    EXPORT_STATE,
+    export_state,
+    model_from_checkpoint,
+    model_from_export,
+)
 from models.learning.training import BackboneModule
 from models.networks.configurations import refuse_unfit_tokenizer
 from models.networks.weight_files import naming_file
@@ -105,19 +110,32 @@ def load_run(path: Path, kind: type[BackboneModule], **options: bool) -> dict[st
     Raises:
         UserError: As `load_checkpoint`, or the checkpoint is not one of a run, or of another task.
     """
+    return _load_run_of(path, (kind,), **options)[1]
+
+
+def _load_run_of(path: Path, kinds: Sequence[type[Model]], **options: bool) -> tuple[type[Model], dict[str, Any]]:
+    """The class of a checkpoint's model, which is one of `kinds`, and the checkpoint."""
     checkpoint = load_checkpoint(path, **options)
     found = checkpoint.get("task")
-    if isinstance(found, str) and found != kind.task:
-        raise UserError(f"{path} is of task {found}, not {kind.task}", f"Give a checkpoint of task {kind.task}.")
+    kind = _kind_of_task(kinds, found, path) if isinstance(found, str) else kinds[0]
     validate(checkpoint, kind.checkpoint_record, str(path))
-    return checkpoint
+    return kind, checkpoint
 
 
-def load_trained(kind: type[Model], target: Path, option: str) -> tuple[Model, dict[str, Any], Path]:
+def _kind_of_task(kinds: Sequence[type[Model]], task: str, path: Path) -> type[Model]:
+    """The class whose task a saved model has, else a UserError."""
+    for kind in kinds:
+        if kind.task == task:
+            return kind
+    tasks = " or ".join(kind.task for kind in kinds)
+    raise UserError(f"{path} is of task {task}, not {tasks}", f"Give a model of task {tasks}.")
+
+
+def load_trained(kinds: Sequence[type[Model]], target: Path, option: str) -> tuple[Model, dict[str, Any], Path]:
     """Load a trained model from a run folder (the best weights), a checkpoint, or an export folder.
 
     Args:
-        kind: The model's class.
+        kinds: The classes of models that fit.
         target: The folder or file.
         option: The option that `target` is the value of.
 
@@ -125,20 +143,21 @@ def load_trained(kind: type[Model], target: Path, option: str) -> tuple[Model, d
         The model, its data module's state, and the file or folder that the weights came from.
 
     Raises:
-        UserError: There is no model of this class.
+        UserError: There is no model of these classes.
     """
     if (shards.recover(target) / EXPORT_STATE).is_file():
         require_regular_files(target, option)
         with naming_file(target):
+            kind = _kind_of_task(kinds, export_state(target)["task"], target)
             model, state = model_from_export(kind, target)
     else:
         target = _checkpoint_of(target, option)
         with naming_file(target):
-            checkpoint = load_run(target, kind)
+            kind, checkpoint = _load_run_of(target, kinds)
             model, state = model_from_checkpoint(kind, checkpoint), checkpoint[kind.data_class.__qualname__]
     with naming_file(target):
-        refuse_options(kind.data_class, state["hyperparameters"], "hyperparameters")
-        data = kind.data_class.from_state(state)
+        refuse_options(model.data_class, state["hyperparameters"], "hyperparameters")
+        data = model.data_class.from_state(state)
         refuse_unfit_tokenizer(model.network, data.tokenizer)
     return model, state, target
 

@@ -3,7 +3,7 @@
 Shape legend: R rows of a micro-batch, G groups of two rows, N rows of a split, P pairs.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class PreferenceAgent(ProactiveAgent):
         "validation/preference_accuracy",
         *ProactiveAgent.monitored_metrics,
     )
-    linked_options = {**ProactiveAgent.linked_options, "objective": "objective"}
+    linked_options: ClassVar[dict[str, str]] = {**ProactiveAgent.linked_options, "objective": "objective"}
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class PreferenceAgent(ProactiveAgent):
     # Training
 
     def prepare_step(self, batch: list[PreferenceBatch]) -> None:
-        """With kto, estimate the divergence from the reference on the mismatched proposals of the step, of all ranks."""
+        """With kto, estimate the divergence from the reference on the step's mismatched proposals, of all ranks."""
         if self.hparams["objective"] != "kto":
             return
         total = torch.zeros((), device=self.device)

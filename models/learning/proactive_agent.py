@@ -3,12 +3,12 @@
 Shape legend: R rows, L distinct tokens of their answers, N probed histories.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from datamodules.batching.answer_rows import AgentDataModule, AnswerKind
+from datamodules.batching.answer_rows import AgentDataModule, AnswerKind, AnswersDataModule
 from datamodules.batching.rows import Stage
 from datamodules.batching.steps import AgentBatch
 from datamodules.corpus.answers import read_answer
@@ -18,7 +18,7 @@ from datamodules.ranges import NonNegativeFloat, NonNegativeInt
 from models.decoding.branch_checks import can_branch
 from models.decoding.generation import generate_answers
 from models.learning.answer_metrics import AnswerLosses, answer_losses, decisions, probed_rows, proposal_metrics
-from models.learning.checkpoint_contents import AgentCheckpoint
+from models.learning.checkpoint_contents import AgentCheckpoint, CheckpointContent
 from models.learning.finite_check import not_finite_error
 from models.learning.training import BackboneModule
 from models.networks.configurations import max_positions
@@ -41,12 +41,18 @@ class ProactiveAgent(BackboneModule):
     """
 
     task = "agent"
-    data_class = AgentDataModule
-    checkpoint_record = AgentCheckpoint
+    data_class: ClassVar[type[AnswersDataModule]] = AgentDataModule
+    checkpoint_record: ClassVar[type[CheckpointContent]] = AgentCheckpoint
     pipeline = "text-generation"
+    card_template = "agent_card.md"
     constant_decisions = ("propose always", "never")
     head = "language model"
-    monitored_metrics = ("validation/loss", "validation/f1", "validation/auroc", "validation/json_validity")
+    monitored_metrics: ClassVar[tuple[str, ...]] = (
+        "validation/loss",
+        "validation/f1",
+        "validation/auroc",
+        "validation/json_validity",
+    )
 
     def __init__(
         self, null_weight: NonNegativeFloat = 1.0, sampled_answers: NonNegativeInt = 8, **options: Any

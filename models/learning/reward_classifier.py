@@ -38,6 +38,7 @@ class RewardClassifier(BackboneModule):
     task = "reward"
     head = "classifier"
     data_class = RewardDataModule
+    card_template = "reward_card.md"
     checkpoint_record = RewardCheckpoint
     pipeline = "text-classification"
     card_tags = ("reward-model",)

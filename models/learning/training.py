@@ -98,6 +98,7 @@ class BackboneModule(NetworkModule):
     # Options of the data that follow from the model's, by the model's name.
     linked_options: ClassVar[dict[str, str]] = {"backbone": "tokenizer", "trust_remote_code": "trust_remote_code"}
     pipeline: ClassVar[str]  # of transformers, for the model card
+    card_template: ClassVar[str]  # of the model card
     card_tags: ClassVar[tuple[str, ...]] = ()
     constant_decisions: ClassVar[tuple[str, str]]  # names of the two baselines that always decide the same
     monitored_metrics: ClassVar[tuple[str, ...]]  # choices of --run.monitor; the first is the default

@@ -39,7 +39,7 @@ def model_card(model: BackboneModule, data: RowsDataModule, record: dict[str, An
     backbone, split = str(model.hparams["backbone"]), data.description
     if record is not None:
         split = record["split"]
-    return environment.get_template(f"{model.task}_card.md").render(
+    return environment.get_template(model.card_template).render(
         metadata=yaml.safe_dump(_metadata(model, data), sort_keys=False, allow_unicode=True, width=LONG_LINE),
         record=record,
         options=model.hparams,

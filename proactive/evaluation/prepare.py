@@ -17,10 +17,11 @@ from models.judging.budget import Budget
 from models.judging.chat_client import ChatClient
 from models.judging.gate import gate_threshold
 from models.judging.judges import EndpointJudge, Judge, RecordedJudge, RewardJudge
-from models.judging.weights import Model, Tie, Weights, assign, one_for_each
+from models.judging.weights import Model, Tie, Weights, assign, load_weights, one_for_each
+from models.learning.preference_agent import AGENTS
 from models.learning.proactive_agent import ProactiveAgent
 from models.learning.reward_classifier import RewardClassifier
-from proactive.agents import KINDS, load_weights, one_of, root_corpus, trained_agent, untrained_agent
+from proactive.agents import KINDS, one_of, root_corpus, trained_agent, untrained_agent
 from proactive.endpoints import endpoint_of
 from proactive.evaluation.specification import Evaluation, Stamps
 
@@ -36,9 +37,9 @@ def prepare(options: "Namespace") -> Evaluation:
     """
     _refuse_contradictions(options)
     recorded = read_recorded(options.agent.traces) if options.agent.traces else None
-    agents = [load_weights(ProactiveAgent, path, "--agent.checkpoint") for path in options.agent.checkpoint or ()]
-    judges = [load_weights(RewardClassifier, path, "--judge.checkpoint") for path in options.judge.checkpoint or ()]
-    gates = [load_weights(RewardClassifier, path, "--gate") for path in options.gate or ()]
+    agents = [load_weights(AGENTS, path, "--agent.checkpoint") for path in options.agent.checkpoint or ()]
+    judges = [load_weights((RewardClassifier,), path, "--judge.checkpoint") for path in options.judge.checkpoint or ()]
+    gates = [load_weights((RewardClassifier,), path, "--gate") for path in options.gate or ()]
     states = [one.state for one in agents] + [one.state for one in (*judges, *gates)]
     corpus = root_corpus(options.data.root, states, needed=recorded is None)
     namesakes = {trace.name: trace for trace in root_traces(corpus)} if corpus else {}

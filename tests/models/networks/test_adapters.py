@@ -183,7 +183,7 @@ def test_a_checkpoint_contains_only_trained_weights(fitted: Callable[..., Any], 
     model, data, path = fitted(kind)
     checkpoint = torch.load(path, weights_only=True)
     assert set(checkpoint["state_dict"]) == trained_names(model)
-    again, _, _ = load_trained(RewardClassifier, path, "--checkpoint")
+    again, _, _ = load_trained((RewardClassifier,), path, "--checkpoint")
     batch = a_batch(data)
     assert torch.allclose(probabilities(again, batch), probabilities(model, batch), rtol=1e-5)  # attends otherwise
 
@@ -195,12 +195,12 @@ def test_an_adapter_with_a_missing_or_other_base_is_refused(
     away = base.rename(tmp_path / "away")
     try:
         with pytest.raises(UserError, match="only the weights of an adapter are stored, and its base is missing"):
-            load_trained(RewardClassifier, path, "--checkpoint")
+            load_trained((RewardClassifier,), path, "--checkpoint")
         torch.manual_seed(2)
         config = json.loads((away / "config.json").read_text())
         network_from_config(NetworkOptions("language model"), config).save_pretrained(base)
         with pytest.raises(UserError, match="has other weights now"):
-            load_trained(RewardClassifier, path, "--checkpoint")
+            load_trained((RewardClassifier,), path, "--checkpoint")
     finally:
         for file in base.glob("*"):
             file.unlink()
@@ -396,6 +396,6 @@ def test_a_base_from_scratch_is_rebuilt_identically(root: Path, tmp_path: Path) 
     data = small_data(root, layout="tree", token_budget=400)
     fit(model, data, LastCheckpoint(tmp_path), limit_val_batches=0)
     torch.manual_seed(7)
-    again, _, _ = load_trained(RewardClassifier, tmp_path / "last.ckpt", "--checkpoint")
+    again, _, _ = load_trained((RewardClassifier,), tmp_path / "last.ckpt", "--checkpoint")
     batch = a_batch(data)
     assert torch.allclose(probabilities(again, batch), probabilities(model, batch), rtol=1e-5)  # attends otherwise
