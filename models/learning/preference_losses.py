@@ -55,7 +55,7 @@ def preference_metrics(
 
     Returns:
         `preference_loss` without label smoothing; `preference_accuracy`, the share of pairs whose accepted proposal has
-        the higher reward (equal rewards count half); `reward_margin`, the mean difference; `reward_chosen` and
+        the higher reward; `reward_margin`, the mean difference; `reward_chosen` and
         `reward_rejected`, the means; `pairs`, their number.
     """
     if not len(chosen_P):
@@ -63,7 +63,7 @@ def preference_metrics(
     margin_P = beta * (chosen_P - rejected_P)
     metrics = {
         "preference_loss": dpo_losses(chosen_P, rejected_P, beta).mean(),
-        "preference_accuracy": ((margin_P > 0).double() + (margin_P == 0).double() / 2).mean(),
+        "preference_accuracy": (margin_P > 0).double().mean(),
         "reward_margin": margin_P.mean(),
         "reward_chosen": beta * chosen_P.mean(),
         "reward_rejected": beta * rejected_P.mean(),
