@@ -16,6 +16,7 @@ from tests.proactive.fitting.test_resume import NO_CALLBACKS, assert_same_tensor
 
 SMALL_AGENT = ["--task=agent", *SMALL_RUN, "--model.sampled_answers=2"]
 FOLDER = Path("runs", "agent", "0")
+LEARN_FROM_JUDGMENTS = (["--task=preference"], ["--task=preference", "--model.objective=kto"])
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,29 @@ def test_a_killed_agent_goes_on_bit_for_bit_and_leaves_a_whole_run_behind(root: 
     samples = (whole / FOLDER / "logs" / "answers.csv").read_text(encoding="utf-8").splitlines()
     assert samples[0] == "epoch,step,history,event,help_needed,answer,valid"
     assert len(load(last(whole / FOLDER))["AgentDataModule"]["training_scenes"]) > 0
+
+
+@pytest.mark.parametrize("options", LEARN_FROM_JUDGMENTS, ids=["dpo", "kto"])
+def test_killed_preference_training_goes_on_bit_for_bit(root: Path, tmp_path: Path, options: list[str]) -> None:
+    whole, killed, folder = tmp_path / "whole", tmp_path / "killed", Path("runs", "preference", "0")
+    for place in (whole, killed):
+        place.mkdir()
+    options = [*options, *SMALL_AGENT[1:], f"--data.root={root}"]
+    ended = command("proactive.fit", *options, cwd=whole)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.count("reference: log-probabilities of the train rows") == 1
+    assert command("proactive.fit", *options, kill_at(5), cwd=killed).returncode == -signal.SIGKILL
+    ended = command("proactive.fit", "--task=preference", "--ckpt_path=last", NO_CALLBACKS, cwd=killed)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "reference: log-probabilities" not in ended.stdout  # the checkpoint has them
+    found, expected = load(last(killed / folder)), load(last(whole / folder))
+    for part in ("global_step", "epoch", "state_dict", "optimizer_states", "calibration", "task", "reference"):
+        assert_same_tensors(found[part], expected[part], part)
+    assert metrics(killed / folder)["test"] == metrics(whole / folder)["test"]
+    assert "Implicit rewards of" in ended.stdout
+    page = (whole / folder / "report.html").read_text(encoding="utf-8")
+    assert "Preferences" in page
+    assert "test pairs" in (whole / folder / "export" / "README.md").read_text(encoding="utf-8")
 
 
 def test_transformers_alone_reads_the_export_and_the_conversations_format_is_taken(
