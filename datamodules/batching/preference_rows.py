@@ -12,7 +12,7 @@ from datamodules.batching.answer_rows import AnswerKind, AnswersDataModule, Exam
 from datamodules.batching.prefix_tree import Integers
 from datamodules.batching.rows import RowsDataModule, Stage, log
 from datamodules.batching.tokenized_split import TokenizedSplit
-from datamodules.corpus.conversations import SHORTEST_TELLTALE
+from datamodules.corpus.conversations import MIN_EVENT_LENGTH
 from datamodules.corpus.preferences import (
     JudgedProposal,
     Preference,
@@ -151,7 +151,7 @@ class PreferenceDataModule(AnswersDataModule):
             return []
         if self._records is None:
             lines = [line for path in self.preferences for line in read_preferences(path)]
-            held_out = {event for event in self._held_out_events if len(event) >= SHORTEST_TELLTALE}
+            held_out = {event for event in self._held_out_events if len(event) >= MIN_EVENT_LENGTH}
             scenes = self.held_out_scenes
             self._records = [
                 line

@@ -164,9 +164,9 @@ class StepSampler(Sampler[Step]):
 
     def __iter__(self) -> Iterator[Step]:
         for rows in self.steps()[self.first_step :]:
-            counts = self.target_counts
-            targets = len(rows) if counts is None else sum(counts[row] for row in rows)
-            yield micro_batches_of_rank(self.layout.split(rows, self.world_size), self.rank, self.world_size, targets)
+            weights = self.item_weights
+            total = len(rows) if weights is None else sum(weights[row] for row in rows)
+            yield micro_batches_of_rank(self.layout.split(rows, self.world_size), self.rank, self.world_size, total)
 
     def steps(self) -> list[list[int]]:
         """Return the rows of each step of this epoch. They are equal on all ranks and in all layouts."""

@@ -13,7 +13,7 @@ from datamodules.batching.preference_rows import Objective, PreferenceDataModule
 from datamodules.batching.rows import Stage, log
 from datamodules.batching.steps import PreferenceBatch
 from datamodules.errors import UserError
-from datamodules.ranges import BelowHalf, NotNegative, Positive
+from datamodules.ranges import BelowHalf, NonNegativeFloat, Positive
 from models.learning.checkpoint_contents import PreferenceCheckpoint
 from models.learning.preference_losses import dpo_losses, kto_losses, preference_metrics
 from models.learning.proactive_agent import ProactiveAgent, answer_lengths
@@ -54,8 +54,8 @@ class PreferenceAgent(ProactiveAgent):
         objective: Objective = "dpo",
         beta: Positive = 0.1,
         label_smoothing: BelowHalf = 0.0,
-        rejected_weight: NotNegative = 1.0,
-        supervised_weight: NotNegative = 0.0,
+        rejected_weight: NonNegativeFloat = 1.0,
+        supervised_weight: NonNegativeFloat = 0.0,
         **options: Any,
     ) -> None:
         super().__init__(**options)

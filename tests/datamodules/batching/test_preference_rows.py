@@ -37,7 +37,7 @@ def text_of(data: PreferenceDataModule, ids: Any) -> str:
 @pytest.mark.parametrize("layout", ["tree", "rows"])
 def test_a_batch_of_pairs_has_both_answers_after_the_same_history(root: Path, layout: str) -> None:
     data = small_data(root, layout=layout, token_budget=1500, micro_batch_size=4)
-    data.settle_layout(None)
+    data.choose_layout(None)
     seen = []
     examples = data.groups("train").examples
     for step in data.train_dataloader():
@@ -56,7 +56,7 @@ def test_a_batch_of_pairs_has_both_answers_after_the_same_history(root: Path, la
 
 def test_a_tree_has_an_answer_of_several_pairs_once(root: Path) -> None:
     data = small_data(root, layout="tree", token_budget=2000)
-    data.settle_layout(None)
+    data.choose_layout(None)
     for step in data.train_dataloader():
         for batch in step:
             assert len(batch["row"]) == len(batch["row"].unique()) == len(batch["groups"].unique())
