@@ -29,8 +29,8 @@ PAGES = [
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 HELPS = {
-    "fit": [["--task=reward"], ["--task=agent"]],
-    "plan": [["--task=reward"], ["--task=agent"]],
+    "fit": [["--task=reward"], ["--task=agent"], ["--task=preference"]],
+    "plan": [["--task=reward"], ["--task=agent"], ["--task=preference"]],
     "evaluate": [["reward"], ["agent"]],
     "annotate": [["import"], ["serve"], ["export"], ["agreement"]],
     "simulate": [["scenes"], ["traces"], ["rows"]],

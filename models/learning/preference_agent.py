@@ -61,7 +61,7 @@ class PreferenceAgent(ProactiveAgent):
         super().__init__(**options)
         self.reference: dict[Stage, Reference] = {}  # by split
         self._reference_N: Tensor | None = None  # of the training split, on the device
-        self._divergence: Tensor | None = None  # of the current step
+        self._divergence = torch.zeros(())  # of the current step
 
     # The reference
 
@@ -115,10 +115,8 @@ class PreferenceAgent(ProactiveAgent):
         if options["objective"] == "dpo":
             loss_G = dpo_losses(ratio_R[first_G], ratio_R[second_G], options["beta"], options["label_smoothing"])
         else:
-            assert self._divergence is not None, "prepare_step runs first"
-            loss_G = kto_losses(
-                ratio_R[first_G], accepted_G, self._divergence, options["beta"], options["rejected_weight"]
-            )
+            divergence = self._divergence.to(loss_R.device)
+            loss_G = kto_losses(ratio_R[first_G], accepted_G, divergence, options["beta"], options["rejected_weight"])
         if options["supervised_weight"]:
             mean_R = loss_R / answer_lengths(batch) * self.null_weights(batch)
             loss_G = loss_G + options["supervised_weight"] * torch.where(accepted_G, mean_R[first_G], 0.0)
@@ -126,6 +124,8 @@ class PreferenceAgent(ProactiveAgent):
 
     def _log_ratios(self, batch: PreferenceBatch, loss_R: Tensor) -> Tensor:
         """The log-ratio of each row of the training split to the reference, (R,) float32."""
+        if not self.reference:  # `plan` computes a loss on shapes, outside of a run
+            return -loss_R
         if self._reference_N is None:
             self._reference_N = self.reference["train"]["log_probability"].to(self.device, torch.float32)
         return -loss_R - self._reference_N[batch["row"]]

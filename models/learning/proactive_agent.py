@@ -183,4 +183,6 @@ class ProactiveAgent(BackboneModule):
 
 def answer_lengths(batch: AgentBatch) -> Tensor:
     """The number of tokens of each row's answer, (R,) int64."""
-    return torch.bincount(batch["answers"]["pair_row"], minlength=len(batch["row"]))
+    pair_row = batch["answers"]["pair_row"]
+    zero_R = torch.zeros(len(batch["row"]), dtype=torch.int64, device=pair_row.device)
+    return zero_R.index_add(0, pair_row, torch.ones_like(pair_row))

@@ -39,6 +39,14 @@ def test_a_small_run_is_planned_without_a_trace(planned: Callable, tmp_path: Pat
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_preference_training_is_planned(planned: Callable, objective: str) -> None:
+    options = [*SMALL_RUN, "--task=preference", f"--model.objective={objective}", "--model.supervised_weight=0.1"]
+    found = planned(*options)
+    assert found["memory"]["activations"] > 0
+    assert found["epoch"]["tree"]["tokens"] < found["epoch"]["rows"]["tokens"]
+
+
 def test_an_8b_recipe_on_a_24_gib_card(planned: Callable) -> None:
     qlora = ROOT / "configs" / "reward" / "qlora.yaml"
     arguments = ["--config", qlora, "--config", SHAPE, "--data.split", "by_scene", "--data.folds", "3"]
