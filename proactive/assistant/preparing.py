@@ -16,10 +16,10 @@ from models.judging.chat_client import ChatClient
 from models.judging.description import joint_settings
 from models.judging.gate import gate_threshold
 from models.judging.judges import RewardJudge
-from models.judging.weights import Model, Tie, Weights, assign
-from models.learning.proactive_agent import ProactiveAgent
+from models.judging.weights import Model, Tie, Weights, assign, load_weights
+from models.learning.preference_agent import AGENTS
 from models.learning.reward_classifier import RewardClassifier
-from proactive.agents import KINDS, load_weights, one_of, root_corpus, trained_agent, untrained_agent
+from proactive.agents import KINDS, one_of, root_corpus, trained_agent, untrained_agent
 from proactive.assistant.assistant import Parts
 from proactive.assistant.deciding import Policy
 from proactive.assistant.gating import Gate, GateOptions
@@ -78,8 +78,8 @@ def prepare(options: "Namespace", default_gate: Callable[[], Path]) -> Session:
     own = not any(options.agent[kind] for kind in KINDS)
     _refuse_contradictions(options, own)
     paths = options.gate or ([default_gate()] if options.source is None else [])
-    gates = [load_weights(RewardClassifier, path, "--gate") for path in paths]
-    agents = [load_weights(ProactiveAgent, path, "--agent.checkpoint") for path in options.agent.checkpoint or ()]
+    gates = [load_weights((RewardClassifier,), path, "--gate") for path in paths]
+    agents = [load_weights(AGENTS, path, "--agent.checkpoint") for path in options.agent.checkpoint or ()]
     weights: list[Weights[Any]] = [*gates, *agents]
     source, clock, recorded = watched(options, weights)
     trace = recorded.traces[0] if recorded else None
