@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING
 from datamodules.errors import UserError
 from datamodules.files.run_folders import latest_run_folder, missing_folders, output_folder, remove_empty
 from proactive.assistant.assistant import Assistant
-from proactive.assistant.keeping import make_private, remove_older
+from proactive.assistant.export import export
+from proactive.assistant.keeping import make_private, private_files, remove_older
 from proactive.assistant.narration import lines_of
 from proactive.assistant.options import session_parser
 from proactive.assistant.preparing import Session, prepare
 from proactive.assistant.session_log import SESSION_FILE, Entry
 from proactive.assistant.session_summary import summary, summary_table
 from proactive.commands import program
+from proactive.parser import Parser
 from proactive.tables import show
 from proactive.terminal import same_command, say
 
@@ -38,8 +40,29 @@ FIT = (sys.executable, "-m", "proactive.fit")
 def main(arguments: list[str]) -> None:
     """Parse, and run a session or export some."""
     parser = session_parser(program(NAME))
+    subcommands = parser.add_subcommands(required=False)
+    subcommands.add_subcommand("export", _export_parser(), help="write sessions as training data")
     options = parser.parse_args(arguments)
-    _run(options, arguments)
+    if options.subcommand == "export":
+        _export(options.export)
+    else:
+        _run(options, arguments)
+
+
+def _export_parser() -> Parser:
+    parser = Parser(prog="live export", description="Write the answers of sessions as training data.")
+    parser.add_argument("sessions", type=Path, nargs="+", help="Folders of sessions.")
+    parser.add_argument("--output", type=Path, required=True, help="The folder to make, which --data.root takes.")
+    return parser.with_output_options()
+
+
+def _export(options: "Namespace") -> None:
+    with private_files():
+        counts = export(options.sessions, options.output)
+    if not options.quiet:
+        said = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+        say(f"{options.output}: {said}")
+        say(f"to read: python -m proactive.annotate serve {options.output}")
 
 
 def _run(options: "Namespace", arguments: Sequence[str]) -> None:
@@ -48,21 +71,22 @@ def _run(options: "Namespace", arguments: Sequence[str]) -> None:
         for removed in remove_older(Path("runs", NAME), options.keep, options.output):
             say(f"removed {removed}: it was kept for {options.keep} days")
     around = missing_folders(options.output or Path("runs", NAME))
-    folder = output_folder(options.output, NAME, SESSION_FILE)
-    make_private(folder)
     tell: Callable[[str], None] = (lambda text: None) if options.quiet else say
     for note in session.notes:
         tell(note)
-    try:
-        asyncio.run(_watch(session, folder, tell))
-    except UserError:
-        _remove_without_entries(folder, around)
-        raise
-    except KeyboardInterrupt:
-        say(f"stopped; to continue: {same_command('live', arguments, folder)}", to_stderr=True)
+    with private_files():
+        folder = output_folder(options.output, NAME, SESSION_FILE)
+        make_private(folder)
+        try:
+            asyncio.run(_watch(session, folder, tell))
+        except UserError:
+            _remove_without_entries(folder, around)
+            raise
+        except KeyboardInterrupt:
+            say(f"stopped; to continue: {same_command('live', arguments, folder)}", to_stderr=True)
     if not options.quiet:
         show(summary_table(summary(folder)))
-        say(f"{folder / SESSION_FILE} is the log")
+        say(f"{folder / SESSION_FILE} is the log; next: python -m proactive.live export {folder} --output DIR")
 
 
 def _remove_without_entries(folder: Path, around: Sequence[Path]) -> None:

@@ -33,6 +33,7 @@ HELPS = {
     "plan": [["--task=reward"], ["--task=agent"], ["--task=preference"]],
     "evaluate": [["reward"], ["agent"]],
     "annotate": [["import"], ["serve"], ["export"], ["agreement"]],
+    "live": [[], ["export"]],
     "simulate": [["scenes"], ["traces"], ["rows"]],
 }
 OPTION = r"(?<![\w-])--[a-z][\w.-]*\w"

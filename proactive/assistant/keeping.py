@@ -1,6 +1,8 @@
 """Folders of sessions: private, and removed when they are old."""
 
+import contextlib
 import fcntl
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +11,16 @@ from datamodules.files.writing import remove
 from proactive.assistant.session_log import SESSION_FILE
 
 DAY = 86_400.0
+
+
+@contextlib.contextmanager
+def private_files() -> Iterator[None]:
+    """Create all files and folders of this process so that nobody but their owner can read them."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def make_private(folder: Path) -> None:

@@ -12,6 +12,24 @@ from proactive.assistant.session_log import Entry, EventEntry, GapEntry, Presenc
 LONG_ABSENCE = 1800.0  # seconds without the user after which a new trace begins
 
 
+class Absences:
+    """Finds long absences among presences and gaps."""
+
+    def __init__(self) -> None:
+        self._left: float | None = None  # when the user went away
+
+    def ends_trace(self, entry: PresenceEntry | GapEntry) -> bool:
+        """Note an entry, and return whether a long absence ended with it."""
+        if isinstance(entry, GapEntry):
+            since: float | None = entry.since
+        elif entry.away:
+            self._left = entry.at if self._left is None else self._left
+            return False
+        else:
+            since, self._left = self._left, None
+        return since is not None and entry.at - since >= LONG_ABSENCE
+
+
 class SessionState:
     """The state of a session. Its memory is bounded: some events, what the agent keeps, and the latest offers.
 
@@ -40,7 +58,7 @@ class SessionState:
         self.cursor: Cursor | None = None
         self.offer: Offer | None = None
         self.latest = float("-inf")
-        self._left: float | None = None  # when the user went away
+        self._absences = Absences()
         self._traces = 0
         self.agent_session = self._begin_trace()
 
@@ -71,16 +89,9 @@ class SessionState:
     def absence(self, entry: PresenceEntry | GapEntry) -> None:
         """Note that the user went away or came back, or a gap. After a long absence a new trace begins."""
         self.cursor = entry.cursor
-        since: float | None = None
-        if isinstance(entry, GapEntry):
-            since = entry.since
-        else:
+        if isinstance(entry, PresenceEntry):
             self.watch = self.watch.present(entry.away)
-            if entry.away:
-                self._left = entry.at if self._left is None else self._left
-            else:
-                since, self._left = self._left, None
-        if since is not None and entry.at - since >= LONG_ABSENCE:
+        if self._absences.ends_trace(entry):
             self.history.clear()
             self.agent_session = self._begin_trace()
 

@@ -18,7 +18,7 @@ import pytest
 
 from datamodules.corpus.sources import load_corpus
 from datamodules.corpus.traces import root_traces
-from proactive import evaluate, live
+from proactive import evaluate, fit, live
 from proactive.assistant.session_log import SESSION_FILE
 from tests.chat_server import Reply, chat_server
 from tests.helpers import ROOT, SMALL_RUN, environment_of_commands
@@ -245,6 +245,29 @@ def test_a_server_that_is_not_there_is_named(call: Call, tmp_path: Path) -> None
     assert ended.code == 2
     assert "http://127.0.0.1:9" in ended.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_answers_become_training_data_that_fit_takes_and_the_reader_opens(call: Call, tmp_path: Path) -> None:
+    folders = []
+    for number in range(6):
+        trace = write_trace(tmp_path / "traces", number=number)
+        folders.append(f"session {number}")
+        assert call(live.main, f"--source={trace}", *FREE, "--quiet", f"--output={folders[-1]}").code == 0
+    ended = call(live.main, "export", *folders, "--output=mine")
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out.splitlines() == [
+        "mine: 6 traces, 48 events, 48 rows, 48 preferences",
+        "to read: python -m proactive.annotate serve mine",
+    ]
+    for path in (tmp_path / "mine").rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+    fitted = call(fit.main, *SMALL_RUN, "--data.root=mine", "--trainer.max_steps=2")
+    assert (fitted.code, fitted.err) == (0, "")
+    assert "0 of 16 test rows have a history that was trained on" in fitted.out
+    ended = call(live.main, "export", *folders, "--output=mine")
+    assert (ended.code, ended.err.splitlines()[0]) == (2, "error: --output: mine exists")
+    ended = call(live.main, "export", "traces", "--output=other")
+    assert (ended.code, "traces/session.jsonl" in ended.err) == (2, True)
 
 
 def test_sessions_are_kept_for_some_days(call: Call, tmp_path: Path) -> None:
