@@ -1,4 +1,4 @@
-"""How far the annotators of a project, or of annotated rows, agree."""
+"""Agreement of the annotators of a project, or of annotated rows."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from proactive.annotation.store import Store, StoredLabel
 
 @dataclass(frozen=True)
 class Votes:
-    """Whether each annotator accepts one offer, or silence; `verdict` is None where they are tied."""
+    """Whether each annotator accepts one offer, or silence. `verdict` is the majority; None for a tie."""
 
     trace: str
     silence: bool
@@ -32,7 +32,7 @@ class Votes:
 
 
 def votes_of_rows(rows: Iterable[AnnotatedRow]) -> list[Votes]:
-    """Votes of annotated rows, whose annotators have no names."""
+    """Return the votes of annotated rows, whose annotators have no names."""
     return [
         Votes(row.scene, row.proposal is None, row.accepted, {str(n): said for n, said in enumerate(row.annotation)})
         for row in rows
@@ -40,18 +40,18 @@ def votes_of_rows(rows: Iterable[AnnotatedRow]) -> list[Votes]:
 
 
 def votes_of_project(store: Store) -> list[Votes]:
-    """Votes on each offer, and on silence, which is rejected by who says that help was needed."""
+    """Return the votes on each offer, and on silence. Annotators who say that help was needed reject silence."""
     by_item: dict[int, list[StoredLabel]] = {}
     for label in store.labels():
         if label.annotator is not None:
             by_item.setdefault(label.item, []).append(label)
     found = []
     for labels in by_item.values():
-        verdicts = decide([label.said for label in labels])
-        for place, verdict in enumerate(verdicts):
-            silence = place == len(verdicts) - 1
+        verdicts = decide([label.label for label in labels])
+        for index, verdict in enumerate(verdicts):
+            silence = index == len(verdicts) - 1
             votes = {
-                str(label.annotator): not label.said.help_needed if silence else label.said.accepted[place]
+                str(label.annotator): not label.label.help_needed if silence else label.label.accepted[index]
                 for label in labels
             }
             found.append(Votes(labels[0].trace, silence, verdict, votes))
@@ -59,17 +59,17 @@ def votes_of_project(store: Store) -> list[Votes]:
 
 
 def agreement_figures(votes: Sequence[Votes], names: bool = True) -> dict[str, dict[str, Any]]:
-    """Agreement over all votes, on offers and on silence, by category and by pair of annotators.
+    """Compute agreement over all votes, on offers and on silence, by category and by pair of annotators.
 
-    Categories have raw agreement alone: the votes themselves choose what falls into one, so that agreement by chance
-    has no meaning there.
+    Categories have only raw agreement. The votes themselves decide the category, so chance agreement is not defined
+    there.
 
     Args:
-        votes: What was said.
-        names: Whether annotators are told apart.
+        votes: The votes.
+        names: Whether annotators have names; without names there are no pairs.
 
     Returns:
-        By group, what `datamodules.corpus.agreement.agreement` says.
+        The result of `datamodules.corpus.agreement.agreement` for each group.
     """
     groups: dict[str, list[Votes]] = {
         "all": list(votes),

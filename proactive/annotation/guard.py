@@ -1,4 +1,4 @@
-"""What every request passes: the checks of Host, Origin and size, and the headers of every answer."""
+"""Middleware: checks Host, Origin and size of each request, and adds security headers to each response."""
 
 from collections.abc import Collection
 from urllib.parse import urlsplit
@@ -7,7 +7,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-LONGEST_FORM = 64 * 1024  # bytes; answers are a few hundred
+MAX_FORM_BYTES = 64 * 1024  # bytes; answers are a few hundred
 FORM = "application/x-www-form-urlencoded"  # the other kind carries files
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -21,10 +21,10 @@ HEADERS = {
 
 
 class Guard:
-    """Refuses requests that another site, or another name for this machine, could have led a browser into.
+    """Refuses requests that another site may have caused (CSRF, DNS rebinding).
 
     Args:
-        app: What answers the others.
+        app: The application that answers all other requests.
         hosts: The names and addresses that people use for this server, without port.
         port: Its port.
     """
@@ -67,4 +67,4 @@ class Guard:
         length = headers.get("content-length", "")
         if not (length.isascii() and length.isdecimal()):
             return 411, "The length is missing."
-        return (413, "That is too long.") if int(length) > LONGEST_FORM else None
+        return (413, "That is too long.") if int(length) > MAX_FORM_BYTES else None

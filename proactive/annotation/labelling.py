@@ -1,4 +1,4 @@
-"""The annotators' pages: the next unit, their former labels, and what they send."""
+"""The annotators' pages: the next unit to label, units labelled before, and saving of labels."""
 
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
@@ -16,7 +16,8 @@ from proactive.annotation.pages import (
     redirect,
     unit_page,
 )
-from proactive.annotation.store import Annotator, Item, RefusedError, Store
+from proactive.annotation.project_file import Annotator, ProjectUnit
+from proactive.annotation.store import RefusedError, Store
 
 
 class Labelling:
@@ -32,48 +33,48 @@ class Labelling:
     def routes(self) -> list[Route]:
         unit = "/a/{token}/unit/{item:int}"
         return [
-            Route("/a/{token}", endpoint(self._who, self.next_unit)),
-            Route(unit, endpoint(self._who, self.unit)),
-            Route(unit, endpoint(self._who, self.save), methods=["POST"]),
-            Route("/a/{token}/back", endpoint(self._who, self.take_back), methods=["POST"]),
+            Route("/a/{token}", endpoint(self._annotator, self.next_unit)),
+            Route(unit, endpoint(self._annotator, self.unit)),
+            Route(unit, endpoint(self._annotator, self.save), methods=["POST"]),
+            Route("/a/{token}/back", endpoint(self._annotator, self.withdraw_latest), methods=["POST"]),
         ]
 
-    def next_unit(self, request: Request, who: Annotator) -> Response:
-        number = self.store.claim(who.id)
+    def next_unit(self, request: Request, annotator: Annotator) -> Response:
+        number = self.store.claim(annotator.id)
         item = None if number is None else self.store.item(number)
         if item is not None:
-            return self._page(request, who, item, said="Saved." if "saved" in request.query_params else "")
-        progress = self.store.progress(who.id)
+            return self._page(request, annotator, item, notice="Saved." if "saved" in request.query_params else "")
+        progress = self.store.progress(annotator.id)
         text = f"You have labelled {progress.done} units, and nothing is left for you. Thank you!"
         if progress.left:
             text = f"You have labelled {progress.done} units. Others work on the {progress.left} that are left."
         return message("Done for now", text, back=home(request) if progress.done else "")
 
-    def unit(self, request: Request, who: Annotator) -> Response:
-        """A unit that they were given before."""
+    def unit(self, request: Request, annotator: Annotator) -> Response:
+        """Show a unit that was assigned to the annotator before."""
         item = item_of(request, self.store)
-        if not self.store.show_again(who.id, item.id):
+        if not self.store.show_again(annotator.id, item.id):
             raise HTTPException(404)
-        return self._page(request, who, item)
+        return self._page(request, annotator, item)
 
-    def save(self, request: Request, who: Annotator, form: FormData) -> Response:
+    def save(self, request: Request, annotator: Annotator, form: FormData) -> Response:
         item = item_of(request, self.store)
         if form.get("action") == "skip":
-            self.store.skip(who.id, item.id)
+            self.store.skip(annotator.id, item.id)
             return redirect(home(request))
         try:
-            self.store.save(who.id, item.id, read_label(form, item), str(form.get("post")))
+            self.store.save(annotator.id, item.id, read_label(form, item), str(form.get("post")))
         except IncompleteError as problem:
-            return self._page(request, who, item, form, str(problem))
+            return self._page(request, annotator, item, form, str(problem))
         except RefusedError as refused:
             return message("Not saved", str(refused), 409, link=home(request), link_text="Next unit")
         return redirect(f"{home(request)}?saved")
 
-    def take_back(self, request: Request, who: Annotator, form: FormData) -> Response:
-        item = self.store.take_back(who.id)
+    def withdraw_latest(self, request: Request, annotator: Annotator, form: FormData) -> Response:
+        item = self.store.withdraw_latest(annotator.id)
         return redirect(home(request) + ("" if item is None else f"/unit/{item}"))
 
-    def _who(self, request: Request) -> Annotator:
+    def _annotator(self, request: Request) -> Annotator:
         found = self.store.annotator(request.path_params["token"])
         if found is None:
             raise HTTPException(404)
@@ -82,18 +83,18 @@ class Labelling:
     def _page(
         self,
         request: Request,
-        who: Annotator,
-        item: Item,
+        annotator: Annotator,
+        item: ProjectUnit,
         form: FormData | None = None,
         problem: str = "",
-        said: str = "",
+        notice: str = "",
     ) -> Response:
-        label, progress = self.store.label(who.id, item.id), self.store.progress(who.id)
-        before, after = self.store.neighbours(who.id, item.id)
+        label, progress = self.store.label(annotator.id, item.id), self.store.progress(annotator.id)
+        before, after = self.store.neighbours(annotator.id, item.id)
         return unit_page(
             "label.html",
             item,
-            item.order(who.id),
+            item.order(annotator.id),
             label,
             form,
             problem,
@@ -101,13 +102,13 @@ class Labelling:
             heading=f"Unit {item.id}, as you labelled it" if label else f"Unit {item.id}",
             action=f"{home(request)}/unit/{item.id}",
             home=home(request),
-            name=who.name,
+            name=annotator.name,
             progress=progress,
             pace=_pace(progress.pace, progress.left),
             before=before,
             after=after,
             labelled=label is not None,
-            said=said,
+            notice=notice,
         )
 
 

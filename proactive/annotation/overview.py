@@ -1,4 +1,4 @@
-"""The owner's pages of a project: how far it is, annotators and their links, and ties to adjudicate."""
+"""The owner's pages of a project: progress, annotators and their links, and ties to adjudicate."""
 
 from collections.abc import Callable
 
@@ -19,12 +19,12 @@ class Overview:
 
     Args:
         store: The project.
-        reads: Whether there are traces to read as well.
+        has_traces: Whether the server also shows traces.
         is_owner: Raises if the token of a request is not the owner's.
     """
 
-    def __init__(self, store: Store, reads: bool, is_owner: Callable[[Request], None]) -> None:
-        self.store, self.reads, self.is_owner = store, reads, is_owner
+    def __init__(self, store: Store, has_traces: bool, is_owner: Callable[[Request], None]) -> None:
+        self.store, self.has_traces, self.is_owner = store, has_traces, is_owner
 
     def routes(self) -> list[Route]:
         adjudicate = "/o/{token}/adjudicate/{item:int}"
@@ -41,7 +41,7 @@ class Overview:
             "overview.html",
             422 if problem else 200,
             home=home(request),
-            reads=self.reads,
+            reads=self.has_traces,
             problem=problem,
             link=link,
             link_name=link_name,
@@ -79,7 +79,7 @@ class Overview:
             "adjudicate.html",
             item,
             range(len(item.unit.offers)),
-            next((one.said for one in labels if one.annotator is None), None),
+            next((one.label for one in labels if one.annotator is None), None),
             form,
             problem,
             [one for one in labels if one.annotator is not None],

@@ -28,12 +28,12 @@ from models.reporting.timeline import (
 )
 from proactive.annotation.pages import endpoint, home, page, redirect
 
-MOST_FOUND = 300  # events that a search shows
+MAX_FOUND = 300  # events that a search shows
 
 
 @dataclass(frozen=True)
 class Source:
-    """What one agent did with traces, or what one judge made of that."""
+    """Traces with the offers of one agent, or with the verdicts of one judge on them."""
 
     name: str
     traces: Sequence[ShownTrace]
@@ -41,10 +41,10 @@ class Source:
 
 
 def read_sources(paths: Sequence[Path]) -> list[Source]:
-    """Read folders of evaluations, and traces of either layout; a folder of folders is a source for each.
+    """Read folders of evaluations, and traces of either layout. Each folder in a folder is a source.
 
     Raises:
-        UserError: There is no trace, or one does not fit; the message names file, place and field.
+        UserError: There is no trace, or one does not fit; the message names file, location and field.
     """
     found: list[Source] = []
     for path in paths:
@@ -58,13 +58,13 @@ def read_sources(paths: Sequence[Path]) -> list[Source]:
             ]
     names = Counter(source.name for source in found)
     return [
-        replace(source, name=f"{source.name} ({place})") if names[source.name] > 1 else source
-        for place, source in enumerate(found, 1)
+        replace(source, name=f"{source.name} ({index})") if names[source.name] > 1 else source
+        for index, source in enumerate(found, 1)
     ]
 
 
 def source_of_rows(name: str, rows: Sequence[AnnotatedRow]) -> Source:
-    """What annotated rows say of their scenes, as one source: each event with its proposals and people's judgments."""
+    """Return annotated rows as one source: each event of a scene with its proposals and their judgments."""
     by_scene: dict[str, dict[int, list[AnnotatedRow]]] = {}
     for row in rows:
         by_scene.setdefault(row.scene, {}).setdefault(len(row.history), []).append(row)
@@ -80,14 +80,14 @@ class Reader:
     """The pages below /o/TOKEN/read.
 
     Args:
-        sources: What is shown.
+        sources: The traces to show.
         is_owner: Raises if the token of a request is not the owner's.
     """
 
     def __init__(self, sources: Sequence[Source], is_owner: Callable[[Request], None]) -> None:
         self.sources, self.is_owner = [source.name for source in sources], is_owner
-        grave = ((source.name, note) for source in sources for note in source.notes if note.split(":")[0].isupper())
-        self.notes = [f"{name}: {note}" if len(sources) > 1 else note for name, note in grave]
+        serious = ((source.name, note) for source in sources for note in source.notes if note.split(":")[0].isupper())
+        self.notes = [f"{name}: {note}" if len(sources) > 1 else note for name, note in serious]
         made = timelines([source.traces for source in sources])
         self.timelines, self.outcomes = {one.anchor: one for one in made}, outcomes_of(made)
 
@@ -98,11 +98,11 @@ class Reader:
         ]
 
     def first_page(self) -> Route:
-        """Where nothing but traces is served: the owner's link leads to them."""
+        """Return the first page of a server without a project: it redirects to the traces."""
         return Route("/o/{token}", endpoint(self.is_owner, lambda request, _: redirect(f"{home(request)}/read")))
 
     def index(self, request: Request, _: None) -> Response:
-        """All traces; or what a search found in them."""
+        """List all traces, or the events that a search found."""
         asked = request.query_params
         text, wanted, differs = asked.get("text", ""), asked.getlist("outcome"), "differs" in asked
         found: list[Timeline] = []
@@ -116,7 +116,7 @@ class Reader:
                     and (not wanted or set(wanted) & set(line.outcomes))
                     and (line.differs or not differs)
                 )
-                kept = lines[: max(MOST_FOUND - count, 0)]
+                kept = lines[: max(MAX_FOUND - count, 0)]
                 count += len(lines)
                 found += [replace(one, lines=kept)] if kept else []
         counts = {
@@ -137,7 +137,7 @@ class Reader:
             searched=bool(asked),
             found=found,
             count=count,
-            most=MOST_FOUND,
+            limit=MAX_FOUND,
             links={anchor: f"{home(request)}/read/{quote(anchor)}" for anchor in self.timelines},
         )
 
@@ -145,7 +145,7 @@ class Reader:
         anchor, anchors = request.path_params["anchor"], list(self.timelines)
         if anchor not in self.timelines:
             raise HTTPException(404)
-        place = anchors.index(anchor)
+        index = anchors.index(anchor)
         return page(
             "trace.html",
             home=home(request),
@@ -153,8 +153,8 @@ class Reader:
             notes=self.notes,
             timeline=self.timelines[anchor],
             outcomes=self.outcomes,
-            before=quote(anchors[place - 1]) if place else "",
-            after=quote(anchors[place + 1]) if place + 1 < len(anchors) else "",
+            before=quote(anchors[index - 1]) if index else "",
+            after=quote(anchors[index + 1]) if index + 1 < len(anchors) else "",
         )
 
 
@@ -171,13 +171,13 @@ def _shown_trace(trace: Trace, recorded: Recorded) -> ShownTrace:
 def _shown_step(
     judged: Sequence[tuple[str | None, bool | None]], notes: Sequence[Mapping[str, str]] | None = None
 ) -> ShownStep:
-    """A step of proposals and their verdicts; the first accepted one decides, else the first with a verdict."""
+    """Return a step with its proposals. The first accepted one decides, else the first with a verdict."""
     judged = judged or [(None, None)]
     verdicts = [verdict for _, verdict in judged]
-    known = [place for place, verdict in enumerate(verdicts) if verdict is not None]
+    known = [index for index, verdict in enumerate(verdicts) if verdict is not None]
     deciding = verdicts.index(True) if True in verdicts else (known or [0])[0]
     offers = tuple(
-        ShownOffer(text, verdict=verdict, notes=note, counts=place == deciding or not known)
-        for place, ((text, verdict), note) in enumerate(zip(judged, notes or [{}] * len(judged), strict=True))
+        ShownOffer(text, verdict=verdict, notes=note, counts=index == deciding or not known)
+        for index, ((text, verdict), note) in enumerate(zip(judged, notes or [{}] * len(judged), strict=True))
     )
     return ShownStep(offers, outcome(judged[deciding][0] is not None, verdicts[deciding]))

@@ -1,6 +1,6 @@
-"""The server: who is let in, what it answers, and where it listens.
+"""The server of the annotation pages.
 
-Whoever knows a token is let in: an annotator's leads to units to label, the owner's to the overview and to traces.
+A token in the path gives access: an annotator's to units to label, the owner's to the overview and to traces.
 """
 
 import secrets
@@ -36,11 +36,11 @@ STATIC = {
 
 
 def application(store: Store | None, sources: Sequence[Source], owner: str, hosts: Sequence[str], port: int) -> ASGIApp:
-    """What answers requests.
+    """Return the application that answers requests.
 
     Args:
         store: The project, if there is one.
-        sources: Traces to read.
+        sources: Traces to show.
         owner: The owner's token.
         hosts: The names and addresses that people use for this server.
         port: Its port.
@@ -62,10 +62,10 @@ def application(store: Store | None, sources: Sequence[Source], owner: str, host
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; port 0 is any that is free.
+    """Return a listening socket; port 0 chooses a free port.
 
     Raises:
-        UserError: It cannot.
+        UserError: The address is unknown, or the port is in use.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -76,13 +76,13 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(app: ASGIApp, listening: socket.socket) -> None:
-    """Answer until the process is told to end; what is in progress is finished first."""
+    """Answer requests until the process gets a signal; requests in progress are finished."""
     config = uvicorn.Config(
         app,
         http="h11",
         ws="none",
         lifespan="off",
-        access_log=False,  # it would hold tokens
+        access_log=False,  # it would contain tokens
         log_config=None,
         proxy_headers=False,
         server_header=False,
@@ -91,7 +91,7 @@ def serve(app: ASGIApp, listening: socket.socket) -> None:
 
 
 def _static() -> Route:
-    """Style and scripts, read once: no path of a request reaches the disk."""
+    """Serve styles and scripts, which are read once. No path of a request is opened."""
     files = {name: ((folder / name).read_text(encoding="utf-8"), kind) for name, (folder, kind) in STATIC.items()}
 
     def answer(request: Request) -> Response:
@@ -109,6 +109,6 @@ def _no_page(request: Request, error: Any) -> Response:
 
 
 def _no_project(request: Request, error: Exception) -> Response:
-    """What the disk or the database refuses is said where it happened, and nothing counts as saved."""
+    """Report an error of the disk or the database. Nothing was saved."""
     text = f"The project file does not work: {error}. Nothing was saved; go back and try again."
     return message("Not saved", text, 503)

@@ -48,8 +48,8 @@ def test_in_label_and_out(call: Callable, tmp_path: Path) -> None:
     project = tmp_path / "p.sqlite"
     ended = call(annotate.main, "import", tmp_path / "traces", "--project", project)
     assert (ended.code, ended.err) == (0, "")
-    assert "3 units added, 0 were there" in ended.out
-    assert "0 units added, 3 were there" in call(annotate.main, "import", "traces", "--project", project).out
+    assert "3 units added, 0 were already there" in ended.out
+    assert "0 units added, 3 were already there" in call(annotate.main, "import", "traces", "--project", project).out
 
     label(project, lambda person, item: UnitLabel((person < 2, item == 2), item != 3))
     ended = call(annotate.main, "export", project, "--output", "root")

@@ -57,7 +57,7 @@ def key_of(page: Any, text: str) -> str:
 
 def answers(file: Path) -> dict[int, tuple[tuple[bool, ...], bool | None]]:
     with contextlib.closing(Store(file)) as store:
-        return {label.item: (label.said.accepted, label.said.help_needed) for label in store.labels()}
+        return {label.item: (label.label.accepted, label.label.help_needed) for label in store.labels()}
 
 
 def test_three_annotators_at_once_by_keyboard_alone(tmp_path: Path, browser: Any) -> None:
@@ -90,7 +90,7 @@ def test_three_annotators_at_once_by_keyboard_alone(tmp_path: Path, browser: Any
             thread.join(HANG)
     assert failed == []
     with contextlib.closing(Store(file)) as store:
-        assert {(str(label.annotator), label.item): label.said for label in store.labels()} == typed
+        assert {(str(label.annotator), label.item): label.label for label in store.labels()} == typed
         assert store.states()["complete"] == 30
     assert len(typed) == 60
     assert set(Counter(number for _, number in typed).values()) == {2}

@@ -16,8 +16,8 @@ from proactive.evaluation.evaluation_report import evaluation_report
 from tests.helpers import PROACTIVEBENCH, command, needs_proactivebench
 from tests.proactive.annotation.conftest import page_of
 from tests.proactive.annotation.serving import Client, project, served
-from tests.proactive.evaluation.test_page import LONG as LONG_OFFER
-from tests.proactive.evaluation.test_page import NULL, TEXT, judged, record_of
+from tests.proactive.evaluation.test_evaluation_report import LONG as LONG_OFFER
+from tests.proactive.evaluation.test_evaluation_report import NULL, TEXT, judged, record_of
 
 SCRIPT = "<script>document.title = 'obeyed'</script>"
 LONG = "The agent thinks at length. " * 20

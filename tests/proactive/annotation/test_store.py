@@ -109,7 +109,7 @@ def test_the_latest_answer_counts_and_none_is_overwritten(store: Store, clock: C
     store.save(one, 1, YES, "b")  # the same form sent twice
     assert store.label(one, 1) == NO
     (label,) = store.labels()
-    assert (label.annotator, label.said, label.seconds, label.at) == ("person 0", NO, 7.0, clock.now)
+    assert (label.annotator, label.label, label.seconds, label.at) == ("person 0", NO, 7.0, clock.now)
     with contextlib.closing(sqlite3.connect(store.path)) as db:
         assert db.execute("SELECT accepted, help_needed FROM labels ORDER BY id").fetchall() == [
             ("[true, false]", 1),
@@ -119,12 +119,12 @@ def test_the_latest_answer_counts_and_none_is_overwritten(store: Store, clock: C
 
 def test_what_is_taken_back_counts_no_more_and_keeps_its_seat(store: Store) -> None:
     one, two, three = people(store, 3)
-    assert store.take_back(one) is None
+    assert store.withdraw_latest(one) is None
     for person in (one, two):
         store.claim(person)
         store.save(person, 1, YES, f"{person}")
     assert store.states()["complete"] == 1
-    assert store.take_back(one) == 1
+    assert store.withdraw_latest(one) == 1
     assert (store.label(one, 1), store.states()["complete"], store.states()["labelled"]) == (None, 0, 1)
     assert store.claim(three) == 2
     assert store.claim(one) == 1

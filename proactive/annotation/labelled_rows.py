@@ -1,4 +1,4 @@
-"""Annotated rows out of a project, with who said what beside them."""
+"""Exports the complete units of a project as annotated rows, with a file about the labels behind each row."""
 
 import json
 from collections import Counter
@@ -10,7 +10,8 @@ from datamodules.corpus.sources import TRAIN_FILE
 from datamodules.corpus.units import majority_rows, published_rows
 from datamodules.errors import UserError
 from datamodules.files.writing import Unfinished, sync
-from proactive.annotation.store import Item, Store, StoredLabel
+from proactive.annotation.project_file import ProjectUnit
+from proactive.annotation.store import Store, StoredLabel
 
 PROVENANCE_FILE = "provenance.jsonl"
 Rule = Literal["majority", "published"]
@@ -21,16 +22,16 @@ def export(store: Store, output: Path, rule: Rule, drop_ties: bool) -> dict[str,
 
     Args:
         store: The project.
-        output: The folder to make, with annotated rows in the published layout, and a file that says of each unit who
-            made its offers and who said what, when, and in how many seconds.
+        output: A new folder. It gets annotated rows in the published layout, and a file that lists for each unit the
+            sources of its offers and its labels, with annotator, time and duration.
         rule: How labels become rows; see `datamodules.corpus.units`.
-        drop_ties: Whether what is tied is left out; refused otherwise.
+        drop_ties: Whether to leave out tied rows. Otherwise ties are an error.
 
     Returns:
-        How many rows and units were written, and how many units are not complete yet or had ties.
+        The number of rows and units written, of incomplete units, and of units with ties.
 
     Raises:
-        UserError: Something is in the way, no unit is complete, or there are ties.
+        UserError: The folder exists, no unit is complete, or there are ties.
     """
     if output.exists():
         raise UserError(f"--output: {output} exists", "Give a new folder.")
@@ -58,19 +59,19 @@ def export(store: Store, output: Path, rule: Rule, drop_ties: bool) -> dict[str,
         rows += made
         provenance.append(_provenance(item, mine, rule, len(made)))
     if not rows:
-        raise UserError(f"{store.path} has no complete unit to export", "StoredLabel some first: see `serve`.")
+        raise UserError(f"{store.path} has no complete unit to export", "Label some first: see `serve`.")
     _write(output, {TRAIN_FILE: [row.published() for row in rows], PROVENANCE_FILE: provenance})
     return {"rows": len(rows), "units": len(provenance), **{name: counts[name] for name in ("incomplete", "ties")}}
 
 
-def _rows(item: Item, labels: list[StoredLabel], rule: Rule) -> list[AnnotatedRow]:
-    said = [label.said for label in labels if label.annotator is not None]
+def _rows(item: ProjectUnit, labels: list[StoredLabel], rule: Rule) -> list[AnnotatedRow]:
+    said = [label.label for label in labels if label.annotator is not None]
     if rule == "published":
         return published_rows(item.unit, said)
-    return majority_rows(item.unit, said, next((one.said for one in labels if one.annotator is None), None))
+    return majority_rows(item.unit, said, next((one.label for one in labels if one.annotator is None), None))
 
 
-def _provenance(item: Item, labels: list[StoredLabel], rule: Rule, rows: int) -> dict[str, Any]:
+def _provenance(item: ProjectUnit, labels: list[StoredLabel], rule: Rule, rows: int) -> dict[str, Any]:
     return {
         "trace": item.unit.trace,
         "step": item.step,
@@ -81,8 +82,8 @@ def _provenance(item: Item, labels: list[StoredLabel], rule: Rule, rows: int) ->
             {
                 "annotator": label.annotator,
                 "adjudicates": label.annotator is None,
-                "accepted": label.said.accepted,
-                "help_needed": label.said.help_needed,
+                "accepted": label.label.accepted,
+                "help_needed": label.label.help_needed,
                 "at": label.at,
                 "seconds": label.seconds,
             }
