@@ -67,6 +67,7 @@ Folds = Annotated[int, Ge(3), Le(10_000), FINITE]  # at least one each to train,
 Vocabulary = Annotated[int, Ge(259), Le(2**20), FINITE]  # at least every byte and three special tokens
 Workers = Annotated[int, Ge(0), Le(256), FINITE]  # processes
 Temperature = Annotated[float, Ge(0), Le(100), FINITE]  # for sampling
+Port = Annotated[int, Ge(0), Le(65535), FINITE]  # 0 is any that is free
 Tries = Annotated[int, Ge(1), Le(1000), FINITE]
 FolderName = Annotated[str, MaxLen(60), FolderNameRule()]  # at most 240 bytes; file systems allow 255
 _PLAIN = {  # pydantic's messages as regular expressions, and our words for them

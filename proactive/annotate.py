@@ -12,9 +12,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from annotated_types import Ge, Le
+from typing import TYPE_CHECKING, Any
 
 from datamodules.corpus.agreement import interval
 from datamodules.corpus.json_records import read_jsonl
@@ -23,7 +21,7 @@ from datamodules.corpus.simulator import simulate
 from datamodules.corpus.sources import load_corpus
 from datamodules.corpus.units import read_units, units_of_rows
 from datamodules.errors import UserError
-from datamodules.ranges import FINITE, Tries
+from datamodules.ranges import Port, Tries
 from proactive.annotation.figures import agreement_figures, votes_of_project, votes_of_rows
 from proactive.annotation.labelled_rows import Rule, export
 from proactive.annotation.store import Store
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
     from jsonargparse import Namespace
 
 EXAMPLE_SCENES = 3
-Port = Annotated[int, Ge(0), Le(65535), FINITE]
 
 
 def main(arguments: list[str]) -> None:

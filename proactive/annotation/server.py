@@ -50,7 +50,7 @@ def application(store: Store | None, sources: Sequence[Source], owner: str, host
         if not secrets.compare_digest(request.path_params["token"].encode(), owner.encode()):
             raise HTTPException(404)
 
-    routes = [_static()]
+    routes = [static_files()]
     if sources:
         reader = Reader(sources, is_owner)
         routes += reader.routes() if store else [reader.first_page(), *reader.routes()]
@@ -77,6 +77,11 @@ def listen(host: str, port: int) -> socket.socket:
 
 def serve(app: ASGIApp, listening: socket.socket) -> None:
     """Answer requests until the process gets a signal; requests in progress are finished."""
+    uvicorn_server(app).run(sockets=[listening])
+
+
+def uvicorn_server(app: ASGIApp) -> uvicorn.Server:
+    """Return a server whose log holds no addresses, because they contain tokens."""
     config = uvicorn.Config(
         app,
         http="h11",
@@ -87,10 +92,10 @@ def serve(app: ASGIApp, listening: socket.socket) -> None:
         proxy_headers=False,
         server_header=False,
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    return uvicorn.Server(config)
 
 
-def _static() -> Route:
+def static_files() -> Route:
     """Serve styles and scripts, which are read once. No path of a request is opened."""
     files = {name: ((folder / name).read_text(encoding="utf-8"), kind) for name, (folder, kind) in STATIC.items()}
 

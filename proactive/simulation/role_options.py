@@ -139,18 +139,18 @@ def _local_role(
     from models.judging.agents import AlwaysPropose, NeverPropose
     from models.judging.judges import RewardJudge
     from models.judging.local_agent import AnswerOptions, LocalAgent
+    from models.judging.weights import load_weights
     from models.learning.proactive_agent import ProactiveAgent
     from models.learning.reward_classifier import RewardClassifier
-    from proactive.agents import load_weights
     from proactive.simulation.local_roles import BaselineAssistant, TrainedAssistant, TrainedJudge
 
     group = options[role]
     if kind == "baseline":
         return BaselineAssistant(AlwaysPropose() if group.baseline == "always-propose" else NeverPropose(), log)
     if role == "judge":
-        weights = load_weights(RewardClassifier, group.checkpoint, "--judge.checkpoint")
+        weights = load_weights((RewardClassifier,), group.checkpoint, "--judge.checkpoint")
         return TrainedJudge(RewardJudge(weights), log, thread)
     answers = AnswerOptions(group.max_new_tokens)
-    trained = load_weights(ProactiveAgent, group.checkpoint, "--assistant.checkpoint")
+    trained = load_weights((ProactiveAgent,), group.checkpoint, "--assistant.checkpoint")
     agent = LocalAgent(trained, answers, temperature=group.temperature, seed=options.seed)
     return TrainedAssistant(agent, log, thread)

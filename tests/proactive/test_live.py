@@ -210,6 +210,14 @@ def test_a_source_that_is_no_trace_is_named(call: Call, tmp_path: Path) -> None:
         assert (ended.code, said in ended.err) == (2, True), ended.err
 
 
+def test_a_page_is_served_while_a_session_runs(call: Call, tmp_path: Path) -> None:
+    options = [f"--source={write_trace(tmp_path / 'traces')}", *FREE, "--notify=page", "--output=mine"]
+    ended = call(live.main, *options)
+    assert (ended.code, ended.err) == (0, "")
+    assert re.search(r"^offers: http://127.0.0.1:\d+/offers/\S{20,}$", ended.out, re.M)
+    assert {one["reply"] for one in entries(tmp_path / "mine", "reply")} <= {"ignored", "withdrawn"}
+
+
 def test_an_export_is_watched_with_an_agent_of_its_own(call: Call, tmp_path: Path) -> None:
     window = {"app": "Code", "title": "parser.py - shop"}
     events = [

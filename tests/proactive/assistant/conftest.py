@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.proactive.annotation.conftest import browser, faults  # noqa: F401 - fixtures
 from tests.proactive.assistant.activitywatch_server import PYTHON, ActivityWatchServer
 
 
