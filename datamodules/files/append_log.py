@@ -128,7 +128,7 @@ def _parsed(line: bytes) -> Any:
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any], parent: str = "") -> Iterator[tuple[str, Any, Any]]:
     """The settings that differ: their names, with dots in names of nested settings, and both values."""
-    for name in sorted(set(then) | set(now)):
+    for name in {**now, **then}:
         one, other = then.get(name), now.get(name)
         if isinstance(one, dict) and isinstance(other, dict):
             yield from _differences(one, other, f"{parent}{name}.")

@@ -83,6 +83,7 @@ class SceneWriting:
     def settings(self, writer: Role[SceneDraft]) -> dict[str, Any]:
         """Return everything that determines the result."""
         return {
+            "command": "scenes",
             "seeds": digest({kind: seed.model_dump() for kind, seed in self.seeds.items()})[:16],
             "scenes": self.count,
             "seed": self.seed,

@@ -8,15 +8,14 @@ from datamodules.errors import UserError
 from datamodules.files.run_folders import REPORT_FILE, output_folder
 from datamodules.ranges import Count, NonNegativeInt, Positive, Seed, Tries
 from models.judging.budget import Budget, Price
-from models.judging.chat_client import ChatClient
 from models.judging.endpoint import EndpointOptions
-from proactive.endpoints import endpoint_of
 from proactive.parser import Parser
 from proactive.simulation.concurrent_work import Limits, StoppedError
 from proactive.simulation.contamination import events_of_test_traces
-from proactive.simulation.endpoint_roles import EndpointRole, RoleOptions, RolePrompt
+from proactive.simulation.endpoint_roles import RoleOptions
 from proactive.simulation.log import LOG_FILE, SimulationLog
 from proactive.simulation.questions import Role
+from proactive.simulation.role_options import endpoint_role
 from proactive.simulation.scene_writing import SceneDraft, SceneWriting, derive_scenes, write_scenes
 from proactive.simulation.scenes import SCENES_FILE
 from proactive.simulation.scripted_writer import ScriptedWriter
@@ -66,10 +65,9 @@ def scenes(options: "Namespace") -> None:
     writer: Role[SceneDraft] = ScriptedWriter(log)
     clients = []
     if options.writer.url:
-        budget = Budget(options.budget_tokens, options.budget_cost, ("budget-tokens", "budget-cost"))
-        endpoint = endpoint_of("writer", options, options.writer.temperature)
-        clients = [ChatClient(endpoint, log, budget, "writer")]
-        writer = EndpointRole(clients[0], RolePrompt.read("writer", options.writer.prompt))
+        whole = Budget(options.budget_tokens, options.budget_cost, ("budget-tokens", "budget-cost"))
+        endpoint = endpoint_role("writer", options, log, whole)
+        writer, clients = endpoint, [endpoint.client]
     folder = output_folder(options.output, "scenes", LOG_FILE)
     progress = (lambda text: None) if options.quiet else say
     stopped: StoppedError | None = None

@@ -39,6 +39,8 @@ def read_seeds(path: Path) -> Seeds:
         content = parse_yaml(read_text(path, option="--seeds"), MAX_TEXT_BYTES)
     except NotYamlError as error:
         raise UserError(f"--seeds: {path} is not YAML: {error}", hint) from error
+    if isinstance(content, list):
+        hint = f"Give a list of scenes to `simulate traces --scenes`. {hint}"
     if not isinstance(content, dict) or not content:
         raise UserError(f"--seeds: {path}: expected a mapping of kinds to tasks", hint)
     return {str(kind): validate(item, SeedTasks, f"{path}, kind {kind}") for kind, item in content.items()}

@@ -60,6 +60,7 @@ class TraceSimulation:
     def settings(self, roles: Roles) -> dict[str, Any]:
         """Return everything that determines the result."""
         return {
+            "command": "traces",
             "scenes": scenes_digest(self.scenes),
             "trials": self.trials,
             "seed": self.seed,
@@ -145,5 +146,5 @@ def _settings(path: Path) -> dict[str, Any]:
     with open_file(path, None) as file:
         first = parse_json(next((line for _, line in text_lines(file, path)), "null"), str(path))
     if not isinstance(first, dict) or "examples" not in first.get("settings", {}):
-        raise UserError(f"{path} is not the log of a simulation", "Give a folder that `simulate traces` wrote.")
+        raise UserError(f"{path} is not the log of `simulate traces`", "Give a folder that `simulate traces` wrote.")
     return first["settings"]

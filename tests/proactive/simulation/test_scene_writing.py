@@ -358,7 +358,7 @@ def test_a_folder_of_other_options_or_of_traces_is_refused(call: Callable[..., E
     assert "was started with seed 0, and now it is 1" in ended.err
     ended = call(simulate.main, "traces", "--output=out")
     assert (ended.code, ended.out) == (2, "")
-    assert "out/log.jsonl was started with" in ended.err
+    assert "out/log.jsonl was started with command scenes, and now it is traces" in ended.err
     assert contents(tmp_path / "out") == before
     (tmp_path / "other").mkdir()
     (tmp_path / "other/mine.txt").touch()
