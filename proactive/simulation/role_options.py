@@ -81,7 +81,7 @@ def roles_of(options: "Namespace", log: SimulationLog) -> tuple[Roles, list[Chat
     Raises:
         UserError: Options contradict each other, or a prompt or a checkpoint is invalid.
     """
-    kinds = {role: _kind(role, options[role]) for role in ROLE_NAMES}
+    kinds = {role: kind_of(role, options[role]) for role in ROLE_NAMES}
     _refuse_equal_proposals(options, kinds["assistant"])
     whole = Budget(options.budget_tokens, options.budget_cost, ("budget-tokens", "budget-cost"))
     thread = ThreadPoolExecutor(1, "trained-models")
@@ -89,29 +89,48 @@ def roles_of(options: "Namespace", log: SimulationLog) -> tuple[Roles, list[Chat
     clients = []
     for role, kind in kinds.items():
         if kind == "url":
-            roles[role], client = _endpoint_role(role, options, log, whole)
+            limits = (options[role].token_limit, options[role].cost_limit)
+            budget = Budget(*limits, (f"{role}.token_limit", f"{role}.cost_limit"), whole)
+            roles[role], client = endpoint_role(role, options, log, budget)
             clients.append(client)
         else:
             roles[role] = _local_role(role, kind, options, log, thread)
     return roles, clients
 
 
-def _endpoint_role(
-    role: RoleName, options: "Namespace", log: SimulationLog, whole: Budget
+def endpoint_role(
+    role: RoleName, options: "Namespace", log: SimulationLog, budget: Budget
 ) -> tuple[EndpointRole, ChatClient]:
+    """Return a role that is a model behind an endpoint, and its client.
+
+    Args:
+        role: The role.
+        options: All options of the command, with a group for the role.
+        log: The log that the client writes to.
+        budget: The limits of tokens and cost.
+
+    Raises:
+        UserError: An option of the endpoint or the prompt is invalid.
+    """
     group = options[role]
-    names = (f"{role}.token_limit", f"{role}.cost_limit")
-    budget = Budget(group.token_limit, group.cost_limit, names, whole)
     client = ChatClient(endpoint_of(role, options, group.temperature), log, budget, role)
     return EndpointRole(client, RolePrompt.read(role, group.prompt)), client
 
 
-def _kind(role: RoleName, group: "Namespace") -> str | None:
-    """Return the option of `KINDS` that is given; None if the role is scripted."""
+def kind_of(role: RoleName, group: "Namespace") -> str | None:
+    """Return the option of `KINDS` that is given; None if the role is scripted.
+
+    Args:
+        role: The role.
+        group: Its options.
+
+    Raises:
+        UserError: Two of them are given, or an option that a role of this kind does not use.
+    """
     given = [name for name in KINDS if group.get(name)]
     if len(given) > 1:
         raise UserError(f"--{role}.{given[0]} and --{role}.{given[1]} exclude each other", "Give one of them.")
-    if "url" not in given and (unused := [name for name in ENDPOINT_ONLY if group[name]]):
+    if "url" not in given and (unused := [name for name in ENDPOINT_ONLY if group.get(name)]):
         raise UserError(f"--{role}.{unused[0]}: only an endpoint uses it", f"Give its address with --{role}.url.")
     return given[0] if given else None
 

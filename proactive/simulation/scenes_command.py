@@ -15,7 +15,7 @@ from proactive.simulation.contamination import events_of_test_traces
 from proactive.simulation.endpoint_roles import RoleOptions
 from proactive.simulation.log import LOG_FILE, SimulationLog
 from proactive.simulation.questions import Role
-from proactive.simulation.role_options import endpoint_role
+from proactive.simulation.role_options import endpoint_role, kind_of
 from proactive.simulation.scene_writing import SceneDraft, SceneWriting, derive_scenes, write_scenes
 from proactive.simulation.scenes import SCENES_FILE
 from proactive.simulation.scripted_writer import ScriptedWriter
@@ -64,10 +64,10 @@ def scenes(options: "Namespace") -> None:
     log = SimulationLog()
     writer: Role[SceneDraft] = ScriptedWriter(log)
     clients = []
-    if options.writer.url:
-        whole = Budget(options.budget_tokens, options.budget_cost, ("budget-tokens", "budget-cost"))
-        endpoint = endpoint_role("writer", options, log, whole)
-        writer, clients = endpoint, [endpoint.client]
+    if kind_of("writer", options.writer) == "url":
+        budget = Budget(options.budget_tokens, options.budget_cost, ("budget-tokens", "budget-cost"))
+        writer, client = endpoint_role("writer", options, log, budget)
+        clients.append(client)
     folder = output_folder(options.output, "scenes", LOG_FILE)
     progress = (lambda text: None) if options.quiet else say
     stopped: StoppedError | None = None

@@ -375,6 +375,7 @@ def test_a_folder_of_other_options_or_of_traces_is_refused(call: Callable[..., E
         (["--data.root=nowhere"], "nowhere"),
         (["--count=0"], "count"),
         (["--writer.url=http://127.0.0.1:1/v1"], "--writer.model: an endpoint needs the model's name"),
+        (["--writer.model=m"], "--writer.model: only an endpoint uses it"),
         (["--judge.url=http://127.0.0.1:1/v1"], "judge.url"),
     ],
 )
