@@ -91,7 +91,8 @@ class ActivityWatchClient:
         Raises:
             UnreachableError: The server does not answer, or not in ActivityWatch's format.
         """
-        kinds = kinds_of(await self._read("", BUCKETS))
+        buckets = await self._read("", BUCKETS)
+        kinds = kinds_of(buckets)
         self._log_missing(set(kinds.values()))
         found: dict[str, list[Span]] = {}
         waiting: list[float] = []  # starts of windows that are not told

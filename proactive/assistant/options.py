@@ -8,6 +8,8 @@ from models.judging.endpoint import EndpointOptions
 from proactive.agents import add_agent_options
 from proactive.assistant.deciding import Policy
 from proactive.assistant.privacy import PrivacyOptions
+from proactive.assistant.rewriting import REWRITING_PROMPT
+from proactive.endpoints import add_endpoint_options
 from proactive.parser import Parser
 
 
@@ -42,7 +44,14 @@ def session_parser(prog: str) -> Parser:
     add("--speed", type=NonNegativeFloat, default=60.0, help="For a file: how many times faster it is replayed; 0 "
         "waits for nothing.")  # fmt: skip
     parser.add_class_arguments(PrivacyOptions, "privacy")
-    add("--allow-remote", action="store_true", help="Allow a model on another machine, which gets all events.")
+    add_endpoint_options(
+        parser,
+        "rewrite",
+        "For ActivityWatch: a model at this endpoint rewrites each event. It gets the latest events.",
+        REWRITING_PROMPT,
+    )
+    add("--allow-remote", action="store_true", help="Allow a model or an ActivityWatch server on another machine. "
+        "Such a model gets all events.")  # fmt: skip
     add("--contaminated", action="store_true", help="Allow an agent or gate that trained on the trace, and mark the "
         "session.")  # fmt: skip
     add("--keep", type=Count | None, help="Remove sessions in runs/live that were last written more than this many "

@@ -3,12 +3,14 @@
 import ipaddress
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from datamodules.corpus.traces import Answers, Recorded, Trace, read_recorded, root_traces
 from datamodules.errors import UserError
+from datamodules.prompting.chat_prompts import ChatPrompt
 from models.judging.agents import Agent, RecordedAgent
 from models.judging.answer_log import AnswerLog
 from models.judging.budget import Budget
@@ -24,6 +26,8 @@ from proactive.assistant.assistant import Parts
 from proactive.assistant.deciding import Policy
 from proactive.assistant.gating import Gate, GateOptions
 from proactive.assistant.notices import Notices, RecordedNotices
+from proactive.assistant.privacy import PrivacyOptions
+from proactive.assistant.rewriting import RewrittenSource
 from proactive.assistant.sources import EMBEDDED, recorded_judgments, watched
 from proactive.assistant.terminal_notices import TerminalNotices
 from proactive.endpoints import endpoint_of
@@ -77,21 +81,28 @@ def prepare(options: "Namespace", default_gate: Callable[[], Path]) -> Session:
     """
     own = not any(options.agent[kind] for kind in KINDS)
     _refuse_contradictions(options, own)
+    privacy = PrivacyOptions(**options.privacy.as_dict())
     paths = options.gate or ([default_gate()] if options.source is None else [])
     gates = [load_weights((RewardClassifier,), path, "--gate") for path in paths]
     agents = [load_weights(AGENTS, path, "--agent.checkpoint") for path in options.agent.checkpoint or ()]
     weights: list[Weights[Any]] = [*gates, *agents]
-    source, clock, recorded = watched(options, weights)
+    source, clock, recorded = watched(options, weights, privacy)
     trace = recorded.traces[0] if recorded else None
     choose = _Choice(trace, _namesakes(options, weights) if trace else {}, options.contaminated)
     clients: list[ChatClient] = []
+    if options.rewrite.url:
+        if recorded:
+            raise UserError("--rewrite.url: the source is a trace, whose events stay as they are", "Leave it out.")
+        prompt = ChatPrompt.read(options.rewrite.prompt, with_proposal=False)
+        source = RewrittenSource(source, _client("rewrite", 0.0, options, clients), prompt)
     if agents:
         agent: Agent = trained_agent(choose.one("agent", agents, "--agent.checkpoint"), options)
     elif own:
         agent = RecordedAgent(_answers(recorded), str(options.source or EMBEDDED), 1)
     else:
         others = _recorded_answers(options.agent.traces, trace) if options.agent.traces else None
-        agent = untrained_agent(options, others, lambda: _client(options, clients), 1, options.latest_events)
+        client = partial(_client, "agent", options.temperature, options, clients)
+        agent = untrained_agent(options, others, client, 1, options.latest_events)
     parts = Parts(source, clock, agent, _notices(options, recorded), Policy(**options.policy.as_dict()))
     gate: Gate | None = None
     if gates:
@@ -124,11 +135,17 @@ def _refuse_contradictions(options: "Namespace", own: bool) -> None:
     }.items():
         if given and not gated:
             raise UserError(f"--{option}: there is no gate", "Give a reward classifier with --gate.")
-    if options.agent.url and not options.allow_remote and not is_loopback(options.agent.url):
-        raise UserError(
-            f"--agent.url: {urlsplit(options.agent.url).hostname} is another machine, which would get all events",
-            "Give --allow-remote to allow it, or a model on this machine.",
-        )
+    server = options.source if options.source and "://" in options.source else None
+    for option, url, what in (
+        ("agent.url", options.agent.url, "which would get all events"),
+        ("rewrite.url", options.rewrite.url, "which would get all events"),
+        ("source", server, "whose recording would come over the network"),
+    ):
+        if url and not options.allow_remote and not is_loopback(url):
+            raise UserError(
+                f"--{option}: {urlsplit(url).hostname} is another machine, {what}",
+                "Give --allow-remote to allow it, or an address on this machine.",
+            )
 
 
 def is_loopback(url: str) -> bool:
@@ -183,9 +200,11 @@ def _recorded_answers(folder: Path, trace: Trace | None) -> Recorded:
     return recorded
 
 
-def _client(options: "Namespace", clients: list[ChatClient]) -> ChatClient:
-    budget = Budget(options.endpoint.token_limit, options.endpoint.cost_limit)
-    client = ChatClient(endpoint_of("agent", options, options.temperature), LatestAnswers(), budget)
+def _client(role: str, temperature: float, options: "Namespace", clients: list[ChatClient]) -> ChatClient:
+    """Make a client of a role's endpoint; all clients have one budget."""
+    limits = options.endpoint
+    budget = clients[0].budget if clients else Budget(limits.token_limit, limits.cost_limit)
+    client = ChatClient(endpoint_of(role, options, temperature), LatestAnswers(), budget)
     clients.append(client)
     return client
 

@@ -24,7 +24,9 @@ EMBEDDED = "embedded"
 FIRST_BYTES = 1024  # of a file, in which its kind shows
 
 
-def watched(options: "Namespace", weights: Sequence[Weights[Any]]) -> tuple[Source, Clock, Recorded | None]:
+def watched(
+    options: "Namespace", weights: Sequence[Weights[Any]], privacy: PrivacyOptions
+) -> tuple[Source, Clock, Recorded | None]:
     """Return the source, its clock, and what its trace holds; None if the source is not a trace.
 
     Without `--source` it is the embedded trace that the weights know least. A new kind of source is a new branch here.
@@ -32,7 +34,7 @@ def watched(options: "Namespace", weights: Sequence[Weights[Any]]) -> tuple[Sour
     Raises:
         UserError: The file is not a source.
     """
-    replay, privacy = ReplayClock(options.speed), PrivacyOptions(**options.privacy.as_dict())
+    replay = ReplayClock(options.speed)
     if options.source is None:
         recorded = _embedded(load_corpus(EMBEDDED), weights)
     elif "://" in options.source:
