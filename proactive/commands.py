@@ -21,6 +21,7 @@ COMMANDS = {  # module name: description
     "annotate": "let people label offers, measure how far they agree, and read traces",
     "simulate": "make training data by simulated users, assistants and judges",
     "live": "watch events, offer help when it is worth it, and log the answers",
+    "gate": "calibrate a gate on the answers of its user",
     "completion": "print the script that lets bash or zsh complete commands and options",
 }
 HELP = "\n".join(

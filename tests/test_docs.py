@@ -34,6 +34,7 @@ HELPS = {
     "evaluate": [["reward"], ["agent"]],
     "annotate": [["import"], ["serve"], ["export"], ["agreement"]],
     "live": [[], ["export"]],
+    "gate": [["recalibrate"]],
     "simulate": [["scenes"], ["traces"], ["rows"]],
 }
 OPTION = r"(?<![\w-])--[a-z][\w.-]*\w"

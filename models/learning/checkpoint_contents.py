@@ -28,7 +28,7 @@ from torch import Tensor
 
 from datamodules.corpus.json_records import validate
 from datamodules.corpus.records import json_object
-from models.learning.calibration import TEMPERATURE_RANGE
+from models.learning.calibration import TEMPERATURE_RANGE, FittedOn
 from models.networks.weight_files import HINT, FileName, checked_configuration, checked_implementation
 
 
@@ -65,12 +65,13 @@ class Content(BaseModel):
 
 
 class FittedCalibration(Content):
-    """The fields of a `Calibration`. Older files have `threshold`, and no numbers of rows."""
+    """The fields of a `Calibration`. Older files have `threshold`, and not all of the other fields."""
 
     temperature: float = Field(ge=TEMPERATURE_RANGE[0] * 0.999, le=TEMPERATURE_RANGE[1] * 1.001)
     f1_threshold: float = Field(ge=0, le=1, validation_alias=AliasChoices("f1_threshold", "threshold"))
     rows: Count | None = None
     of_rows: Count | None = None
+    fitted_on: FittedOn = "validation rows"
 
 
 class SpecialTokens(Content):

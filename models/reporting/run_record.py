@@ -128,7 +128,7 @@ def _calibration_note(calibration: Mapping[str, Any] | None) -> str:
     if calibration["rows"] is None:
         return "calibrated on validation rows; the checkpoint does not say on how many"
     warning = "PARTLY CALIBRATED: " if calibration["rows"] < calibration["of_rows"] else "calibrated "
-    return f"{warning}on {calibration['rows']} of {calibration['of_rows']} validation rows"
+    return f"{warning}on {calibration['rows']} of {calibration['of_rows']} {calibration['fitted_on']}"
 
 
 def intervals_note(groups: int, what: str) -> str:

@@ -50,6 +50,17 @@ def test_the_temperature_recovers_a_known_scale(scale: float) -> None:
     torch.testing.assert_close(calibrated(too_sure, temperature), torch.sigmoid(log_odds), atol=0.03, rtol=0)
 
 
+@given(st.lists(st.tuples(any_probability, st.booleans(), st.integers(1, 4)), min_size=1, max_size=12))
+@settings(deadline=None, max_examples=40)
+def test_a_row_with_a_weight_counts_as_that_many_rows(rows: list[tuple[float, bool, int]]) -> None:
+    probability, target = columns([(p, accepted) for p, accepted, _ in rows])
+    weight = torch.tensor([count for _, _, count in rows])
+    many = columns([(p, accepted) for p, accepted, count in rows for _ in range(count)])
+    temperature = fit_temperature(probability, target, weight)
+    assert loss(*many, temperature) <= loss(*many, fit_temperature(*many)) * 1.001 + 1e-4
+    assert fit_threshold(probability, target, weight) == fit_threshold(*many)
+
+
 @given(rows_of(any_probability))
 @settings(deadline=None, max_examples=60)
 def test_no_other_temperature_in_range_makes_the_targets_likelier(rows: list[tuple[float, bool]]) -> None:

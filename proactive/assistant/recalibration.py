@@ -1,0 +1,89 @@
+"""Calibration of a gate on the answers of its user."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from datamodules.errors import UserError
+from models.learning.calibration import Calibration, calibrated
+from proactive.assistant.deciding import Decision, Reply
+from proactive.assistant.session_log import EventEntry, ReplyEntry, read_session
+
+MIN_ANSWERS = 50
+MIN_OF_EACH = 5  # accepted and rejected offers: without both, the best temperature is a bound of its range
+
+
+@dataclass
+class Answers:
+    """Answered offers of sessions with one gate.
+
+    Attributes:
+        weights: The digest of the gate's weights.
+        probability: The gate's uncalibrated P(accepted) of each offer.
+        accepted: Whether the user accepted it.
+        propensity: The probability with which it was shown.
+    """
+
+    weights: str
+    probability: list[float] = field(default_factory=list)
+    accepted: list[bool] = field(default_factory=list)
+    propensity: list[float] = field(default_factory=list)
+
+    def calibration(self) -> Calibration:
+        """Fit to the answers. An offer that was shown with probability p counts 1 / p times.
+
+        So offers below the threshold, of which exploration shows only some, have the weight of all of them.
+
+        Raises:
+            UserError: There are too few answers.
+        """
+        count, yes = len(self.accepted), sum(self.accepted)
+        if count < MIN_ANSWERS or min(yes, count - yes) < MIN_OF_EACH:
+            raise UserError(
+                f"{yes} offers with a P(accepted) were accepted and {count - yes} rejected; {MIN_ANSWERS} answers are "
+                f"needed, and {MIN_OF_EACH} of each kind",
+                "Give more sessions.",
+            )
+        return Calibration.fitted(
+            torch.tensor(self.probability, dtype=torch.float64),
+            torch.tensor(self.accepted).long(),
+            count,
+            1 / torch.tensor(self.propensity, dtype=torch.float64),
+            "answers of the user",
+        )
+
+
+def read_answers(sessions: Sequence[Path]) -> Answers:
+    """Read the answers to offers of some sessions. Ignored and withdrawn offers are no answers.
+
+    Raises:
+        UserError: A folder holds no session, a session had no gate, or their gates differ.
+    """
+    found: Answers | None = None
+    for folder in sessions:
+        settings, entries = read_session(folder)
+        gate = settings.get("gate")
+        if gate is None:
+            raise UserError(f"{folder}: this session had no gate", "Leave it out.")
+        found = found or Answers(gate["weights"])
+        if gate["weights"] != found.weights:
+            raise UserError(f"{folder}: this session had another gate than {sessions[0]}", "Calibrate each gate alone.")
+        offered: EventEntry | None = None  # an offer ends before the next one is made
+        for entry in entries:
+            if isinstance(entry, EventEntry):
+                offered = entry if entry.decision == Decision.SHOWN else offered
+            elif isinstance(entry, ReplyEntry) and entry.reply in (Reply.ACCEPTED, Reply.REJECTED):
+                _add(found, offered, entry.reply == Reply.ACCEPTED, gate["temperature"])
+    assert found is not None, "the parser asks for a session"
+    return found
+
+
+def _add(answers: Answers, offered: EventEntry | None, accepted: bool, temperature: float) -> None:
+    if offered is None or offered.probability is None or not offered.propensity:
+        return  # the gate failed, and the offer was shown without it
+    logged = torch.tensor(offered.probability, dtype=torch.float64)
+    answers.probability.append(float(calibrated(logged, 1 / temperature)))  # without the session's calibration
+    answers.accepted.append(accepted)
+    answers.propensity.append(offered.propensity)
