@@ -20,6 +20,7 @@ COMMANDS = {  # module name: description
     "export": "write the weights of a run as a folder that transformers loads",
     "annotate": "let people label offers, measure how far they agree, and read traces",
     "simulate": "make training data by simulated users, assistants and judges",
+    "prefer": "make preferences of a judge's verdicts on several answers",
     "live": "watch events, offer help when it is worth it, and log the answers",
     "gate": "calibrate a gate on the answers of its user",
     "completion": "print the script that lets bash or zsh complete commands and options",
