@@ -14,23 +14,23 @@ from proactive.terminal import run, say, set_up_messages
 
 COMMANDS = {  # module name: description
     "fit": "train a reward classifier or an agent, and test it",
-    "evaluate": "measure a trained model and set it beside published figures",
-    "inspect": "show what data holds, and what its splits give away",
-    "plan": "reckon what a run would take in memory and time",
+    "evaluate": "measure trained and recorded models, next to published metrics",
+    "inspect": "print statistics of data, and how contaminated its splits are",
+    "plan": "estimate the memory and time of a run, without running it",
     "export": "write the weights of a run as a folder that transformers loads",
-    "annotate": "let people label offers, measure how far they agree, and read traces",
-    "simulate": "make training data by simulated users, assistants and judges",
-    "prefer": "make preferences of a judge's verdicts on several answers",
-    "live": "watch events, offer help when it is worth it, and log the answers",
+    "annotate": "label offers, compute the agreement of annotators, and read traces",
+    "simulate": "create training data with simulated users, assistants and judges",
+    "prefer": "create preferences from a judge's verdicts on several answers",
+    "live": "observe events, offer help, and log the user's answers",
     "gate": "calibrate a gate on the answers of its user",
-    "completion": "print the script that lets bash or zsh complete commands and options",
+    "completion": "print a script for completion of commands and options in bash or zsh",
 }
 HELP = "\n".join(
     [
         "usage: proactive COMMAND [OPTION ...]",
         "       proactive --version",
         "",
-        "commands, each with a --help of its own:",
+        "commands (each has --help):",
         *(f"  {name:<{max(map(len, COMMANDS)) + 2}}{does}" for name, does in COMMANDS.items()),
     ]
 )

@@ -88,6 +88,15 @@ def load_judge(path: str | Path) -> LoadedJudge:
 
     Raises:
         UserError: The path contains no reward classifier, or a damaged one.
+
+    Example:
+        >>> judge = load_judge("runs/reward-tiny/0")
+        >>> events = ["The user opens parse_rows.py.", "The user runs parse_rows.py, and it raises an error."]
+        >>> probability = judge.score(events, "Explain the error.")
+        >>> 0 < probability < 1
+        True
+        >>> len(judge.score(events, ["Explain the error.", None]))  # None is silence
+        2
     """
     return LoadedJudge(load_weights((RewardClassifier,), Path(path), "load_judge"))
 
@@ -111,6 +120,13 @@ def load_agent(
 
     Raises:
         UserError: The path contains no agent or a damaged one, or several candidates at temperature 0 would be equal.
+
+    Example:
+        >>> agent = load_agent("runs/agent-tiny/0", candidates=2, temperature=0.7, max_new_tokens=64)
+        >>> answers = agent.answers(["The user opens parse_rows.py."])
+        >>> len(answers)
+        2
+        >>> offers = [answer.proposal for answer in answers if answer]  # None if an answer was cut off
     """
     weights = load_weights(AGENTS, Path(path), "load_agent")
     return LoadedAgent(LocalAgent(weights, AnswerOptions(max_new_tokens), candidates, temperature, seed))

@@ -223,6 +223,12 @@ class AgentDataModule(AnswersDataModule):
         conversations: Conversation files to learn from: JSON lists or JSON lines of
             {"conversations": [{"role": ..., "content": ...}, ...]}.
         options: See AnswersDataModule.
+
+    Example:
+        >>> data = AgentDataModule(root="embedded", folds=5, fold=0)
+        >>> data.setup("fit")
+        >>> data.row_counts
+        {'train': 518, 'validation': 301, 'test': 282}
     """
 
     may_change = (*RowsDataModule.may_change, "conversations")

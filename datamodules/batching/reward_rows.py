@@ -24,6 +24,15 @@ class RewardDataModule(RowsDataModule):
     Args:
         balance: "category" samples training rows so that all categories are equally frequent.
         options: See RowsDataModule.
+
+    Example:
+        >>> data = RewardDataModule(root="embedded", folds=5, fold=0)
+        >>> data.setup("fit")
+        >>> data.row_counts
+        {'train': 1194, 'validation': 406, 'test': 391}
+        >>> micro_batches = next(iter(data.train_dataloader()))  # of one optimizer step
+        >>> sum(len(micro_batch["label"]) for micro_batch in micro_batches)
+        32
     """
 
     template_class = RewardTemplate

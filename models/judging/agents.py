@@ -28,7 +28,25 @@ class AgentSession(Protocol):
 
 
 class Agent(Protocol):
-    """Proposes something, or nothing, after each event. A new kind of agent is a new class with these methods."""
+    """Proposes something, or nothing, after each event. A new kind of agent is a new class with these methods.
+
+    Example:
+        >>> class OffersOnErrors(Agent):
+        ...     def describe(self):
+        ...         return Description({"agent": "offers on errors"})
+        ...     def session(self, name):
+        ...         return OnErrors()
+        ...     async def answer(self, traces, advance=uncounted):
+        ...         sessions = [(trace, self.session(trace.name)) for trace in traces]
+        ...         return {t.name: [await session.observe(event) for event in t.events] for t, session in sessions}
+        >>> class OnErrors(AgentSession):
+        ...     async def observe(self, event):
+        ...         return [Candidate("Explain the error." if "error" in event.event else None)]
+        >>> trace = Trace("a.json", (Event(time="0", event="The test raises an error."),), (False,))
+        >>> import asyncio
+        >>> asyncio.run(OffersOnErrors().answer([trace]))["a.json"][0][0].proposal
+        'Explain the error.'
+    """
 
     def describe(self) -> Description:
         """Return its settings and its source."""

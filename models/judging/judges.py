@@ -33,7 +33,18 @@ class Verdict:
 
 
 class Judge(Protocol):
-    """Accepts or rejects proposals. A new kind of judge is a new class with these methods."""
+    """Accepts or rejects proposals. A new kind of judge is a new class with these methods.
+
+    Example:
+        >>> class AcceptsShortOffers(Judge):
+        ...     def describe(self):
+        ...         return Description({"judge": "accepts short offers"})
+        ...     async def judge(self, pairs, advance=uncounted):
+        ...         return [Verdict(len(pair.proposal or "") < 40) for pair in pairs]
+        >>> import asyncio
+        >>> asyncio.run(AcceptsShortOffers().judge([Pair((), "Sort the files."), Pair((), "Sort the files. " * 9)]))
+        [Verdict(accepted=True, probability=None, thought=''), Verdict(accepted=False, probability=None, thought='')]
+    """
 
     def describe(self) -> Description:
         """Return its settings and its source."""

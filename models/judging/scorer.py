@@ -37,6 +37,16 @@ class Scorer:
 
     Attributes:
         truncated: Number of rows so far whose oldest events were dropped because of `data.max_length`.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from datamodules.corpus.records import Event
+        >>> from models.judging.weights import load_weights
+        >>> scorer = Scorer(load_weights((RewardClassifier,), Path("runs/reward-tiny/0"), "path"))
+        >>> history = (Event(time="1717377997", event="The user opens parse_rows.py."),)
+        >>> probabilities = scorer.score([Pair(history, "Explain the file."), Pair(history, None)])
+        >>> [0 < probability < 1 for probability in probabilities]
+        [True, True]
     """
 
     def __init__(self, weights: Weights[RewardClassifier], device: torch.device | None = None) -> None:

@@ -38,6 +38,14 @@ class ProactiveAgent(BackboneModule):
         sampled_answers: Number of validation histories after which each validation generates an answer for people to
             read. The share of answers in valid JSON is logged.
         options: See BackboneModule.
+
+    Example:
+        >>> from lightning import Trainer
+        >>> quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        >>> trainer = Trainer(max_steps=2, limit_val_batches=1, enable_checkpointing=False, **quiet)
+        >>> trainer.fit(ProactiveAgent(sampled_answers=1), AgentDataModule())
+        >>> trainer.global_step
+        2
     """
 
     task = "agent"

@@ -33,6 +33,14 @@ class RewardClassifier(BackboneModule):
             transformers defines it for the backbone: the last real token for a decoder, usually CLS for an encoder).
         category_weights: Factors on the loss of rows by category, for example {missed_need: 2.0}. The default is 1.
         options: See BackboneModule.
+
+    Example:
+        >>> from lightning import Trainer
+        >>> quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        >>> trainer = Trainer(max_steps=2, limit_val_batches=1, enable_checkpointing=False, **quiet)
+        >>> trainer.fit(RewardClassifier(learning_rate=1e-3), RewardDataModule())
+        >>> trainer.global_step
+        2
     """
 
     task = "reward"

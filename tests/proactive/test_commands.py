@@ -30,7 +30,7 @@ def python(code: str, cwd: Path, **variables: str) -> subprocess.CompletedProces
 def test_help_lists_each_command_in_a_line(call: Callable[..., Ended]) -> None:
     ended = call(commands.main, "--help")
     assert (ended.code, ended.err) == (0, "")
-    lines = [line.split(maxsplit=1) for line in ended.out.partition("own:\n")[2].splitlines()]
+    lines = [line.split(maxsplit=1) for line in ended.out.partition("--help):\n")[2].splitlines()]
     assert [tuple(line) for line in lines] == list(COMMANDS.items())
     assert call(commands.main).out == call(commands.main, "-h").out == ended.out
     assert call(commands.main, "--version").out == f"proactive {proactive.__version__}\n"

@@ -13,11 +13,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from datamodules.errors import UserError
 from datamodules.prompting.tokenizers import load_tokenizer
-from models.networks.building import build_network, load_network
+from models.networks.building import base_from_config, build_network, load_network, pretrained_network
 from models.networks.configurations import (
     LABELS,
     SCRATCH_CONFIG,
@@ -25,7 +25,7 @@ from models.networks.configurations import (
     meta_network,
     network_config,
     network_from_config,
-    quiet,
+    quiet_transformers,
 )
 from models.networks.distributed_loading import WeightFiles
 from models.networks.heads import class_layer
@@ -38,7 +38,7 @@ from tests.models.small import FAMILIES, SMALL_LLAMA
 def saved(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A small Llama-type classifier with its tokenizer, as save_pretrained writes them."""
     folder = tmp_path_factory.mktemp("saved")
-    with quiet():
+    with quiet_transformers():
         build_network(small_llama(), tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -77,7 +77,7 @@ def test_a_local_folder_is_loaded_with_its_weights(load: str, saved: Path) -> No
 
 def test_a_backbone_without_a_head_gets_one(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     body = build("bert", tokenizer).base_model
-    with quiet():
+    with quiet_transformers():
         body.save_pretrained(tmp_path)
     model = build_network(NetworkOptions("classifier", str(tmp_path)), tokenizer)
     found, wanted = (part.embeddings.word_embeddings.weight for part in (model.base_model, body))
@@ -94,7 +94,7 @@ def test_a_head_with_another_number_of_classes_is_replaced(
     config = transformers.AutoConfig.for_model(
         family, **FAMILIES[family], vocab_size=len(tokenizer), pad_token_id=0, num_labels=classes
     )
-    with quiet():
+    with quiet_transformers():
         saved = transformers.AutoModelForSequenceClassification.from_config(config)
         saved.save_pretrained(tmp_path)
     with caplog.at_level(logging.INFO, "proactive"):
@@ -131,7 +131,7 @@ def test_the_text_part_of_a_network_for_text_and_images_is_used(
     tied = {"tie_word_embeddings": False}
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(family, text_config=text | tied, **MULTIMODAL[family], **tied)
-    with quiet():
+    with quiet_transformers():
         whole = transformers.AutoModelForImageTextToText.from_config(config).eval()
         whole.save_pretrained(tmp_path / "whole")
     model = build_network(NetworkOptions(head, str(tmp_path / "whole")), tokenizer).eval()
@@ -144,7 +144,7 @@ def test_the_text_part_of_a_network_for_text_and_images_is_used(
         )
         if head == "language model":
             torch.testing.assert_close(model(ids_1T).logits, whole(input_ids=ids_1T).logits)
-    with quiet():
+    with quiet_transformers():
         model.save_pretrained(tmp_path / "text")
     assert load_file(tmp_path / "text" / "model.safetensors").keys() == model.state_dict().keys()
     again = load_network(head, str(tmp_path / "text"))
@@ -237,7 +237,7 @@ def test_an_unreachable_hub_id_is_named_in_the_error(
 
 def test_a_network_for_images_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    with quiet():
+    with quiet_transformers():
         transformers.ViTForImageClassification(transformers.ViTConfig(**sizes)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=str(tmp_path)):
         build_network(NetworkOptions("classifier", str(tmp_path)), tokenizer)
@@ -337,6 +337,19 @@ def test_code_in_a_folder_is_run_with_trust_remote_code(
         assert type(model).__name__ == "Model"
     else:
         load_tokenizer(str(folder), trust_remote_code=True)
+    assert marker.exists()
+
+
+def test_code_in_the_base_of_an_adapter_is_never_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if the options of its checkpoint say so. Without `base_from_config`, the same options run it."""
+    marker = with_code(folder, "llama")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder.parent / "modules"))
+    monkeypatch.syspath_prepend(str(folder.parent / "modules"))
+    config = json.loads((folder / "config.json").read_text())
+    options = NetworkOptions("classifier", str(folder), trust_remote_code=True)
+    assert type(base_from_config(options, config)).__module__.startswith("transformers.models.llama.")
+    assert not marker.exists()
+    pretrained_network(options, AutoConfig.for_model(**config))
     assert marker.exists()
 
 

@@ -24,7 +24,7 @@ from models.learning.proactive_agent import ProactiveAgent
 from models.learning.reward_classifier import RewardClassifier
 from models.learning.training import BackboneModule
 from models.networks.adapters import AdapterOptions
-from models.networks.configurations import quiet
+from models.networks.configurations import quiet_transformers
 from models.networks.quantization import Quantization
 from models.reporting.exports import export_model
 from models.reporting.model_card import hub_id, model_card, shown_name
@@ -52,7 +52,7 @@ def code_of(folder: Path) -> str:
 def run_card(folder: Path) -> dict[str, Any]:
     """The names that the card's code leaves behind."""
     names: dict[str, Any] = {}
-    with chdir(folder), quiet():
+    with chdir(folder), quiet_transformers():
         exec(compile(code_of(folder), "README.md", "exec"), names)
     return names
 
@@ -191,7 +191,7 @@ def bases(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
             sizes = {**FAMILIES[family], **(WIDE if family in ("llama", "bert") else {})}
             size = {"vocab_size": len(data.tokenizer) + 8, "pad_token_id": data.tokenizer.pad_token_id}
             torch.manual_seed(1)
-            with quiet():
+            with quiet_transformers():
                 config = transformers.AutoConfig.for_model(family, **sizes, **size)
                 transformers.AutoModel.from_config(config).save_pretrained(place)
             data.tokenizer.save_pretrained(place)
