@@ -37,9 +37,9 @@ def session_parser(prog: str) -> Parser:
     add("--epsilon", type=Share, default=0.0, help="Probability of showing an offer that is below the threshold, so "
         "that later figures are unbiased.")  # fmt: skip
     parser.add_class_arguments(Policy, "policy")
-    add("--notify", type=Literal["terminal", "page", "recorded"], help="How offers are shown: in the terminal, where y "
-        "or n answers; on a page of a server on this machine; or recorded, where the judgments in the trace answer. "
-        "Default: recorded for a trace, else terminal.")  # fmt: skip
+    add("--notify", type=Literal["terminal", "page", "desktop", "recorded"], help="How offers are shown: in the "
+        "terminal, where y or n answers; on a page of a server on this machine; as notifications of the desktop; or "
+        "recorded, where the judgments in the trace answer. Default: recorded for a trace, else terminal.")  # fmt: skip
     add("--port", type=Port, default=0, help="The port of that page; 0 is any that is free.")
     add("--speed", type=NonNegativeFloat, default=60.0, help="For a file: how many times faster it is replayed; 0 "
         "waits for nothing.")  # fmt: skip

@@ -213,14 +213,20 @@ def _notices(options: "Namespace", recorded: Recorded | None) -> Notices:
     kind = options.notify or ("recorded" if recorded else "terminal")
     if kind == "terminal":
         return TerminalNotices()
-    if kind == "page":
-        try:
+    try:
+        if kind == "page":
             from proactive.assistant.page_notices import PageNotices
-        except ModuleNotFoundError as error:
-            raise UserError(
-                f"--notify page needs {error.name}, which is not installed", "pip install 'proactive[annotate]'"
-            ) from error
-        return PageNotices(options.port)
+
+            return PageNotices(options.port)
+        if kind == "desktop":
+            from proactive.assistant.desktop_notices import DesktopNotices
+
+            return DesktopNotices()
+    except ModuleNotFoundError as error:
+        extra = {"page": "annotate", "desktop": "live"}[kind]
+        raise UserError(
+            f"--notify {kind} needs {error.name}, which is not installed", f"pip install 'proactive[{extra}]'"
+        ) from error
     if recorded is None:
         raise UserError("--notify recorded: the source is not a trace", "Choose another kind of notice.")
     return RecordedNotices(recorded_judgments(recorded))

@@ -1,0 +1,69 @@
+"""Offers as notifications of the desktop."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+
+from desktop_notifier import Button, DesktopNotifier
+
+from datamodules.errors import UserError
+from datamodules.escaping import error_text, printable, shortened
+from proactive.assistant.deciding import Reply
+from proactive.assistant.notices import Answered, Notices, Offer
+from proactive.terminal import say
+
+MAX_TITLE = 300  # characters of an offer that are shown
+NEVER = 0  # seconds until the desktop removes a notification by itself; the session ends it
+QUESTION = "Click to accept, close to reject."
+
+
+class DesktopNotices(Notices):
+    """Shows one notification at a time.
+
+    Clicking it or its button Accept accepts the offer. Closing it or its button Reject rejects it. The desktop does not
+    say when a notification expires, so the session counts the time and removes it. The offer is the title, because a
+    desktop may read markup in the text below it.
+    """
+
+    def __init__(self) -> None:
+        self._notifier = DesktopNotifier(app_name="proactive")
+        self._answered: Answered = lambda number, accepted: None
+        self._shown: str | None = None  # the identifier of the notification
+
+    def running(self, answered: Answered) -> AbstractAsyncContextManager[object]:
+        self._answered = answered
+        return self._connected()
+
+    async def show(self, offer: Offer) -> None:
+        def accept() -> None:
+            self._answered(offer.number, True)
+
+        def reject() -> None:
+            self._answered(offer.number, False)
+
+        self._shown = await self._notifier.send(
+            shortened(printable(offer.proposal), MAX_TITLE),
+            QUESTION,
+            buttons=[Button("Accept", accept), Button("Reject", reject)],
+            on_clicked=accept,
+            on_dismissed=reject,
+            timeout=NEVER,
+        )
+
+    async def end(self, offer: Offer, reply: Reply) -> None:
+        if self._shown and reply in (Reply.IGNORED, Reply.WITHDRAWN):  # others have ended with the answer
+            await self._notifier.clear(self._shown)
+        self._shown = None
+        if reply == Reply.ACCEPTED and offer.draft:
+            say(f"          draft: {offer.draft}")
+
+    @contextlib.asynccontextmanager
+    async def _connected(self) -> AsyncIterator[None]:
+        try:
+            await self._notifier.get_capabilities()
+        except Exception as error:  # the library raises what its backend does
+            raise UserError(
+                f"--notify desktop: no notifications can be shown: {error_text(error, 300) or type(error).__name__}",
+                "Start a notification server, or give --notify terminal or page.",
+            ) from error
+        yield
