@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from datamodules.corpus.records import Event
 from datamodules.errors import UserError
 from datamodules.files.reading import read_text
@@ -16,12 +18,12 @@ from proactive.assistant.clock import Clock
 from proactive.assistant.observations import Cursor, Gap, Happened, Observation, Presence, Source
 from proactive.assistant.privacy import PrivacyOptions
 from proactive.assistant.spans import EXPORT, TYPES, kinds_of, spans, validated
-from proactive.assistant.timeline import MAX_PAUSE, Place, Recording, Step, told
+from proactive.assistant.timeline import MAX_PAUSE, BucketCursor, Recording, Step, emit
 
 POLL_INTERVAL = 2.0  # seconds between requests
 LATENESS = 5.0  # seconds that a heartbeat may take to the server; the slowest watcher sends one every 5 seconds
 SETTLING = 15.0  # seconds after an outage in which watchers send what they kept; they try again every 10 seconds
-MAX_CATCH_UP = 3600.0  # seconds before a restart that are still told
+MAX_CATCH_UP = 3600.0  # seconds before a restart that are still reported
 MAX_BACKOFF = 30.0  # seconds between tries to reach the server
 MAX_EXPORT_BYTES = 256 * 2**20  # bytes of an export, which is kept in memory
 UNREACHABLE = "the server was not reachable, and nothing was recorded"
@@ -30,18 +32,23 @@ log = logging.getLogger("proactive")
 
 @dataclass
 class _Progress:
-    """What has been told."""
+    """What has been reported."""
 
     since: float  # the beginning of the range
     at: float  # the time of the last observation
-    places: dict[str, Place] = field(default_factory=dict)
+    buckets: dict[str, BucketCursor] = field(default_factory=dict)
 
     def cursor(self) -> Cursor:
-        return {"since": self.since, "at": self.at, "places": {name: vars(one) for name, one in self.places.items()}}
+        return {"since": self.since, "at": self.at, "buckets": {name: vars(one) for name, one in self.buckets.items()}}
 
     @classmethod
     def of(cls, cursor: Cursor) -> "_Progress":
-        return cls(cursor["since"], cursor["at"], {name: Place(**place) for name, place in cursor["places"].items()})
+        try:
+            return TypeAdapter(cls).validate_python(dict(cursor))
+        except ValidationError as error:
+            raise UserError(
+                "the session's log has a cursor that is not one of ActivityWatch", "Start a new session with --output."
+            ) from error
 
     def gap(self, since: float, at: float, reason: str) -> Gap:
         self.at = max(self.at, at)
@@ -49,13 +56,13 @@ class _Progress:
 
     def after(self, step: Step) -> Observation | None:
         """Return the observation of a step, if it is one, and go on after it."""
-        self.places[step.bucket] = step.place
-        if step.told is None:
+        self.buckets[step.bucket] = step.cursor
+        if step.output is None:
             return None
         self.at = max(self.at, step.at)
-        if isinstance(step.told, bool):
-            return Presence(step.told, self.at, self.cursor())
-        return Happened(Event(time=f"{self.at:.3f}", event=step.told), self.at, self.cursor())
+        if isinstance(step.output, bool):
+            return Presence(step.output, self.at, self.cursor())
+        return Happened(Event(time=f"{self.at:.3f}", event=step.output), self.at, self.cursor())
 
 
 class ActivityWatchSource(Source):
@@ -113,7 +120,7 @@ class ActivityWatchSource(Source):
         delay = 0.0
         while True:
             try:
-                recording = await self.client.recording(progress.since, progress.places)
+                recording = await self.client.recording(progress.since, progress.buckets)
             except UnreachableError as error:
                 if not may_wait:
                     raise UserError(f"{self.client.url}: {error}", ADDRESS_HINT) from error
@@ -134,12 +141,12 @@ def _observations(
 
     Args:
         recording: The spans that were read.
-        progress: What has been told; it goes on.
+        progress: What has been reported; it goes on.
         until: The time, in epoch seconds.
         holes: Times in which nothing was recorded.
     """
     left = list(holes)
-    for step in told(recording, progress.places, until):
+    for step in emit(recording, progress.buckets, until):
         while left and step.at >= left[0][1]:
             yield progress.gap(*left.pop(0), UNREACHABLE)
         if (found := progress.after(step)) is not None:

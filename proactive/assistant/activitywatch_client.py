@@ -28,12 +28,12 @@ from proactive.assistant.spans import (
     spans,
     validated,
 )
-from proactive.assistant.timeline import TAB_PULSE, Place, Recording
+from proactive.assistant.timeline import TAB_PULSE, BucketCursor, Recording
 
 if TYPE_CHECKING:
     from httpx2 import AsyncClient
 
-LOOK_BACK = 60.0  # seconds of spans that are read again after they were told, to notice those that came too late
+LOOK_BACK = 60.0  # seconds of spans that are read again after they were reported, to notice those that came too late
 TIMEOUT = 10.0  # seconds a request
 ADDRESS_HINT = "Start ActivityWatch, and give the address of its server, such as http://localhost:5600."
 log = logging.getLogger("proactive")
@@ -81,12 +81,12 @@ class ActivityWatchClient:
         if self._http is not None:
             await self._http.aclose()
 
-    async def recording(self, since: float, places: Mapping[str, Place]) -> Recording:
-        """Read what is not told yet, and the tabs at that time.
+    async def recording(self, since: float, cursors: Mapping[str, BucketCursor]) -> Recording:
+        """Read what is not reported yet, and the tabs at that time.
 
         Args:
             since: The beginning of the range, in epoch seconds. Spans are cut to it.
-            places: How far each bucket has been told; one that is missing is read from `since`.
+            cursors: How far each bucket has been reported; one that is missing is read from `since`.
 
         Raises:
             UnreachableError: The server does not answer, or not in ActivityWatch's format.
@@ -95,18 +95,18 @@ class ActivityWatchClient:
         kinds = kinds_of(buckets)
         self._log_missing(set(kinds.values()))
         found: dict[str, list[Span]] = {}
-        waiting: list[float] = []  # starts of windows that are not told
+        waiting: list[float] = []  # starts of windows that are not reported
         for name, kind in sorted(kinds.items(), key=lambda item: item[1] == TAB):
             if kind == TAB:
                 found[name] = await self._spans(name, kind, min(waiting) - TAB_PULSE) if waiting else []
                 continue
-            told = places[name].start if name in places else since
-            start = max(told - LOOK_BACK, since)
+            reported_until = cursors[name].start if name in cursors else since
+            start = max(reported_until - LOOK_BACK, since)
             read = await self._spans(name, kind, start)
-            self._log_late(name, kind, [span.start for span in read if span.start > start], told)
+            self._log_late(name, kind, [span.start for span in read if span.start > start], reported_until)
             found[name] = clipped(read, since)
             if kind == WINDOW:
-                waiting += [span.start for span in found[name] if name not in places or span.start > told]
+                waiting += [span.start for span in found[name] if name not in cursors or span.start > reported_until]
         return Recording(found, kinds)
 
     async def _spans(self, bucket: str, kind: str, start: float) -> list[Span]:
@@ -140,13 +140,13 @@ class ActivityWatchClient:
             if kind not in kinds and not (kind == INPUT and PRESENCE in kinds):
                 log.info(f"{self.url} has no bucket of type {kind}, so nothing is known of {what}")
 
-    def _log_late(self, bucket: str, kind: str, starts: list[float], told: float) -> None:
+    def _log_late(self, bucket: str, kind: str, starts: list[float], reported_until: float) -> None:
         before = self._starts.get(bucket)
-        late = [start for start in starts if start <= told and before is not None and start not in before]
+        late = [start for start in starts if start <= reported_until and before is not None and start not in before]
         self._starts[bucket] = set(starts)
         if late and kind != INPUT:
             log.warning(
-                f"{bucket}: {len(late)} {'event' if len(late) == 1 else 'events'} came too late to be told in order"
+                f"{bucket}: {len(late)} {'event' if len(late) == 1 else 'events'} came too late to be reported in order"
             )
 
 

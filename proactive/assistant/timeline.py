@@ -4,11 +4,11 @@ The sequence only depends on the spans, not on when they arrived. So a live sess
 give the same sequence. These are the rules:
 
 - A window that is in front for less than `MIN_WINDOW` counts as not seen.
-- Successive spans of one application, or of one project in an editor, are told in one sentence. The sentence begins
+- Successive spans of one application, or of one project in an editor, are reported in one sentence. The sentence begins
   with its first span. It ends when another application or project follows, after a pause of `MAX_PAUSE`, or
-  `MAX_WAIT` after its begin. Each span is told once, in the sentence in which it starts.
+  `MAX_WAIT` after its begin. Each span is reported once, in the sentence in which it starts.
 - The time of a sentence is the moment from which on its content is known.
-- What a browser shows is told from the newest tab with that title, and only if this tab is not private.
+- What a browser shows is reported from the newest tab with that title, and only if this tab is not private.
 """
 
 import heapq
@@ -35,7 +35,7 @@ from proactive.assistant.spans import (
 
 MIN_WINDOW = 3.0  # seconds
 MAX_PAUSE = 30.0  # seconds without a heartbeat; the watchers send one in at most 20
-MAX_WAIT = 60.0  # seconds after which an application that stays in front is told
+MAX_WAIT = 60.0  # seconds after which an application that stays in front is reported
 TAB_PULSE = 80.0  # seconds for which a tab is open after its latest heartbeat; the watchers send one a minute
 MAX_TABS = 100  # of one browser, looked at for a title
 BROWSERS = re.compile(
@@ -47,13 +47,13 @@ BROWSERS = re.compile(
 
 
 @dataclass(frozen=True)
-class Place:
-    """How far a bucket has been told.
+class BucketCursor:
+    """How far a bucket has been reported.
 
     Attributes:
-        start: All its spans that start until then have been told.
-        away_since: When the user went away, if that has been told.
-        back_at: When the user came back, if that has been told, but not yet in a sentence.
+        start: All its spans that start until then have been reported.
+        away_since: When the user went away, if that has been reported.
+        back_at: When the user came back, if that has been reported, but not yet in a sentence.
     """
 
     start: float = 0.0
@@ -68,14 +68,14 @@ class Step:
     Attributes:
         at: The moment from which on it is known, in epoch seconds.
         bucket: Its bucket.
-        place: The place in this bucket after it.
-        told: A sentence; or whether the user is away; None if nothing is told.
+        cursor: The cursor of this bucket after it.
+        output: A sentence; or whether the user is away; None if there is nothing to report.
     """
 
     at: float
     bucket: str
-    place: Place
-    told: str | bool | None
+    cursor: BucketCursor
+    output: str | bool | None
 
 
 @dataclass(frozen=True)
@@ -95,23 +95,23 @@ class Recording:
         return sorted(bucket for bucket, found in self.kinds.items() if found == kind)
 
 
-def told(recording: Recording, places: Mapping[str, Place], until: float) -> Iterator[Step]:
+def emit(recording: Recording, cursors: Mapping[str, BucketCursor], until: float) -> Iterator[Step]:
     """Yield what is known until a time, in the order in which it is known.
 
     Args:
-        recording: The spans, at least all that are not told yet and the tabs during them.
-        places: How far each bucket has been told; one that is missing is told from its first span.
+        recording: The spans, at least all that are not reported yet and the tabs during them.
+        cursors: How far each bucket has been reported; one that is missing is reported from its first span.
         until: Everything that happened before this time, in epoch seconds, is part of the recording.
     """
     tabs = Tabs(recording)
     steps: list[Iterator[Step]] = []
     for bucket, kind in recording.kinds.items():
-        place = places.get(bucket, Place())
-        later = [span for span in recording.spans[bucket] if span.start > place.start]
+        cursor = cursors.get(bucket, BucketCursor())
+        later = [span for span in recording.spans[bucket] if span.start > cursor.start]
         if kind in (WINDOW, EDITOR):
-            steps.append(_activity(bucket, later, place, until, tabs, MIN_WINDOW if kind == WINDOW else 0.0))
+            steps.append(_activity(bucket, later, cursor, until, tabs, MIN_WINDOW if kind == WINDOW else 0.0))
         elif kind in (PRESENCE, INPUT):
-            steps.append(_presence(bucket, later, place, until))
+            steps.append(_presence(bucket, later, cursor, until))
     order = {kind: number for number, kind in enumerate(TYPES)}
     return heapq.merge(*steps, key=lambda step: (step.at, order[recording.kinds[step.bucket]], step.bucket))
 
@@ -146,7 +146,7 @@ class Tabs:
 
 @dataclass
 class _Sentence:
-    """Spans that are told together."""
+    """Spans that are reported together."""
 
     members: list[Span]
     end: float
@@ -186,20 +186,20 @@ def _subject(span: Span) -> str:
 
 
 def _activity(
-    bucket: str, later: Sequence[Span], place: Place, until: float, tabs: Tabs, shortest: float
+    bucket: str, later: Sequence[Span], cursor: BucketCursor, until: float, tabs: Tabs, shortest: float
 ) -> Iterator[Step]:
     sentence: _Sentence | None = None
 
     def step(at: float) -> Step:
         assert sentence is not None
-        return Step(at + shortest, bucket, Place(sentence.members[-1].start), sentence.text(tabs))
+        return Step(at + shortest, bucket, BucketCursor(sentence.members[-1].start), sentence.text(tabs))
 
     for number, span in enumerate(later):
         if span.start + shortest > until:
             break
         if span.content is None or span.end - span.start < shortest:
             if sentence is None and number + 1 < len(later):  # it is over
-                yield Step(span.start + shortest, bucket, Place(span.start), None)
+                yield Step(span.start + shortest, bucket, BucketCursor(span.start), None)
         elif sentence is not None and sentence.takes(span):
             sentence.add(span)
         else:
@@ -210,12 +210,14 @@ def _activity(
         yield step(sentence.limit)
 
 
-def _presence(bucket: str, later: Sequence[Span], place: Place, until: float) -> Iterator[Step]:
-    if place.away_since is not None and place.back_at is not None:
-        yield Step(place.back_at, bucket, Place(place.start), sentences.returning(place.back_at - place.away_since))
-        place = Place(place.start)
+def _presence(bucket: str, later: Sequence[Span], cursor: BucketCursor, until: float) -> Iterator[Step]:
+    if cursor.away_since is not None and cursor.back_at is not None:
+        yield Step(
+            cursor.back_at, bucket, BucketCursor(cursor.start), sentences.returning(cursor.back_at - cursor.away_since)
+        )
+        cursor = BucketCursor(cursor.start)
     for number, span in enumerate(later):
-        away, since = isinstance(span.content, Status) and span.content.away, place.away_since
+        away, since = isinstance(span.content, Status) and span.content.away, cursor.away_since
         at = span.start
         if away and since is None:
             over = later[number + 1].start if number + 1 < len(later) else float("inf")
@@ -223,12 +225,12 @@ def _presence(bucket: str, later: Sequence[Span], place: Place, until: float) ->
         if at > until:
             break
         if away and since is None:
-            place = Place(span.start, away_since=span.start)
-            yield Step(at, bucket, place, True)
+            cursor = BucketCursor(span.start, away_since=span.start)
+            yield Step(at, bucket, cursor, True)
         elif not away and since is not None:
-            yield Step(at, bucket, Place(span.start, since, at), False)
-            place = Place(span.start)
-            yield Step(at, bucket, place, sentences.returning(at - since))
+            yield Step(at, bucket, BucketCursor(span.start, since, at), False)
+            cursor = BucketCursor(span.start)
+            yield Step(at, bucket, cursor, sentences.returning(at - since))
         else:
-            place = replace(place, start=span.start)
-            yield Step(at, bucket, place, None)
+            cursor = replace(cursor, start=span.start)
+            yield Step(at, bucket, cursor, None)

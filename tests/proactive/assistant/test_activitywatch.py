@@ -84,7 +84,7 @@ async def watched(source: Source, cursor: Cursor | None = None) -> list[Observat
     return found
 
 
-def told(found: list[Observation]) -> list[tuple[float, str]]:
+def sentences(found: list[Observation]) -> list[tuple[float, str]]:
     return [(round(one.at - BEGIN, 3), one.event.event) for one in found if isinstance(one, Happened)]
 
 
@@ -100,7 +100,7 @@ SENTENCES = [
 ]
 
 
-def test_a_session_with_restarts_is_told_once_and_as_its_export_without_secrets(
+def test_a_session_with_restarts_is_reported_once_and_as_its_export_without_secrets(
     activitywatch: ActivityWatchServer, tmp_path: Path
 ) -> None:
     script = Script(BEGIN)
@@ -114,7 +114,7 @@ def test_a_session_with_restarts_is_told_once_and_as_its_export_without_secrets(
     script.at(BEGIN + 620, activitywatch.start)
     script.end = BEGIN + 800
     found += asyncio.run(watched(ActivityWatchSource(activitywatch.url, script, PrivacyOptions()), found[-1].cursor))
-    assert told(found) == SENTENCES
+    assert sentences(found) == SENTENCES
     assert [(one.away, round(one.at - BEGIN)) for one in found if isinstance(one, Presence)] == [
         (True, 350),
         (False, 500),
@@ -125,10 +125,10 @@ def test_a_session_with_restarts_is_told_once_and_as_its_export_without_secrets(
     assert all(secret in export.read_text(encoding="utf-8") for secret in SECRETS.values())
     replayed = asyncio.run(watched(ExportSource(export, ReplayClock(), PrivacyOptions())))
     assert [(type(one), one.at) for one in replayed] == [(type(one), one.at) for one in found]
-    assert told(replayed) == SENTENCES
+    assert sentences(replayed) == SENTENCES
     for number, one in enumerate(replayed, 1):
         after = asyncio.run(watched(ExportSource(export, ReplayClock(), PrivacyOptions()), one.cursor))
-        assert told(after) == told(replayed[number:])
+        assert sentences(after) == sentences(replayed[number:])
     seen = repr(found) + repr(replayed) + activitywatch.log()
     assert not [secret for secret in SECRETS.values() if secret in seen]
 
@@ -141,7 +141,7 @@ def test_requests_only_read_and_only_buckets_of_known_types(activitywatch: Activ
     script.end = BEGIN + 200
     with recorded_requests(activitywatch) as (url, requests):
         found = asyncio.run(watched(ActivityWatchSource(url, script, PrivacyOptions())))
-    assert told(found) == SENTENCES[:3]
+    assert sentences(found) == SENTENCES[:3]
     asked = [re.match(r"GET /api/0/buckets/((\w+)/events\?start=[\dTZ:.%A-F-]+)? HTTP/1.1\n", one) for one in requests]
     assert {one and one[2] for one in asked} == {None, "windows", "presence", "tabs", "code"}
     assert not [secret for secret in SECRETS.values() if secret in "".join(requests)]
@@ -158,7 +158,7 @@ def test_what_began_before_the_first_start_is_cut_and_what_ended_before_is_left_
     asyncio.run(script.reach(BEGIN + 150))
     script.end = BEGIN + 230
     found = asyncio.run(watched(ActivityWatchSource(activitywatch.url, script, PrivacyOptions())))
-    assert told(found) == [(213.0, "The user works in 'Code' with 'a.py'.")]
+    assert sentences(found) == [(213.0, "The user works in 'Code' with 'a.py'.")]
 
 
 def test_a_time_in_which_nothing_was_recorded_is_a_gap_in_its_place(activitywatch: ActivityWatchServer) -> None:
@@ -170,7 +170,7 @@ def test_a_time_in_which_nothing_was_recorded_is_a_gap_in_its_place(activitywatc
     script.at(BEGIN + 390, activitywatch.start)
     script.end = BEGIN + 600
     found = asyncio.run(watched(ActivityWatchSource(activitywatch.url, script, PrivacyOptions())))
-    assert told(found) == [
+    assert sentences(found) == [
         (63.0, "The user works in 'Mail' with 'Inbox'."),
         (463.0, "The user works in 'Code' with 'a.py'."),
     ]
@@ -193,10 +193,10 @@ def test_a_long_time_without_the_assistant_is_a_gap(activitywatch: ActivityWatch
     second = asyncio.run(watched(source, first[-1].cursor))
     assert [type(one) for one in second] == [Gap, Happened]
     assert (second[0].since - BEGIN, second[0].at - BEGIN) == (63.0, 16_400.0)
-    assert told(second) == [(19_043.0, "The user works in 'Code' with 'a.py'.")]
+    assert sentences(second) == [(19_043.0, "The user works in 'Code' with 'a.py'.")]
 
 
-def test_late_heartbeats_that_overwrite_others_are_told_once_and_too_late_ones_are_noted(
+def test_late_heartbeats_that_overwrite_others_are_reported_once_and_too_late_ones_are_noted(
     activitywatch: ActivityWatchServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     script = Script(BEGIN)
@@ -210,7 +210,7 @@ def test_late_heartbeats_that_overwrite_others_are_told_once_and_too_late_ones_a
     found = asyncio.run(watched(ActivityWatchSource(activitywatch.url, script, PrivacyOptions())))
     # The server itself puts the late Files in the place of its newest event, so Code and the first seconds of Writer
     # are gone, and Files is there twice.
-    assert [sentence for _, sentence in told(found)] == [
+    assert [sentence for _, sentence in sentences(found)] == [
         "The user works in 'Mail' with 'Inbox'.",
         "The user works in 'Files' with 'Home'.",
         "The user works in 'Writer' with 'Letter'.",
@@ -286,7 +286,13 @@ def test_an_export_with_input_only_tells_presence(tmp_path: Path) -> None:
     path.write_text(json.dumps({"buckets": {"keys": {"type": "os.hid.input", "events": events}}}), encoding="utf-8")
     found = asyncio.run(watched(ExportSource(path, ReplayClock(), PrivacyOptions())))
     assert [one.away for one in found if isinstance(one, Presence)] == [True, False]
-    assert [sentence for _, sentence in told(found)] == ["The user returns after 9 minutes."]
+    assert [sentence for _, sentence in sentences(found)] == ["The user returns after 9 minutes."]
+
+
+@pytest.mark.parametrize("cursor", [{}, {"next": 3}, {"since": 0.0, "at": 0.0, "buckets": {"windows": {"start": "x"}}}])
+def test_a_cursor_of_another_source_is_refused(cursor: Cursor) -> None:
+    with pytest.raises(UserError, match="cursor"):
+        asyncio.run(watched(ActivityWatchSource("http://localhost:1", Script(BEGIN), PrivacyOptions()), cursor))
 
 
 @pytest.mark.parametrize(

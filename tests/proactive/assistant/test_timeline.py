@@ -1,4 +1,4 @@
-"""What is told of spans, in which order, and that it does not depend on when they are asked for."""
+"""What is reported of spans, in which order, and that it does not depend on when they are asked for."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proactive.assistant.spans import EDITOR, PRESENCE, TAB, WINDOW, Edited, Span, Status, Tab, Window
-from proactive.assistant.timeline import Place, Recording, Step, told
+from proactive.assistant.timeline import BucketCursor, Recording, Step, emit
 
 KINDS = {"edits": EDITOR, "here": PRESENCE, "web": TAB, "web2": TAB, "windows": WINDOW}
 ALWAYS = float("inf")
@@ -24,8 +24,8 @@ def recording(**spans: list[Span]) -> Recording:
     return Recording({bucket: spans.get(bucket, []) for bucket in KINDS}, KINDS)
 
 
-def lines(found: Recording, until: float = ALWAYS, places: Mapping[str, Place] | None = None) -> list[tuple]:
-    return [(step.at, step.told) for step in told(found, places or {}, until) if step.told is not None]
+def lines(found: Recording, until: float = ALWAYS, cursors: Mapping[str, BucketCursor] | None = None) -> list[tuple]:
+    return [(step.at, step.output) for step in emit(found, cursors or {}, until) if step.output is not None]
 
 
 def test_titles_of_one_application_are_joined_and_short_windows_are_not_seen() -> None:
@@ -45,7 +45,7 @@ def test_titles_of_one_application_are_joined_and_short_windows_are_not_seen() -
     assert lines(found, until=127.9) == []
 
 
-def test_an_application_that_stays_is_told_after_a_minute_and_then_only_what_is_new() -> None:
+def test_an_application_that_stays_is_reported_after_a_minute_and_then_only_what_is_new() -> None:
     found = recording(windows=[window(100, 700, "Code", "a"), window(700, 800, "Code", "b")])
     assert lines(found) == [
         (163.0, "The user works in 'Code' with 'a'."),
@@ -84,7 +84,7 @@ def test_a_browser_shows_nothing_that_no_open_tab_confirms_and_nothing_private()
         assert lines(found) == [(163.0, "The user browses the web in 'Firefox'.")]
 
 
-def test_a_private_title_is_not_told_of_a_browser_that_is_not_known_as_one() -> None:
+def test_a_private_title_is_not_reported_of_a_browser_that_is_not_known_as_one() -> None:
     found = recording(
         windows=[window(100, 120, "Unknown", "Rings - Unknown"), window(120, 170, "Unknown", "News - Unknown")],
         web=[tab(100, 119, "Rings", private=True), tab(120, 160, "News", "news.example")],
@@ -97,9 +97,9 @@ def test_away_and_back() -> None:
     whole = [(280.0, True), (1000, False), (1000, "The user returns after 15 minutes.")]
     assert lines(recording(here=here)) == whole
     assert lines(recording(here=here[:2]), until=279.0) == []
-    steps = [step for step in told(recording(here=here), {}, ALWAYS) if step.told is not None]
+    steps = [step for step in emit(recording(here=here), {}, ALWAYS) if step.output is not None]
     for number, step in enumerate(steps, 1):
-        assert lines(recording(here=here), places={"here": step.place}) == whole[number:]
+        assert lines(recording(here=here), cursors={"here": step.cursor}) == whole[number:]
 
 
 CONTENTS = {
@@ -137,18 +137,18 @@ def known(found: Recording, until: float) -> Recording:
 
 
 @given(recordings(), st.lists(st.floats(0.1, 300), max_size=30))
-def test_a_live_session_tells_what_its_recording_tells_each_once_and_in_order(
+def test_a_live_session_reports_what_its_recording_holds_each_once_and_in_order(
     found: Recording, pauses: list[float]
 ) -> None:
-    places: dict[str, Place] = {}
+    cursors: dict[str, BucketCursor] = {}
     live: list[Step] = []
     until = 0.0
     for pause in [*pauses, 1e9]:
         until += pause
-        for step in list(told(known(found, until), places, until)):
+        for step in list(emit(known(found, until), cursors, until)):
             assert step.at <= until
-            places[step.bucket] = step.place
+            cursors[step.bucket] = step.cursor
             live.append(step)
-    whole = [step for step in told(found, {}, ALWAYS) if step.told is not None]
-    assert [step for step in live if step.told is not None] == whole
+    whole = [step for step in emit(found, {}, ALWAYS) if step.output is not None]
+    assert [step for step in live if step.output is not None] == whole
     assert [step.at for step in whole] == sorted(step.at for step in whole)

@@ -86,7 +86,7 @@ def answer(body: Body, before: int) -> Reply:
     return Reply(PROPOSAL)
 
 
-def test_a_session_is_told_once_over_restarts_and_its_secrets_reach_no_file_and_no_request(
+def test_a_session_is_reported_once_over_restarts_and_its_secrets_reach_no_file_and_no_request(
     activitywatch: ActivityWatchServer, tmp_path: Path
 ) -> None:
     output = tmp_path / "session"
