@@ -247,11 +247,11 @@ def measure(
     Args:
         root: A directory in the published layout.
         how: All weights, adapters on 4-bit weights, or all weights by FSDP2.
-        steps: How many steps to measure, in place of epochs.
+        steps: How many steps to measure, instead of epochs.
         epochs: How much of the recipe to run; the rest is reckoned from the steps measured.
         small: A backbone of 2 small layers, float32 Adam.
         devices: Above 1, this is one rank of as many, that torchrun has started.
-        more: Options of model and data in place of the config's, by name.
+        more: Options of model and data instead of the config's, by name.
         profiled: Whether to profile one more step.
     """
     logging.basicConfig(level=logging.INFO)  # the data module says there why it takes rows, if it does
@@ -343,11 +343,11 @@ def main(
     Args:
         root: A directory in the published layout.
         how: All weights, adapters on 4-bit weights, or all weights by FSDP2.
-        steps: How many steps to measure, in place of epochs.
+        steps: How many steps to measure, instead of epochs.
         epochs: How much of the recipe to run; the rest is reckoned from the steps measured.
         small: A backbone of 2 small layers, float32 Adam.
         devices: Above 1, this is one rank of as many, that torchrun has started.
-        more: Options of model and data in place of the config's, by name.
+        more: Options of model and data instead of the config's, by name.
         profiled: Whether to profile one more step.
     """
     found = measure(root, how, steps, epochs, small, devices, more, profiled)

@@ -65,7 +65,7 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
 
 
 def _open_closed_streams() -> None:
-    """Open /dev/null in place of standard streams that the caller closed, so that no file gets their descriptors."""
+    """Open /dev/null instead of standard streams that the caller closed, so that no file gets their descriptors."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             opened = os.open(os.devnull, os.O_RDWR)

@@ -48,13 +48,13 @@ class Weights(Generic[Model]):
 
     def tie(self, trace: Trace, root_trace: Trace | None) -> Tie:
         """Return whether training or validation rows contain the trace's session."""
-        if self._holds("training", trace, root_trace):
+        if self._contains("training", trace, root_trace):
             return Tie.TRAINED
         if "validation_histories" not in self.state:
             return Tie.UNKNOWN
-        return Tie.VALIDATED if self._holds("validation", trace, root_trace) else Tie.NONE
+        return Tie.VALIDATED if self._contains("validation", trace, root_trace) else Tie.NONE
 
-    def _holds(self, rows: str, trace: Trace, root_trace: Trace | None) -> bool:
+    def _contains(self, rows: str, trace: Trace, root_trace: Trace | None) -> bool:
         scenes, histories = self.state.get(f"{rows}_scenes"), self.state[f"{rows}_histories"]
         return was_seen(trace, root_trace, None if scenes is None else set(scenes), set(histories))
 

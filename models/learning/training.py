@@ -41,7 +41,7 @@ from models.networks.weight_files import naming_file, refuse_other_tensors
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LOST_UPDATES_WARNING = 0.05  # share of updates lost to rounding above which a run warns
+LOST_UPDATES_WARNING = 0.05  # a run warns if rounding loses a larger fraction of the updates
 
 
 def default_learning_rate(backbone: str, adapter: Any | None) -> tuple[float, str]:
@@ -57,7 +57,7 @@ class BackboneModule(NetworkModule):
     Args:
         backbone: Hub id or local path of any Hugging Face backbone that supports the head, or "scratch" for a small
             decoder with random weights and a tokenizer trained on the run's own text.
-        scratch: For backbone "scratch": a transformers configuration with its model_type, in place of the
+        scratch: For backbone "scratch": a transformers configuration with its model_type, instead of the
             project's small Llama-type one.
         dtype: The dtype in which weights are stored. The trainer's precision sets the dtype of computation.
         attn_implementation: Attention of transformers: eager, sdpa, flex_attention, flash_attention_2, ... If null,
@@ -67,7 +67,7 @@ class BackboneModule(NetworkModule):
         gradient_checkpointing: Recompute the activations inside layers in the backward pass, to save memory.
         compile: Compile each block with torch.compile. This takes a minute at the start; steps are faster afterwards.
         trust_remote_code: Allow a backbone from the hub to run its own code. This is a security risk.
-        optimizer: adamw is PyTorch's. adamw_8bit stores 2 bytes per weight in place of 8; with dtype bfloat16 it
+        optimizer: adamw is PyTorch's. adamw_8bit stores 2 bytes per weight instead of 8; with dtype bfloat16 it
             stores one more, so that small updates are not lost to rounding. paged_adamw_8bit is bitsandbytes'.
         learning_rate: Peak learning rate. If null, 1e-4 with an adapter, 1e-3 from scratch, and 2e-5 for a pretrained
             backbone, which a higher rate would damage.
@@ -76,7 +76,7 @@ class BackboneModule(NetworkModule):
         schedule: How the learning rate falls to zero after that.
         gradient_clip_norm: The largest norm of a step's gradient. Larger gradients are scaled down to it. If null,
             gradients are not clipped.
-        adapter: Train low-rank adapters (LoRA) in place of all weights. Checkpoints and exports contain only these.
+        adapter: Train low-rank adapters (LoRA) instead of all weights. Checkpoints and exports contain only these.
         quantization: With an adapter: how the frozen linear layers are stored. nf4 (QLoRA) takes 4 bits per weight,
             int8 takes 8.
     """
@@ -188,7 +188,7 @@ class BackboneModule(NetworkModule):
         if lost > LOST_UPDATES_WARNING:
             log.warning(
                 f"model.learning_rate: steps of {options['learning_rate']:g} leave {lost:.0%} of the weights as they "
-                "are, for 16 bits round them away; use --model.optimizer adamw_8bit, which loses none, or "
+                "are, because 16 bits round them away; use --model.optimizer adamw_8bit, which loses none, or "
                 "--model.dtype float32 with --trainer.precision bf16-mixed"
             )
         optimizer = build_optimizer(

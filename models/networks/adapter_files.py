@@ -25,7 +25,7 @@ SAMPLE = 256  # values of each tensor that enter a base's digest
 
 @dataclass(frozen=True)
 class AdapterBase:
-    """The frozen network that an adapter is for. A checkpoint stores this in place of the network.
+    """The frozen network that an adapter is for. A checkpoint stores this instead of the network.
 
     Attributes:
         backbone: Hub id, local path or "scratch".

@@ -33,7 +33,7 @@ TASK_TYPES: dict[Head, str] = {"classifier": "SEQ_CLS", "language model": "CAUSA
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """Low-rank adapters (LoRA) on linear layers, trained in place of all weights.
+    """Low-rank adapters (LoRA) on linear layers, trained instead of all weights.
 
     Args:
         rank: Rank of the two matrices of each adapter.

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 # Files of a network for text and images name the tensors of its text part so; the values are the names in the text
-# part alone, with its prefix in place of {}.
+# part alone, with its prefix for {}.
 TEXT_PART = {
     r"^(?:model\.)?(?:language_model|text_model)\.lm_head\.": "lm_head.",
     r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?": "{}.",
@@ -116,7 +116,7 @@ def pretrained_network(options: NetworkOptions, config: "PretrainedConfig") -> t
 
 
 def _must_be_pretrained(network: "PreTrainedModel", head: Head, name: str) -> bool:
-    """Whether random values in place of a tensor would do harm: all but a classifier's head and its pooling."""
+    """Whether a tensor must be in the files: all tensors except those of a classifier's head and its pooling."""
     layers = [module for module in network.base_model.modules() if isinstance(module, nn.ModuleList)]
     pretrained = [*layers, network.get_input_embeddings()]
     owner = network.get_submodule(name.rpartition(".")[0])

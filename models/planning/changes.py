@@ -56,7 +56,7 @@ def changes(longest: int, setting: Setting) -> list[Change]:
                 found.append(_more_devices(devices))
         found.append(
             Change(
-                "an adapter in place of all weights",
+                "an adapter instead of all weights",
                 "--model.adapter.rank 16",
                 lambda s: replace(s, adapter=AdapterOptions(), devices=1, sharing="one device"),
             )

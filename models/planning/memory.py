@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 Sharing = Literal["one device", "replicated", "sharded"]
-LAYERS_TRIED = (2, 4)  # numbers of layers that are run; each further layer adds the same
-STATE_BLOCK, LEAST_8_BIT = 256, 4096  # of bitsandbytes: values per scale; smallest tensor with an 8-bit state
-CONTEXT = 2**30  # bytes of a GPU for CUDA and its libraries; an assumption
+MEASURED_LAYERS = (2, 4)  # numbers of layers that are run; each further layer adds the same
+STATE_BLOCK, MIN_8_BIT = 256, 4096  # of bitsandbytes: values per scale; smallest tensor with an 8-bit state
+CUDA_CONTEXT = 2**30  # bytes of a GPU for CUDA and its libraries; an assumption
 FAKE_TREE = ("input_ids", "position_ids", "subtree_end")  # tree fields with one entry per token
 
 
@@ -117,7 +117,7 @@ class MemoryPlan:
             sum(optimizer_bytes(p, setting.optimizer) for p in trained) // ranks,
             self.activations(setting),
             self._communication(network, setting, gradients),
-            CONTEXT if setting.on_gpu else 0,
+            CUDA_CONTEXT if setting.on_gpu else 0,
         )
 
     def activations(self, setting: Setting) -> int:
@@ -125,10 +125,10 @@ class MemoryPlan:
         key = replace(setting, optimizer="adamw", devices=1, on_gpu=False)
         if key not in self._activations:
             layers = getattr(self.config, "num_hidden_layers", 0)
-            if layers <= max(LAYERS_TRIED):
+            if layers <= max(MEASURED_LAYERS):
                 self._activations[key] = self._tracked(setting, None)
             else:
-                few, more = LAYERS_TRIED
+                few, more = MEASURED_LAYERS
                 bytes_few, bytes_more = self._tracked(setting, few), self._tracked(setting, more)
                 per_layer = (bytes_more - bytes_few) / (more - few)
                 self._activations[key] = round(bytes_few + per_layer * (layers - few))
@@ -181,7 +181,7 @@ def optimizer_bytes(parameter: Tensor, name: OptimizerName) -> int:
     if name == "adamw_8bit":
         sizes = layout(parameter).values()
         return sum(shape.numel() * dtype.itemsize for shape, dtype in sizes)
-    if name == "adamw" or parameter.numel() < LEAST_8_BIT:
+    if name == "adamw" or parameter.numel() < MIN_8_BIT:
         return 2 * _bytes(parameter)
     return 2 * parameter.numel() + 2 * 4 * math.ceil(parameter.numel() / STATE_BLOCK)
 

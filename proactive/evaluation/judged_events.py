@@ -129,11 +129,11 @@ def figures(events: Sequence[JudgedEvent], bootstrap: int = BOOTSTRAP_RESAMPLES)
     values = {name: float(value) for name, value in metrics.compute().items()}
     found: dict[str, Any] = {name: value for name, value in values.items() if "@" not in name}
     found["parse_failures"] = sum(not j.candidate.parsed for event in events for j in event.judgments)
-    most = max(len(event.judgments) for event in events)
-    if most > 1:
+    most_candidates = max(len(event.judgments) for event in events)
+    if most_candidates > 1:
         found["at"] = {
             str(k): {name: values[f"{name}@{k}"] for name in found if f"{name}@{k}" in values}
-            for k in range(1, most + 1)
+            for k in range(1, most_candidates + 1)
         }
     return found
 
@@ -322,9 +322,9 @@ def judged_files(events: Sequence[JudgedEvent]) -> dict[str, list[dict[str, Any]
 
 def _tensors(events: Sequence[JudgedEvent]) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs of `AgentMetrics`: proposed and accepted (N, K) int64, trace (N,) int64. Missing candidates are null."""
-    most = max(len(event.judgments) for event in events)
-    proposed_NK = torch.zeros((len(events), most), dtype=torch.int64)
-    accepted_NK = torch.full((len(events), most), NO_VERDICT)
+    most_candidates = max(len(event.judgments) for event in events)
+    proposed_NK = torch.zeros((len(events), most_candidates), dtype=torch.int64)
+    accepted_NK = torch.full((len(events), most_candidates), NO_VERDICT)
     names = {name: number for number, name in enumerate(dict.fromkeys(event.trace.name for event in events))}
     for row, event in enumerate(events):
         for column, judgment in enumerate(event.judgments):

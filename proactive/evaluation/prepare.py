@@ -166,7 +166,7 @@ def _refuse_contradictions(options: "Namespace") -> None:
         raise UserError("--judge.recorded: only recorded traces have judgments", "Give them with --agent.traces.")
     if options.gate and options.judge.recorded:
         raise UserError(
-            "--gate: recorded judgments have no verdict on null in place of a proposal", "Give another judge."
+            "--gate: recorded judgments have no verdict on null instead of a proposal", "Give another judge."
         )
     if options.cost_ratio is not None and not options.gate:
         raise UserError("--cost-ratio: there is no gate", "Give a reward classifier with --gate.")

@@ -262,8 +262,8 @@ def _count_epoch(data: RowsDataModule, layout: Any, ranks: int, cost: float) -> 
             if size.tokens > tokens:
                 largest, tokens = micro_batch, size.tokens
     assert largest is not None
-    share = data.steps_per_epoch / counted
-    size = BatchSize(*(round(value * share) for value in vars(total).values()))
+    scale = data.steps_per_epoch / counted
+    size = BatchSize(*(round(value * scale) for value in vars(total).values()))
     return Epoch(size, data.steps_per_epoch, largest, tokens, most)
 
 
