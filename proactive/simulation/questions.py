@@ -13,6 +13,7 @@ from annotated_types import Ge, Le
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from datamodules.corpus.records import Proposal, Text, Unicode
+from datamodules.escaping import shortened
 from datamodules.prompting.chat_prompts import Schema
 from datamodules.ranges import FINITE
 from proactive.simulation.scenes import SimulatedSession
@@ -21,7 +22,7 @@ from proactive.simulation.work_items import RoleName, WorkItem, digest
 Verdict = Literal["accepted", "rejected", "ignored"]
 MOST_EVENTS = 8  # after one act or one accepted offer
 MOST_ENTITIES = 100
-MOST_EXAMPLES = 100  # operations or example events of one scene
+MOST_EXAMPLES = 50  # operations or example events of one written scene
 LONGEST = 2000  # characters of one text in an answer
 EARLIER_ANSWERS = ("history", "rejected")  # facts
 
@@ -30,6 +31,12 @@ def _not_long(text: str | None) -> str | None:
     if text is not None and len(text) > LONGEST:
         raise ValueError(f"expected at most {LONGEST} characters, got {len(text)}")
     return text
+
+
+def _distinct(texts: list[str]) -> list[str]:
+    if repeated := [text for place, text in enumerate(texts) if text in texts[:place]]:
+        raise ValueError(f"expected different texts, got {shortened(repeated[0], 100)} twice")
+    return texts
 
 
 Short = Annotated[Text, AfterValidator(_not_long)]
@@ -109,13 +116,16 @@ class JudgeAnswer(AnswerPart):
     probability: Annotated[float, Ge(0), Le(1)] | None = None
 
 
+Examples = Annotated[list[Short], Field(max_length=MOST_EXAMPLES), AfterValidator(_distinct)]
+
+
 class SceneEnvironment(AnswerPart):
     """The environment of a written scene."""
 
     description: Short
-    entities: list[Short] = Field(min_length=1, max_length=MOST_ENTITIES)
-    agent_ops: list[Short] = Field(max_length=MOST_EXAMPLES)
-    events_example: list[Short] = Field(max_length=MOST_EXAMPLES)
+    entities: Annotated[list[Short], AfterValidator(_distinct)] = Field(min_length=1, max_length=MOST_ENTITIES)
+    agent_ops: Examples
+    events_example: Examples
     theme: Short
 
 

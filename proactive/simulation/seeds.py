@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from datamodules.corpus.json_records import validate
-from datamodules.corpus.records import Text
 from datamodules.corpus.simulator import DOMAINS
 from datamodules.errors import UserError
 from datamodules.files.reading import MAX_TEXT_BYTES, read_text
 from datamodules.files.safe_yaml import NotYamlError, parse_yaml
+from proactive.simulation.questions import Short
 
 
 class SeedTasks(BaseModel):
@@ -21,8 +21,8 @@ class SeedTasks(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
     page: ClassVar[str] = "docs/how-to/simulate.md"
 
-    tasks: list[Text] = Field(min_length=1)
-    sample_events: list[Text] = []
+    tasks: list[Short] = Field(min_length=1)
+    sample_events: list[Short] = []
 
 
 Seeds = Mapping[str, SeedTasks]  # by kind of work

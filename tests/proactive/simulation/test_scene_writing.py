@@ -197,6 +197,14 @@ def test_writing_that_is_killed_anywhere_repeats_no_request_and_writes_the_same_
             "answer, field environment.events_example[0]: expected at most 2000 characters, got 100000",
         ),
         (
+            lambda scene: {**scene, "environment": {**scene["environment"], "events_example": ["A.", "B.", "A."]}},
+            "answer, field environment.events_example: expected different texts, got A. twice",
+        ),
+        (
+            lambda scene: {**scene, "environment": {**scene["environment"], "agent_ops": list(map(str, range(51)))}},
+            "answer, field environment.agent_ops: List should have at most 50 items",
+        ),
+        (
             lambda scene: {**scene, "environment": {**scene["environment"], "agent_ops": [{"action": "x"}]}},
             "answer, field environment.agent_ops[0]",
         ),

@@ -56,6 +56,7 @@ def test_tasks_are_used_in_turn_one_of_each_kind() -> None:
         ("a: {tasks: []}", "kind a, field tasks: List should have at least 1 item"),
         ("a: {tasks: [' ']}", "kind a, field tasks[0]: expected text, got a blank"),
         ("a: {tasks: [A], samples: [B]}", "kind a, field samples"),
+        (f"a: {{tasks: [{'x' * 2001}]}}", "kind a, field tasks[0]: expected at most 2000 characters, got 2001"),
         ("- {environment: {description: A, entities: [B]}, user: {description: A, goal: B}}", "expected a mapping"),
     ],
 )
