@@ -40,7 +40,7 @@ def leaves(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{name}", value
 
 
-def test_the_recipes_of_the_issue_are_there() -> None:
+def test_all_recipes_exist() -> None:
     names = {path.relative_to(ROOT / "configs").as_posix() for path in CONFIGS}
     sizes = ("paper", "paper_fsdp", "tiny", "qlora", "full_1x80gb")
     assert {f"{task}/{size}.yaml" for task in ("reward", "agent") for size in sizes} <= names
@@ -75,7 +75,7 @@ def test_config_is_instantiated_without_weights(path: Path, tmp_path: Path) -> N
     assert cli.datamodule.batch_size == given["data.batch_size"]
 
 
-def test_paper_config_is_the_papers_recipe() -> None:
+def test_the_paper_recipe_has_the_papers_options() -> None:
     recipe = dict(leaves(yaml.safe_load((ROOT / "configs/reward/paper.yaml").read_text(encoding="utf-8"))))
     assert recipe["model.backbone"] == "meta-llama/Llama-3.1-8B-Instruct"
     assert (recipe["data.root"], recipe["data.split"], recipe["data.batch_size"]) == ("published", "published", 32)
@@ -84,14 +84,14 @@ def test_paper_config_is_the_papers_recipe() -> None:
     assert recipe["trainer.max_epochs"] == 5
 
 
-def test_the_agents_paper_config_is_the_papers_recipe() -> None:
+def test_the_agents_paper_recipe_has_the_papers_options() -> None:
     recipe = dict(leaves(yaml.safe_load((ROOT / "configs/agent/paper.yaml").read_text(encoding="utf-8"))))
     assert recipe["model.backbone"] == "Qwen/Qwen2-7B-Instruct"
     assert (recipe["data.batch_size"], recipe["model.learning_rate"], recipe["trainer.max_epochs"]) == (32, 1e-5, 3)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT / "configs").as_posix())
-def test_recipes_hold_scenes_out_but_for_the_papers_row_which_says_that_it_is_contaminated(path: Path) -> None:
+def test_recipes_hold_out_scenes_except_the_papers_which_say_that_they_are_contaminated(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     of_the_papers_row = path.parent.name == "reward" and path.stem in ("paper", "paper_fsdp")
     assert yaml.safe_load(text)["data"]["split"] == ("published" if of_the_papers_row else "by_scene")
@@ -116,7 +116,7 @@ def test_the_sharded_recipes_are_the_papers_on_eight_devices(task: str) -> None:
 
 
 @pytest.mark.usefixtures("clean_environment")
-def test_no_arguments_mean_embedded_data_and_a_backbone_from_scratch(tmp_path: Path) -> None:
+def test_without_arguments_embedded_data_and_a_backbone_from_scratch_are_used(tmp_path: Path) -> None:
     cli = instantiate([], tmp_path)
     assert cli.datamodule.root == "embedded"
     assert cli.datamodule.tokenizer_name == cli.model.hparams["backbone"] == "scratch"

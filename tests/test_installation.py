@@ -91,7 +91,7 @@ def in_the_way(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_what_is_in_the_way_breaks_no_command(installation: Installation, in_the_way: Path) -> None:
+def test_folders_named_like_our_packages_break_no_command(installation: Installation, in_the_way: Path) -> None:
     ended = installation.run("python", "-m", "proactive.inspect", "--quiet", cwd=in_the_way)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
 
@@ -123,7 +123,7 @@ def test_the_command_works_from_an_empty_folder(installation: Installation, tmp_
     assert (ended.stdout, ended.stderr) == (f"proactive {proactive.__version__}\n", "")
 
 
-def test_types_reach_a_consumer(installation: Installation, tmp_path: Path) -> None:
+def test_a_consumer_sees_the_types(installation: Installation, tmp_path: Path) -> None:
     consumer = tmp_path / "consumer.py"
     consumer.write_text(
         f"import {', '.join(PACKAGES)}\n"

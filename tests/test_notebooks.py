@@ -15,7 +15,7 @@ NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_all_cells_run(notebook: Path, tmp_path: Path) -> None:
+def test_all_cells_of_a_notebook_run(notebook: Path, tmp_path: Path) -> None:
     """As one script: the cells are plain Python without magics, so no Jupyter is needed."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     assert not any(cell.get("outputs") for cell in cells), "outputs become stale"
@@ -37,5 +37,5 @@ def test_all_cells_run(notebook: Path, tmp_path: Path) -> None:
     assert ended.stdout.count("P(accepted)") == 3
 
 
-def test_there_is_a_notebook() -> None:
+def test_at_least_one_notebook_exists() -> None:
     assert NOTEBOOKS

@@ -53,7 +53,7 @@ def assert_recipe(figures: dict[str, Any]) -> None:
     assert figures["profile"]["top_on_processor"]
 
 
-def test_the_command_gives_the_figures_of_its_parts(root: Path, tmp_path: Path) -> None:
+def test_the_command_prints_the_figures_of_its_parts(root: Path, tmp_path: Path) -> None:
     path = os.pathsep.join([str(ROOT), *sys.path])
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     ended = subprocess.run(
@@ -93,7 +93,7 @@ def test_an_unknown_part_is_refused(check: ModuleType, tmp_path: Path) -> None:
         check.main(str(tmp_path), only=["card", "fast"])
 
 
-def test_a_part_that_fails_tells_why_and_keeps_its_figures(check: ModuleType) -> None:
+def test_a_failing_part_reports_why_and_keeps_its_figures(check: ModuleType) -> None:
     found = process(check, "print('{\"a\": 1}'); raise ValueError('too warm')").finish(HANG)
     assert found["state"] == "failed"
     assert found["figures"] == {"a": 1}
@@ -103,7 +103,7 @@ def test_a_part_that_fails_tells_why_and_keeps_its_figures(check: ModuleType) ->
 CHILD = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(3600)"
 
 
-def test_a_part_that_takes_too_long_is_ended_with_all_that_it_has_started(check: ModuleType, tmp_path: Path) -> None:
+def test_a_part_over_its_time_limit_is_ended_with_its_children(check: ModuleType, tmp_path: Path) -> None:
     """Its child holds the pipe that is read to its end here."""
     there = tmp_path / "there"
     code = f"import subprocess, sys; print('{{}}', flush=True); subprocess.run([sys.executable, '-c', {CHILD!r}, "
@@ -146,7 +146,7 @@ def test_optimizers_are_held_to_small_updates(check: ModuleType) -> None:
     assert figures["milliseconds"] > 0
 
 
-def test_two_ranks_agree_with_one_and_one_that_is_killed_is_gone_on_without(check: ModuleType, root: Path) -> None:
+def test_two_ranks_equal_one_and_a_killed_rank_is_survived(check: ModuleType, root: Path) -> None:
     """The same as on GPUs, over gloo."""
     parts = check.parts(2)
     assert list(parts) == ["losses", "efficiency", "killed"]

@@ -24,7 +24,7 @@ def loaded(path: Path) -> ModuleType:
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_it_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_benchmark_can_be_imported(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(path.parent))  # as where it is run as a script
     text = loaded(path).__doc__
     assert text is not None

@@ -44,19 +44,19 @@ def test_a_step_is_the_same_on_any_number_of_ranks(ranks: int, root: Path, alone
     assert_same_steps(on_ranks(ranks, steps, root, CASES, folder=tmp_path), alone)
 
 
-def test_eight_ranks(root: Path, alone: list[Any], tmp_path: Path) -> None:
+def test_eight_ranks_train_like_one(root: Path, alone: list[Any], tmp_path: Path) -> None:
     assert_same_steps(on_ranks(8, steps, root, CASES[:1], folder=tmp_path), alone)
 
 
-def test_replicas_change_nothing(root: Path, alone: list[Any], tmp_path: Path) -> None:
+def test_replicas_give_the_same_losses(root: Path, alone: list[Any], tmp_path: Path) -> None:
     assert_same_steps(on_ranks(4, steps, root, CASES[:1], 2, folder=tmp_path), alone)
 
 
-def test_compiled_blocks_change_nothing(root: Path, alone: list[Any], tmp_path: Path) -> None:
+def test_compiled_blocks_give_the_same_losses(root: Path, alone: list[Any], tmp_path: Path) -> None:
     assert_same_steps(on_ranks(1, compiled, root, folder=tmp_path), alone)
 
 
-def test_it_computes_in_bfloat16_and_adds_up_in_float32(root: Path, alone: list[Any], tmp_path: Path) -> None:
+def test_bf16_mixed_computes_in_bfloat16_and_reduces_in_float32(root: Path, alone: list[Any], tmp_path: Path) -> None:
     result = on_ranks(2, mixed_precision, root, folder=tmp_path)
     full, half = "torch.float32", "torch.bfloat16"
     assert result["types"] == {"master": full, "gradient": full, "optimizer": full, "states": half}
@@ -64,7 +64,7 @@ def test_it_computes_in_bfloat16_and_adds_up_in_float32(root: Path, alone: list[
     torch.testing.assert_close(torch.tensor(result["curve"]), torch.tensor(alone[0]["curve"]), rtol=3e-2, atol=1e-2)
 
 
-def test_weights_in_bfloat16_are_spread_with_their_optimizer(root: Path, tmp_path: Path) -> None:
+def test_bfloat16_weights_are_sharded_with_their_optimizer_state(root: Path, tmp_path: Path) -> None:
     """On three ranks, which share no number of rows evenly; rotary frequencies stay float32."""
     alone = on_ranks(1, stored_in_bfloat16, root, False, folder=tmp_path / "alone")
     spread = on_ranks(3, stored_in_bfloat16, root, True, folder=tmp_path / "spread")

@@ -50,7 +50,7 @@ def test_one_line_for_each_epoch_and_each_test(root: Path, capsys: pytest.Captur
     [({"max_epochs": 2}, 12, 2), ({"max_steps": 3}, 3, 1), ({"max_steps": 8, "max_epochs": -1}, 8, 2)],
     ids=["epochs", "steps within an epoch", "steps alone"],
 )
-def test_lines_in_between_say_how_far_the_run_is_and_how_long_the_rest_takes(
+def test_progress_lines_show_steps_rate_and_remaining_time(
     limits: dict[str, int], total: int, epochs: int, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = printed(root, capsys, interval=0, **{"max_epochs": 2, **limits})
@@ -59,7 +59,7 @@ def test_lines_in_between_say_how_far_the_run_is_and_how_long_the_rest_takes(
     assert {int(match[1]) for match in found if match} == set(range(1, epochs + 1))
 
 
-def test_the_time_left_is_that_of_the_steps_left_at_the_rate_of_those_done(
+def test_the_remaining_time_follows_from_the_rate_of_the_steps_so_far(
     root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a clock that shows 10 seconds more at each look; a resumed run counts its own steps alone."""
@@ -100,7 +100,7 @@ def test_a_bar_ends_where_max_steps_ends_the_epoch(max_steps: int, step: int, ba
     assert bar.total_train_batches == total
 
 
-def test_a_count_on_a_terminal_shows_its_label_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_count_on_a_terminal_shows_its_label_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model's name may look like markup."""
     shown = io.StringIO()
     monkeypatch.setattr(shown, "isatty", lambda: True)
@@ -112,7 +112,7 @@ def test_a_count_on_a_terminal_shows_its_label_as_it_is(monkeypatch: pytest.Monk
     assert "3/3" in shown.getvalue()
 
 
-def test_a_count_elsewhere_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_count_without_a_terminal_prints_lines(capsys: pytest.CaptureFixture[str]) -> None:
     with counted("asking m", 3, interval=0) as advance:
         for _ in range(3):
             advance()
@@ -125,7 +125,7 @@ def test_a_count_elsewhere_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(("interval", "reads"), [(0.0, 6), (1e9, 1)])
-def test_the_bar_reads_a_loss_now_and_then(root: Path, interval: float, reads: int) -> None:
+def test_the_bar_reads_the_loss_at_most_every_few_seconds(root: Path, interval: float, reads: int) -> None:
     shown: list[float] = []
 
     class Watched(TerminalProgress):

@@ -17,7 +17,7 @@ def sample(history: str, answer: str) -> dict[str, Any]:
     return {"history": history, "event": "The user scrolls.", "help_needed": True, "answer": answer, "valid": True}
 
 
-def test_samples_whose_last_events_read_alike_are_all_kept(tmp_path: Path) -> None:
+def test_samples_with_equal_last_events_are_all_kept(tmp_path: Path) -> None:
     writer, model = SampledAnswers(tmp_path), ProactiveAgent()
 
     def validated(step: int, *samples: dict[str, Any]) -> None:
@@ -40,7 +40,7 @@ def test_samples_whose_last_events_read_alike_are_all_kept(tmp_path: Path) -> No
     assert tuple(found[0]) == COLUMNS
 
 
-def test_what_an_agent_writes_is_no_formula_of_a_spreadsheet_and_is_read_as_it_was(tmp_path: Path) -> None:
+def test_answers_are_never_formulas_and_are_read_back_unchanged(tmp_path: Path) -> None:
     writer, model = SampledAnswers(tmp_path), ProactiveAgent()
     model.samples = [sample("a", text) for text in ("=1+1", "@SUM(A1)", "'=1", "plain")]
     trainer: Any = SimpleNamespace(sanity_checking=False, is_global_zero=True, current_epoch=0, global_step=5)

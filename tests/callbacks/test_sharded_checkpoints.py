@@ -39,7 +39,7 @@ def assert_as_whole(parts: list[dict[str, Any]], whole: dict[str, Any]) -> None:
     assert parts[-1]["temperature"] == pytest.approx(whole["temperature"], rel=1e-3)
 
 
-def test_four_ranks_then_two_then_one(
+def test_a_checkpoint_of_four_ranks_resumes_on_two_then_on_one(
     root: Path, whole: dict[str, Any], of_four: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     path, first = of_four
@@ -48,7 +48,7 @@ def test_four_ranks_then_two_then_one(
     assert_as_whole([first, second, third], whole)
 
 
-def test_to_one_device_and_back(
+def test_a_sharded_checkpoint_resumes_on_one_device_and_back(
     root: Path, whole: dict[str, Any], of_four: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     """A device without any sharding reads what ranks wrote, and ranks read what it wrote."""
@@ -61,7 +61,7 @@ def test_to_one_device_and_back(
     assert_as_whole([of_four[1], second, third], whole)
 
 
-def test_an_optimizer_in_8_bits_goes_on_with_other_numbers_of_ranks(root: Path, tmp_path: Path) -> None:
+def test_the_8_bit_optimizer_resumes_with_other_numbers_of_ranks(root: Path, tmp_path: Path) -> None:
     """On four, on one without sharding, and on three: codes, scales and all."""
     options = {"scratch": LLAMA, "optimizer": "adamw_8bit"}
     whole = on_ranks(1, fitted_to, 12, root, tmp_path / "whole", None, False, options, folder=tmp_path / "results")
@@ -88,7 +88,7 @@ def test_a_kill_while_saving_loses_no_checkpoint(when: str, root: Path, tmp_path
     assert load_run(shards.recover(last), RewardClassifier)["global_step"] == 1
 
 
-def test_a_full_disk_on_one_rank_is_told_by_all_and_loses_no_checkpoint(root: Path, tmp_path: Path) -> None:
+def test_a_full_disk_on_one_rank_is_an_error_on_all_and_loses_no_checkpoint(root: Path, tmp_path: Path) -> None:
     said = on_ranks(2, disk_full_on_one_rank, root, tmp_path, folder=tmp_path / "results")
     assert len(said) == 2
     for what in said:
@@ -96,7 +96,7 @@ def test_a_full_disk_on_one_rank_is_told_by_all_and_loses_no_checkpoint(root: Pa
     assert load_run(tmp_path / "last.ckpt", RewardClassifier)["global_step"] == 1
 
 
-def test_every_damage_is_found(of_four: tuple[Path, Any], tmp_path: Path) -> None:
+def test_damaged_sharded_checkpoints_are_refused(of_four: tuple[Path, Any], tmp_path: Path) -> None:
     good, bad = tmp_path / "best.ckpt", tmp_path / "last.ckpt"
     shutil.copytree(of_four[0], good)
     for place in ("weights", "optimizer", "values.pt"):
@@ -114,7 +114,7 @@ def test_every_damage_is_found(of_four: tuple[Path, Any], tmp_path: Path) -> Non
         shutil.rmtree(bad)
 
 
-def test_code_in_it_is_refused(of_four: tuple[Path, Any], tmp_path: Path) -> None:
+def test_a_sharded_checkpoint_with_code_is_refused(of_four: tuple[Path, Any], tmp_path: Path) -> None:
     class Payload:
         def __reduce__(self) -> tuple[Any, ...]:
             return Path.mkdir, (tmp_path / "executed",)

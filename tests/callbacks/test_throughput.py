@@ -34,7 +34,7 @@ def test_layouts_have_the_same_rows_and_effective_tokens_and_a_tree_computes_few
     assert tree.pairs < rows.pairs
 
 
-def test_operations_are_six_a_trained_weight_and_four_a_frozen_one(root: Path) -> None:
+def test_operations_per_token_are_six_per_trained_weight_and_four_per_frozen_one(root: Path) -> None:
     classifier = small_classifier()
     fit(classifier, small_data(root), limit_train_batches=1, limit_val_batches=0)
     network = classifier.network
@@ -46,7 +46,7 @@ def test_operations_are_six_a_trained_weight_and_four_a_frozen_one(root: Path) -
 
 
 @pytest.mark.parametrize("layout", ["tree", "rows"])
-def test_rates_are_in_the_logs_once_the_window_is_full(root: Path, tmp_path: Path, layout: str) -> None:
+def test_rates_are_logged_once_the_window_is_full(root: Path, tmp_path: Path, layout: str) -> None:
     logger = CSVLogger(tmp_path, "", "logs")
     data = small_data(root, layout=layout, token_budget=400)
     trainer = fit(small_classifier(), data, ThroughputLog(window=3), max_epochs=2, logger=logger, log_every_n_steps=1)
@@ -72,7 +72,7 @@ def test_weights_do_not_depend_on_the_callback(root: Path) -> None:
     assert all(torch.equal(weight, state[name]) for name, weight in plain.state_dict().items())
 
 
-def test_devices_are_known_by_the_names_that_drivers_give() -> None:
+def test_devices_are_found_by_the_names_that_drivers_report() -> None:
     peaks = {
         "NVIDIA H100 80GB HBM3": 989e12,
         "NVIDIA H100 PCIe": 756e12,

@@ -13,7 +13,7 @@ ANY_TEXT = st.text(st.characters(codec=None), max_size=20)
 
 @few_examples
 @given(ANY_TEXT, ANY_TEXT)
-def test_two_printable_lines(what: str, hint: str) -> None:
+def test_a_user_error_is_two_printable_lines(what: str, hint: str) -> None:
     error = UserError(what, hint)
     assert len(str(error).split("\n")) == 2
     assert error.what.isprintable()
@@ -23,7 +23,7 @@ def test_two_printable_lines(what: str, hint: str) -> None:
 
 @few_examples
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"], include_characters=" "), max_size=20))
-def test_ordinary_text_stays_as_it_is(text: str) -> None:
+def test_ordinary_text_is_not_escaped(text: str) -> None:
     assert printable(text) == text
 
 
@@ -38,11 +38,11 @@ def test_ordinary_text_stays_as_it_is(text: str) -> None:
         ("a\u2028b", "a\\u2028b"),
     ],
 )
-def test_what_a_terminal_would_obey_is_escaped(text: str, shown: str) -> None:
+def test_control_sequences_of_terminals_are_escaped(text: str, shown: str) -> None:
     assert printable(text) == shown
 
 
-def test_a_message_is_short_however_long_a_name_is() -> None:
+def test_a_message_with_a_long_name_is_shortened() -> None:
     error = UserError("x" * 1_000_000, "a command " * 1000)
     assert len(error.what) == MAX_MESSAGE
     assert error.what.endswith("…")

@@ -32,7 +32,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
 
 
-def test_a_killed_evaluation_goes_on_and_its_figures_are_those_of_a_count_by_hand(
+def test_a_killed_evaluation_continues_and_its_metrics_equal_a_count_by_hand(
     agents: Path, finished_run: FinishedRun, tmp_path: Path
 ) -> None:
     arguments = [
@@ -105,7 +105,7 @@ def test_an_agent_answers_the_traces_that_it_was_not_trained_on(
     assert "CONTAMINATED" in Path("stamped", "report.html").read_text(encoding="utf-8")
 
 
-def test_mistakes_are_said(agents: Path, finished_run: FinishedRun, call: Any) -> None:
+def test_mistakes_give_one_line_errors(agents: Path, finished_run: FinishedRun, call: Any) -> None:
     judge = f"--judge.checkpoint={finished_run.folder}"
     agent = f"--agent.checkpoint={agents / 'published' / '0'}"
     for arguments, message in (

@@ -43,7 +43,7 @@ def label(project: Path, answers: Callable[[int, int], UnitLabel], people: int =
                 store.save(annotator.id, item, answers(person, item), f"{person} {item}")
 
 
-def test_in_label_and_out(call: Callable, tmp_path: Path) -> None:
+def test_traces_are_imported_labelled_and_exported(call: Callable, tmp_path: Path) -> None:
     write_trace(tmp_path / "traces" / "gpt" / "a.json")
     project = tmp_path / "p.sqlite"
     ended = call(annotate.main, "import", tmp_path / "traces", "--project", project)
@@ -194,7 +194,7 @@ def test_rows_of_a_file_and_of_a_root(call: Callable, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("subcommand", ["import", "serve", "export", "agreement"])
-def test_it_starts_without_what_trains(subcommand: str, tmp_path: Path) -> None:
+def test_annotate_starts_without_torch_and_lightning(subcommand: str, tmp_path: Path) -> None:
     write_trace(tmp_path / "a.json")
     command = ["proactive.annotate", "import", "a.json", "--project", "p.sqlite", "--annotators-per-unit", "1"]
     arguments = {

@@ -41,7 +41,9 @@ def places(finished_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_each_is_refused_in_two_lines(group: str, call: Callable[..., Ended], places: Callable[[], Place]) -> None:
+def test_each_bad_input_is_refused_in_two_lines(
+    group: str, call: Callable[..., Ended], places: Callable[[], Place]
+) -> None:
     found = [(case, *carried_out(case, places(), call, MAINS[case.command])) for case in GROUPS[group]]
     counts = Counter(result for _, result, _ in found)
     wrong = [f"{case.name}: {result}: {said.strip()[:300]}" for case, result, said in found if result != Outcome.RIGHT]
@@ -49,7 +51,7 @@ def test_each_is_refused_in_two_lines(group: str, call: Callable[..., Ended], pl
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_some_of_each_group_as_processes(group: str, places: Callable[[], Place]) -> None:
+def test_some_bad_inputs_of_each_group_as_processes(group: str, places: Callable[[], Place]) -> None:
     """With all that libraries add to standard error while a process starts and ends."""
     cases = GROUPS[group]
     for case in cases[:: -(-len(cases) // IN_A_PROCESS)]:
@@ -62,6 +64,6 @@ def test_some_of_each_group_as_processes(group: str, places: Callable[[], Place]
         assert found == Outcome.RIGHT, f"{case.name}: {ended.stderr}"
 
 
-def test_there_are_enough_cases_and_none_twice() -> None:
+def test_bad_inputs_have_unique_names() -> None:
     assert sum(map(len, GROUPS.values())) >= 300
     assert all(len({case.name for case in cases}) == len(cases) for cases in GROUPS.values())

@@ -207,7 +207,7 @@ def test_18_an_adapter_of_an_encoder_loads_as_peft_does(
     assert math.isfinite(float(loaded(input_ids=torch.tensor([[5, 6]])).logits.sum()))
 
 
-def test_20_experts_that_stay_as_they_are_are_told(
+def test_20_experts_without_adapters_cause_a_warning(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     script("20-experts-not-quantized/check.py", monkeypatch=monkeypatch)
@@ -227,7 +227,7 @@ def test_21_a_prompt_that_ends_in_the_padding_token(
     assert all(ours == pytest.approx(theirs, abs=2e-4) for ours, theirs in pairs)
 
 
-def test_22_and_32_what_is_learned_of_a_conversation(
+def test_22_and_32_learned_tokens_of_a_conversation(
     place: Path, instruct: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script("22-end-learned-after-user/check.py", instruct, monkeypatch=monkeypatch)
@@ -260,7 +260,7 @@ def test_conversations_of_other_kinds_are_named(file: str, named: str, place: Pa
     assert named in ended.err
 
 
-def test_29_updates_that_bfloat16_loses_are_told(place: Path, call: Callable[..., Ended]) -> None:
+def test_29_updates_that_bfloat16_loses_cause_a_warning(place: Path, call: Callable[..., Ended]) -> None:
     options = ["--model.backbone=tinyA", "--model.dtype=bfloat16", "--trainer.precision=bf16-true"]
     more = ["--model.learning_rate=1e-5", "--model.optimizer=adamw", "--trainer.max_steps=1"]
     ended = call(fit.main, "--data.root=root", *options, *more, *[option for option in SMALL if option != "--quiet"])

@@ -42,7 +42,7 @@ def test_each_command_is_a_module_with_a_main(name: str) -> None:
 
 
 @pytest.mark.parametrize(("given", "meant"), [("fitt", "fit"), ("evalute", "evaluate"), ("inspct", "inspect")])
-def test_an_unknown_command_is_one_line_that_names_what_was_meant(
+def test_an_unknown_command_gives_one_line_with_a_suggestion(
     given: str, meant: str, call: Callable[..., Ended]
 ) -> None:
     ended = call(commands.main, given, "--data.root=x")
@@ -50,12 +50,12 @@ def test_an_unknown_command_is_one_line_that_names_what_was_meant(
     assert ended.err == f"error: there is no command {given}; did you mean {meant}?\n  help: See proactive --help.\n"
 
 
-def test_a_command_like_none_gets_no_proposal(call: Callable[..., Ended]) -> None:
+def test_a_command_unlike_any_other_gets_no_suggestion(call: Callable[..., Ended]) -> None:
     assert call(commands.main, "zzz").err.splitlines()[0] == "error: there is no command zzz"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["fitt"]], ids=str)
-def test_what_needs_no_library_loads_none(arguments: list[str], tmp_path: Path) -> None:
+def test_help_and_version_load_no_library(arguments: list[str], tmp_path: Path) -> None:
     code = f"""
 import sys
 from proactive.commands import start
@@ -97,7 +97,7 @@ def test_help_names_the_command_as_it_was_started(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["datamodules", "models", "callbacks"])
 @pytest.mark.parametrize("form", ["file", "package", "folder"])
-def test_another_package_of_the_same_name_that_is_loaded_already_is_named(form: str, name: str, tmp_path: Path) -> None:
+def test_an_already_imported_package_of_the_same_name_is_reported(form: str, name: str, tmp_path: Path) -> None:
     if form == "file":
         (tmp_path / f"{name}.py").touch()
     else:

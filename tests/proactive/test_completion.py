@@ -77,7 +77,7 @@ def given(shell: tuple[list[str], str], typed: str, cwd: Path) -> str:
 
 
 @pytest.mark.parametrize("typed", TYPED, ids=repr)
-def test_what_is_typed_is_completed(typed: str, shell: tuple[list[str], str], tmp_path: Path) -> None:
+def test_commands_options_and_values_are_completed(typed: str, shell: tuple[list[str], str], tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     (tmp_path / "mine.yaml").touch()
     assert given(shell, typed, tmp_path).rstrip("/") == TYPED[typed].rstrip("/")

@@ -26,7 +26,9 @@ def histories(rows: list[AnnotatedRow]) -> list[tuple]:
 
 
 @pytest.mark.parametrize("what", [".", "checkpoints/best.ckpt", "export"])
-def test_figures_are_those_of_the_run(what: str, finished_run: FinishedRun, call: Callable, tmp_path: Path) -> None:
+def test_evaluate_gives_the_metrics_of_the_run(
+    what: str, finished_run: FinishedRun, call: Callable, tmp_path: Path
+) -> None:
     ended = call(evaluate.main, "reward", "--checkpoint", finished_run.folder / what, "--output", "new/metrics.json")
     assert (ended.code, ended.err) == (0, "")
     found, expected = metrics(tmp_path / "new" / "metrics.json"), metrics(finished_run.folder / "metrics.json")
@@ -37,7 +39,7 @@ def test_figures_are_those_of_the_run(what: str, finished_run: FinishedRun, call
     assert found["rows"]["test"] == expected["rows"]["test"]
 
 
-def test_a_run_folder_without_best_weights_gives_its_last_ones(
+def test_without_best_weights_the_last_ones_are_evaluated(
     finished_run: FinishedRun, call: Callable, tmp_path: Path
 ) -> None:
     folder = tmp_path / "copy"
@@ -105,7 +107,7 @@ def test_another_fold_tests_other_rows(finished_run: FinishedRun, call: Callable
     }
 
 
-def test_the_fold_that_validated_is_stamped_and_an_older_checkpoint_does_not_count_as_clean(
+def test_the_validation_fold_is_marked_and_an_older_checkpoint_is_marked_unknown(
     finished_run: FinishedRun, call: Callable, tmp_path: Path
 ) -> None:
     ended = call(evaluate.main, "reward", f"--checkpoint={finished_run.folder}", "--data.fold=1", "--output=m.json")

@@ -21,7 +21,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("what", [".", "checkpoints/best.ckpt"])
-def test_it_writes_what_the_run_wrote(finished_run: FinishedRun, call: Callable, tmp_path: Path, what: str) -> None:
+def test_export_writes_the_export_of_the_run(
+    finished_run: FinishedRun, call: Callable, tmp_path: Path, what: str
+) -> None:
     ended = call(export.main, "--checkpoint", finished_run.folder / what, "--output", "out", "--quiet")
     assert (ended.code, ended.out, ended.err) == (0, "out\n", "")
     found, expected = contents(tmp_path / "out"), contents(finished_run.folder / "export")

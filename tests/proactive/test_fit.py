@@ -64,7 +64,7 @@ def test_the_run_folder_is_complete_and_nothing_else(finished_run: FinishedRun) 
     assert {path.name for path in finished_run.place.iterdir()} == {"runs", "root", "lock", "said.json"}
 
 
-def test_it_says_what_it_does_and_where_the_folder_is(finished_run: FinishedRun) -> None:
+def test_a_run_prints_its_data_metrics_and_folder(finished_run: FinishedRun) -> None:
     assert finished_run.err == ""
     assert "\x1b" not in finished_run.out  # plain, for it went to no terminal
     assert "\r" not in finished_run.out
@@ -81,7 +81,7 @@ def test_it_says_what_it_does_and_where_the_folder_is(finished_run: FinishedRun)
     assert any("bag of words" in line for line in lines)
 
 
-def test_metrics_hold_rows_contamination_and_versions(finished_run: FinishedRun) -> None:
+def test_metrics_json_has_rows_contamination_and_versions(finished_run: FinishedRun) -> None:
     record = json.loads((finished_run.folder / "metrics.json").read_text(encoding="utf-8"))
     split = split_by_scene(load_corpus(str(finished_run.root)), 3, 0)
     assert record["rows"] == {name: len(getattr(split, name)) for name in ("train", "validation", "test")}
@@ -103,7 +103,7 @@ def test_metrics_hold_rows_contamination_and_versions(finished_run: FinishedRun)
         assert figures["accuracy"] == pytest.approx((figures["tp"] + figures["tn"]) / len(split.test))
 
 
-def test_both_logs_hold_the_same_curves(finished_run: FinishedRun) -> None:
+def test_both_loggers_have_the_same_curves(finished_run: FinishedRun) -> None:
     events = EventAccumulator(str(finished_run.folder / "logs")).Reload()
     with (finished_run.folder / "logs" / "metrics.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
@@ -136,7 +136,7 @@ def test_the_model_card_states_metrics_split_and_contamination(finished_run: Fin
     assert metadata["library_name"] == "transformers"
 
 
-def test_the_configuration_is_complete(finished_run: FinishedRun) -> None:
+def test_config_yaml_has_all_options(finished_run: FinishedRun) -> None:
     """Every option stands there with the value that it had, defaults too."""
     config = yaml.safe_load((finished_run.folder / "config.yaml").read_text(encoding="utf-8"))
     assert config.keys() == {"seed_everything", "trainer", "model", "data", "task", "run"}

@@ -28,7 +28,7 @@ def metrics(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
 
 
-def test_a_killed_agent_goes_on_bit_for_bit_and_leaves_a_whole_run_behind(root: Path, tmp_path: Path) -> None:
+def test_a_killed_agent_resumes_bit_identically_and_completes_its_run_folder(root: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for place in (whole, killed):
         place.mkdir()
@@ -57,7 +57,7 @@ def test_a_killed_agent_goes_on_bit_for_bit_and_leaves_a_whole_run_behind(root: 
 
 
 @pytest.mark.parametrize("options", LEARN_FROM_JUDGMENTS, ids=["dpo", "kto"])
-def test_killed_preference_training_goes_on_bit_for_bit(root: Path, tmp_path: Path, options: list[str]) -> None:
+def test_killed_preference_training_resumes_bit_identically(root: Path, tmp_path: Path, options: list[str]) -> None:
     whole, killed, folder = tmp_path / "whole", tmp_path / "killed", Path("runs", "preference", "0")
     for place in (whole, killed):
         place.mkdir()
@@ -79,7 +79,7 @@ def test_killed_preference_training_goes_on_bit_for_bit(root: Path, tmp_path: Pa
     assert "test pairs" in (whole / folder / "export" / "README.md").read_text(encoding="utf-8")
 
 
-def test_transformers_alone_reads_the_export_and_the_conversations_format_is_taken(
+def test_transformers_reads_the_export_and_the_conversation_format_is_accepted(
     root: Path, tmp_path: Path, call: Callable[..., Any]
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -100,7 +100,7 @@ def test_transformers_alone_reads_the_export_and_the_conversations_format_is_tak
     assert tokenizer.decode(tokenizer("a", add_special_tokens=False).input_ids) == "a"
 
 
-def test_a_contaminated_run_is_stamped_everywhere(root: Path, call: Callable[..., Any]) -> None:
+def test_a_contaminated_run_is_marked_everywhere(root: Path, call: Callable[..., Any]) -> None:
     options = [f"--data.root={root}", "--trainer.max_epochs=1", "--data.allow_contamination=true"]
     ended = call(fit.main, *SMALL_AGENT, *options)
     assert ended.code == 0

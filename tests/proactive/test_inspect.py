@@ -16,7 +16,7 @@ from tests.patience import HANG
 
 
 @needs_proactivebench
-def test_published_figures_for_machines(call: Callable) -> None:
+def test_counts_of_the_published_data_as_json(call: Callable) -> None:
     ended = call(inspect.main, "--root", PROACTIVEBENCH, "--json")
     assert (ended.code, ended.err) == (0, "")
     figures = json.loads(ended.out)
@@ -48,7 +48,7 @@ def test_published_figures_for_machines(call: Callable) -> None:
 
 
 @needs_proactivebench
-def test_published_figures_for_people(call: Callable) -> None:
+def test_counts_of_the_published_data_as_tables(call: Callable) -> None:
     ended = call(inspect.main, "--root", PROACTIVEBENCH)
     assert (ended.code, ended.err) == (0, "")
     cells = {
@@ -71,7 +71,7 @@ def test_published_figures_for_people(call: Callable) -> None:
     assert "4 of 16 scenes lie outside" in words
 
 
-def test_embedded_figures_are_those_of_a_recount(call: Callable) -> None:
+def test_counts_of_the_embedded_data_equal_a_recount(call: Callable) -> None:
     ended = call(inspect.main, "--json")
     assert (ended.code, ended.err) == (0, "")
     figures = json.loads(ended.out)
@@ -96,7 +96,7 @@ def test_embedded_figures_are_those_of_a_recount(call: Callable) -> None:
     assert figures["traces"]["events"] == sum(map(len, traces.values()))
 
 
-def test_seed_and_folds_are_followed(call: Callable) -> None:
+def test_seed_and_folds_change_the_counts(call: Callable) -> None:
     figures = json.loads(call(inspect.main, "--json", "--seed", "5", "--folds", "3").out)
     assert figures["all"]["rows"] == sum(map(len, simulate(5)[:2]))
     folds = [name for name in figures["contamination"] if name.startswith("by_scene")]

@@ -37,7 +37,7 @@ def printed(call: Callable, *arguments: str) -> dict[str, Any]:
     ],
     ids=["scratch", "pretrained", "adapter", "given"],
 )
-def test_the_default_learning_rate_follows_from_what_is_trained_and_is_kept_as_used(
+def test_the_default_learning_rate_depends_on_what_is_trained_and_is_stored(
     options: list[str], rate: float, usual_for: str | None, call: Callable, finished_run: FinishedRun, tmp_path: Path
 ) -> None:
     given = [option.replace("EXPORT", str(finished_run.folder / "export")) for option in options]
@@ -104,7 +104,7 @@ def test_a_printed_configuration_keeps_the_task(how: str, order: int, call: Call
         assert printed(call, "--config=printed.yaml", how) == content
 
 
-def test_a_logger_by_class_comes_beside_the_curves_that_the_report_needs(
+def test_a_logger_by_class_is_added_to_the_csv_file_of_the_report(
     call: Callable, finished_run: FinishedRun, tmp_path: Path
 ) -> None:
     own = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "elsewhere", "name": "", "version": ""}}
@@ -135,7 +135,7 @@ def test_a_logger_whose_library_is_missing_says_what_to_install(
         assert not list(tmp_path.rglob("0"))
 
 
-def test_a_failed_start_leaves_no_guard_that_could_remove_the_next_runs_folder(
+def test_a_failed_start_leaves_no_process_that_could_remove_the_next_runs_folder(
     call: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     guards: list[EmptyFolderGuard] = []
@@ -149,7 +149,7 @@ def test_a_failed_start_leaves_no_guard_that_could_remove_the_next_runs_folder(
     assert [guard._waiting.poll() for guard in guards] == [0]
 
 
-def test_what_a_class_says_to_its_options_is_one_line(call: Callable) -> None:
+def test_an_error_of_a_class_about_its_options_is_one_line(call: Callable) -> None:
     stopping = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "x", "mode": "up"}}
     for given in (stopping, [stopping]):
         ended = call(fit.main, f"--trainer.callbacks={json.dumps(given)}")
@@ -162,7 +162,7 @@ def test_what_a_class_says_to_its_options_is_one_line(call: Callable) -> None:
 @pytest.mark.parametrize(
     "option", ["accumulate_grad_batches=2", "gradient_clip_val=0.5", "gradient_clip_algorithm=value"]
 )
-def test_what_lightning_would_do_by_itself_names_the_options_that_serve(option: str, call: Callable) -> None:
+def test_refused_lightning_options_name_the_ones_to_use(option: str, call: Callable) -> None:
     ended = call(fit.main, f"--trainer.{option}")
     assert ended.code == 2
     what, hint = ended.err.splitlines()

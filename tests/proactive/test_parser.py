@@ -43,7 +43,7 @@ MISSPELLED: list[tuple[Any, list[str], str]] = [  # a command, its arguments, wh
 
 
 @pytest.mark.parametrize(("module", "arguments", "meant"), MISSPELLED, ids=[" ".join(case[1]) for case in MISSPELLED])
-def test_a_name_spelled_almost_right_is_answered_with_what_was_meant(
+def test_a_misspelled_name_gets_a_suggestion(
     module: Any, arguments: list[str], meant: str, call: Callable[..., Ended], tmp_path: Path
 ) -> None:
     ended = call(module.main, *arguments)
@@ -59,12 +59,12 @@ def test_a_name_spelled_almost_right_is_answered_with_what_was_meant(
     [["--zzz=1"], ["--trainer.foo=1"], ["--data.split=tomorrow"], ["--config={nothing: 1}"], ["--config=zzz"]],
     ids=str,
 )
-def test_a_name_like_none_is_answered_with_none(arguments: list[str], call: Callable[..., Ended]) -> None:
+def test_a_name_unlike_any_other_gets_no_suggestion(arguments: list[str], call: Callable[..., Ended]) -> None:
     ended = call(fit.main, *arguments)
     assert ended.code == 2
     assert "did you mean" not in ended.err
 
 
-def test_the_name_most_alike_is_meant() -> None:
+def test_the_most_similar_name_is_suggested() -> None:
     assert did_you_mean("epoch", ["epochs", "epoc", "depth"]) == "; did you mean epochs?"
     assert did_you_mean("epoch", []) == did_you_mean("", ["epochs"]) == ""

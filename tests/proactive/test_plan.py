@@ -27,7 +27,7 @@ def planned(call: Callable, root: Path, tmp_path: Path) -> Callable[..., dict[st
     return get
 
 
-def test_a_small_run_is_planned_without_a_trace(planned: Callable, tmp_path: Path, monkeypatch: Any) -> None:
+def test_plan_leaves_no_files(planned: Callable, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     found = planned(*SMALL_RUN)
     memory = found["memory"]
@@ -58,7 +58,7 @@ def test_an_8b_recipe_on_a_24_gib_card(planned: Callable) -> None:
     assert found["change"] is None
 
 
-def test_what_does_not_fit_is_told_what_would(planned: Callable) -> None:
+def test_a_run_that_does_not_fit_gets_a_change_that_does(planned: Callable) -> None:
     paper = ROOT / "configs" / "reward" / "paper.yaml"
     arguments = ["--config", paper, "--config", SHAPE, "--data.split", "by_scene", "--data.folds", "3"]
     found = planned(*arguments, "--device", "h100", "--devices", 1)
@@ -78,7 +78,7 @@ def test_mistakes_take_two_lines(call: Callable, root: Path) -> None:
         assert message in ended.err
 
 
-def test_a_backbone_out_of_reach_is_planned_by_its_shape(
+def test_an_unreachable_backbone_is_planned_from_its_shape(
     call: Callable, planned: Callable, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -103,11 +103,11 @@ def test_a_backbone_out_of_reach_is_planned_by_its_shape(
         (FullySharded(), "sharded"),
     ],
 )
-def test_strategies_are_known_by_what_they_share(strategy: Any, sharing: str) -> None:
+def test_strategies_are_classified_by_what_they_shard(strategy: Any, sharing: str) -> None:
     assert estimate._sharing(strategy, devices=4) == sharing
 
 
-def test_time_is_reckoned_with_what_was_measured_on_such_a_card(planned: Callable) -> None:
+def test_time_uses_the_utilization_measured_on_the_device(planned: Callable) -> None:
     """On a Hopper card with all weights; else with what is assumed; and with what is given, if it is."""
     full = ["--config", ROOT / "configs" / "reward" / "full_1x80gb.yaml", "--config", SHAPE]
     full += ["--data.split", "by_scene", "--data.folds", "3"]

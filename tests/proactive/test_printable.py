@@ -41,7 +41,7 @@ def write_recorded(folder: Path, splits: dict[str, list[str]]) -> None:
     (folder / "splits.json").write_text(json.dumps({name: {"files": files} for name, files in splits.items()}))
 
 
-def test_names_of_splits_and_traces_are_shown_as_they_are_and_are_no_formulas(call: Callable, tmp_path: Path) -> None:
+def test_names_of_splits_and_traces_are_escaped_and_are_never_formulas(call: Callable, tmp_path: Path) -> None:
     trace = f"{HOSTILE}\n.json".replace("/", "")
     names = [HOSTILE, "=HYPERLINK(1)", "two\nlines", "@a", "\t=a"]
     write_recorded(tmp_path / "t", {**{name: [trace] for name in names}, f"left out {HOSTILE}": ["gone.json"]})
@@ -57,9 +57,7 @@ def test_names_of_splits_and_traces_are_shown_as_they_are_and_are_no_formulas(ca
     assert found == [HOSTILE, "'=HYPERLINK(1)", "two\nlines", "'@a", "'\t=a"]
 
 
-def test_names_of_roots_and_outputs_are_shown_as_they_are(
-    call: Callable, finished_run: FinishedRun, tmp_path: Path
-) -> None:
+def test_names_of_roots_and_outputs_are_escaped(call: Callable, finished_run: FinishedRun, tmp_path: Path) -> None:
     root = small_root(tmp_path / f"root {HOSTILE}\n", scenes=5, rows_per_scene=4)
     ended = call(inspect.main, f"--root={root}")
     assert (ended.code, ended.err) == (0, "")
@@ -93,7 +91,7 @@ def test_log_lines_and_tables_are_printable(call: Callable, capsys: pytest.Captu
     ("error", "hint"),
     [(MemoryError(), "less data"), (OutOfMemoryError("CUDA out of memory"), "data.token_budget")],
 )
-def test_the_hint_knows_whose_memory_is_full(error: Exception, hint: str) -> None:
+def test_the_hint_depends_on_whether_memory_of_gpu_or_cpu_is_full(error: Exception, hint: str) -> None:
     mistake = as_user_error(error)
     assert mistake is not None
     assert hint in mistake.hint
@@ -124,7 +122,7 @@ def unescaped(text: str) -> str:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_key_that_a_server_sends_back_stands_in_nothing_that_is_left(
+def test_a_key_that_a_server_returns_is_in_no_file(
     way: str, call: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_KEY", KEY)

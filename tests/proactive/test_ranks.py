@@ -60,7 +60,7 @@ def assert_near(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         (2, "rows", "preference kto"),
     ],
 )
-def test_ranks_share_a_step_and_change_nothing(devices: int, layout: str, task: str, tmp_path: Path) -> None:
+def test_several_ranks_train_like_one(devices: int, layout: str, task: str, tmp_path: Path) -> None:
     """Gradients are clipped, rows are shared unevenly, one loss is averaged over the rows of all ranks."""
     root = small_root(tmp_path / "root", rows_per_scene=20 if "preference" in task else 9)
     alone = fitted(root, tmp_path / "alone", 1, "tree", task)

@@ -31,9 +31,7 @@ def test_a_recipe_by_name_is_its_file(module: Any, given: list[str], call: Calla
     assert ended.out == call(module.main, f"--config={ROOT / 'configs/agent/tiny.yaml'}", "--print_config").out
 
 
-def test_a_file_by_the_path_counts_before_a_recipe_and_a_folder_does_not(
-    call: Callable[..., Ended], tmp_path: Path
-) -> None:
+def test_a_file_at_the_path_has_priority_over_a_recipe(call: Callable[..., Ended], tmp_path: Path) -> None:
     (tmp_path / "reward/tiny").mkdir(parents=True)
     (tmp_path / "configs/reward").mkdir(parents=True)
     (tmp_path / "configs/reward/tiny.yaml").write_text("data: {seed: 6}\n")  # no path that was given
@@ -46,7 +44,7 @@ def test_a_file_by_the_path_counts_before_a_recipe_and_a_folder_does_not(
 
 
 @pytest.mark.parametrize("given", ["reward/tinny", "nowhere.yaml", "."])
-def test_a_wrong_name_says_which_recipes_there_are(given: str, call: Callable[..., Ended]) -> None:
+def test_an_unknown_recipe_lists_the_recipes(given: str, call: Callable[..., Ended]) -> None:
     ended = call(fit.main, f"--config={given}")
     assert ended.code == 2
     error, help_line = ended.err.splitlines()

@@ -28,7 +28,7 @@ def figures(folder: Path) -> dict[str, float]:
     return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["test"]["raw"]
 
 
-def test_a_killed_rank_ends_the_job_and_the_resumed_one_is_as_one_device(tmp_path: Path, call: Callable) -> None:
+def test_a_killed_rank_ends_the_job_and_the_resumed_job_trains_like_one_device(tmp_path: Path, call: Callable) -> None:
     root = small_root(tmp_path / "root")
     options = [*SMALL_RUN, NO_DROPOUT, f"--data.root={root}"]
     ended = command("proactive.fit", *options, *ON_TWO, kill(1, 5), "--run.name=two", cwd=tmp_path)
@@ -76,7 +76,7 @@ def test_when_rank_0_is_killed_the_others_end(tmp_path: Path) -> None:
     assert "rank 0 (process " in ended.stderr
 
 
-def test_an_error_that_all_ranks_have_is_told_as_one(tmp_path: Path) -> None:
+def test_an_error_of_all_ranks_is_printed_once(tmp_path: Path) -> None:
     """It is rank 0's own, with its exit code, not the news of another one's end."""
     options = [f"--data.root={small_root(tmp_path / 'root')}", *ON_TWO, "--trainer.accelerator=cpu"]
     ended = command("proactive.fit", *options, "--model.optimizer=paged_adamw_8bit", cwd=tmp_path)

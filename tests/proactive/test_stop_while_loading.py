@@ -37,7 +37,9 @@ class SignalWhileLoading(Callback):
     ("number", "resumed"),
     [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGKILL, False)],
 )
-def test_nothing_is_left(number: int, resumed: bool, finished_run: FinishedRun, tmp_path: Path) -> None:
+def test_a_run_stopped_while_loading_leaves_no_folder(
+    number: int, resumed: bool, finished_run: FinishedRun, tmp_path: Path
+) -> None:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     stop: dict[str, Any] = {"class_path": f"{__name__}.SignalWhileLoading", "init_args": {"number": int(number)}}

@@ -229,7 +229,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert 'File "' in ended.stderr
 
 
-def test_a_mistake_as_a_process(tmp_path: Path) -> None:
+def test_a_mistake_in_a_process_ends_with_code_2(tmp_path: Path) -> None:
     """With all that libraries may add to standard error while a command starts and ends."""
     ended = command("proactive.fit", *SMALL_RUN, "--data.root=nowhere", cwd=tmp_path)
     assert ended.returncode == MISTAKE

@@ -57,7 +57,7 @@ def conversations_file(path: Path, *contents: str) -> str:
     return str(path)
 
 
-def test_accepted_proposals_and_right_silence_are_learned_and_nothing_else(root: Path) -> None:
+def test_only_accepted_proposals_and_correct_silences_are_learned(root: Path) -> None:
     data = made(root)
     expected = {
         (row.history, row.proposal, row.proposal is None)
@@ -92,7 +92,7 @@ def test_the_learned_tokens_are_the_answer_and_its_end(root: Path, layout: Any) 
     assert sorted(seen) == list(range(len(examples)))
 
 
-def test_each_validation_history_is_probed_once_for_what_follows_the_choice(root: Path) -> None:
+def test_each_validation_history_has_one_probe_after_the_choice(root: Path) -> None:
     data = made(root)
     probes = [e for e in data.rows("validation") if e.kind == AnswerKind.PROBE]
     assert {e.history for e in probes} == {row.history for row in data.split.validation}
@@ -106,7 +106,7 @@ def test_each_validation_history_is_probed_once_for_what_follows_the_choice(root
     assert encoded.columns["help_needed"][place] == int(bool(probes[0].help_needed))
 
 
-def test_what_is_known_of_a_history_follows_from_its_judgments_where_no_row_says_it(root: Path) -> None:
+def test_without_help_needed_the_judgments_decide_whether_help_was_needed(root: Path) -> None:
     rows = [row.model_copy(update={"help_needed": None}) for row in load_corpus(str(root)).train]
     said = {probe.history: probe.help_needed for probe in probes(rows)}
     for row in rows:
@@ -130,7 +130,7 @@ def test_what_is_known_of_a_history_follows_from_its_judgments_where_no_row_says
         ([("A", False, None)], None),
     ],
 )
-def test_most_rows_of_a_history_say_whether_help_was_needed(rows: list[Any], expected: bool | None) -> None:
+def test_the_majority_of_rows_decides_whether_help_was_needed(rows: list[Any], expected: bool | None) -> None:
     given = [row_of(["It rains."], proposal, accepted, help_needed=needed) for proposal, accepted, needed in rows]
     other = row_of(["It rains.", "It pours."], None, True)
     for order in permutations(given):
@@ -140,7 +140,7 @@ def test_most_rows_of_a_history_say_whether_help_was_needed(rows: list[Any], exp
 
 
 @pytest.mark.parametrize("split", ["by_scene", "published"])
-def test_no_tested_scene_is_learned(split: Any) -> None:
+def test_tested_scenes_are_not_learned(split: Any) -> None:
     data = made("embedded", split=split)
     tested = {row.scene for row in data.split.test}
     learned = {scene_of(e.history) for e in data.rows("train")}
@@ -162,9 +162,7 @@ def test_the_published_split_learns_from_the_four_scenes_outside_the_test_traces
     assert not learned & tested
 
 
-def test_training_on_tested_scenes_has_to_be_asked_for_and_is_said(
-    root: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_training_on_tested_scenes_needs_an_option_and_is_logged(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="proactive"):
         logging.getLogger("proactive").propagate = True
         data = made(root, allow_contamination=True)
@@ -198,7 +196,7 @@ def test_conversations_are_learned_beside_the_rows_and_some_are_held_out(root: P
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_conversations_that_tell_a_tested_event_are_left_out(
+def test_conversations_with_a_tested_event_are_left_out(
     root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, cached: bool
 ) -> None:
     event = made(root).split.test[0].history[-1].event
@@ -215,7 +213,7 @@ def test_conversations_that_tell_a_tested_event_are_left_out(
     assert int((allowed.encoded["train"].columns["kind"] == AnswerKind.CONVERSATION).sum()) == 3
 
 
-def test_what_the_chat_format_changes_is_told(
+def test_texts_that_the_chat_format_changes_are_logged(
     root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, tokenizers: "dict[str, PreTrainedTokenizerFast]"
 ) -> None:
     tokenizer = deepcopy(tokenizers["chat"])
@@ -239,9 +237,7 @@ def test_what_the_chat_format_changes_is_told(
 
 
 @pytest.mark.parametrize("annotated", [True, False])
-def test_what_conversations_may_have_told_is_known_to_be_trained_on(
-    root: Path, tmp_path: Path, annotated: bool
-) -> None:
+def test_with_contamination_allowed_all_scenes_count_as_trained_on(root: Path, tmp_path: Path, annotated: bool) -> None:
     """Each scene is either kept out of the conversations, those of validation too, or named as trained on."""
     plain = made(root)
     scenes = {row.scene: row.history[-1].event for row in load_corpus(str(root)).rows}
@@ -275,14 +271,12 @@ def test_a_resumed_run_needs_the_same_conversations(root: Path, tmp_path: Path) 
         ({"max_length": 30}, "instructions and answer of row"),
     ],
 )
-def test_what_cannot_be_learned_from_is_said(root: Path, options: dict[str, Any], message: str) -> None:
+def test_skipped_conversations_are_logged(root: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         made(root, **options)
 
 
-def test_a_test_split_that_measures_nothing_is_said_before_anything_is_trained(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_test_split_without_probes_is_refused_before_training(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rejected offer does not say whether help was needed."""
     split = made(root).split
     undecided = Split(split.train, split.validation, [row_of(["another scene"], "Help.", False)])
@@ -301,7 +295,7 @@ def test_long_histories_lose_their_oldest_events(root: Path) -> None:
     assert all(ids[: len(begin)].tolist() == begin for ids in data.encoded["train"].input_ids)
 
 
-def test_what_is_read_of_a_history_does_not_follow_from_the_answer(tmp_path: Path) -> None:
+def test_the_number_of_events_read_does_not_depend_on_the_answer(tmp_path: Path) -> None:
     """Nor from whether it is learned or asked for; and an agent that answers later reads the same."""
     rows = load_corpus(str(small_root(tmp_path / "small", scenes=9, rows_per_scene=20))).rows
     longer = [row.model_copy(update={"proposal": row.proposal and row.proposal * 2}) for row in rows]
@@ -320,7 +314,7 @@ def test_what_is_read_of_a_history_does_not_follow_from_the_answer(tmp_path: Pat
             assert len(ids) <= limit
 
 
-def test_the_cache_knows_the_chat_template(
+def test_cached_rows_depend_on_the_chat_template(
     root: Path, tmp_path: Path, tokenizers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = conversations_file(tmp_path / "told.json", *(f"Talk {number}." for number in range(20)))
@@ -351,7 +345,7 @@ def test_the_cache_knows_the_chat_template(
         other.load_state_dict(states[2])
 
 
-def test_a_resumed_run_holds_the_same_conversations_out(root: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_holds_out_the_same_conversations(root: Path, tmp_path: Path) -> None:
     path = conversations_file(tmp_path / "told.json", *(f"Talk {number}." for number in range(40)))
     state = made(root, conversations=[path]).state_dict()
     with pytest.raises(UserError, match=r"data.validation_fraction: 0.3, but the checkpoint's run has 0.1"):
@@ -360,7 +354,7 @@ def test_a_resumed_run_holds_the_same_conversations_out(root: Path, tmp_path: Pa
     made(root, conversations=[str(moved)]).load_state_dict(state)
 
 
-def test_the_segments_of_a_history_and_the_opening_are_how_rows_begin(root: Path) -> None:
+def test_rows_begin_with_the_segments_of_the_history_and_the_opening(root: Path) -> None:
     data = made(root)
     for example, ids in zip(data.rows("train"), data.encoded["train"].input_ids, strict=True):
         prompt = [token for segment in data.segments(example.history) for token in segment] + data.opening()

@@ -134,7 +134,7 @@ def test_files_alone_train_and_validate(root: Path, tmp_path: Path) -> None:
         ({"annotated": False, "preferences": ["missing.jsonl"]}, "missing.jsonl"),
     ],
 )
-def test_missing_data_is_told(root: Path, options: dict[str, Any], message: str) -> None:
+def test_missing_data_is_refused(root: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         small_data(root, **options)
 

@@ -52,7 +52,7 @@ def test_each_read_out_sees_its_row_and_nothing_else(case: tuple[Rows, list[int]
 
 
 @given(rows_and_choice(), st.data())
-def test_each_rows_answer_tokens_are_found_in_its_tree(case: tuple[Rows, list[int]], data: st.DataObject) -> None:
+def test_answer_positions_in_a_tree_are_those_of_each_row(case: tuple[Rows, list[int]], data: st.DataObject) -> None:
     rows, chosen = case
     answers = [np.array(sorted(data.draw(st.sets(st.integers(0, len(row) - 1)))), dtype=np.int64) for row in rows]
     tree = build_tree(PrefixOrder(rows), chosen, answers)
@@ -69,7 +69,7 @@ def singly(rows: Sequence[int]) -> npt.NDArray[np.int64]:
 
 
 @given(rows_and_choice(), st.data(), st.sampled_from([1, 2, 3]), st.sampled_from([0.0, 0.1]))
-def test_split_cuts_no_group_apart_and_keeps_the_budget(
+def test_split_keeps_groups_together_and_the_budget(
     case: tuple[Rows, list[int]], data: st.DataObject, ranks: int, pair_cost: float
 ) -> None:
     rows, chosen = case
@@ -123,7 +123,7 @@ def test_split_cuts_at_the_cheapest_places(case: tuple[Rows, list[int]], budget:
     assert cost(found) == pytest.approx(min(map(cost, ways)))
 
 
-def test_split_evens_the_trees_of_ranks_out() -> None:
+def test_split_balances_the_trees_of_ranks() -> None:
     rows = [[1, number, *range(10)] for number in range(12)]
     order = PrefixOrder(rows)
     sizes = [len(part) for part in split(order, singly(range(12)), token_budget=100, ranks=4)]

@@ -127,7 +127,7 @@ def test_workers_give_the_same_batches(root: Path) -> None:
         assert plain(alone[name]) == plain(helped[name])
 
 
-def test_balance_draws_each_category_about_equally(embedded: Any) -> None:
+def test_balance_samples_each_category_about_equally(embedded: Any) -> None:
     data = made(Path("embedded"), balance="category", cache=False)
     drawn = Counter(int(category) for batch in loaders(data)["train"] for category in batch["category"])
     assert drawn.total() == len(data.split.train)
@@ -179,7 +179,7 @@ def test_sizes_that_do_not_fit_are_refused(root: Path, options: dict[str, Any], 
 # Prompt and length
 
 
-def test_prompt_file_of_the_user_is_what_rows_become(root: Path, tmp_path: Path) -> None:
+def test_a_users_prompt_file_renders_the_rows(root: Path, tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_text(PROMPT)
     data = made(root, prompt=str(path))
@@ -220,7 +220,7 @@ def histories(data: RewardDataModule) -> Iterator[tuple[AnnotatedRow, list[int]]
 
 
 @pytest.mark.parametrize("room", [0, 20, 80])
-def test_what_is_read_of_a_history_does_not_follow_from_the_proposal(root: Path, tmp_path: Path, room: int) -> None:
+def test_the_number_of_events_read_does_not_depend_on_the_proposal(root: Path, tmp_path: Path, room: int) -> None:
     """Rows of one history are one trunk, also of proposals that are a word and proposals that are twenty."""
     for number, row in enumerate(rows := made(root).split.train + made(root).split.test):
         rows[number] = row.model_copy(update={"proposal": row.proposal and row.proposal * (1 + number % 2)})
@@ -238,7 +238,7 @@ def test_what_is_read_of_a_history_does_not_follow_from_the_proposal(root: Path,
     assert max(len(ids) for name in SPLITS for ids in ids_of(data, name)) <= limit
 
 
-def test_proposals_that_come_later_are_read_after_the_same_history(root: Path, tmp_path: Path) -> None:
+def test_later_proposals_are_read_after_the_same_events(root: Path, tmp_path: Path) -> None:
     """As a judge reads them: one at a time, with the room of the training; only what is longer takes more."""
     data = made(root, max_length=150)
     row = max(data.split.train, key=lambda row: len(row.history))
@@ -264,7 +264,7 @@ def test_proposals_that_come_later_are_read_after_the_same_history(root: Path, t
     assert len(long) < len(expected)
 
 
-def test_of_a_long_history_no_more_is_rendered_than_can_be_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_events_that_can_fit_are_rendered(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what is read is the same as of all of it."""
     data = made(root, max_length=200, cache=False)
     data.setup("test")
@@ -290,7 +290,7 @@ def test_prompt_longer_than_max_length_is_refused(root: Path) -> None:
         made(root, max_length=20)
 
 
-def test_max_length_counts_the_words_around_a_text(root: Path, tmp_path: Path, tokenizers: dict[str, Any]) -> None:
+def test_max_length_includes_prefix_and_suffix(root: Path, tmp_path: Path, tokenizers: dict[str, Any]) -> None:
     tokenizers["encoder"].save_pretrained(tmp_path)
     data = made(root, tokenizer=str(tmp_path), max_length=400)
     rows = [ids for name in SPLITS for ids in ids_of(data, name)]
@@ -324,7 +324,7 @@ def test_second_tokenization_comes_from_the_cache(root: Path, tmp_path: Path, mo
         files = sorted(tmp_path.rglob("*.arrow"))
 
 
-def test_the_cache_gives_no_rows_of_other_code(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_cached_by_other_code_are_not_used(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither where an event is rendered in another way nor where the code's text is another."""
     first = made(root)
     with monkeypatch.context() as patch:
@@ -355,9 +355,7 @@ def test_each_stage_prepares_its_loaders(root: Path, stage: str, names: tuple[st
 
 
 @pytest.mark.parametrize("split", ["published", "by_scene"])
-def test_run_begins_with_its_split_and_contamination_in_the_log(
-    root: Path, caplog: pytest.LogCaptureFixture, split: str
-) -> None:
+def test_a_run_logs_its_split_and_contamination_first(root: Path, caplog: pytest.LogCaptureFixture, split: str) -> None:
     with caplog.at_level(logging.INFO, "proactive"):
         data = made(root, split=split, validation_fraction=0.25)
     assert f"data: {data.description}: " in caplog.text
@@ -368,7 +366,7 @@ def test_run_begins_with_its_split_and_contamination_in_the_log(
     assert data.contamination.contaminated_rows == sum(row.history in known for row in data.split.test)
 
 
-def test_nothing_is_there_before_setup(root: Path) -> None:
+def test_properties_before_setup_raise(root: Path) -> None:
     data = RewardDataModule(root=str(root))
     for name in ("split", "tokenizer"):
         with pytest.raises(RuntimeError, match="setup"):
@@ -376,7 +374,7 @@ def test_nothing_is_there_before_setup(root: Path) -> None:
 
 
 @needs_proactivebench
-def test_published_rows_go_through(caplog: pytest.LogCaptureFixture) -> None:
+def test_published_rows_can_be_tokenized(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "proactive"):
         data = made(PROACTIVEBENCH, split="published")
     assert (len(data.split.train) + len(data.split.validation), len(data.split.test)) == (1629, 120)
@@ -395,7 +393,7 @@ def stored(data: RewardDataModule, folder: Path) -> dict[str, Any]:
     return torch.load(folder / "state", weights_only=True)
 
 
-def test_resumed_run_takes_its_own_state(root: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_accepts_its_own_state(root: Path, tmp_path: Path) -> None:
     state = stored(made(root), tmp_path)
     again = made(root)
     again.load_state_dict(state)
@@ -440,7 +438,7 @@ def test_resumed_run_refuses_other_data(root: Path, tmp_path: Path, options: dic
 @pytest.mark.parametrize(
     "options", [{"layout": "rows"}, {"token_budget": 4096}, {"micro_batch_size": 4}, {"cache": False}], ids=str
 )
-def test_resumed_run_may_compute_its_steps_in_another_way(root: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_a_resumed_run_may_change_how_steps_are_computed(root: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     state = stored(made(root), tmp_path)
     made(root, **options).load_state_dict(state)
 
@@ -465,7 +463,7 @@ def test_resumed_run_needs_the_same_order_and_labels(
         made(tmp_path).load_state_dict(state)
 
 
-def test_state_alone_gives_the_module_back(root: Path, tmp_path: Path) -> None:
+def test_a_module_is_rebuilt_from_its_state(root: Path, tmp_path: Path) -> None:
     """Also where the prompt file is gone."""
     path = tmp_path / "own.yaml"
     path.write_text(PROMPT)

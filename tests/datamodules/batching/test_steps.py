@@ -60,7 +60,7 @@ def counted_rows(step: Ranks) -> list[int]:
 
 @few_examples
 @given(LENGTHS, LAYOUTS, st.integers(1, 12), RANKS, st.integers(0, 3), st.sampled_from([None, 1, 2, 3]), st.data())
-def test_every_row_comes_once_an_epoch_and_ranks_work_alike(
+def test_each_epoch_has_every_row_once_and_ranks_have_equally_many_micro_batches(
     lengths: list[int],
     name: Literal["tree", "rows"],
     size: int,
@@ -81,7 +81,7 @@ def test_every_row_comes_once_an_epoch_and_ranks_work_alike(
 
 @few_examples
 @given(LENGTHS, LAYOUTS, st.integers(1, 12), RANKS, st.randoms(use_true_random=False))
-def test_weights_make_the_mean_loss_of_a_step(
+def test_weights_add_up_to_the_mean_loss_of_a_step(
     lengths: list[int], name: Literal["tree", "rows"], batch_size: int, world_size: int, random: Any
 ) -> None:
     """As DDP does: each rank's sum, averaged over ranks."""
@@ -94,7 +94,7 @@ def test_weights_make_the_mean_loss_of_a_step(
 
 @few_examples
 @given(LENGTHS, st.integers(0, 3), st.sampled_from([None, 2]))
-def test_a_step_has_the_same_rows_however_it_is_shared(
+def test_a_step_has_the_same_rows_for_any_number_of_ranks(
     lengths: list[int], epoch: int, scenes_per_step: int | None
 ) -> None:
     scenes = [str(row % 3) for row in range(len(lengths))]
@@ -107,7 +107,7 @@ def test_a_step_has_the_same_rows_however_it_is_shared(
     assert all(other == shared[0] for other in shared)
 
 
-def test_order_follows_from_seed_and_epoch() -> None:
+def test_the_order_depends_on_seed_and_epoch() -> None:
     def order(**options: Any) -> list[int]:
         steps = steps_of(layout_of([1] * 30), [str(row % 5) for row in range(30)], 6, scenes_per_step=2, **options)
         return [row for step in steps for row in counted_rows(step)]
@@ -117,7 +117,7 @@ def test_order_follows_from_seed_and_epoch() -> None:
 
 
 @pytest.mark.parametrize("scenes_per_step", [1, 2, 4])
-def test_a_step_takes_its_rows_from_so_many_scenes_in_equal_parts(scenes_per_step: int) -> None:
+def test_a_step_has_equally_many_rows_of_each_of_its_scenes(scenes_per_step: int) -> None:
     """Ten scenes of 16 rows: nothing remains to be mixed."""
     scenes = [str(row % 10) for row in range(160)]
     for step in steps_of(layout_of([1] * 160), scenes, 16, scenes_per_step=scenes_per_step):
@@ -125,7 +125,7 @@ def test_a_step_takes_its_rows_from_so_many_scenes_in_equal_parts(scenes_per_ste
         assert sorted(parts.values()) == [16 // scenes_per_step] * scenes_per_step
 
 
-def test_without_a_number_of_scenes_steps_draw_from_all() -> None:
+def test_without_scenes_per_step_rows_come_from_all_scenes() -> None:
     scenes = [str(row % 10) for row in range(160)]
     steps = steps_of(layout_of([1] * 160), scenes, 16)
     assert min(len({scenes[row] for row in counted_rows(step)}) for step in steps) > 4
@@ -138,20 +138,20 @@ def test_rows_that_remain_of_a_scene_stay_together() -> None:
     assert {len({scenes[row] for row in counted_rows(step)}) for step in steps} == {2}
 
 
-def test_rows_of_a_step_are_put_together_by_length() -> None:
+def test_micro_batches_have_rows_of_similar_length() -> None:
     lengths = [9, 1, 8, 2, 7, 3]
     ((micro_batches,),) = steps_of(layout_of(lengths), [""] * 6, 6)
     assert [sorted(lengths[row] for row in batch.rows) for batch in micro_batches] == [[1, 2], [3, 7], [8, 9]]
 
 
-def test_idle_rank_computes_a_row_without_weight() -> None:
+def test_an_idle_rank_computes_a_filler_row_with_weight_0() -> None:
     (step,) = steps_of(layout_of([5]), [""], 4, world_size=4)
     assert [rank[0].rows for rank in step] == [(0,)] * 4
     assert [rank[0].weight for rank in step] == [4.0, 0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_odds_decide_how_often_a_row_is_drawn(world_size: int) -> None:
+def test_sampling_weights_determine_how_often_a_row_is_drawn(world_size: int) -> None:
     layout, scenes = layout_of([1] * 2000), [str(row % 7) for row in range(2000)]
     sampling_weights = [0.0, *[1.0] * 999, *[3.0] * 1000]
     steps = steps_of(layout, scenes, 8, world_size, sampling_weights=sampling_weights, scenes_per_step=2)
@@ -187,7 +187,7 @@ def test_evaluation_of_no_rows_is_empty() -> None:
     assert list(EvaluationSampler(layout_of([]), 0)) == []
 
 
-def test_a_share_is_every_so_many_parts() -> None:
+def test_a_rank_gets_every_nth_micro_batch() -> None:
     parts = [[1, 2], [3], [4]]
     assert micro_batches_of_rank(parts, 0, 2, 4) == (MicroBatch((1, 2), 0.5), MicroBatch((4,), 0.5))
     assert micro_batches_of_rank(parts, 1, 2, 4) == (MicroBatch((3,), 0.5), MicroBatch((1,), 0.0))
@@ -195,7 +195,7 @@ def test_a_share_is_every_so_many_parts() -> None:
 
 @few_examples
 @given(st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=7), min_size=1, max_size=5), st.data())
-def test_rows_are_padded_on_the_right_and_kept(rows: list[list[int]], data: st.DataObject) -> None:
+def test_rows_are_padded_on_the_right(rows: list[list[int]], data: st.DataObject) -> None:
     labels = [len(ids) % 2 for ids in rows]
     categories = [len(ids) % 4 for ids in rows]
     chosen = tuple(data.draw(st.permutations(range(len(rows)))))
@@ -221,7 +221,7 @@ def test_rows_are_padded_on_the_right_and_kept(rows: list[list[int]], data: st.D
 
 @few_examples
 @given(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=7), min_size=1, max_size=5))
-def test_a_trees_labels_stand_in_the_order_of_its_read_outs(rows: list[list[int]]) -> None:
+def test_the_labels_of_a_tree_are_in_the_order_of_its_read_outs(rows: list[list[int]]) -> None:
     labels = [ids[-1] % 2 for ids in rows]
     chosen = tuple(range(len(rows)))
     (batch,) = EncodedRows(TreeLayout(rows, 64), columns(label=labels))[(MicroBatch(chosen, 1.0),)]

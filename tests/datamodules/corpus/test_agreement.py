@@ -36,7 +36,7 @@ def test_several_annotators_with_gaps() -> None:
 
 @given(st.lists(st.lists(st.integers(0, 3), max_size=4), max_size=8))
 @settings(deadline=None)
-def test_it_is_its_definition(units: list[list[int]]) -> None:
+def test_alpha_equals_its_definition(units: list[list[int]]) -> None:
     kept = [unit for unit in units if len(unit) > 1]
     labels = [label for unit in kept for label in unit]
     pairs = list(itertools.permutations(labels, 2))
@@ -50,7 +50,7 @@ def test_it_is_its_definition(units: list[list[int]]) -> None:
 
 
 @needs_proactivebench
-def test_the_published_annotations() -> None:
+def test_agreement_of_the_published_annotations() -> None:
     """The known values: of all rows, of proposals in text, and of null."""
     corpus = load_corpus(str(PROACTIVEBENCH))
     for rows, known in ((corpus.train, (0.145, 0.169, -0.214)), (corpus.test, (0.658, 1.0, 0.254))):
@@ -59,7 +59,7 @@ def test_the_published_annotations() -> None:
         assert found == pytest.approx(known, abs=5e-4)
 
 
-def test_fleiss_kappa_of_his_own_example() -> None:
+def test_kappa_of_the_example_in_fleiss_paper() -> None:
     """Fleiss (1971) in the form of the worked example of ten subjects, 14 raters and five categories: kappa 0.210."""
     counts = (
         "0 0 0 0 14, 0 2 6 4 2, 0 0 3 5 6, 0 3 9 2 0, 2 2 8 1 1, 7 7 0 0 0, 3 2 6 3 0, 2 5 3 2 2, 6 5 2 1 0, 0 2 2 3 7"
@@ -87,7 +87,7 @@ def test_intervals_draw_whole_traces() -> None:
     assert agreement(units, seed=3) == agreement(units, seed=3)
 
 
-def test_nothing_can_be_said_of_labels_that_are_all_the_same() -> None:
+def test_agreement_of_equal_labels_is_undefined() -> None:
     found = agreement([("a", [1, 1]), ("b", [1, 1])])
     assert (found["raw"], found["alpha"], found["kappa"]) == (1.0, None, None)
     assert agreement([])["raw"] is None

@@ -101,7 +101,7 @@ THOUGHTS = [f"{opening}perhaps {{}} or not{closing}" for opening, closing in zip
 
 
 @pytest.mark.parametrize("thought", [*THOUGHTS, *CHANNELS, "perhaps {} or not</think>", "{}\n</thinking>\n"])
-def test_what_stands_in_a_thought_is_no_answer(thought: str) -> None:
+def test_json_in_reasoning_text_is_not_an_answer(thought: str) -> None:
     before, after = thought.split("{}")
     answer = read_answer(f"{before}{DRAFT}{after}\n\n{SILENT}")
     assert answer == Answer(purpose="start", proposal=None)
@@ -111,13 +111,13 @@ def test_what_stands_in_a_thought_is_no_answer(thought: str) -> None:
         assert read_answer(f"{SILENT}\n{before}{DRAFT}") is None or before.startswith("analysis")
 
 
-def test_marks_of_thoughts_in_an_answer_are_text() -> None:
+def test_reasoning_delimiters_within_an_answer_are_text() -> None:
     proposal = "Replace </think> and <think> in the template"
     assert read_answer(json.dumps({"proposal": proposal})) == Answer(proposal=proposal)
 
 
 @pytest.mark.parametrize("thought", ["<think>I never write <think> twice</think>", "<think>a</think> b </think>"])
-def test_marks_in_thoughts_do_not_hide_the_answer(thought: str) -> None:
+def test_delimiters_within_reasoning_do_not_hide_the_answer(thought: str) -> None:
     assert read_answer(f"{thought}\n{SILENT}") == Answer(purpose="start", proposal=None)
 
 
@@ -136,7 +136,7 @@ def test_marks_in_thoughts_do_not_hide_the_answer(thought: str) -> None:
         (f"It is [{DRAFT}]", "Write the tests"),
     ],
 )
-def test_of_several_answers_the_last_word_counts(text: str, expected: str | None) -> None:
+def test_the_last_of_several_answers_counts(text: str, expected: str | None) -> None:
     answer = read_answer(text)
     assert answer is not None
     assert answer.proposal == expected
@@ -153,7 +153,7 @@ def test_of_several_answers_the_last_word_counts(text: str, expected: str | None
         '{"proposal": {"open": 1, "open": 2}}',
     ],
 )
-def test_answers_that_differ_are_none(text: str) -> None:
+def test_a_reply_with_different_answers_has_none(text: str) -> None:
     assert read_answer(text) is None
 
 
@@ -161,12 +161,12 @@ def test_answers_that_differ_are_none(text: str) -> None:
     "cut",
     ['"pro', '"proposal": ', '"proposal": "Wri', '"proposal": nul', '"proposal": "W"', '"proposal": "W",\n', "", "\n"],
 )
-def test_an_object_that_was_cut_off_hides_what_it_holds(cut: str) -> None:
+def test_a_truncated_object_gives_no_answer(cut: str) -> None:
     assert read_answer(f'{{"example": {DRAFT}, {cut}') is None
     assert read_answer(f"{SILENT}\n{{{cut}") is None, "another answer was under way"
 
 
-def test_the_same_field_twice_with_the_same_value_is_one() -> None:
+def test_a_duplicate_field_with_an_equal_value_is_accepted() -> None:
     assert read_answer('{"proposal": "Go.", "Proactive Task": "Go."}') == Answer(proposal="Go.")
 
 
@@ -186,12 +186,12 @@ def test_the_same_field_twice_with_the_same_value_is_one() -> None:
         json.dumps({"properties": {"proposal": "Write the tests"}}),
     ],
 )
-def test_the_form_itself_is_no_answer(text: str) -> None:
+def test_placeholders_and_schemas_are_not_answers(text: str) -> None:
     assert read_answer(text) is None
     assert read_answer(f"The form is {text}. {SILENT}") == Answer(purpose="start", proposal=None)
 
 
-def test_an_example_of_ones_own_prompt_is_no_answer() -> None:
+def test_an_example_from_a_users_prompt_is_not_an_answer() -> None:
     prompt = 'Answer with {"proposal": "Draft an outline."} or {"proposal": null}.\nresponse: some words'
     assert read_answer('{"proposal": "Draft an outline."}', prompt) is None
     assert read_answer('{"proposal": "Draft an outline.", "response": "Shall I?"}', prompt) is not None
@@ -200,12 +200,12 @@ def test_an_example_of_ones_own_prompt_is_no_answer() -> None:
 
 
 @pytest.mark.parametrize("text", ["`" * 5000, "{" * 5000, '{"a": "' * 5000, "<think>" * 5000, "</think>" * 5000])
-def test_the_answer_is_found_behind_much_that_is_none(text: str) -> None:
+def test_the_answer_is_found_after_many_other_objects(text: str) -> None:
     answer = read_answer(f"{text}\n{DRAFT}\n</think>{SILENT}")
     assert answer is None or answer.proposal is None
 
 
-def test_braces_of_prose_do_not_hide_the_answer() -> None:
+def test_braces_in_prose_do_not_hide_the_answer() -> None:
     assert read_answer("a set {a, b} " * 300 + f"\n{SILENT}") == Answer(purpose="start", proposal=None)
 
 

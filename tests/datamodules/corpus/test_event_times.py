@@ -12,7 +12,7 @@ def test_epoch_seconds_are_clock_times_with_gaps() -> None:
     assert [moment.gap for moment in found] == ["", "+3.7 s", "+20 s", "+1 h", "+1 d", "−1 s"]
 
 
-def test_times_in_words_stand_as_they_are() -> None:
+def test_times_in_words_are_shown_unchanged() -> None:
     words = ("Day 1, 11:22 PM", "Day 1, 11:30 PM", "Day 2, 12:05 AM", "later", "nan", "1e300")
     times = (*words, "1717377997", "1717377997")
     found = moments([Event(time=time, event="x") for time in times])

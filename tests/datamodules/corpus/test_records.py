@@ -88,7 +88,7 @@ def test_a_hint_names_the_page_that_shows_the_fields() -> None:
 
 
 @pytest.mark.parametrize("text", ["half \ud83d", "\udc00", "\udc00\ud83d"])
-def test_half_a_surrogate_pair_is_refused_wherever_it_is(text: str, tmp_path: Path) -> None:
+def test_half_a_surrogate_pair_is_refused_in_every_field(text: str, tmp_path: Path) -> None:
     bad = json.dumps(text)
     event = f'{{"time": "1", "event": {bad}}}'
     rows = written(tmp_path, json.dumps(ROW).replace(json.dumps(ROW["obs"]), f"[{event}]"))
@@ -196,7 +196,7 @@ def test_category_follows_from_proposal_and_judgment(
         assert row(**settled, category=name).category == category
 
 
-def test_digests_tell_histories_and_scenes_apart() -> None:
+def test_different_histories_and_scenes_have_different_digests() -> None:
     first, longer, other = row_of(["a"]), row_of(["a", "b"]), row_of(["b"])
     assert first.history_digest == row_of(["a"], None).history_digest
     assert len({r.history_digest for r in (first, longer, other, row_of(["a b"]), row_of(["b", "a"]))}) == 5
@@ -307,7 +307,7 @@ def test_more_judgments_than_proposals_are_refused() -> None:
 
 
 @pytest.mark.parametrize("bad", [5, " ", ["x"]])
-def test_refused_answer_is_named_by_its_place_in_the_file(bad: Any) -> None:
+def test_refused_answer_is_named_by_its_index_in_the_file(bad: Any) -> None:
     """Also behind a null, which may be left out of the record."""
     for record, response in ((TestStep, {"candidate_task": ["x", None, bad]}), (PublishedStep, ["x", "null", bad])):
         with pytest.raises(UserError) as caught:
@@ -357,7 +357,7 @@ def test_refused_text_names_file_and_line(tmp_path: Path, line: bytes, expected:
     ],
     ids=["empty", "no list", "cut off", "NaN", "twice the same field", "deeply nested"],
 )
-def test_refused_list_names_file_and_place(tmp_path: Path, content: str, expected: str) -> None:
+def test_refused_list_names_file_and_index(tmp_path: Path, content: str, expected: str) -> None:
     path = written(tmp_path, content)
     what = refusal(path, TestStep, read_json_list)
     assert what.startswith(str(path))
@@ -376,7 +376,9 @@ def test_refused_list_names_file_and_place(tmp_path: Path, content: str, expecte
     ],
     ids=ascii,
 )
-def test_text_that_no_file_can_hold_is_refused_in_printable_words(tmp_path: Path, fields: dict[str, Any]) -> None:
+def test_text_that_utf8_cannot_write_is_refused_with_a_printable_message(
+    tmp_path: Path, fields: dict[str, Any]
+) -> None:
     """JSON can escape half a character, which neither a tokenizer nor a terminal takes."""
     assert "line 1" in refusal(written(tmp_path, json.dumps({**ROW, **fields})), AnnotatedRow)
 
@@ -473,7 +475,7 @@ def session_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("test", dict.fromkeys(("false_alarm", "correct_detection", "non_response", "missed_need"), 30), 0.917),
     ],
 )
-def test_published_rows_fit_and_give_the_known_figures(name: str, counts: dict[str, int], agreement: float) -> None:
+def test_published_rows_are_read_and_have_the_known_counts(name: str, counts: dict[str, int], agreement: float) -> None:
     rows = read_jsonl(PROACTIVEBENCH / "reward_data" / f"{name}_data.jsonl", AnnotatedRow)
     assert Counter(row.category for row in rows) == counts
     agreeing = [answer == row.accepted for row in rows for answer in row.annotation]
@@ -481,7 +483,7 @@ def test_published_rows_fit_and_give_the_known_figures(name: str, counts: dict[s
 
 
 @needs_proactivebench
-def test_published_traces_fit() -> None:
+def test_published_traces_are_read() -> None:
     files = [path for path in (PROACTIVEBENCH / "test_data").glob("*.json") if path.name != "splits.json"]
     assert len(files) == 12
     assert sum(len(read_json_list(path, TestStep)) for path in files) == 233
@@ -492,7 +494,7 @@ def test_published_traces_fit() -> None:
     ("model", "proposals"),
     [("activeqwen", 223), ("gpt-4o", 216), ("llama3.1-8b", 199), ("qwen2-72b-instruct", 155), ("qwen2-7b", 225)],
 )
-def test_published_answers_fit(model: str, proposals: int) -> None:
+def test_published_answers_are_read(model: str, proposals: int) -> None:
     """activeqwen is Qwen2-7B-Proactive: TP 111 + FP 112 of its 227 events carry a proposal."""
     files = sorted((PROACTIVEBENCH / "traces" / model).glob("*.json"))
     steps = [step for path in files for step in read_json_list(path, PublishedStep)]

@@ -51,7 +51,7 @@ def scenes_of(rows: list[AnnotatedRow]) -> dict[str, list[AnnotatedRow]]:
     return scenes
 
 
-def test_seed_decides_all_in_any_process_and_nothing_is_written(tmp_path: Path) -> None:
+def test_equal_seeds_give_equal_data_in_any_process_and_write_nothing(tmp_path: Path) -> None:
     """Another process has other hashes, so another order of sets."""
     printed = subprocess.run(
         [sys.executable, "-c", WATCHED],
@@ -71,7 +71,7 @@ def test_other_seed_gives_other_data() -> None:
     assert simulate(1) != simulate(2)
 
 
-def test_there_is_enough_of_everything(embedded: Corpus) -> None:
+def test_each_category_and_state_is_frequent(embedded: Corpus) -> None:
     assert len(scenes_of(embedded.rows)) >= 48
     assert 1_800 <= len(embedded.rows) <= 2_400
     assert scenes_of(embedded.train).keys().isdisjoint(scenes_of(embedded.test))
@@ -111,7 +111,7 @@ def test_histories_of_a_scene_nest(embedded: Corpus) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_help_is_needed_after_a_history_or_it_is_not(seed: int) -> None:
+def test_all_rows_of_a_history_agree_whether_help_is_needed(seed: int) -> None:
     """All its rows say the same, null is right where no help is needed, and traces offer tasks where it is."""
     train, test, traces = simulate(seed)
     needed: dict[tuple[Event, ...], bool] = {}
@@ -129,11 +129,11 @@ def test_help_is_needed_after_a_history_or_it_is_not(seed: int) -> None:
     assert 0.3 < sum(needed.values()) / len(needed) < 0.7
 
 
-def test_no_proposal_comes_twice_after_one_history(embedded: Corpus) -> None:
+def test_proposals_after_a_history_are_distinct(embedded: Corpus) -> None:
     assert len({(row.history_digest, row.proposal) for row in embedded.rows}) == len(embedded.rows)
 
 
-def test_the_same_proposal_is_apt_at_one_time_and_ill_timed_at_another(embedded: Corpus) -> None:
+def test_the_same_proposal_is_accepted_and_rejected_at_different_times(embedded: Corpus) -> None:
     verdicts: dict[tuple[str, str | None], set[bool]] = {}
     for row in embedded.rows:
         verdicts.setdefault((row.scene, row.proposal), set()).add(row.accepted)

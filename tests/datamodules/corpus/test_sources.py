@@ -51,7 +51,7 @@ def local(root: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_directory_is_read_whole(local: Path) -> None:
+def test_all_files_of_a_directory_are_read(local: Path) -> None:
     corpus = load_corpus(str(local))
     lines = {
         name: (local / "reward_data" / f"{name}_data.jsonl").read_text().splitlines() for name in ("train", "test")
@@ -61,7 +61,7 @@ def test_directory_is_read_whole(local: Path) -> None:
     assert {name: len(steps) for name, steps in corpus.traces.items()} == {"code_1.json": 2}
 
 
-def test_directory_needs_no_more_than_training_rows(local: Path) -> None:
+def test_a_directory_needs_only_training_rows(local: Path) -> None:
     shutil.rmtree(local / "test_data")
     (local / "reward_data" / "test_data.jsonl").unlink()
     corpus = load_corpus(str(local))

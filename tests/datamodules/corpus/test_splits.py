@@ -60,7 +60,7 @@ def test_by_scene_holds_whole_scenes_out_and_uses_every_row_once(
     assert identities([row for split in splits for row in split.validation]) == identities(rows)
 
 
-def test_by_scene_gives_each_fold_its_share_of_each_category(embedded: Corpus) -> None:
+def test_by_scene_stratifies_folds_by_category(embedded: Corpus) -> None:
     whole = Counter(row.category for row in embedded.rows)
     for fold in range(5):
         test = Counter(row.category for row in split_by_scene(embedded, 5, fold).test)
@@ -76,7 +76,7 @@ def test_split_follows_from_its_seed(embedded: Corpus, divide: Callable[..., Spl
 
 
 @pytest.mark.parametrize(("folds", "fold"), [(2, 0), (0, 0), (-1, 0), (10, 0), (5, 5), (5, -1)])
-def test_by_scene_refuses_folds_that_cannot_be(root: Path, folds: int, fold: int) -> None:
+def test_by_scene_refuses_impossible_folds(root: Path, folds: int, fold: int) -> None:
     corpus = load_corpus(str(root))
     assert len({row.scene for row in corpus.train}) == 9
     with pytest.raises(UserError, match=r"data\.folds?: "):

@@ -150,7 +150,7 @@ def test_a_folder_without_traces_is_refused(tmp_path: Path) -> None:
         read_recorded(tmp_path)
 
 
-def test_a_trace_is_known_by_scene_name_or_history() -> None:
+def test_a_trace_was_seen_if_its_scene_or_a_history_was() -> None:
     trace, other_cut = a_trace("a", "b", "c"), a_trace("A", "b", "c")
     scenes, histories = {scene_of(trace.events)}, {history_digest(trace.history(1))}
     assert was_seen(trace, None, scenes, ())
@@ -167,7 +167,7 @@ EVENTS = st.lists(st.sampled_from("abc"), min_size=1, max_size=5)
 
 @few_examples
 @given(EVENTS, EVENTS)
-def test_a_trace_is_known_by_any_of_its_histories(mine: list[str], other: list[str]) -> None:
+def test_a_trace_was_seen_if_any_of_its_histories_was(mine: list[str], other: list[str]) -> None:
     trace, trained = a_trace(*mine), a_trace(*other)
     for step_number in range(len(trained.events)):
         history = trained.history(step_number)
@@ -176,7 +176,7 @@ def test_a_trace_is_known_by_any_of_its_histories(mine: list[str], other: list[s
 
 
 @needs_proactivebench
-def test_recorded_traces_are_cuts_of_the_roots_own() -> None:
+def test_recorded_traces_are_excerpts_of_the_roots_traces() -> None:
     corpus = load_corpus(str(PROACTIVEBENCH))
     own = {trace.name: trace for trace in root_traces(corpus)}
     assert set(read_splits(corpus.splits_file, list(own.values()))["real_average"].files) == set(own)

@@ -59,7 +59,7 @@ def test_unanimous_silence_yields_a_row_as_well() -> None:
     ].accepted
 
 
-def test_the_need_for_help_is_what_people_said_of_it() -> None:
+def test_the_need_for_help_follows_from_the_answers_about_it() -> None:
     """Everybody accepts a task, and most say that no help was needed: the published rule cannot tell that."""
     answers = said("+- -+ +-", False, False, True)
     assert majority_rows(UNIT, answers)[0].accepted
@@ -78,7 +78,7 @@ def test_ties_have_no_row_until_somebody_adjudicates() -> None:
     ]
 
 
-def test_four_annotators_of_the_published_rule_may_decide_both_ways() -> None:
+def test_with_the_published_rule_four_annotators_can_give_two_rows_for_an_offer() -> None:
     rows = published_rows(UNIT, said("+- +- -- --"))
     assert shown(rows) == [
         (None, True, False, (False, False, True, True)),
@@ -108,7 +108,7 @@ def recovered(unit: Unit, rows: list[AnnotatedRow]) -> tuple[Unit, list[UnitLabe
 
 
 @needs_proactivebench
-def test_the_published_rule_makes_all_published_rows_and_no_others() -> None:
+def test_the_published_rule_reproduces_exactly_the_published_rows() -> None:
     """Of 313 histories, all 1,749 rows, with annotations, need for help and categories."""
     corpus = load_corpus(str(PROACTIVEBENCH))
     by_history: dict[int, list[AnnotatedRow]] = defaultdict(list)
@@ -125,7 +125,7 @@ def test_the_published_rule_makes_all_published_rows_and_no_others() -> None:
 
 
 @needs_proactivebench
-def test_what_the_published_rule_leaves_out_and_gets_wrong() -> None:
+def test_rows_that_the_published_rule_omits_or_gets_wrong() -> None:
     corpus = load_corpus(str(PROACTIVEBENCH))
     by_history: dict[int, list[AnnotatedRow]] = defaultdict(list)
     for row in corpus.rows:

@@ -33,7 +33,7 @@ def agree(root: Path, environment: dict[str, str], rank_name: str) -> list[str]:
     ],
     ids=["torchrun", "SLURM"],
 )
-def test_all_ranks_come_to_the_folder_that_rank_0_makes(
+def test_all_ranks_use_the_folder_that_rank_0_makes(
     environment: dict[str, str], rank_name: str, tmp_path: Path
 ) -> None:
     (tmp_path / "name" / "3").mkdir(parents=True)

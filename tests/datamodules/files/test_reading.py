@@ -51,7 +51,7 @@ IRREGULAR: dict[str, Callable[[Path], Any]] = {
 
 @pytest.mark.parametrize("kind", IRREGULAR)
 @pytest.mark.parametrize("reader", READERS)
-def test_what_is_no_regular_file_is_refused_at_once(reader: str, kind: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_regular_is_refused_at_once(reader: str, kind: str, tmp_path: Path) -> None:
     path = tmp_path / "it.json"
     IRREGULAR[kind](path)
     with pytest.raises(UserError, match=f"it.json: is {kind}, not a regular file"):
@@ -59,7 +59,7 @@ def test_what_is_no_regular_file_is_refused_at_once(reader: str, kind: str, tmp_
 
 
 @pytest.mark.parametrize("kind", ["a named pipe", "a device"])
-def test_folders_of_models_and_traces_are_looked_through(kind: str, tmp_path: Path) -> None:
+def test_folders_of_models_and_traces_are_checked_for_special_files(kind: str, tmp_path: Path) -> None:
     (tmp_path / "below").mkdir()
     (tmp_path / "b.json").write_text("[]")
     require_regular_files(tmp_path)
@@ -71,7 +71,7 @@ def test_folders_of_models_and_traces_are_looked_through(kind: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_what_is_too_long_is_refused_in_bounded_memory(reader: str, tmp_path: Path) -> None:
+def test_a_file_that_is_too_long_is_refused_in_bounded_memory(reader: str, tmp_path: Path) -> None:
     path = tmp_path / "it.json"
     path.write_bytes(b"[")
     os.truncate(path, 2**30)  # takes no room on the disk
@@ -79,7 +79,7 @@ def test_what_is_too_long_is_refused_in_bounded_memory(reader: str, tmp_path: Pa
         READERS[reader](path)
 
 
-def test_records_file_as_a_whole_has_a_limit_too(tmp_path: Path) -> None:
+def test_a_file_of_records_has_a_total_limit(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.touch()
     os.truncate(path, 2**32 + 1)
@@ -87,7 +87,7 @@ def test_records_file_as_a_whole_has_a_limit_too(tmp_path: Path) -> None:
         read_jsonl(path, AnnotatedRow)
 
 
-def test_a_file_is_measured_by_what_it_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_counts_the_bytes_read_not_the_reported_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the system shows as files may give more than their size, which is 0."""
     monkeypatch.setattr(reading, "require_regular", lambda *args: 0)
     path = tmp_path / "file"
@@ -98,7 +98,7 @@ def test_a_file_is_measured_by_what_it_gives(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("length", [9, 10, 11, 100])
-def test_a_line_may_be_as_long_as_the_limit(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_of_exactly_the_limit_is_read(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "MAX_TEXT_BYTES", 10)
     content = b"short\n" + b"x" * (length - 1) + b"\n"
     lines = text_lines(io.BytesIO(content), Path("f"))
@@ -125,7 +125,7 @@ def test_an_item_of_a_list_of_conversations_has_the_limit_of_a_line(
         next(found)
 
 
-def test_a_string_without_an_end_is_looked_through_once(tmp_path: Path) -> None:
+def test_an_unterminated_string_is_scanned_once(tmp_path: Path) -> None:
     """Looking for an end from each of its quotes on would take hours."""
     path = tmp_path / "list.json"
     path.write_text('["' + '\\"' * 1_000_000)
@@ -148,14 +148,14 @@ def depth(value: Any) -> int:
 
 @few_examples
 @given(ANY_JSON, st.integers(0, 6))
-def test_depth_is_that_of_the_value_whatever_its_texts_hold(value: Any, most: int) -> None:
+def test_brackets_within_strings_do_not_count_as_depth(value: Any, most: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "MAX_DEPTH", most)
         assert is_deep(json.dumps(value)) == (depth(value) > most)
 
 
 @pytest.mark.parametrize("text", ["[", "{", '{"a":', '["', '["\\"', "]", '"', "\\", "a", "[]", '[["]",', "{}"])
-def test_the_depth_of_anything_is_found_in_one_pass(text: str) -> None:
+def test_depth_is_computed_in_linear_time(text: str) -> None:
     nests = text in ("[", "{", '{"a":', '["', '[["]",')
     assert is_deep("[" * 101 + text * 300_000)
     assert is_deep(text * 300_000) == nests
@@ -163,14 +163,14 @@ def test_the_depth_of_anything_is_found_in_one_pass(text: str) -> None:
 
 @pytest.mark.parametrize("nested", ["[" * 1_000_000, "[" * 101 + "]" * 101, '{"a":' * 101 + "1" + "}" * 101])
 @pytest.mark.parametrize("reader", ["rows", "a trace", "splits", "conversations"])
-def test_deep_json_is_refused_by_its_place(reader: str, nested: str, tmp_path: Path) -> None:
+def test_deep_json_is_refused_with_its_location(reader: str, nested: str, tmp_path: Path) -> None:
     path = tmp_path / "it.json"
     path.write_text(nested if reader != "conversations" else f"[{nested}]")
     with pytest.raises(UserError, match=r"it\.json.*(at most 100 lists and objects within one another|ends within)"):
         READERS[reader](path)
 
 
-def test_of_many_mistakes_in_a_record_the_first_is_looked_for_alone(tmp_path: Path) -> None:
+def test_only_the_first_of_many_mistakes_in_a_record_is_reported(tmp_path: Path) -> None:
     """All of them would take a hundred times the memory of the text."""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"obs": [' + ", ".join(["{}"] * 100_000) + '], "pred_task": null, "valid": true}')

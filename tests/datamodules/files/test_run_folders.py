@@ -32,7 +32,7 @@ def test_runs_are_numbered_from_zero_by_name(tmp_path: Path) -> None:
     assert all(folder.is_dir() for folder in made)
 
 
-def test_a_run_comes_after_every_other_whatever_else_lies_there(tmp_path: Path) -> None:
+def test_a_new_run_gets_the_next_number_despite_other_files(tmp_path: Path) -> None:
     for name in ("2", "10", "notes", "-3", "3.5", "²"):
         (tmp_path / "a" / name).mkdir(parents=True)
     (tmp_path / "a" / "7.txt").touch()
@@ -40,20 +40,20 @@ def test_a_run_comes_after_every_other_whatever_else_lies_there(tmp_path: Path) 
     assert latest_run_folder(tmp_path, "a").name == "11"
 
 
-def test_runs_that_start_at_once_get_a_folder_each(tmp_path: Path) -> None:
+def test_runs_that_start_at_the_same_time_get_different_folders(tmp_path: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(4) as pool:
         names = [name for made in pool.map(make, [tmp_path] * 4, chunksize=1) for name in made]
     assert sorted(map(int, names)) == list(range(20))
 
 
-def test_a_place_where_no_folder_can_be_made_is_the_users_mistake(tmp_path: Path) -> None:
+def test_a_run_folder_that_cannot_be_made_gives_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=str(tmp_path / "file")) as error:
         new_run_folder(tmp_path / "file", "a")
     assert "--run.root" in error.value.hint
 
 
-def test_no_run_to_resume_is_the_users_mistake(tmp_path: Path) -> None:
+def test_a_resume_without_a_run_gives_a_user_error(tmp_path: Path) -> None:
     for name in ("absent", "empty", "other"):
         (tmp_path / "empty").mkdir(exist_ok=True)
         (tmp_path / "other" / "notes").mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def test_a_file_is_written_in_utf8_with_ordinary_permissions(tmp_path: Path) -> 
     assert sorted(entry.name for entry in path.parent.iterdir()) == ["file.txt", "other.txt"]
 
 
-def test_a_write_that_fails_keeps_the_former_file_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary_one(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     write_atomically(path, "former")
     with pytest.raises(UnicodeEncodeError):
@@ -86,7 +86,7 @@ def test_a_write_that_fails_keeps_the_former_file_and_leaves_nothing(tmp_path: P
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_readers_never_see_a_part(tmp_path: Path) -> None:
+def test_readers_never_see_an_incomplete_file(tmp_path: Path) -> None:
     """An open file keeps its old content: the new one took its name, not its place."""
     path = tmp_path / "file.txt"
     write_atomically(path, "former")
@@ -98,7 +98,7 @@ def test_readers_never_see_a_part(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("by", ["call", "guard"])
-def test_new_folders_go_again_as_far_as_they_are_empty(by: str, tmp_path: Path) -> None:
+def test_new_empty_folders_are_removed(by: str, tmp_path: Path) -> None:
     root = tmp_path / "a" / "b"
     around = missing_folders(root / "reward")
     assert around == [root / "reward", root, tmp_path / "a"]
@@ -109,7 +109,7 @@ def test_new_folders_go_again_as_far_as_they_are_empty(by: str, tmp_path: Path) 
     assert missing_folders(tmp_path) == []
 
 
-def test_a_folder_that_holds_something_stays(tmp_path: Path) -> None:
+def test_a_folder_with_contents_is_kept(tmp_path: Path) -> None:
     folder = new_run_folder(tmp_path / "runs", "reward")
     (folder / "config.yaml").touch()
     for remove in (remove_empty, lambda folders: EmptyFolderGuard(folders).end()):
@@ -118,13 +118,13 @@ def test_a_folder_that_holds_something_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "＝1", "'=1"])
-def test_a_cell_is_no_formula(text: str) -> None:
+def test_a_cell_is_never_a_formula(text: str) -> None:
     assert to_cell(text) == f"'{text}"
 
 
 @few_examples
 @given(st.text("=+-@\t'a", max_size=6) | st.text(max_size=6))
-def test_a_cell_gives_its_text_again(text: str) -> None:
+def test_to_cell_and_from_cell_are_inverse(text: str) -> None:
     cell = to_cell(text)
     assert from_cell(cell) == text
     assert cell in (text, f"'{text}")

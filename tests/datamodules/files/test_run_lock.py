@@ -36,7 +36,7 @@ except UserError as error:
 """
 
 
-def test_a_run_folder_is_one_jobs_until_its_process_is_no_more(tmp_path: Path) -> None:
+def test_a_run_folder_is_locked_until_its_process_ends(tmp_path: Path) -> None:
     """Also where the process is killed, and leaves workers behind."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
@@ -62,7 +62,7 @@ def test_a_run_folder_is_one_jobs_until_its_process_is_no_more(tmp_path: Path) -
             os.killpg(holder.pid, signal.SIGKILL)
 
 
-def test_a_link_in_the_place_of_the_lock_is_not_opened(tmp_path: Path) -> None:
+def test_a_link_at_the_path_of_the_lock_is_not_opened(tmp_path: Path) -> None:
     (tmp_path / ".lock").symlink_to(tmp_path / "victim")
     with pytest.raises(OSError, match="symbolic links"):
         RunLock(tmp_path)

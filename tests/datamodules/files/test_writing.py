@@ -26,7 +26,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_what_a_killed_process_was_writing_is_removed_by_the_next(kind: str, tmp_path: Path) -> None:
+def test_the_next_writer_removes_the_temporary_file_of_a_killed_one(kind: str, tmp_path: Path) -> None:
     target = tmp_path / "last.ckpt"
     ended = subprocess.run(
         [sys.executable, "-c", KILLED, target, kind], env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=HANG
@@ -38,7 +38,7 @@ def test_what_a_killed_process_was_writing_is_removed_by_the_next(kind: str, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_another_one_writes_now_stays(tmp_path: Path) -> None:
+def test_the_temporary_file_of_a_running_process_is_kept(tmp_path: Path) -> None:
     target = tmp_path / "last.ckpt"
     with Unfinished(target) as one, Unfinished(target, folder=True) as other:
         remove_leftovers(tmp_path)
@@ -47,7 +47,7 @@ def test_what_another_one_writes_now_stays(tmp_path: Path) -> None:
         assert one.path != other.path
 
 
-def test_of_other_names_nothing_is_removed(tmp_path: Path) -> None:
+def test_temporary_files_for_other_names_are_kept(tmp_path: Path) -> None:
     kept = [tmp_path / name for name in (".best.ckpt.a.unfinished", "last.ckpt.a.unfinished", ".last.ckpt.a")]
     for path in kept:
         path.touch()
@@ -55,7 +55,7 @@ def test_of_other_names_nothing_is_removed(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == sorted(kept)
 
 
-def test_a_link_in_its_place_is_not_written_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_at_the_final_path_is_replaced_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody knew the name and was there first."""
     (tmp_path / "victim").write_text("mine")
     (tmp_path / ".last.ckpt.known.unfinished").symlink_to(tmp_path / "victim")
@@ -68,7 +68,7 @@ def test_a_link_in_its_place_is_not_written_through(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("target", ["folder", "nowhere"])
-def test_a_link_that_looks_left_behind_is_not_followed(target: str, tmp_path: Path) -> None:
+def test_a_link_named_like_a_leftover_is_not_followed(target: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "mine").touch()
     link = tmp_path / ".last.ckpt.a.unfinished"
@@ -78,7 +78,7 @@ def test_a_link_that_looks_left_behind_is_not_followed(target: str, tmp_path: Pa
     assert (tmp_path / "folder" / "mine").exists()
 
 
-def test_a_pipe_that_looks_left_behind_hangs_nobody(tmp_path: Path) -> None:
+def test_a_pipe_named_like_a_leftover_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / ".last.ckpt.a.unfinished")
     remove_leftovers(tmp_path)
 
@@ -91,7 +91,7 @@ WRITES = {
 
 
 @pytest.mark.parametrize("what", WRITES)
-def test_a_full_disk_is_told_by_name_and_leaves_what_was_there(what: str, tmp_path: Path) -> None:
+def test_a_full_disk_gives_an_error_that_names_the_file_and_keeps_the_old_one(what: str, tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.write_text("before")
     with full_disk(20_000), pytest.raises(UserError) as raised, Unfinished(target) as unfinished:
@@ -108,7 +108,7 @@ def test_other_errors_are_not_taken_for_a_full_disk(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_was_written_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+def test_files_get_the_permissions_of_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         with Unfinished(tmp_path / "file") as file, Unfinished(tmp_path / "folder", folder=True) as folder:

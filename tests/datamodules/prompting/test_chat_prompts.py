@@ -17,7 +17,7 @@ TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=30).filter(say
 
 @few_examples
 @given(st.lists(TEXT, min_size=1, max_size=3), st.none() | TEXT)
-def test_the_shipped_judge_prompt_holds_the_data_as_json(events: list[str], proposal: str | None) -> None:
+def test_the_shipped_judge_prompt_contains_the_data_as_json(events: list[str], proposal: str | None) -> None:
     history = [Event(time="1", event=event) for event in events]
     system, user = ChatPrompt.read(JUDGE_PROMPT, with_proposal=True).messages(history, proposal)
     assert (system["role"], user["role"]) == ("system", "user")
@@ -29,7 +29,7 @@ def test_the_shipped_judge_prompt_holds_the_data_as_json(events: list[str], prop
 
 @few_examples
 @given(st.lists(TEXT | st.sampled_from(["{events}", "{proposal}", '"}]']), min_size=1, max_size=3))
-def test_the_shipped_agent_prompt_holds_the_data_as_json(events: list[str]) -> None:
+def test_the_shipped_agent_prompt_contains_the_data_as_json(events: list[str]) -> None:
     history = [Event(time="1", event=event) for event in events]
     _, user = ChatPrompt.read(AGENT_PROMPT, with_proposal=False).messages(history)
     assert json.loads(user["content"]) == {"events": [event.model_dump() for event in history]}
@@ -56,7 +56,7 @@ def test_a_prompt_that_does_not_fit_is_refused(text: str, message: str, tmp_path
     assert str(JUDGE_PROMPT) in caught.value.hint
 
 
-def test_an_agents_prompt_that_asks_for_a_proposal_or_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_an_agents_prompt_with_a_proposal_placeholder_and_a_missing_one_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"expected the placeholders \{events\} and no other"):
         ChatPrompt.read(JUDGE_PROMPT, with_proposal=False)
     with pytest.raises(UserError, match=r"none.yaml: No such file"):
@@ -109,12 +109,12 @@ def test_verdicts_as_models_write_them(text: str, verdict: bool | None) -> None:
 
 @few_examples
 @given(st.text(st.characters(), max_size=60) | st.text(st.sampled_from('{}[]":,acdejprt\n '), max_size=60))
-def test_reading_raises_nothing(text: str) -> None:
+def test_reading_a_verdict_never_raises(text: str) -> None:
     assert read_verdict(text) in (True, False, None)
     assert isinstance(read_judgment(text)[1], str)
 
 
-def test_the_reason_is_that_of_the_verdict() -> None:
+def test_the_reason_belongs_to_the_verdict_that_counts() -> None:
     assert read_judgment('{"thought": "because", "judgment": "accepted"}') == (True, "because")
     assert read_judgment('{"thought": "a", "judgment": "accepted"}\n{"thought": "b", "judgment": "rejected"}') == (
         False,
@@ -124,7 +124,7 @@ def test_the_reason_is_that_of_the_verdict() -> None:
     assert read_judgment('{"thought": "because"}') == (None, "")
 
 
-def test_an_example_of_ones_own_prompt_is_no_verdict() -> None:
+def test_an_example_from_a_users_prompt_is_not_a_verdict() -> None:
     prompt = 'Say {"why": "your reason", "verdict": "accepted"} or {"verdict": "rejected"}'
     assert read_verdict('{"why": "your reason", "verdict": "accepted"}', prompt) is None
     assert read_verdict('{"why": "it helps", "verdict": "accepted"}', prompt) is True

@@ -69,7 +69,7 @@ def test_default_prompt_shows_events_and_proposal_and_ends_with_its_verdict_slot
 
 @few_examples
 @given(st.lists(HOSTILE, min_size=1, max_size=3), st.none() | HOSTILE, st.sampled_from([DEFAULT, SMALL, QUOTED]))
-def test_no_text_from_the_data_makes_a_segment_or_a_line(
+def test_text_from_data_never_starts_a_segment_or_a_line(
     events: list[str], proposal: str | None, template: RewardTemplate
 ) -> None:
     hostile = render(template, row_of(events, proposal))
@@ -83,7 +83,7 @@ def test_no_text_from_the_data_makes_a_segment_or_a_line(
 
 @few_examples
 @given(HOSTILE, HOSTILE)
-def test_quoted_placeholders_hold_the_very_text(event: str, proposal: str) -> None:
+def test_json_placeholders_contain_the_exact_text(event: str, proposal: str) -> None:
     _, shown, last = render(QUOTED, row_of([event], proposal))
     assert json.loads(text_of(shown).removeprefix('"0": ')) == event
     assert json.loads(text_of(last)) == proposal
@@ -102,7 +102,7 @@ def test_placeholders_in_the_data_are_not_filled() -> None:
 
 @FAMILIES
 @pytest.mark.parametrize("impostor", IMPOSTORS)
-def test_impostor_gives_no_special_token(
+def test_data_that_spells_a_special_token_gives_ordinary_tokens(
     tokenizers: "dict[str, PreTrainedTokenizerFast]", family: str, impostor: str
 ) -> None:
     """Also not where the template's own characters complete what the data began."""
@@ -118,7 +118,7 @@ def test_impostor_gives_no_special_token(
 @FAMILIES
 @few_examples
 @given(event=HOSTILE, proposal=st.none() | HOSTILE)
-def test_no_text_from_the_data_gives_a_special_token(
+def test_text_from_data_never_gives_special_tokens(
     tokenizers: "dict[str, PreTrainedTokenizerFast]", family: str, event: str, proposal: str | None
 ) -> None:
     segmenter = SegmentTokenizer(tokenizers[family])
@@ -131,7 +131,7 @@ def test_no_text_from_the_data_gives_a_special_token(
 
 
 @pytest.mark.parametrize(("family", "token"), [("scratch", "<eos>"), ("chat", "<|eot_id|>"), ("encoder", "[SEP]")])
-def test_special_tokens_come_from_the_template_alone(
+def test_special_tokens_come_only_from_the_template(
     tokenizers: "dict[str, PreTrainedTokenizerFast]", family: str, token: str
 ) -> None:
     tokenizer = tokenizers[family]
@@ -141,7 +141,7 @@ def test_special_tokens_come_from_the_template_alone(
     assert [position for position, i in enumerate(ids) if i == number] == [0, len(ids) - 1]
 
 
-def test_a_text_that_spells_a_control_token_is_cut_and_the_rest_stays(
+def test_a_text_that_spells_a_control_token_is_split_there_only(
     tokenizers: "dict[str, PreTrainedTokenizerFast]",
 ) -> None:
     def tokens(family: str, text: str) -> list[str]:
@@ -158,7 +158,7 @@ def test_a_text_that_spells_a_control_token_is_cut_and_the_rest_stays(
     assert tokens("words", 'the " x') == ["the", "<unk>", "x"]
 
 
-def test_a_long_text_of_control_tokens_takes_linear_work(tokenizers: "dict[str, PreTrainedTokenizerFast]") -> None:
+def test_a_long_text_of_control_tokens_takes_linear_time(tokenizers: "dict[str, PreTrainedTokenizerFast]") -> None:
     segmenter = SegmentTokenizer(tokenizers["unigram"])
     encoded: list[int] = []
     plain = segmenter._plain
@@ -184,7 +184,7 @@ def test_a_tokenizer_that_cannot_write_a_text_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("family", "prefix", "suffix"), [("scratch", 1, 0), ("chat", 1, 0), ("encoder", 1, 1)])
-def test_prefix_and_suffix_are_what_the_tokenizer_puts_around_a_text(
+def test_prefix_and_suffix_are_those_that_the_tokenizer_adds(
     tokenizers: "dict[str, PreTrainedTokenizerFast]", family: str, prefix: int, suffix: int
 ) -> None:
     segmenter = SegmentTokenizer(tokenizers[family])
@@ -261,7 +261,7 @@ def test_bad_prompt_file_is_refused_by_name_and_part(tmp_path: Path, content: by
     assert len(str(caught.value).splitlines()) == 2
 
 
-def test_a_surrogate_pair_that_yaml_leaves_apart_is_one_character(tmp_path: Path) -> None:
+def test_a_surrogate_pair_in_yaml_becomes_one_character(tmp_path: Path) -> None:
     path = tmp_path / "prompt.yaml"
     path.write_text(json.dumps({**PARTS, "instructions": "\N{GRINNING FACE}"}))
     assert "\\ud83d\\ude00" in path.read_text()
@@ -279,7 +279,7 @@ def test_prompt_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 @few_examples
 @given(st.integers(0, 6), st.lists(st.integers(1, 6), max_size=6), st.integers(0, 6), st.integers(0, 40))
-def test_truncation_takes_oldest_events_first_and_no_more_than_it_must(
+def test_truncation_drops_the_fewest_oldest_events(
     instructions: int, events: list[int], proposal: int, limit: int
 ) -> None:
     numbers = iter(range(1_000))
@@ -294,12 +294,12 @@ def test_truncation_takes_oldest_events_first_and_no_more_than_it_must(
     assert dropped == (fits[0] if fits else len(events))
 
 
-def test_truncation_never_takes_instructions_or_proposal() -> None:
+def test_truncation_keeps_instructions_and_proposal() -> None:
     assert truncate([[1, 2], [3], [4], [5, 6]], 0) == ([1, 2, 5, 6], 2)
     assert truncate([[1, 2], [5, 6]], 3) == ([1, 2, 5, 6], 0)
 
 
-def test_truncated_row_still_begins_and_ends_alike(
+def test_a_truncated_row_has_the_same_begin_and_end(
     tokenizers: "dict[str, PreTrainedTokenizerFast]", embedded: Corpus
 ) -> None:
     segmenter = SegmentTokenizer(tokenizers["scratch"])

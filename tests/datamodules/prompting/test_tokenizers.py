@@ -24,7 +24,7 @@ FAMILIES = pytest.mark.parametrize("family", ["scratch", "chat", "encoder"])
 
 @few_examples
 @given(text=st.text(st.characters(codec="utf-8"), max_size=20))
-def test_trained_tokenizer_can_write_every_text(tokenizers: "dict[str, PreTrainedTokenizerFast]", text: str) -> None:
+def test_a_trained_tokenizer_encodes_every_text(tokenizers: "dict[str, PreTrainedTokenizerFast]", text: str) -> None:
     tokenizer = tokenizers["scratch"]
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
     assert tokenizer.decode(ids) == text
@@ -32,7 +32,7 @@ def test_trained_tokenizer_can_write_every_text(tokenizers: "dict[str, PreTraine
 
 
 @pytest.mark.parametrize("size", [259, 280])
-def test_trained_tokenizer_keeps_to_its_size_and_its_text(size: int) -> None:
+def test_a_trained_tokenizer_has_at_most_the_given_size(size: int) -> None:
     tokenizer = train_tokenizer(TEXT * 5, size)
     assert len(tokenizer) == size
     assert tokenizer_state(tokenizer) == tokenizer_state(train_tokenizer(TEXT * 5, size))
@@ -86,7 +86,7 @@ def _saved(folder: Path, **special: str) -> str:
     return str(folder)
 
 
-def test_end_token_pads_where_there_is_no_padding_token(tmp_path: Path) -> None:
+def test_without_a_padding_token_the_end_token_pads(tmp_path: Path) -> None:
     loaded = load_tokenizer(_saved(tmp_path, eos_token="<eos>"))
     assert (loaded.pad_token, loaded.padding_side) == ("<eos>", "right")
 
@@ -139,14 +139,14 @@ def test_a_word_of_any_length_can_be_trained_on(text: str) -> None:
     assert tokenizer.decode(tokenizer(text[:50], add_special_tokens=False).input_ids) == text[:50]
 
 
-def test_texts_of_ordinary_words_are_trained_on_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_of_ordinary_words_are_not_split_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [*TEXT, " ".join(TEXT * 100), "word" * 249]
     cut = tokenizer_state(train_tokenizer(texts, 300))
     monkeypatch.setattr(datamodules.prompting.tokenizers, "_LONG_RUN", re.compile("(?!)"))
     assert tokenizer_state(train_tokenizer(texts, 300)) == cut
 
 
-def test_a_folder_with_a_pipe_is_no_tokenizer(tmp_path: Path) -> None:
+def test_a_tokenizer_folder_with_a_pipe_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "tokenizer.json")
     with pytest.raises(UserError, match=r"tokenizer.json: is a named pipe"):
         load_tokenizer(str(tmp_path))

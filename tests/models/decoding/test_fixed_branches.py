@@ -33,7 +33,7 @@ def fixed(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_answers_the_same(family: str, fixed: Any) -> None:
+def test_every_family_gives_the_same_answers_with_fixed_shapes(family: str, fixed: Any) -> None:
     model, traces = network(family), uneven_traces()
     expected = generated(model, traces, branched=True)
     fixed()
@@ -42,7 +42,7 @@ def test_every_family_answers_the_same(family: str, fixed: Any) -> None:
 
 
 @pytest.mark.parametrize(("ahead", "waste"), [(64, 0.5), (5, 0.5), (1, 0.0), (7, 1.0)])
-def test_room_ends_and_branches_leave(
+def test_answers_are_the_same_when_capacity_ends_and_branches_finish(
     llama: PreTrainedModel,  # noqa: F811
     uneven: Any,  # noqa: F811
     ahead: int,
@@ -61,7 +61,7 @@ def test_room_ends_and_branches_leave(
 
 
 @pytest.mark.parametrize("options", [{}, DRAWN, {"max_length": 31}])
-def test_a_history_that_grows_is_answered_the_same(
+def test_a_growing_history_gets_the_same_answers(
     llama: PreTrainedModel,  # noqa: F811
     options: dict[str, Any],
     fixed: Any,
@@ -71,13 +71,13 @@ def test_a_history_that_grows_is_answered_the_same(
     assert followed(llama, uneven_traces(), **options) == expected
 
 
-def test_branches_divide_into_candidates(llama: PreTrainedModel, fixed: Any) -> None:  # noqa: F811
+def test_branches_are_forked_into_candidates(llama: PreTrainedModel, fixed: Any) -> None:  # noqa: F811
     expected = generated(llama, uneven_traces(), **DRAWN)
     fixed()
     assert generated(llama, uneven_traces(), **DRAWN) == expected
 
 
-def test_shapes_and_addresses_stay_while_there_is_room(llama: PreTrainedModel) -> None:  # noqa: F811
+def test_shapes_and_addresses_are_fixed_until_capacity_ends(llama: PreTrainedModel) -> None:  # noqa: F811
     reader, seen = FixedBranchReader(llama), []
     handle = llama.register_forward_pre_hook(
         lambda module, arguments, inputs: seen.append([inputs[name] for name in ("input_ids", "position_ids")]),
@@ -99,7 +99,7 @@ def test_shapes_and_addresses_stay_while_there_is_room(llama: PreTrainedModel) -
     assert reader.cache.layers[0].keys.shape[2] % fixed_branches.CAPACITY_MULTIPLE == 0
 
 
-def test_a_network_that_cannot_be_recorded_goes_on_without(
+def test_a_network_that_cannot_be_captured_decodes_without_a_graph(
     llama: PreTrainedModel,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

@@ -109,7 +109,7 @@ def plain(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_answers_as_generate_does(family: str) -> None:
+def test_every_family_gives_the_answers_of_generate(family: str) -> None:
     model = network(family)
     assert branch_problem(model, longest=300) is None
     traces = uneven_traces()
@@ -136,7 +136,7 @@ def uneven(without_end: Answers) -> tuple[int, Answers]:
 
 
 @pytest.mark.parametrize("waste", [0.0, 0.5, 2.0])  # caches are never made smaller, now and then, at every token
-def test_branches_and_traces_that_end_leave(
+def test_finished_branches_and_traces_are_dropped(
     llama: PreTrainedModel, uneven: tuple[int, Answers], waste: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     end_id, expected = uneven
@@ -156,7 +156,7 @@ def test_branches_and_traces_that_end_leave(
     assert len(set(kept)) > 1 or not waste
 
 
-def test_answers_that_have_ended_cost_nothing(
+def test_finished_answers_are_not_computed_further(
     llama: PreTrainedModel, uneven: tuple[int, Answers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each token is read once, but for the last of an answer that was cut off."""
@@ -177,7 +177,7 @@ def test_answers_that_have_ended_cost_nothing(
     st.integers(0, VOCABULARY - 1),
     st.integers(1, 6),
 )
-def test_random_traces_are_answered_as_generate_does(
+def test_random_traces_get_the_answers_of_generate(
     llama: PreTrainedModel, traces: Any, opening: list[int], batch_size: int, end_id: int, new: int
 ) -> None:
     """Openings may be empty, ends come early."""
@@ -204,7 +204,7 @@ def test_instructions_that_leave_no_room_are_refused(llama: PreTrainedModel) -> 
         generated(llama, [[[1, 2, 3, 4], [5]]], max_length=15)
 
 
-def test_an_end_at_once_is_an_empty_answer(llama: PreTrainedModel) -> None:
+def test_an_immediate_end_token_is_an_empty_answer(llama: PreTrainedModel) -> None:
     traces = uneven_traces()
     first = plain(llama, traces, new=1)[0, 1, 0].token_ids[0]
     answers = generated(llama, traces, end_id=first)
@@ -213,7 +213,7 @@ def test_an_end_at_once_is_an_empty_answer(llama: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_attentions_that_take_a_mask_answer_alike(attention: str) -> None:
+def test_attentions_with_masks_give_equal_answers(attention: str) -> None:
     model = network("qwen3")
     model.set_attn_implementation(attention)
     assert branch_problem(model, longest=300) is None
@@ -230,7 +230,7 @@ def test_each_token_of_a_trace_is_read_once(llama: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("branched", [True, False])
-def test_only_what_is_wanted_is_generated(llama: PreTrainedModel, branched: bool) -> None:
+def test_only_the_wanted_steps_are_generated(llama: PreTrainedModel, branched: bool) -> None:
     traces = uneven_traces()
     every = generated(llama, traces)
     wanted = [(2, 7), (0, 2), (2, 1)]
@@ -246,7 +246,7 @@ def test_only_what_is_wanted_is_generated(llama: PreTrainedModel, branched: bool
 DRAWN: Any = {"candidates": 3, "temperature": 1.0, "seed": 5}
 
 
-def test_candidates_depend_on_the_seed_alone(llama: PreTrainedModel) -> None:
+def test_candidates_depend_only_on_the_seed(llama: PreTrainedModel) -> None:
     traces = uneven_traces()
     drawn = generated(llama, traces, **DRAWN)
     assert len(drawn) == 3 * 20
@@ -266,7 +266,7 @@ def test_a_low_temperature_is_greedy(llama: PreTrainedModel) -> None:
     assert generated(llama, traces, temperature=1e-4) == generated(llama, traces)
 
 
-def test_tokens_are_drawn_as_often_as_they_are_likely(llama: PreTrainedModel) -> None:
+def test_tokens_are_sampled_with_their_probabilities(llama: PreTrainedModel) -> None:
     traces = [[[1, 2], [3, 4]]]
     with torch.no_grad():
         logits = llama(input_ids=torch.tensor([[1, 2, 3, 4, *OPENING]])).logits[0, -1]
@@ -281,13 +281,13 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(llama: PreTrainedModel) ->
     ("options", "message"),
     [({"candidates": 2}, "2 candidates at temperature 0"), ({"temperature": -1.0}, "temperature: -1.0 is below 0")],
 )
-def test_settings_that_make_no_sense_are_refused(llama: PreTrainedModel, options: Any, message: str) -> None:
+def test_impossible_sampling_options_are_refused(llama: PreTrainedModel, options: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         generated(llama, uneven_traces(), **options)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_weights_in_bfloat16_serve(family: str) -> None:
+def test_bfloat16_weights_generate(family: str) -> None:
     model = network(family).to(torch.bfloat16)
     assert branch_problem(model, longest=300) is None
     assert generated(model, uneven_traces()).keys() == plain(model, uneven_traces()).keys()
@@ -305,7 +305,7 @@ def test_weights_in_bfloat16_serve(family: str) -> None:
         ("bloom", {}, "it refuses branches"),
     ],
 )
-def test_what_holds_no_branches_is_answered_one_by_one(
+def test_networks_whose_cache_cannot_branch_generate_one_prompt_at_a_time(
     family: str, options: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = network(family, **options)
@@ -315,7 +315,7 @@ def test_what_holds_no_branches_is_answered_one_by_one(
     assert sum(reason in message for message in caplog.messages) == 1
 
 
-def test_a_network_that_drops_the_mask_is_found_out() -> None:
+def test_a_network_that_ignores_the_mask_is_detected() -> None:
     model = network("llama")
     inner = model.model.forward
 
@@ -326,7 +326,7 @@ def test_a_network_that_drops_the_mask_is_found_out() -> None:
     assert "depends on later events or on other answers" in str(branch_problem(model, longest=64))
 
 
-def test_a_network_that_drops_the_positions_is_found_out() -> None:
+def test_a_network_that_ignores_the_positions_is_detected() -> None:
     model = network("gpt2")
     inner = model.transformer.forward
 
@@ -337,13 +337,13 @@ def test_a_network_that_drops_the_positions_is_found_out() -> None:
     assert "logits of an answer differ from those after its prompt" in str(branch_problem(model, longest=64))
 
 
-def test_an_attention_without_masks_is_named(llama: PreTrainedModel) -> None:
+def test_an_attention_without_masks_is_reported(llama: PreTrainedModel) -> None:
     model = network("llama")
     model.config._attn_implementation = "flash_attention_2"
     assert branch_problem(model, longest=64) == "attention flash_attention_2 accepts no custom mask"
 
 
-def test_the_backbones_own_penalties_do_not_count() -> None:
+def test_the_backbones_generation_config_is_not_used() -> None:
     """They would in `generate`, and do not where answers branch."""
     model = network("llama")
     expected = generated(model, uneven_traces(), branched=False)
@@ -353,7 +353,7 @@ def test_the_backbones_own_penalties_do_not_count() -> None:
 
 
 @pytest.mark.parametrize("branched", [True, False])
-def test_the_network_is_left_as_it_was(llama: PreTrainedModel, branched: bool) -> None:
+def test_the_networks_mode_and_attention_are_restored(llama: PreTrainedModel, branched: bool) -> None:
     model = network("llama").train()
     answers = generate_answers(model, uneven_traces(), OPENING, end_id=END, max_new_tokens=NEW, branched=branched)
     next(answers)
@@ -378,7 +378,7 @@ class Held:
         return scores.masked_fill(~self.grammar.allowed([self.matcher], scores.shape[1]), -torch.inf)
 
 
-def test_answers_held_to_json_are_those_of_generate_held_to_json() -> None:
+def test_constrained_answers_equal_those_of_constrained_generate() -> None:
     tokenizer = train_tokenizer(['{"purpose": "a", "thoughts": "b", "proposal": null, "response": "c"}'] * 3, 300)
     grammar = AnswerGrammar(tokenizer, tokenizer.eos_token_id)
     model = network("llama", vocab_size=320)  # more than the tokenizer has
@@ -425,7 +425,7 @@ def followed(model: PreTrainedModel, traces: Any, opening: Sequence[int] = OPENI
     ("opening", "options"),
     [(OPENING, {}), ([], {}), (OPENING, {"max_length": 31}), (OPENING, DRAWN), ([], {**DRAWN, "max_length": 31})],
 )
-def test_a_history_that_grows_is_answered_as_the_whole_trace(
+def test_a_growing_history_gets_the_answers_of_the_whole_trace(
     llama: PreTrainedModel, opening: list[int], options: dict[str, Any], branched: bool
 ) -> None:
     traces = uneven_traces()
@@ -435,12 +435,12 @@ def test_a_history_that_grows_is_answered_as_the_whole_trace(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_follows_a_history(family: str) -> None:
+def test_every_family_answers_a_growing_history(family: str) -> None:
     model, traces = network(family), uneven_traces()
     assert followed(model, traces) == generated(model, traces, branched=True)
 
 
-def test_of_a_history_that_grows_each_token_is_read_once(llama: PreTrainedModel) -> None:
+def test_each_token_of_a_growing_history_is_computed_once(llama: PreTrainedModel) -> None:
     trace = uneven_traces()[2]
     given: list[int] = []
     handle = llama.register_forward_pre_hook(
@@ -453,7 +453,7 @@ def test_of_a_history_that_grows_each_token_is_read_once(llama: PreTrainedModel)
     assert sum(given) == sum(map(len, trace)) + (len(trace) - 1) * (len(OPENING) + NEW - 1)
 
 
-def test_another_history_and_the_same_one_again_are_answered_as_well(llama: PreTrainedModel) -> None:
+def test_another_history_and_a_repeated_one_get_the_right_answers(llama: PreTrainedModel) -> None:
     traces = uneven_traces()
     writer = AnswerWriter(END, NEW)
     stream = AnswerStream(llama, OPENING, writer, candidates=1, max_length=10_000, stream=0, branched=True)
@@ -477,7 +477,7 @@ def test_candidates_can_be_generated_one_after_the_other(llama: PreTrainedModel,
         assert len({tuple(tokens) for tokens in alone}) > 1
 
 
-def test_draws_follow_from_the_stream_and_not_from_the_index(llama: PreTrainedModel) -> None:
+def test_random_numbers_depend_on_the_stream_not_on_the_index(llama: PreTrainedModel) -> None:
     traces = uneven_traces()
     alone = generated(llama, [traces[2]], **DRAWN, streams=[2])
     together = generated(llama, traces, **DRAWN)

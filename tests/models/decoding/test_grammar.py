@@ -69,7 +69,7 @@ def assert_answer(text: str) -> None:
 
 
 @both
-def test_what_is_written_strictly_is_allowed(kind: str) -> None:
+def test_the_grammar_allows_what_write_answer_writes(kind: str) -> None:
     grammar, tokenizer = GRAMMARS[kind], TOKENIZERS[kind]
     for answer in ANSWERS:
         matcher = grammar.start()
@@ -82,7 +82,7 @@ def test_what_is_written_strictly_is_allowed(kind: str) -> None:
 
 @both
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 5.0])
-def test_a_network_with_random_weights_writes_answers_alone(kind: str, temperature: float) -> None:
+def test_random_weights_with_a_grammar_give_valid_answers(kind: str, temperature: float) -> None:
     tokenizer = TOKENIZERS[kind]
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **{**SMALL, "vocab_size": len(tokenizer) + 11})
@@ -102,7 +102,7 @@ def test_a_network_with_random_weights_writes_answers_alone(kind: str, temperatu
 @both
 @settings(max_examples=60)
 @given(seed=st.integers(0, 10**6))
-def test_a_random_walk_is_an_answer_wherever_it_is_cut(kind: str, seed: int) -> None:
+def test_a_random_walk_through_the_grammar_can_be_closed_at_any_token(kind: str, seed: int) -> None:
     grammar, tokenizer = GRAMMARS[kind], TOKENIZERS[kind]
     random = np.random.default_rng(seed)
     matcher, written = grammar.start(), list[int]()
@@ -134,19 +134,19 @@ def test_a_random_walk_is_an_answer_wherever_it_is_cut(kind: str, seed: int) -> 
     ],
 )
 @both
-def test_an_answer_that_was_cut_off_keeps_what_it_said(kind: str, written: str, closed: str) -> None:
+def test_closing_a_truncated_answer_keeps_its_tokens(kind: str, written: str, closed: str) -> None:
     grammar = GRAMMARS[kind]
     ids = grammar._tokenizer.tokenize_bytes(written.encode())
     assert grammar._tokenizer.decode_str(grammar.close(ids)) == closed
 
 
-def test_half_a_character_is_taken_back() -> None:
+def test_closing_drops_half_a_character() -> None:
     tokenizer, grammar = TOKENIZERS["byte-level"], GRAMMARS["byte-level"]
     cut = grammar._tokenizer.tokenize_bytes(b'{"proposal": "Go ' + "é".encode()[:1])
     assert tokenizer.decode(grammar.close(cut)) == '{"proposal": "Go "}'
 
 
-def test_a_tokenizer_that_knows_no_bytes_is_refused() -> None:
+def test_a_tokenizer_without_bytes_is_refused() -> None:
     from tokenizers import Tokenizer, models
 
     words = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))

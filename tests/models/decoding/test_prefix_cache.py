@@ -46,7 +46,7 @@ def test_states_are_those_of_whole_rows(llama: PreTrainedModel, steps: Any) -> N
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_goes_on_from_a_cache(family: str) -> None:
+def test_every_family_continues_from_a_cache(family: str) -> None:
     model = network(family)
     assert cache_problem(model, longest=300) is None
     assert model.training, "it is left as it was"
@@ -59,11 +59,11 @@ def test_every_family_goes_on_from_a_cache(family: str) -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_attentions_that_take_a_mask_serve(attention: str) -> None:
+def test_attentions_with_masks_work_with_a_cache(attention: str) -> None:
     assert cache_problem(network("qwen3", attention), longest=64) is None
 
 
-def test_what_was_read_is_not_read_again(llama: PreTrainedModel) -> None:
+def test_cached_tokens_are_not_computed_again(llama: PreTrainedModel) -> None:
     read: list[int] = []
     handle = llama.base_model.register_forward_pre_hook(
         lambda module, arguments, inputs: read.append(inputs["input_ids"].numel()), with_kwargs=True
@@ -86,13 +86,15 @@ def test_what_was_read_is_not_read_again(llama: PreTrainedModel) -> None:
         ("bloom", {}, "it refuses a cache"),
     ],
 )
-def test_what_cannot_go_on_from_a_cache_is_found_out(family: str, options: dict[str, Any], reason: str) -> None:
+def test_networks_that_cannot_continue_from_a_cache_are_detected(
+    family: str, options: dict[str, Any], reason: str
+) -> None:
     assert str(cache_problem(network(family, "sdpa" if family == "mistral" else "eager", **options), 64)).startswith(
         reason
     )
 
 
-def test_a_network_that_drops_the_mask_or_the_positions_is_found_out() -> None:
+def test_a_network_that_ignores_mask_or_positions_is_detected_by_the_cache_check() -> None:
     for dropped in ("attention_mask", "position_ids"):
         model = network("gpt2")
         inner = model.transformer.forward

@@ -48,27 +48,27 @@ def plain(answers: Any) -> dict[str, Any]:
         AlwaysPropose(RECORDED),
     ],
 )
-def test_sessions_give_what_whole_traces_give(agent: Agent) -> None:
+def test_sessions_and_whole_traces_give_the_same_candidates(agent: Agent) -> None:
     answers = plain(asyncio.run(agent.answer(TRACES)))
     assert [len(answers[trace.name]) for trace in TRACES] == [3, 1, 2]
     assert asyncio.run(observed(agent)) == answers
 
 
 @pytest.mark.parametrize("agent", [RecordedAgent(RECORDED, "here"), AlwaysPropose(RECORDED)])
-def test_an_event_that_is_noted_only_counts_for_later_answers(agent: Agent) -> None:
+def test_a_noted_event_is_part_of_later_histories(agent: Agent) -> None:
     session, answers = agent.session("a.json"), plain(asyncio.run(agent.answer(TRACES)))
     for event in TRACES[0].events[:2]:
         session.note(event)
     assert asyncio.run(session.observe(TRACES[0].events[2])) == answers["a.json"][2]
 
 
-def test_always_propose_takes_anothers_first_offer_else_a_generic_one() -> None:
+def test_always_propose_uses_another_agents_first_offer_or_a_generic_one() -> None:
     answers = asyncio.run(AlwaysPropose(RECORDED).answer(TRACES))
     assert [[c.proposal for c in step] for step in answers["a.json"]] == [["x"], [GENERIC_PROPOSAL], ["z"]]
     assert asyncio.run(AlwaysPropose().session("live").observe(TRACES[0].events[0]))[0].proposal == GENERIC_PROPOSAL
 
 
-def test_a_model_behind_an_endpoint_is_told_the_same_in_a_session() -> None:
+def test_sessions_and_whole_traces_send_equal_requests() -> None:
     def answer(body: Body, before: int) -> Reply:
         return Reply(json.dumps({"proposal": f"{body['seed']} {hash(body['messages'][-1]['content'])}"}))
 
@@ -110,13 +110,13 @@ def test_an_endpoint_gets_the_latest_events_and_the_client_keeps_nothing_of_answ
     asyncio.run(observed())
 
 
-def test_an_endpoint_is_asked_within_its_clients_time() -> None:
+def test_requests_end_at_the_clients_deadline() -> None:
     client = ChatClient(Endpoint("http://127.0.0.1:1/v1", "m"))
     with pytest.raises(RuntimeError, match="ask within"):
         asyncio.run(client.ask([], "here"))
 
 
-def test_several_candidates_that_would_be_the_same_are_refused() -> None:
+def test_several_candidates_at_temperature_0_are_refused() -> None:
     client = ChatClient(Endpoint("http://127.0.0.1:1/v1", "m"))
     with pytest.raises(UserError, match="2 candidates at temperature 0"):
         EndpointAgent(client, ChatPrompt.read(AGENT_PROMPT, with_proposal=False), candidates=2)

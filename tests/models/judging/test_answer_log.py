@@ -24,7 +24,7 @@ def kept(path: Path, settings: dict[str, Any] | None = None) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder"])
-def test_a_log_that_is_no_file_is_refused(kind: str, tmp_path: Path) -> None:
+def test_a_log_path_that_is_not_a_regular_file_is_refused(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     os.mkfifo(path) if kind == "pipe" else path.mkdir()
     with pytest.raises(UserError, match=r"log.jsonl: is a .*, not a regular file"):
@@ -36,7 +36,7 @@ ENTRIES = st.lists(st.tuples(st.text(max_size=4), st.text(max_size=8)), max_size
 
 @few_examples
 @given(ENTRIES, st.data())
-def test_a_log_cut_anywhere_gives_whole_entries_and_goes_on(
+def test_a_truncated_log_keeps_complete_entries_and_continues(
     tmp_path_factory: pytest.TempPathFactory, entries: list[tuple[str, str]], data: st.DataObject
 ) -> None:
     path = tmp_path_factory.mktemp("log") / "log.jsonl"
@@ -55,7 +55,7 @@ def test_a_log_cut_anywhere_gives_whole_entries_and_goes_on(
     assert kept(path) == (whole[-1] if whole else {}) | {"new": "one"}
 
 
-def test_a_log_of_other_settings_is_refused_and_says_what_differs(tmp_path: Path) -> None:
+def test_a_log_with_other_settings_is_refused_and_names_the_difference(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     kept(path, {"model": "m", "temperature": 0.0})
     kept(path, {"temperature": 0.0, "model": "m"})  # the same in another order
@@ -73,7 +73,7 @@ EARLIER = b'{"settings": {"model": "m"}}\n{"key": "a", "where": "b", "text": "c"
 
 
 @pytest.mark.parametrize("content", [b"hello\n", b"[]\n", NO_ENTRY, b"5\n", EARLIER, DEEP])
-def test_a_file_that_is_no_log_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_log_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_bytes(content)
     with pytest.raises(UserError, match="is not the log of an evaluation"):
         kept(tmp_path / "log.jsonl", SETTINGS)
@@ -108,7 +108,7 @@ def test_without_a_file_texts_are_kept_as_long_as_the_log(tmp_path: Path) -> Non
     assert kept(tmp_path / "log.jsonl") == {"other": "text"}
 
 
-def test_why_a_reply_ended_is_kept_with_it(tmp_path: Path) -> None:
+def test_the_finish_reason_is_kept(tmp_path: Path) -> None:
     first, again = AnswerLog(), AnswerLog()
     with first.opened(tmp_path / "log.jsonl", SETTINGS):
         for key, reason in (("a", "length"), ("b", "stop"), ("c", None)):

@@ -38,7 +38,7 @@ def test_retry_after_as_seconds_as_a_date_and_as_neither() -> None:
         (5, None),
     ],
 )
-def test_the_sentence_of_an_error_is_found_wherever_it_is(content: Any, sentence: str | None) -> None:
+def test_an_error_message_is_found_in_any_field(content: Any, sentence: str | None) -> None:
     assert error_of(content) == sentence
 
 
@@ -53,7 +53,7 @@ JSON = st.recursive(
 
 @few_examples
 @given(JSON)
-def test_whatever_a_server_sends_the_search_for_an_error_raises_nothing(content: Any) -> None:
+def test_the_search_for_an_error_message_never_raises(content: Any) -> None:
     assert isinstance(error_of(content), str | None)
 
 
@@ -61,5 +61,5 @@ def test_whatever_a_server_sends_the_search_for_an_error_raises_nothing(content:
     ("seconds", "text"),
     [(5, "5 seconds"), (90, "90 seconds"), (120, "2 minutes"), (600, "10 minutes"), (86400, "24 hours"), (1e9, "days")],
 )
-def test_durations_are_shown_in_the_unit_that_fits(seconds: float, text: str) -> None:
+def test_durations_are_shown_in_a_readable_unit(seconds: float, text: str) -> None:
     assert duration(seconds).endswith(text)

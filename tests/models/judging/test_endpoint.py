@@ -112,7 +112,7 @@ def misbehave(clock: Clock) -> Iterator[Callable[[str], Reply]]:
 
 
 @pytest.mark.parametrize("name", MISBEHAVIOURS)
-def test_a_server_that_misbehaves_is_asked_again(name: str, log: AnswerLog, misbehave: Callable[[str], Reply]) -> None:
+def test_temporary_failures_are_retried(name: str, log: AnswerLog, misbehave: Callable[[str], Reply]) -> None:
     with chat_server(lambda body, before: misbehave(name) if before < 2 else echo(body, before)) as chat:
         alone = {"concurrency": 1} if name == "too slow" else {}  # the clock is everybody's
         assert ask(chat, log, ["a", "b"], **alone) == ["answer to a", "answer to b"]
@@ -120,7 +120,7 @@ def test_a_server_that_misbehaves_is_asked_again(name: str, log: AnswerLog, misb
 
 
 @pytest.mark.parametrize("name", MISBEHAVIOURS)
-def test_when_the_retries_are_used_up_the_error_names_the_place_and_the_rest_is_kept(
+def test_after_the_last_retry_the_error_names_the_request_and_other_answers_are_kept(
     name: str, log: AnswerLog, misbehave: Callable[[str], Reply]
 ) -> None:
     def answer(body: dict[str, Any], before: int) -> Reply:
@@ -140,7 +140,9 @@ def test_when_the_retries_are_used_up_the_error_names_the_place_and_the_rest_is_
 @pytest.mark.parametrize(
     "error", [{"message": "no such model", "code": 404}, {"message": "no such model", "code": "404"}]
 )
-def test_an_error_with_status_200_is_refused_where_its_code_says_so(error: dict[str, Any], log: AnswerLog) -> None:
+def test_the_code_of_an_error_with_status_200_decides_whether_it_is_retried(
+    error: dict[str, Any], log: AnswerLog
+) -> None:
     reply = Reply(body=json.dumps({"error": error}).encode())
     with chat_server(lambda body, before: reply) as chat, pytest.raises(UserError, match=r"refuses: .*no such model"):
         ask(chat, log, ["a"])
@@ -156,7 +158,7 @@ def test_an_error_with_status_200_is_refused_where_its_code_says_so(error: dict[
         Reply(body=b'{"message": {"content": "a"}}\n{"message": {"content": "b"}, "done": true}\n'),
     ],
 )
-def test_a_server_that_streams_is_told_and_not_asked_again(reply: Reply, log: AnswerLog) -> None:
+def test_a_streamed_response_is_refused_without_a_retry(reply: Reply, log: AnswerLog) -> None:
     with (
         chat_server(lambda body, before: reply) as chat,
         pytest.raises(UserError, match="the server sent a stream") as caught,
@@ -174,9 +176,7 @@ def test_a_server_that_streams_is_told_and_not_asked_again(reply: Reply, log: An
         *((reason, False) for reason in ("tool_calls", "function_call", "error", "abort", "model_length", "?")),
     ],
 )
-def test_a_reply_that_did_not_come_to_its_end_is_kept_and_not_read(
-    reason: str | None, final: bool, log: AnswerLog
-) -> None:
+def test_an_incomplete_reply_is_kept_and_not_parsed(reason: str | None, final: bool, log: AnswerLog) -> None:
     with chat_server(lambda body, before: Reply('{"proposal": null}', finish_reason=reason)) as chat:
         expected = ['{"proposal": null}' if final else None]
         assert ask(chat, log, ["a"]) == expected
@@ -200,12 +200,12 @@ def test_a_reply_that_did_not_come_to_its_end_is_kept_and_not_read(
         (None, ""),
     ],
 )
-def test_content_in_parts_is_put_together_without_thoughts(content: Any, text: str, log: AnswerLog) -> None:
+def test_content_parts_are_joined_without_reasoning(content: Any, text: str, log: AnswerLog) -> None:
     with chat_server(lambda body, before: Reply(content)) as chat:
         assert ask(chat, log, ["a"]) == [text]
 
 
-def test_text_of_a_reasoning_field_is_no_answer(log: AnswerLog) -> None:
+def test_text_in_a_reasoning_field_is_not_an_answer(log: AnswerLog) -> None:
     message = {"role": "assistant", "content": None, "reasoning_content": '{"proposal": null}', "refusal": "no"}
     reply = Reply(body=json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode())
     with chat_server(lambda body, before: reply) as chat:
@@ -216,7 +216,9 @@ def test_text_of_a_reasoning_field_is_no_answer(log: AnswerLog) -> None:
     ("wait", "said"),
     [("86400", "24 hours"), ("9" * 400, "inf"), (formatdate(4e9, usegmt=True), "days"), ("601", "10 minutes")],
 )
-def test_a_wait_that_is_too_long_ends_it_at_once_and_is_told(wait: str, said: str, log: AnswerLog) -> None:
+def test_a_retry_after_above_the_limit_ends_the_evaluation_with_the_servers_message(
+    wait: str, said: str, log: AnswerLog
+) -> None:
     reply = Reply(status=429, headers={"Retry-After": wait}, body=b'{"error": "quota"}')
     with chat_server(lambda body, before: reply) as chat, pytest.raises(UserError, match="asks to wait") as caught:
         ask(chat, log, ["a"])
@@ -226,7 +228,7 @@ def test_a_wait_that_is_too_long_ends_it_at_once_and_is_told(wait: str, said: st
     assert "--endpoint.longest_wait" in caught.value.hint
 
 
-def test_a_wait_beyond_the_time_limit_ends_it_at_once(log: AnswerLog) -> None:
+def test_a_retry_after_beyond_the_time_limit_ends_the_evaluation(log: AnswerLog) -> None:
     reply = Reply(status=503, headers={"Retry-After": "500"}, body=b"")
     options = EndpointOptions(**QUICK, time_limit=100)
     with chat_server(lambda body, before: reply) as chat:
@@ -236,7 +238,7 @@ def test_a_wait_beyond_the_time_limit_ends_it_at_once(log: AnswerLog) -> None:
     assert len(chat.bodies) == 1
 
 
-def test_a_wait_is_told_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wait_is_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("proactive"), "propagate", True)
     connection = ChatConnection(Endpoint("http://x/v1", "m"))
     state = RetryCallState(AsyncRetrying(), None, (), {})
@@ -261,7 +263,7 @@ def test_a_wait_is_told_once(caplog: pytest.LogCaptureFixture, monkeypatch: pyte
         ),
     ],
 )
-def test_a_refusal_says_what_to_do(reply: Reply, hint: str, log: AnswerLog) -> None:
+def test_a_refusal_has_a_hint(reply: Reply, hint: str, log: AnswerLog) -> None:
     with chat_server(lambda body, before: reply) as chat, pytest.raises(UserError) as caught:
         ask(chat, log, ["a"])
     assert hint in caught.value.hint
@@ -269,7 +271,7 @@ def test_a_refusal_says_what_to_do(reply: Reply, hint: str, log: AnswerLog) -> N
 
 @pytest.mark.parametrize("suffix", ["", "/", "/chat/completions", "/chat/completions/"])
 @pytest.mark.parametrize("query", ["", "?api-version=2024-10-21", "?a=1&b="])
-def test_an_addresss_query_is_kept_and_its_path_is_joined(suffix: str, query: str, log: AnswerLog) -> None:
+def test_the_query_of_an_address_is_kept_and_the_path_is_completed(suffix: str, query: str, log: AnswerLog) -> None:
     with chat_server(echo) as chat:
         endpoint = Endpoint(chat.url + suffix + query, "m", options=EndpointOptions(**QUICK))
         message = {"role": "user", "content": "a"}
@@ -277,7 +279,7 @@ def test_an_addresss_query_is_kept_and_its_path_is_joined(suffix: str, query: st
     assert chat.paths == [f"/v1/chat/completions{query}"]
 
 
-def test_a_server_that_is_not_there(log: AnswerLog) -> None:
+def test_an_unreachable_server_gives_a_user_error(log: AnswerLog) -> None:
     with chat_server(echo) as chat:
         pass
     with pytest.raises(UserError, match="failed 2 times, the last time with: ConnectError"):
@@ -285,7 +287,7 @@ def test_a_server_that_is_not_there(log: AnswerLog) -> None:
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 302])
-def test_a_refusal_is_not_asked_again(status: int, log: AnswerLog) -> None:
+def test_a_refused_request_is_not_retried(status: int, log: AnswerLog) -> None:
     refusal = Reply(status=status, body=b"no such\nmodel \x1b[31m[bold]m[/bold]", headers={"Location": "http://x/"})
     with chat_server(lambda body, before: refusal) as chat, pytest.raises(UserError) as caught:
         ask(chat, log, ["a"])
@@ -294,7 +296,7 @@ def test_a_refusal_is_not_asked_again(status: int, log: AnswerLog) -> None:
     assert "no such model \\x1b[31m[bold]m" in caught.value.what
 
 
-def test_no_more_requests_are_under_way_than_allowed_and_answers_keep_their_order(log: AnswerLog) -> None:
+def test_requests_stay_within_the_concurrency_and_answers_keep_their_order(log: AnswerLog) -> None:
     def answer(body: dict[str, Any], before: int) -> Reply:
         reply = echo(body, before)
         reply.delay = 0.02 * (int(body["messages"][-1]["content"]) % 3)
@@ -306,13 +308,13 @@ def test_no_more_requests_are_under_way_than_allowed_and_answers_keep_their_orde
     assert chat.most_under_way <= 3
 
 
-def test_the_same_question_is_asked_once(log: AnswerLog) -> None:
+def test_equal_requests_are_sent_once(log: AnswerLog) -> None:
     with chat_server(echo) as chat:
         assert ask(chat, log, ["a"] * 5) == ["answer to a"] * 5
         assert len(chat.bodies) == 1
 
 
-def test_the_time_limit_ends_it_and_keeps_what_was_answered(log: AnswerLog, clock: Clock) -> None:
+def test_the_time_limit_ends_the_evaluation_and_keeps_answers(log: AnswerLog, clock: Clock) -> None:
     ended = threading.Event()
 
     def answer(body: dict[str, Any], before: int) -> Reply:
@@ -333,7 +335,7 @@ def test_the_time_limit_ends_it_and_keeps_what_was_answered(log: AnswerLog, cloc
     assert list(log.texts.values()) == ["answer to a"]
 
 
-def test_what_is_sent(log: AnswerLog) -> None:
+def test_the_request_body_has_the_documented_fields(log: AnswerLog) -> None:
     with chat_server(echo) as chat:
         endpoint = Endpoint(chat.url + "/", "m", None, 0.5, 7, {"max_tokens": 9, "temperature": None})
         asked_of(endpoint, log, lambda client: client.ask([{"role": "user", "content": "a"}], "here", 2))
@@ -343,7 +345,7 @@ def test_what_is_sent(log: AnswerLog) -> None:
 
 
 @pytest.mark.parametrize("case", ["answers", "refuses", "fails"])
-def test_the_key_is_sent_and_stands_nowhere_even_if_the_server_sends_it_back(
+def test_the_key_is_sent_and_appears_nowhere_even_if_the_server_returns_it(
     case: str, log: AnswerLog, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MY_KEY", KEY)
@@ -384,14 +386,14 @@ def bomb(size: int) -> bytes:
     ],
     ids=["endless", "endless error", "nothing, packed", "a bomb", "one byte too long"],
 )
-def test_of_a_response_no_more_is_read_than_the_limit(reply: Reply, log: AnswerLog) -> None:
+def test_a_response_is_read_up_to_the_limit_only(reply: Reply, log: AnswerLog) -> None:
     with chat_server(lambda body, before: reply) as chat, no_more_memory_than(5 * MAX_TEXT_BYTES):
         with pytest.raises(UserError, match=f"the response is longer than the limit of {MAX_TEXT_BYTES:,} bytes"):
             ask(chat, log, ["a"], retries=3)
         assert len(chat.bodies) == 1, "to ask again is of no use"
 
 
-def test_a_packed_response_is_read(log: AnswerLog) -> None:
+def test_a_gzip_response_is_read(log: AnswerLog) -> None:
     content = Reply("hello").content()
     with chat_server(
         lambda body, before: Reply(body=gzip.compress(content), headers={"Content-Encoding": "gzip"})
@@ -400,7 +402,7 @@ def test_a_packed_response_is_read(log: AnswerLog) -> None:
 
 
 @pytest.mark.parametrize("coding", ["br", "zstd", "gzip, gzip", "deflate"])
-def test_what_is_packed_otherwise_or_twice_is_not_unpacked(coding: str, log: AnswerLog) -> None:
+def test_other_and_repeated_encodings_are_not_decoded(coding: str, log: AnswerLog) -> None:
     reply = Reply(body=bomb(1000), headers={"Content-Encoding": coding})
     with chat_server(lambda body, before: reply) as chat, pytest.raises(UserError, match=f"a body in {coding}, but"):
         ask(chat, log, ["a"], retries=0)
@@ -417,14 +419,14 @@ def test_what_is_packed_otherwise_or_twice_is_not_unpacked(coding: str, log: Ans
     ],
     ids=["no gzip", "more behind gzip", "brackets", "deep", "deep error"],
 )
-def test_a_body_that_cannot_be_read_is_no_answer(reply: Reply, log: AnswerLog) -> None:
+def test_an_unreadable_body_is_not_an_answer(reply: Reply, log: AnswerLog) -> None:
     with chat_server(lambda body, before: reply) as chat, pytest.raises(UserError) as caught:
         ask(chat, log, ["a"], retries=0)
     assert re.search("a body that is not gzip|not a chat completion", caught.value.what)
     assert len(str(caught.value).splitlines()) == 2
 
 
-def test_why_a_reply_ended_is_scrubbed_and_short_as_well(log: AnswerLog, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_finish_reason_is_shortened_and_without_the_key(log: AnswerLog, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", KEY)
     with chat_server(lambda body, before: Reply("hello", f"\x1b[2J{KEY}\n" + "x" * 10_000)) as chat:
         ask(chat, log, ["a"], "MY_KEY")
@@ -455,7 +457,7 @@ ESCAPED = {
 
 @pytest.mark.parametrize("escaping", ESCAPED)
 @pytest.mark.parametrize("key", [KEY, "sk/very+secret=&<123>%"])
-def test_a_key_is_taken_out_in_any_escaping(escaping: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_is_removed_in_any_escaping(escaping: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", key)
     written = ESCAPED[escaping](key)
     said = Endpoint("http://x/v1", "m", "MY_KEY").without_key(f"<{written}> is a bad key")
@@ -466,13 +468,13 @@ def test_a_key_is_taken_out_in_any_escaping(escaping: str, key: str, monkeypatch
 
 
 @pytest.mark.parametrize("key", ["EMPTY", "x", "token"])
-def test_a_stand_in_for_a_key_is_a_word_like_others(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_placeholder_key_is_not_removed(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", key)
     assert Endpoint("http://x/v1", "m", "MY_KEY").without_key("EMPTY x token") == "EMPTY x token"
 
 
 @pytest.mark.parametrize("around", [("", "\n"), (" ", "\r\n"), ("\t", " "), ("\n\n", "\n")])
-def test_blanks_around_a_key_are_left_out(
+def test_blanks_around_a_key_are_removed(
     around: tuple[str, str], log: AnswerLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_KEY", KEY.join(around))
@@ -485,7 +487,7 @@ def test_blanks_around_a_key_are_left_out(
     "key",
     [f"Bearer {KEY}", f'"{KEY}"', f"{KEY}\n{KEY}", f"{KEY}\u200b", f"\ufeff{KEY}", f"{KEY}\x01", "ключ", f"{KEY}\\n"],
 )
-def test_what_cannot_be_a_key_is_refused_before_it_is_used(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_that_cannot_be_a_key_is_refused_before_use(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", key)
     with pytest.raises(UserError, match="MY_KEY is not a key") as caught:
         Endpoint("http://x/v1", "m", "MY_KEY")
@@ -495,7 +497,7 @@ def test_what_cannot_be_a_key_is_refused_before_it_is_used(key: str, monkeypatch
         Endpoint("http://x/v1", "m", "MY_KEY")
 
 
-def test_azure_takes_the_key_under_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_azure_gets_the_key_in_its_own_header(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", KEY)
     url = "https://mine.openai.azure.com/openai/deployments/m?api-version=2024-10-21"
     endpoint = Endpoint(url, "m", "MY_KEY")
@@ -521,13 +523,13 @@ SECRETS = ("key", "api_key", "subscription-key", "access_token", "sig", "code", 
         ("http://x/v1", "NOT_SET_ANYWHERE", "environment variable NOT_SET_ANYWHERE is not set"),
     ],
 )
-def test_an_endpoint_that_cannot_be_is_refused(url: str, key_variable: str | None, message: str) -> None:
+def test_an_invalid_endpoint_is_refused(url: str, key_variable: str | None, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         Endpoint(url, "m", key_variable)
     assert "pw" not in str(caught.value) or "x:pw" in url
 
 
-def test_a_stream_is_not_asked_for() -> None:
+def test_streamed_answers_are_refused_as_an_option() -> None:
     with pytest.raises(UserError, match="extra: stream"):
         Endpoint("http://x/v1", "m", extra={"stream": True})
 
@@ -535,14 +537,14 @@ def test_a_stream_is_not_asked_for() -> None:
 @pytest.mark.parametrize(
     "options", [{"concurrency": 0}, {"retries": -1}, {"first_delay": -1}, {"timeout": 0}, {"time_limit": -1}]
 )
-def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
+def test_impossible_endpoint_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"endpoint.{next(iter(options))}: expected"):
         EndpointOptions(**options)
 
 
 @few_examples
 @given(st.none() | st.floats(0, 1000), st.integers(1, 20))
-def test_a_retry_waits_as_long_as_the_server_says_else_within_bounds(retry_after: float | None, attempt: int) -> None:
+def test_a_retry_waits_for_retry_after_or_within_bounds(retry_after: float | None, attempt: int) -> None:
     options = EndpointOptions(first_delay=0.5, longest_delay=8.0)
     connection = ChatConnection(Endpoint("http://x/v1", "m", options=options))
     state = RetryCallState(AsyncRetrying(), None, (), {})

@@ -13,13 +13,13 @@ from tests.datamodules.conftest import few_examples
 
 @few_examples
 @given(st.floats(0, 100), st.floats(0, 1))
-def test_the_threshold_costs_least(cost_ratio: float, probability: float) -> None:
+def test_the_threshold_minimizes_the_expected_cost(cost_ratio: float, probability: float) -> None:
     offering, holding_back = (1 - probability) * cost_ratio, probability
     if abs(offering - holding_back) > 1e-9:
         assert (probability >= gate_threshold(cost_ratio)) is (offering < holding_back)
 
 
-def test_thresholds_of_some_ratios_and_of_none() -> None:
+def test_known_thresholds_and_an_invalid_ratio() -> None:
     assert [gate_threshold(ratio) for ratio in (0, 1, 3)] == [0, 0.5, 0.75]
     for ratio in (-1, float("inf"), float("nan")):
         with pytest.raises(UserError, match="--cost-ratio: expected 0 or more"):
@@ -37,7 +37,7 @@ def by_hand() -> Gated:
     )
 
 
-def test_what_is_held_back_counts_as_null() -> None:
+def test_held_back_proposals_count_as_null() -> None:
     proposed, accepted = by_hand().at(0.5)
     assert proposed.tolist() == [[0], [1], [0]]
     assert accepted.tolist() == [[1], [1], [1]]
@@ -57,7 +57,7 @@ EVENT = st.tuples(st.integers(0, 1), st.integers(-1, 1), st.floats(0, 1), st.int
 
 @few_examples
 @given(st.lists(EVENT, min_size=1, max_size=20))
-def test_the_curve_runs_from_the_agent_as_it_is_to_never_proposing(drawn: list[tuple[int, int, float, int]]) -> None:
+def test_the_curve_runs_from_no_gate_to_never_proposing(drawn: list[tuple[int, int, float, int]]) -> None:
     proposed, accepted, probability, null = (torch.tensor(column) for column in zip(*drawn, strict=True))
     null = torch.where(proposed == 0, accepted, null)  # one judge, one verdict on null
     made = Gated(proposed[:, None], accepted[:, None], probability.double()[:, None], null, torch.arange(len(drawn)))

@@ -26,7 +26,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Weights[Any], Any
     return Weights(classifier, data.state_dict(), "here"), data
 
 
-def test_offers_are_read_as_rows_are(trained: tuple[Weights[Any], Any]) -> None:
+def test_a_pair_gets_the_token_ids_of_its_row(trained: tuple[Weights[Any], Any]) -> None:
     """All offers at once as trees, and each row by itself as in training, come to the same probability."""
     weights, data = trained
     rows = data.split.test
@@ -61,7 +61,7 @@ def test_the_state_names_the_scenes_of_the_training_rows(trained: tuple[Weights[
         assert old.tie(trace, None) is (Tie.TRAINED if tie is Tie.TRAINED else Tie.UNKNOWN)
 
 
-def test_the_least_tie_comes_first_then_the_order_given() -> None:
+def test_weights_with_the_weakest_tie_come_first_then_the_given_order() -> None:
     class Tied:
         """Weights in name only."""
 
@@ -86,7 +86,7 @@ def test_the_least_tie_comes_first_then_the_order_given() -> None:
     assert list(ties.values()) == [validated, validated, clean]
 
 
-def test_a_trace_takes_the_first_weights_that_do_not_know_it_and_do_not_judge_it() -> None:
+def test_a_trace_gets_the_first_weights_that_have_not_seen_it_and_do_not_judge_it() -> None:
     class Known:
         """Weights in name only."""
 

@@ -83,7 +83,9 @@ def observed(agents: dict[str, LocalAgent], traces: list[Trace]) -> dict[str, An
     return asyncio.run(observe())
 
 
-def test_each_trace_is_answered_by_weights_that_do_not_know_it(folds: list[AgentWeights], traces: list[Trace]) -> None:
+def test_each_trace_is_answered_by_weights_that_have_not_seen_it(
+    folds: list[AgentWeights], traces: list[Trace]
+) -> None:
     log = AnswerLog()
     agents, held_out = agents_on(folds, traces, log=log)
     answers = answered(agents, held_out)
@@ -100,7 +102,7 @@ def test_each_trace_is_answered_by_weights_that_do_not_know_it(folds: list[Agent
 
 @pytest.mark.parametrize("drawn", [{}, {"candidates": 3, "temperature": 1.0, "seed": 3}])
 @pytest.mark.parametrize("tokens", [800, 250])  # of the longest row: whole histories, and their last events alone
-def test_sessions_that_are_fed_event_by_event_give_the_answers_of_whole_traces(
+def test_sessions_event_by_event_give_the_answers_of_whole_traces(
     folds: list[AgentWeights], traces: list[Trace], drawn: dict[str, Any], tokens: int
 ) -> None:
     short = [replace(one, state=_with_length(one.state, tokens)) for one in folds]
@@ -159,9 +161,7 @@ def test_a_session_reads_each_event_once(folds: list[AgentWeights], traces: list
     assert sum(read) == trunk + answers
 
 
-def test_an_answer_is_the_networks_own_after_the_prompt_of_training(
-    folds: list[AgentWeights], traces: list[Trace]
-) -> None:
+def test_an_answer_is_generated_after_the_prompt_of_training(folds: list[AgentWeights], traces: list[Trace]) -> None:
     """Greedy, without a grammar, against `generate` on the whole prompt."""
     log = AnswerLog()
     agents, held_out = agents_on(
@@ -184,7 +184,7 @@ def test_an_answer_is_the_networks_own_after_the_prompt_of_training(
         assert log.texts[json.dumps((held_out[0].name, step, 0))] == expected
 
 
-def test_what_is_in_the_log_is_not_written_again_and_the_rest_comes_out_the_same(
+def test_logged_answers_are_not_generated_again_and_the_others_are_unchanged(
     folds: list[AgentWeights], traces: list[Trace], tmp_path: Path
 ) -> None:
     drawn: dict[str, Any] = {"candidates": 2, "temperature": 1.0, "seed": 3}
@@ -208,7 +208,7 @@ def test_what_is_in_the_log_is_not_written_again_and_the_rest_comes_out_the_same
     assert len(set(texts)) > len(texts) // 2, "candidates differ"
 
 
-def test_settings_tell_every_option_that_changes_an_answer(folds: list[AgentWeights], traces: list[Trace]) -> None:
+def test_settings_contain_every_option_that_changes_an_answer(folds: list[AgentWeights], traces: list[Trace]) -> None:
     agents, _ = agents_on(folds[:1], traces)
     for changed in (
         {"candidates": 3, "temperature": 0.5},

@@ -124,7 +124,7 @@ def test_sessions_side_by_side_read_each_event_once(scorer: Callable[..., Scorer
     assert own < shared / 2
 
 
-def test_what_it_was_tried_with_grows_with_its_rows(scorer: Callable[..., Scorer]) -> None:
+def test_the_self_check_is_repeated_for_longer_rows(scorer: Callable[..., Scorer]) -> None:
     mine = scorer(max_length=160)
     mine.score([Pair(EVENTS[:1], None), Pair(EVENTS[:2], None)])
     assert mine._checked_lengths[0] < 160
@@ -132,20 +132,20 @@ def test_what_it_was_tried_with_grows_with_its_rows(scorer: Callable[..., Scorer
     assert mine._checked_lengths == (160, 512)
 
 
-def test_rows_that_lose_events_are_counted(scorer: Callable[..., Scorer]) -> None:
+def test_truncated_rows_are_counted(scorer: Callable[..., Scorer]) -> None:
     mine = scorer(max_length=160)
     mine.score([Pair(EVENTS[:2], None), Pair(EVENTS, None), Pair(EVENTS, PROPOSALS[0])])
     assert mine.truncated == 2
 
 
-def test_a_proposal_without_room_is_named(scorer: Callable[..., Scorer]) -> None:
+def test_a_proposal_that_is_too_long_is_named(scorer: Callable[..., Scorer]) -> None:
     mine = scorer(max_length=160)
     for where, said in (("trace_1.json, event 3", "trace_1.json, event 3"), ("", "a proposal after 3 events")):
         with pytest.raises(UserError, match=f"instructions and proposal of {said} take .* tokens, more than 160"):
             mine.score([Pair(EVENTS[:3], "really " * 200, where)])
 
 
-def test_released_weights_serve_again(scorer: Callable[..., Scorer]) -> None:
+def test_a_released_scorer_scores_again(scorer: Callable[..., Scorer]) -> None:
     mine = scorer()
     pairs = [Pair(EVENTS[:5], proposal) for proposal in PROPOSALS]
     before = mine.score(pairs)
@@ -153,7 +153,7 @@ def test_released_weights_serve_again(scorer: Callable[..., Scorer]) -> None:
     assert mine.score(pairs) == before
 
 
-def test_a_probability_that_is_no_number_is_refused(scorer: Callable[..., Scorer]) -> None:
+def test_a_nan_probability_is_refused(scorer: Callable[..., Scorer]) -> None:
     mine = scorer()
     assert mine.weights.model.network is not None
     torch.nn.init.constant_(mine.weights.model.network.score.weight, float("nan"))

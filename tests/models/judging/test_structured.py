@@ -58,7 +58,7 @@ NETWORK_ERRORS = {
 
 @pytest.mark.parametrize("case", NETWORK_ERRORS)
 @pytest.mark.parametrize("status", [400, 422])
-def test_a_server_without_response_format_is_asked_by_the_prompt_alone(
+def test_a_server_without_response_format_gets_only_the_prompt(
     case: str, status: int, messages: pytest.LogCaptureFixture
 ) -> None:
     def answer(body: Body, before: int) -> Reply:
@@ -89,14 +89,14 @@ def test_max_tokens_is_renamed_for_a_server_that_expects_another_name(messages: 
     assert f"{chat.url} refuses max_tokens: it is sent as max_completion_tokens" in messages.messages
 
 
-def test_a_format_of_the_users_own_is_not_given_up() -> None:
+def test_a_response_format_of_the_user_is_never_dropped() -> None:
     refusal = Reply(status=400, body=json.dumps(NETWORK_ERRORS["by param"]).encode())
     with chat_server(lambda body, before: refusal) as chat, pytest.raises(UserError, match="refuses: 400"):
         asked_of(endpoint(chat.url, extra={"response_format": {"type": "json_object"}}), AnswerLog(), question("a"))
     assert len(chat.bodies) == 1
 
 
-def test_thoughts_without_an_answer_are_said_once(messages: pytest.LogCaptureFixture) -> None:
+def test_reasoning_without_an_answer_is_logged_once(messages: pytest.LogCaptureFixture) -> None:
     with chat_server(lambda body, before: Reply(None, thoughts="Let me think")) as chat:
         assert asked_of(endpoint(chat.url), AnswerLog(), question("a"), question("b")) == ["", ""]
     assert sum("sends thoughts without an answer" in text for text in messages.messages) == 1
@@ -119,7 +119,7 @@ def test_tokens_are_counted_kept_and_counted_again_after_a_restart(tmp_path: Pat
 
 
 @pytest.mark.parametrize("reported", [5, {}, {"prompt_tokens": 1}, {"prompt_tokens": -1, "completion_tokens": True}])
-def test_usage_that_does_not_fit_counts_as_unreported(reported: Any) -> None:
+def test_invalid_usage_counts_as_unreported(reported: Any) -> None:
     assert Usage.of(reported) == Usage(1, 1)
 
 

@@ -89,7 +89,7 @@ def test_small_updates_of_bfloat16_weights_are_not_lost(update: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_it_converges_like_adamw(dtype: torch.dtype) -> None:
+def test_adamw_8bit_converges_like_adamw(dtype: torch.dtype) -> None:
     """Over 200 steps with gradients as small as in a large model with a norm clipped to 1."""
     found, expected = weights(dtype), [nn.Parameter(p.detach().float()) for p in weights(dtype)]
     begin = [p.detach().double() for p in expected]
@@ -137,7 +137,7 @@ def test_a_second_moment_decays_although_steps_are_smaller_than_a_code() -> None
     assert found == pytest.approx(float(exact.state[other]["exp_avg_sq"][:, 1].mean()), rel=0.05)
 
 
-def test_it_takes_seven_bytes_per_parameter_with_the_gradient() -> None:
+def test_adamw_8bit_takes_seven_bytes_per_parameter_with_the_gradient() -> None:
     weight = nn.Parameter(torch.zeros(256, 512, dtype=torch.bfloat16))
     kept = sum(shape.numel() * dtype.itemsize for shape, dtype in layout(weight).values())
     assert kept / weight.numel() == 1 + 2 + 2 * 4 / BLOCK
@@ -173,7 +173,7 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
 
 
 @pytest.mark.parametrize("greatest", [1e-4, 10.0])
-def test_it_clips_as_pytorch_does(greatest: float) -> None:
+def test_clipping_equals_pytorchs(greatest: float) -> None:
     found, expected = weights(torch.float32), weights(torch.float32)
     ours, theirs = (AdamW8bit(some, lr=1e-3) for some in (found, expected))
     for step in range(3):
@@ -215,7 +215,7 @@ def test_an_update_is_one_graph_for_weights_of_every_size(dtype: torch.dtype) ->
         assert torch.equal(one, other)
 
 
-def test_it_reads_nothing_back_from_the_device() -> None:
+def test_a_step_copies_nothing_from_the_device() -> None:
     """On a GPU, reading a value waits for all kernels before it."""
     some = weights(torch.bfloat16)
     optimizer = AdamW8bit(some, lr=1e-3)

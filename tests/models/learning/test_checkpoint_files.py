@@ -190,7 +190,7 @@ def test_a_bad_checkpoint_is_named_and_refused_and_runs_no_code(spoil: str, tmp_
     assert not (tmp_path / "executed").exists()
 
 
-def test_the_payload_of_these_tests_would_leave_its_mark(tmp_path: Path) -> None:
+def test_the_payload_leaves_a_mark_if_it_is_unpickled(tmp_path: Path) -> None:
     torch.save({"payload": Payload(tmp_path / "executed")}, tmp_path / "evil.ckpt")
     torch.load(tmp_path / "evil.ckpt", weights_only=False)
     assert (tmp_path / "executed").exists()

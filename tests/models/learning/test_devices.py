@@ -108,7 +108,7 @@ def test_a_loaded_model_is_tested_under_another_default_device(
     assert found[0] == found[1]
 
 
-def test_trials_name_their_device(root: Path, base: Path) -> None:
+def test_self_checks_create_tensors_on_the_networks_device(root: Path, base: Path) -> None:
     """Also if other code than configure_model calls them."""
     model, data = agent("pretrained", root, base)
     losses(model, data)

@@ -17,7 +17,7 @@ SCHEDULES = get_args(ScheduleName)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_lowers_a_loss(name: OptimizerName) -> None:
+def test_each_optimizer_lowers_a_loss(name: OptimizerName) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(64, 64)  # 4,096 weights: from here on bitsandbytes keeps its state in 8 bits
     inputs, wanted = torch.randn(32, 64), torch.randn(32, 64)

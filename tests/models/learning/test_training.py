@@ -193,7 +193,7 @@ def test_a_run_without_an_end_gives_a_user_error(root: Path) -> None:
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.1])
-def test_a_warmup_ratio_is_a_share(ratio: float) -> None:
+def test_a_warmup_ratio_is_a_fraction(ratio: float) -> None:
     with pytest.raises(UserError, match=r"model\.warmup_ratio"):
         RewardClassifier(warmup_ratio=ratio)
 

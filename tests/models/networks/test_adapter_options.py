@@ -125,7 +125,7 @@ def test_a_merge_of_plain_adapters_needs_no_bitsandbytes(monkeypatch: pytest.Mon
 MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 8, "vocab_size": 300}
 
 
-def test_the_log_names_weights_without_adapters_and_their_share(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_names_weights_without_adapters_and_their_fraction(caplog: pytest.LogCaptureFixture) -> None:
     network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MIXTRAL))
     total = sum(weight.numel() for weight in network.parameters())
     experts = sum(weight.numel() for name, weight in network.named_parameters() if ".experts." in name)

@@ -84,7 +84,7 @@ def by_trial_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", CHANGES_WITH_LENGTH)
-def test_trials_detect_networks_that_depend_on_the_length(kind: str, dtype: torch.dtype) -> None:
+def test_self_checks_detect_networks_that_depend_on_the_length(kind: str, dtype: torch.dtype) -> None:
     """Also in bfloat16, where rounding hides much of the difference."""
     model = network(*CHANGES_WITH_LENGTH[kind]).to(dtype)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -100,7 +100,7 @@ def test_trials_detect_networks_that_depend_on_the_length(kind: str, dtype: torc
 
 
 @pytest.mark.parametrize("kind", CHANGES_WITH_LENGTH | ONLY_LANGUAGE)
-def test_trials_detect_answers_that_depend_on_the_length(kind: str) -> None:
+def test_self_checks_detect_answers_that_depend_on_the_length(kind: str) -> None:
     model = network(*(CHANGES_WITH_LENGTH | ONLY_LANGUAGE)[kind], auto=AutoModelForCausalLM)
     problem = branch_problem(model, LONG)
     assert "the logits of an answer differ from those after its prompt" in str(problem)
@@ -109,7 +109,7 @@ def test_trials_detect_answers_that_depend_on_the_length(kind: str) -> None:
     assert (branch_problem(model, SHORT) is None) == (kind != "GPT-Neo's window")
 
 
-def test_trials_detect_a_window_over_tree_indices_in_a_large_tree_of_short_rows() -> None:
+def test_self_checks_detect_a_window_over_tree_indices_in_a_large_tree_of_short_rows() -> None:
     """GPT-Neo's window counts tokens of other branches, which a row of 24 tokens does not have."""
     model = network(*CHANGES_WITH_LENGTH["GPT-Neo's window"])
     assert tree_problem(model, SHORT, 2 * SHORT) is None
@@ -131,7 +131,7 @@ def test_networks_that_do_not_depend_on_the_length_pass(family: str, dtype: torc
     assert relative_difference(found, alone(model, ids)) < 10 * TOLERANCE[dtype]
 
 
-def test_a_trial_in_float32_computes_in_float32_and_restores_the_weights() -> None:
+def test_a_self_check_in_float32_computes_in_float32_and_restores_the_weights() -> None:
     model = network("llama", {}).to(torch.bfloat16)
     weights = dict(model.named_parameters())
     data = {name: weight.data_ptr() for name, weight in weights.items()}
@@ -154,7 +154,7 @@ def test_a_trial_in_float32_computes_in_float32_and_restores_the_weights() -> No
     [("longrope", "a row gives other results beside a longer one than alone"), ("GPT-Neo's window", None)],
 )
 @pytest.mark.parametrize("head", ["classifier", "language model"])
-def test_trials_detect_rows_that_depend_on_other_rows(kind: str, reason: str | None, head: str) -> None:
+def test_self_checks_detect_rows_that_depend_on_other_rows(kind: str, reason: str | None, head: str) -> None:
     if head == "classifier":
         model = network(*CHANGES_WITH_LENGTH[kind])
         problem = padding_problem(model, lambda inputs: classify(model, inputs, "auto"), LONG)
@@ -217,7 +217,9 @@ def test_the_longest_row_of_the_data_decides_not_max_length(root: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_trial_compiles_nothing_and_rounds_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_self_check_compiles_nothing_and_computes_in_full_precision(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Compiled blocks and FlexAttention run eagerly, with full float32 products, whatever the run's options are."""
     from torch._dynamo.utils import counters
 

@@ -84,7 +84,7 @@ def test_transformers_alone_gives_the_same_probabilities(run: Run, tmp_path: Pat
     assert found["alone"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_export_holds_safetensors_tokenizer_and_card_and_no_pickle(run: Run) -> None:
+def test_the_export_contains_safetensors_tokenizer_and_card_and_no_pickle(run: Run) -> None:
     names = {path.name for path in (run.folder / "export").iterdir()}
     assert names >= {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
@@ -99,7 +99,7 @@ def test_this_project_reads_its_export_back(run: Run) -> None:
     assert state["training_rows"] == run.data.state_dict()["training_rows"]
 
 
-def test_the_export_of_a_checkpoint_has_the_tokenizer_that_the_runs_own_has(run: Run, tmp_path: Path) -> None:
+def test_the_export_of_a_checkpoint_has_the_tokenizer_of_the_run(run: Run, tmp_path: Path) -> None:
     """With its chat template, in which agents are spoken to."""
     template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     state = run.data.state_dict()
@@ -112,7 +112,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_new_export_takes_the_place_of_the_old_one(run: Run, tmp_path: Path) -> None:
+def test_a_new_export_replaces_the_old_one(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "export"
     export_model(run.classifier, run.data, None, folder)
     (folder / "stale.safetensors").touch()
@@ -122,7 +122,7 @@ def test_a_new_export_takes_the_place_of_the_old_one(run: Run, tmp_path: Path) -
     assert sorted(path.name for path in folder.iterdir()) == state["files"]
 
 
-def test_what_the_user_put_into_an_export_stays(run: Run, tmp_path: Path) -> None:
+def test_files_of_the_user_in_an_export_are_kept(run: Run, tmp_path: Path) -> None:
     """Files and folders, links, and a file that has the name of one that only the new export has."""
     folder = tmp_path / "export"
     export_model(run.classifier, run.data, None, folder)
@@ -145,7 +145,7 @@ def test_what_the_user_put_into_an_export_stays(run: Run, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("made", ["folder", "file", "other json"])
-def test_what_is_no_export_is_refused_and_left_alone(run: Run, tmp_path: Path, made: str) -> None:
+def test_a_folder_that_is_not_an_export_is_refused_and_unchanged(run: Run, tmp_path: Path, made: str) -> None:
     place = tmp_path / "mine"
     if made == "file":
         place.write_text("mine")
@@ -162,7 +162,7 @@ def test_what_is_no_export_is_refused_and_left_alone(run: Run, tmp_path: Path, m
             ExportModel(tmp_path).setup(run.classifier.trainer, run.classifier, "fit")
 
 
-def test_an_export_through_a_link_stays_where_the_link_leads(run: Run, tmp_path: Path) -> None:
+def test_an_export_to_a_link_is_written_to_its_target(run: Run, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to("disk")
     for _ in range(2):
@@ -172,7 +172,7 @@ def test_an_export_through_a_link_stays_where_the_link_leads(run: Run, tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
 
 
-def test_there_is_an_export_at_any_moment(run: Run, tmp_path: Path) -> None:
+def test_an_export_exists_at_any_moment(run: Run, tmp_path: Path) -> None:
     """Somebody who looks all the time while it is replaced always finds a whole one."""
     folder, stop = tmp_path / "export", threading.Event()
     export_model(run.classifier, run.data, None, folder)
@@ -194,7 +194,7 @@ def test_there_is_an_export_at_any_moment(run: Run, tmp_path: Path) -> None:
     assert missed == 0
 
 
-def test_an_export_that_fails_keeps_the_former_one(run: Run, tmp_path: Path) -> None:
+def test_a_failed_export_keeps_the_old_one(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "export"
     record = run_record(run.classifier, run.data, "weights")
     export_model(run.classifier, run.data, record, folder)

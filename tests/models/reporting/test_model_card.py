@@ -126,7 +126,7 @@ def prompt_file(folder: Path, parts: dict[str, str]) -> str:
 
 @pytest.mark.parametrize("own_prompt", [False, True])
 @pytest.mark.parametrize("family", ["llama", "bert"])
-def test_the_code_gives_the_projects_probabilities(tmp_path: Path, family: str, own_prompt: bool) -> None:
+def test_the_cards_code_gives_the_projects_probabilities(tmp_path: Path, family: str, own_prompt: bool) -> None:
     """With the token that begins every text, of rows that lose events, and of texts that look like special tokens."""
     root = root_with_impostors(tmp_path / "root")
     prompt = prompt_file(tmp_path, OWN_PROMPT) if own_prompt else None
@@ -139,7 +139,7 @@ def test_the_code_gives_the_projects_probabilities(tmp_path: Path, family: str, 
 
 
 @pytest.mark.parametrize("own_prompt", [False, True])
-def test_the_code_gives_an_agents_decisions(tmp_path: Path, own_prompt: bool) -> None:
+def test_the_cards_code_gives_an_agents_decisions(tmp_path: Path, own_prompt: bool) -> None:
     root = root_with_impostors(tmp_path / "root")
     prompt = prompt_file(tmp_path, OWN_AGENT_PROMPT) if own_prompt else None
     data = agent_data(root, prompt=prompt, max_length=240)
@@ -149,7 +149,7 @@ def test_the_code_gives_an_agents_decisions(tmp_path: Path, own_prompt: bool) ->
     assert_decides_alike(model, data, folder)
 
 
-def test_the_code_needs_transformers_alone(run: Run, tmp_path: Path) -> None:
+def test_the_cards_code_needs_only_transformers(run: Run, tmp_path: Path) -> None:
     """In a process that does not find this project, in a copy of the folder."""
     folder = run.folder / "export"
     row = run.data.split.test[int(run.classifier.test_rows["row"][0])]
@@ -168,7 +168,7 @@ def test_the_code_needs_transformers_alone(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "pooling"), [("llama", "last"), ("llama", "mean"), *(("bert", p) for p in ("last", "cls", "mean"))]
 )
-def test_the_code_pools_as_the_model_does(root: Path, tmp_path: Path, family: str, pooling: str) -> None:
+def test_the_cards_code_pools_like_the_model(root: Path, tmp_path: Path, family: str, pooling: str) -> None:
     model, data = small_classifier(family, pooling=pooling), small_data(root)
     assert_judges_alike(model, data, exported(model, data, tmp_path))
 
@@ -280,13 +280,13 @@ def test_the_metadata_is_what_model_hubs_read(
     }
 
 
-def test_an_agents_metadata_says_that_it_writes(writer: Path) -> None:
+def test_an_agents_metadata_names_text_generation(writer: Path) -> None:
     found = metadata((writer / "README.md").read_text(encoding="utf-8"))
     assert (found["library_name"], found["pipeline_tag"]) == ("transformers", "text-generation")
     assert found["tags"] == ["proactive-assistant", "proactivebench"]
 
 
-def test_no_path_of_this_machine_stands_in_it(root: Path, bases: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_card_contains_no_local_path(root: Path, bases: Callable[[str], Path], tmp_path: Path) -> None:
     base = bases("bert")
     model = RewardClassifier(backbone=str(base), adapter=AdapterOptions(rank=2))
     data = small_data(root, tokenizer=str(base), prompt=prompt_file(tmp_path, OWN_PROMPT))
@@ -309,12 +309,12 @@ def test_no_path_of_this_machine_stands_in_it(root: Path, bases: Callable[[str],
         ("a/b/c", "c", None),
     ],
 )
-def test_a_folder_is_told_from_a_hub_id(backbone: str, shown: str, found: str | None) -> None:
+def test_a_folder_and_a_hub_id_are_distinguished(backbone: str, shown: str, found: str | None) -> None:
     assert (shown_name(backbone), hub_id(backbone)) == (shown, found)
 
 
 @pytest.mark.parametrize("text", ["x\n---\nlicense: none\n---\n", "---", "`{{ 7 * 7 }}` {% raw %}", "é\u2028:\t- '\""])
-def test_options_cannot_change_what_the_card_declares(run: Run, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_cannot_change_the_metadata_of_the_card(run: Run, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A path or a hub id is text: never front matter, never part of a template."""
     monkeypatch.setitem(run.classifier.hparams, "backbone", text)
     monkeypatch.setattr(run.data, "root", text)

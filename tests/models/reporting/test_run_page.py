@@ -72,7 +72,7 @@ def made_of(probability: list[float], rows: list[AnnotatedRow], run: Run, **chan
     return reward_report(record | changes, columns, rows, curves)
 
 
-def test_the_page_needs_nothing_else(run: Run) -> None:
+def test_the_report_is_self_contained(run: Run) -> None:
     text = (run.folder / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     assert page.loaded, "the plots"
@@ -81,7 +81,7 @@ def test_the_page_needs_nothing_else(run: Run) -> None:
     assert not re.search(r"https?://|@import|url\(", text)
 
 
-def test_it_shows_metrics_plots_and_contamination(run: Run) -> None:
+def test_the_report_shows_metrics_plots_and_contamination(run: Run) -> None:
     text = (run.folder / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     record = run_record(run.classifier, run.data, "weights")
@@ -102,7 +102,7 @@ def test_it_shows_metrics_plots_and_contamination(run: Run) -> None:
     assert run.data.description in page.text
 
 
-def test_text_from_data_and_options_is_shown_and_not_obeyed(run: Run) -> None:
+def test_text_from_data_and_options_is_escaped(run: Run) -> None:
     rows = [a_row(0, Category.FALSE_ALARM, HOSTILE), a_row(1, Category.MISSED_NEED, HOSTILE)]
     page = Page(made_of([0.9, 0.8], rows, run, split=HOSTILE, backbone=HOSTILE, weights=HOSTILE))
     clean = Page(made_of([0.9, 0.8], [a_row(0, Category.FALSE_ALARM), a_row(1, Category.MISSED_NEED)], run))
@@ -112,7 +112,7 @@ def test_text_from_data_and_options_is_shown_and_not_obeyed(run: Run) -> None:
     assert page.text.count(HOSTILE) >= 6 + 6 + 1 + 3  # shown events of two rows, one proposal, three options
 
 
-def test_the_worst_mistakes_come_first_and_what_was_right_does_not_come(run: Run) -> None:
+def test_the_worst_mistakes_come_first_and_correct_decisions_are_not_listed(run: Run) -> None:
     kinds = [Category.FALSE_ALARM, Category.CORRECT_DETECTION]
     rows = [a_row(number, kinds[number % 2]) for number in range(40)]
     # Rows 0 to 29 are wrong, ever more surely so; the others are right.
@@ -130,7 +130,7 @@ def test_the_worst_mistakes_come_first_and_what_was_right_does_not_come(run: Run
     assert "event 2 of row 29" not in text
 
 
-def test_a_null_proposal_is_told_apart_from_one_in_words(run: Run) -> None:
+def test_a_null_proposal_and_the_text_null_look_different(run: Run) -> None:
     assert "Proposal: none" in Page(made_of([0.9, 0.1], [a_row(0, c) for c in (Category.MISSED_NEED,) * 2], run)).text
 
 
@@ -146,7 +146,7 @@ def test_a_null_proposal_is_told_apart_from_one_in_words(run: Run) -> None:
     ids=["no mistake", "none accepted", "all accepted", "certain", "one row"],
 )
 @pytest.mark.parametrize("curves", [{}, {"validation/loss": {3: 0.5}}], ids=["no curves", "no training loss"])
-def test_any_result_makes_a_page(
+def test_every_possible_result_gives_a_report(
     run: Run, probability: list[float], categories: list[Category], curves: dict[str, dict[int, float]]
 ) -> None:
     rows = [a_row(number, category) for number, category in enumerate(categories)]
@@ -157,7 +157,7 @@ def test_any_result_makes_a_page(
     assert ("every decision on the test rows was correct" in page.text) == (mistakes == 0)
 
 
-def test_curves_of_a_resumed_run_go_on_from_those_before(tmp_path: Path) -> None:
+def test_curves_of_a_resumed_run_continue_the_earlier_ones(tmp_path: Path) -> None:
     """Steps done twice count as the resumed run did them; files count by age and not by name."""
     earlier, later = tmp_path / "metrics.csv", tmp_path / "metrics-0.csv"
     earlier.write_text("epoch,step,train/loss,validation/loss\n0,1,0.9,\n0,2,0.8,\n0,2,,0.85\n0,3,0.1,\n")
@@ -173,7 +173,7 @@ def test_curves_of_a_resumed_run_go_on_from_those_before(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("last", ["0,0.6", "0,0.6,", "0", "\0\0\0\0", "0,0.6,\0\0"])
-def test_a_line_that_a_kill_cut_short_does_not_spoil_the_report(tmp_path: Path, last: str) -> None:
+def test_a_truncated_line_of_the_log_does_not_break_the_report(tmp_path: Path, last: str) -> None:
     """SIGKILL may hit while the logger writes; Lightning sorts its columns, so the step need not come first."""
     path = tmp_path / "metrics.csv"
     path.write_text(f"epoch,train/loss,step\n0,0.9,1\n0,0.8,2\n{last}")

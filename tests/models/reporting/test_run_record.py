@@ -32,7 +32,7 @@ def record(run: Run) -> dict[str, Any]:
     return content
 
 
-def test_it_says_what_was_tested_on_what(record: dict[str, Any], run: Run) -> None:
+def test_the_record_names_model_data_and_split(record: dict[str, Any], run: Run) -> None:
     split = run.data.split
     assert record["task"] == "reward"
     assert record["backbone"] == "scratch"
@@ -48,7 +48,7 @@ def test_it_says_what_was_tested_on_what(record: dict[str, Any], run: Run) -> No
     assert set(record["truncated_rows"]) == {"train", "validation", "test"}
 
 
-def test_it_counts_the_contaminated_test_rows(record: dict[str, Any], run: Run) -> None:
+def test_the_record_counts_the_contaminated_test_rows(record: dict[str, Any], run: Run) -> None:
     known = {row.history for row in run.data.split.train}
     contaminated = sum(row.history in known for row in run.data.split.test)
     test_rows = len(run.data.split.test)
@@ -61,7 +61,7 @@ def test_it_counts_the_contaminated_test_rows(record: dict[str, Any], run: Run) 
     }
 
 
-def test_it_holds_raw_and_calibrated_metrics_with_intervals_beside_the_published_rows(
+def test_the_record_has_raw_and_calibrated_metrics_with_intervals_and_the_published_ones(
     record: dict[str, Any], run: Run
 ) -> None:
     assert record["test"] == run.classifier.test_metrics
@@ -75,7 +75,7 @@ def test_it_holds_raw_and_calibrated_metrics_with_intervals_beside_the_published
     assert any("bootstrap intervals over 3 scenes, too few to rely on" in note for note in record["notes"])
 
 
-def test_it_holds_baselines_on_the_same_rows_fitted_on_the_training_rows(record: dict[str, Any], run: Run) -> None:
+def test_the_record_has_baselines_fitted_on_the_training_rows(record: dict[str, Any], run: Run) -> None:
     split, baselines = run.data.split, record["baselines"]
     accepted = sum(row.accepted for row in split.test) / len(split.test)
     assert baselines["accept everything"]["accuracy"] == pytest.approx(accepted)
@@ -90,7 +90,7 @@ def test_it_holds_baselines_on_the_same_rows_fitted_on_the_training_rows(record:
     assert {figures["rows"] for figures in baselines.values()} == {len(split.test)}
 
 
-def test_a_part_of_the_test_rows_is_said_everywhere(run: Run, tmp_path: Any) -> None:
+def test_a_partial_test_is_marked_everywhere(run: Run, tmp_path: Any) -> None:
     from callbacks.export_model import ExportModel
     from callbacks.html_report import HtmlReport
 
@@ -118,9 +118,7 @@ def test_a_part_of_the_test_rows_is_said_everywhere(run: Run, tmp_path: Any) -> 
         ((0.5, 1, 0.5, 0.5), None),
     ],
 )
-def test_what_is_decided_all_alike_is_flagged(
-    record: dict[str, Any], agreement: tuple[float, ...], flag: str | None
-) -> None:
+def test_constant_decisions_are_flagged(record: dict[str, Any], agreement: tuple[float, ...], flag: str | None) -> None:
     """Agreement with missed needs, right silences, accepted and rejected proposals."""
     figures = {f"agreement_{category}": share for category, share in zip(Category, agreement, strict=True)}
     figures |= {f"rows_{category}": count for category, count in zip(Category, (1, 3, 2, 3), strict=True)}
@@ -144,18 +142,18 @@ def test_published_metrics_appear_only_with_the_published_rows(tmp_path: Any) ->
     assert not data.tests_published_rows
 
 
-def test_it_names_the_versions_that_gave_the_metrics(record: dict[str, Any]) -> None:
+def test_the_record_names_versions(record: dict[str, Any]) -> None:
     assert record["versions"]["python"] == platform.python_version()
     for name in RECORDED_PACKAGES:
         assert record["versions"][name] == importlib.metadata.version(name)
 
 
-def test_it_says_which_weights_were_tested(run: Run, record: dict[str, Any]) -> None:
+def test_the_record_names_the_tested_weights(run: Run, record: dict[str, Any]) -> None:
     assert record["weights"], "of the run itself"
     assert run_record(run.classifier, run.data, "some/best.ckpt")["weights"] == "some/best.ckpt"
 
 
-def test_a_second_test_writes_the_file_anew(run: Run, tmp_path: Any) -> None:
+def test_a_second_test_replaces_the_file(run: Run, tmp_path: Any) -> None:
     (tmp_path / "metrics.json").write_text("former")
     small_trainer(MetricsFile(tmp_path)).test(run.classifier, run.data, verbose=False)
     assert json.loads((tmp_path / "metrics.json").read_text())["test"] == run.classifier.test_metrics

@@ -28,7 +28,7 @@ def trace(*outcomes: str, name: str = "a b.json", events: tuple[Event, ...] = EV
     return ShownTrace(name, events, tuple(steps))
 
 
-def test_traces_of_one_name_and_the_same_events_stand_side_by_side() -> None:
+def test_traces_with_equal_names_and_events_share_a_timeline() -> None:
     one, other = timelines([[trace("tp", "tp")], [trace("tp", "fp"), trace("tp", name="c.json", events=EVENTS[:1])]])
     assert (one.name, one.anchor, [line.differs for line in one.lines]) == ("a b.json", "a_b.json", [False, True])
     assert [line.outcomes for line in one.lines] == [["tp"], ["tp", "fp"]]
@@ -38,13 +38,13 @@ def test_traces_of_one_name_and_the_same_events_stand_side_by_side() -> None:
     assert list(outcomes_of([one])) == ["tp", "fp"]
 
 
-def test_other_cuts_of_a_session_are_timelines_of_their_own() -> None:
+def test_other_excerpts_of_a_session_have_their_own_timelines() -> None:
     whole, cut = timelines([[trace("tp", "tp")], [trace("tp", events=EVENTS[1:])]])
     assert len({whole.anchor, cut.anchor}) == 2
     assert (len(whole.lines), len(cut.lines)) == (2, 1)
 
 
-def test_without_verdicts_sources_differ_in_whether_they_offer() -> None:
+def test_without_verdicts_sources_differ_if_only_one_makes_an_offer() -> None:
     (one,) = timelines([[trace("undecided", "offered")], [trace("undecided", "undecided")]])
     assert [line.differs for line in one.lines] == [False, True]
 
@@ -54,7 +54,7 @@ def test_outcomes_of_offers_and_of_silence() -> None:
     assert found == ["tp", "fp", "undecided", "tn", "fn", "undecided"]
 
 
-def test_it_comes_back_from_its_file(tmp_path: Path) -> None:
+def test_a_timeline_is_read_back_from_its_file(tmp_path: Path) -> None:
     offer = ShownOffer("Help.", True, False, 0.25, 0.5, True, "Not now.", {"Thoughts": "Perhaps."}, False)
     kept = ShownTraces(notes=("A NOTE",), traces=(ShownTrace("a.json", EVENTS[:1], (ShownStep((offer,), "fp"),)),))
     file = tmp_path / TIMELINE_FILE

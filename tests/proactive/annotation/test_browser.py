@@ -161,7 +161,7 @@ def test_arrows_up_and_down_go_from_offer_to_offer(page: Any) -> None:
     assert not page.locator("input[name=accepted]").nth(1).is_checked()
 
 
-def test_half_an_answer_is_kept_and_asked_for_again(browser: Any, server: Served, file: Path) -> None:
+def test_an_incomplete_form_is_shown_again_with_its_values(browser: Any, server: Served, file: Path) -> None:
     with page_of(browser, server.links["Ada"], "status of 422") as page:
         press(page, "2", "Enter")
         assert page.text_content("[role=alert]") == "Say whether help was needed."
@@ -181,7 +181,7 @@ def test_single_keys_can_be_turned_off(page: Any, file: Path) -> None:
 
 
 @pytest.mark.parametrize("scripts", [True, False])
-def test_by_mouse_and_without_scripts(browser: Any, server: Served, file: Path, scripts: bool) -> None:
+def test_labelling_works_by_mouse_and_without_scripts(browser: Any, server: Served, file: Path, scripts: bool) -> None:
     with page_of(browser, server.links["Ada"], java_script_enabled=scripts) as page:
         page.get_by_label("Translate.").check()
         page.get_by_label("Help needed").check()
@@ -196,7 +196,7 @@ def test_by_mouse_and_without_scripts(browser: Any, server: Served, file: Path, 
     assert answers(file) == {1: ((False, True, False), True)}
 
 
-def test_the_order_is_the_annotators_own_and_later_events_are_hidden(tmp_path: Path, browser: Any) -> None:
+def test_each_annotator_has_their_own_order_and_later_events_are_hidden(tmp_path: Path, browser: Any) -> None:
     file = project(tmp_path / "p.sqlite", 12, 2, [f"Offer {letter}." for letter in "abcdefgh"])
     orders = []
     with served(file, annotators=["Ada", "Bo"], cwd=tmp_path) as running:
@@ -230,7 +230,7 @@ def test_a_script_in_an_event_stays_text(tmp_path: Path, browser: Any) -> None:
                 assert page.locator("body img, body script").count() == 0
 
 
-def test_a_killed_server_is_gone_on_with(tmp_path: Path, browser: Any, file: Path) -> None:
+def test_labelling_continues_after_a_server_was_killed(tmp_path: Path, browser: Any, file: Path) -> None:
     """The same link, once it runs again: what was acknowledged is there, and what was not is asked again."""
     with served(file, annotators=["Ada"], cwd=tmp_path) as running:
         port = urlsplit(running.links["Ada"]).port or 0

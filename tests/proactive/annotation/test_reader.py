@@ -67,13 +67,13 @@ def test_reference_proposals_are_read_as_well(tmp_path: Path) -> None:
     assert [offer.text for offer in source.traces[0].steps[0].offers] == ["One.", "Two."]
 
 
-def test_sources_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_sources_with_equal_names_are_numbered(tmp_path: Path) -> None:
     for folder in ("x/same", "y/same"):
         write(tmp_path / folder / "a.json", ("reads", [None], []))
     assert [one.name for one in read_sources([tmp_path / "x/same", tmp_path / "y/same"])] == ["same (1)", "same (2)"]
 
 
-def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_trace_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no traces"):
         read_sources([tmp_path])
     tmp_path.joinpath(TIMELINE_FILE).write_text("{}", encoding="utf-8")
@@ -93,7 +93,7 @@ def test_rows_are_read_as_scenes_with_peoples_judgments() -> None:
 
 
 @needs_proactivebench
-def test_the_published_traces_of_five_agents_stand_side_by_side() -> None:
+def test_the_published_traces_of_five_agents_are_shown_side_by_side() -> None:
     found = read_sources([PROACTIVEBENCH / "traces"])
     assert [source.name for source in found] == [
         "activeqwen",

@@ -34,7 +34,7 @@ def bo(server: Served) -> Client:
     return Client(server.links["Bo"])
 
 
-def test_every_answer_has_a_strict_policy(bo: Client) -> None:
+def test_every_response_has_a_strict_content_security_policy(bo: Client) -> None:
     for path in (bo.path, "/static/label.js", "/nothing"):
         headers = bo.ask(path).headers
         policy = dict(part.split(" ", 1) for part in headers["content-security-policy"].split("; "))
@@ -44,7 +44,7 @@ def test_every_answer_has_a_strict_policy(bo: Client) -> None:
         assert "server" not in headers
 
 
-def test_what_stands_in_data_or_names_is_text(server: Served) -> None:
+def test_text_in_data_and_names_is_escaped(server: Served) -> None:
     other = Client(server.links[SCRIPT])
     for client, path in ((other, other.path), (other, Client(server.links["overview"]).path)):
         page = client.ask(path)
@@ -82,7 +82,7 @@ def test_every_page_needs_its_token(bo: Client, path: str) -> None:
     assert bo.ask(path).status == 404
 
 
-def test_an_annotator_is_no_owner_and_sees_only_units_that_they_were_given(server: Served, bo: Client) -> None:
+def test_an_annotator_sees_only_their_own_units_and_no_owner_page(server: Served, bo: Client) -> None:
     token = bo.path.rpartition("/")[2]
     owner = Client(server.links["overview"]).path.rpartition("/")[2]
     for path in (f"/o/{token}", f"/a/{owner}", f"{bo.path}/unit/4", f"{bo.path}/unit/99", f"{bo.path}/unit/{'9' * 30}"):
@@ -99,7 +99,7 @@ def test_an_annotator_is_no_owner_and_sees_only_units_that_they_were_given(serve
         "/static/label.js%00.css",
     ],
 )
-def test_no_path_reaches_the_disk(bo: Client, path: str) -> None:
+def test_no_path_of_a_request_is_opened(bo: Client, path: str) -> None:
     answer = bo.ask(path)
     assert answer.status == 404
     assert "import" not in answer.text
@@ -157,14 +157,14 @@ def test_other_methods_and_bodies_without_length_are_refused(bo: Client) -> None
         ([("accepted", "-1"), ("help", "yes")], "Choose offers"),
     ],
 )
-def test_half_an_answer_is_asked_for_again(bo: Client, form: list[tuple[str, str]], says: str) -> None:
+def test_an_incomplete_label_is_refused_with_a_hint(bo: Client, form: list[tuple[str, str]], says: str) -> None:
     assert bo.ask(bo.path).status == 200
     answer = bo.ask(f"{bo.path}/unit/1", [("post", "x"), ("action", "save"), *form])
     assert answer.status == 422
     assert says in answer.text
 
 
-def test_a_unit_that_others_have_answered_meanwhile_is_said_to_be_so(bo: Client, server: Served) -> None:
+def test_a_unit_that_others_completed_is_refused_with_a_message(bo: Client, server: Served) -> None:
     answer = bo.ask(f"{bo.path}/unit/3", [("post", "x"), ("none", "1"), ("help", "no"), ("action", "save")])
     assert (answer.status, "not given to you" in answer.text) == (409, True)
 
@@ -193,7 +193,7 @@ def test_the_owner_adds_annotators_and_adjudicates(tmp_path: Path) -> None:
         assert (store.states()["adjudicated"], store.ties()) == (1, [])
 
 
-def test_killed_amid_posts_it_has_lost_nothing_that_it_acknowledged(tmp_path: Path) -> None:
+def test_a_kill_during_posts_loses_no_acknowledged_label(tmp_path: Path) -> None:
     """SIGKILL while six people post; started again, they go on to the end."""
     file = project(tmp_path / "p.sqlite", 60, 3)
     names = [f"person {n}" for n in range(6)]
@@ -277,7 +277,7 @@ def test_without_a_project_there_is_an_example(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_it_listens_on_loopback_and_ends_cleanly(tmp_path: Path) -> None:
+def test_the_server_listens_on_loopback_and_ends_cleanly(tmp_path: Path) -> None:
     file = project(tmp_path / "p.sqlite", 1, 1)
     with served(file, annotators=["me"], cwd=tmp_path) as running:
         port = urlsplit(running.links["me"]).port
@@ -287,7 +287,7 @@ def test_it_listens_on_loopback_and_ends_cleanly(tmp_path: Path) -> None:
         assert running.process.wait(HANG) == 0
 
 
-def test_what_cannot_be_served_is_told_in_one_line(tmp_path: Path) -> None:
+def test_an_impossible_serve_gives_a_one_line_error(tmp_path: Path) -> None:
     file = project(tmp_path / "p.sqlite", 1, 1)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for arguments, says in (

@@ -54,7 +54,7 @@ def people(store: Store, count: int) -> list[int]:
     return found
 
 
-def test_units_come_back_as_they_went_in(store: Store) -> None:
+def test_units_are_read_back_unchanged(store: Store) -> None:
     assert [item.unit for item in store.items()] == units(3)
     assert store.add_units(units(4)) == 1
     assert [item.step for item in store.items()] == [0, 1, 2, 3]
@@ -67,7 +67,7 @@ def test_a_unit_with_other_proposals_is_refused_and_nothing_is_added(store: Stor
     assert len(list(store.items())) == 3
 
 
-def test_no_more_than_so_many_get_a_unit(store: Store) -> None:
+def test_a_unit_gets_at_most_the_wanted_number_of_annotators(store: Store) -> None:
     one, two, three = people(store, 3)
     assert (store.claim(one), store.claim(two), store.claim(three)) == (1, 1, 2)
     assert store.claim(one) == 1  # the same until it is answered
@@ -77,7 +77,7 @@ def test_no_more_than_so_many_get_a_unit(store: Store) -> None:
         store.save(three, 1, YES, "b")
 
 
-def test_units_that_lack_the_fewest_answers_come_first(store: Store, clock: Clock) -> None:
+def test_units_with_the_fewest_missing_labels_come_first(store: Store, clock: Clock) -> None:
     one, two = people(store, 2)
     store.claim(one)
     store.skip(one, 1)
@@ -86,7 +86,7 @@ def test_units_that_lack_the_fewest_answers_come_first(store: Store, clock: Cloc
     assert store.claim(two) == 2
 
 
-def test_a_claim_runs_out_and_its_answer_is_taken_while_there_is_a_seat(store: Store, clock: Clock) -> None:
+def test_a_label_after_an_expired_claim_is_saved_if_the_unit_still_needs_one(store: Store, clock: Clock) -> None:
     one, two, three = people(store, 3)
     store.claim(one)
     clock.now += CLAIM_SECONDS + 1
@@ -100,7 +100,7 @@ def test_a_claim_runs_out_and_its_answer_is_taken_while_there_is_a_seat(store: S
         store.save(three, 1, YES, "none is left")
 
 
-def test_the_latest_answer_counts_and_none_is_overwritten(store: Store, clock: Clock) -> None:
+def test_the_latest_label_counts_and_no_label_is_overwritten(store: Store, clock: Clock) -> None:
     (one,) = people(store, 1)
     store.claim(one)
     clock.now += 7
@@ -117,7 +117,7 @@ def test_the_latest_answer_counts_and_none_is_overwritten(store: Store, clock: C
         ]
 
 
-def test_what_is_taken_back_counts_no_more_and_keeps_its_seat(store: Store) -> None:
+def test_a_withdrawn_label_does_not_count_and_its_unit_stays_reserved(store: Store) -> None:
     one, two, three = people(store, 3)
     assert store.withdraw_latest(one) is None
     for person in (one, two):
@@ -132,7 +132,7 @@ def test_what_is_taken_back_counts_no_more_and_keeps_its_seat(store: Store) -> N
     assert store.states()["complete"] == 1
 
 
-def test_what_is_skipped_comes_again_when_nothing_else_is_left(store: Store, clock: Clock) -> None:
+def test_skipped_units_come_last(store: Store, clock: Clock) -> None:
     (one,) = people(store, 1)
     for expected in (1, 2, 3):
         assert store.claim(one) == expected
@@ -168,7 +168,7 @@ def test_states_progress_and_pace(store: Store, clock: Clock) -> None:
         store.save(one, 1, NO, "z")
 
 
-def test_arrows_go_through_what_one_has_answered(store: Store) -> None:
+def test_arrows_go_through_the_labelled_units(store: Store) -> None:
     one, two = people(store, 2)
     for person in (two, one):
         for item in (1, 2):
@@ -181,7 +181,7 @@ def test_arrows_go_through_what_one_has_answered(store: Store) -> None:
     assert store.neighbours(one, 1) == (2, None)
 
 
-def test_proposals_are_shuffled_for_each_annotator_and_stay_so(store: Store) -> None:
+def test_offers_are_shuffled_once_per_annotator(store: Store) -> None:
     item = store.item(1)
     assert item is not None
     orders = Counter(tuple(item.order(annotator)) for annotator in range(100))
@@ -203,7 +203,7 @@ def test_only_a_digest_of_a_token_is_kept_and_a_new_one_voids_the_old(store: Sto
             store.invite(blank)
 
 
-def test_two_stores_at_once_give_each_unit_to_no_more_than_so_many(tmp_path: Path) -> None:
+def test_two_stores_give_a_unit_to_at_most_the_wanted_number(tmp_path: Path) -> None:
     """As two servers on one project, with six annotators in threads; every answer stands in the end."""
     path = tmp_path / "p.sqlite"
     Store.create(path, 2)
@@ -231,7 +231,7 @@ def test_two_stores_at_once_give_each_unit_to_no_more_than_so_many(tmp_path: Pat
 
 
 @pytest.mark.parametrize("content", [b"", b"no database at all" * 100, None])
-def test_other_files_are_refused(tmp_path: Path, content: bytes | None) -> None:
+def test_files_that_are_not_projects_are_refused(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "p.sqlite"
     if content is None:
         with contextlib.closing(sqlite3.connect(path)) as db:
@@ -242,7 +242,7 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes | None) -> None:
         Store(path)
 
 
-def test_a_project_asks_for_one_number_of_annotators(store: Store) -> None:
+def test_the_number_of_annotators_of_a_project_is_fixed(store: Store) -> None:
     Store.create(store.path, 2)
     with pytest.raises(UserError, match=r"--annotators-per-unit: 3, but .* has 2"):
         Store.create(store.path, 3)

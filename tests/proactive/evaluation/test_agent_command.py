@@ -123,7 +123,7 @@ def evaluated(call: Callable, *arguments: str | Path) -> Ended:
     return ended
 
 
-def test_recorded_traces_judged_by_a_classifier_then_by_what_it_said(
+def test_recorded_traces_are_judged_by_a_classifier_and_then_by_its_recorded_judgments(
     fresh: Path, finished_run: FinishedRun, call: Callable, tmp_path: Path
 ) -> None:
     ended = evaluated(call, "--agent.traces", fresh, "--judge.checkpoint", finished_run.folder, "--output=out")
@@ -179,7 +179,7 @@ def steps_of(folder: Path, names: list[str]) -> list[dict[str, Any]]:
     return [step for name in names for step in json.loads((folder / name).read_text())]
 
 
-def test_a_judge_is_not_contaminated_in_silence(finished_run: FinishedRun, call: Callable, tmp_path: Path) -> None:
+def test_a_contaminated_judge_is_refused_or_marked(finished_run: FinishedRun, call: Callable, tmp_path: Path) -> None:
     split = split_by_scene(load_corpus(str(finished_run.root)), 3, 0)
     trained, held_out = list(longest(split.train).values())[:1], list(longest(split.test).values())[:1]
     names = write_traces(tmp_path / "traces", [*trained, *held_out], PROPOSALS)
@@ -196,7 +196,7 @@ def test_a_judge_is_not_contaminated_in_silence(finished_run: FinishedRun, call:
     check_outputs(tmp_path / "out", {"real": names, "first": names[:1]}, "-contaminated")
 
 
-def test_a_root_trace_of_the_same_name_tells_and_an_export_must_name_its_scenes(
+def test_contamination_is_found_by_the_roots_trace_of_the_same_name(
     finished_run: FinishedRun, call: Callable, tmp_path: Path
 ) -> None:
     """A cut whose first event was changed is known by its name."""
@@ -227,7 +227,7 @@ def test_a_root_trace_of_the_same_name_tells_and_an_export_must_name_its_scenes(
     assert "field data.training_scenes" in said[1], "what does not say what it was trained on is not taken for clean"
 
 
-def test_a_trace_that_a_judge_validated_on_is_stamped_and_one_that_saw_it_less_is_preferred(
+def test_results_validated_on_are_marked_and_judges_that_saw_less_are_preferred(
     finished_run: FinishedRun, other_judge: Path, call: Callable, tmp_path: Path
 ) -> None:
     """Judge and gate; `other` says that it validated on the test rows, and `old` does not say on what."""
@@ -265,7 +265,7 @@ def test_a_trace_that_a_judge_validated_on_is_stamped_and_one_that_saw_it_less_i
     assert (tmp_path / "old-one" / "judged-validation-unknown").is_dir()
 
 
-def test_of_several_judges_each_trace_takes_one_that_was_not_trained_on_it(
+def test_each_trace_gets_a_judge_that_did_not_train_on_it(
     finished_run: FinishedRun, other_judge: Path, call: Callable, tmp_path: Path
 ) -> None:
     """The other one says that it was trained on the held-out scenes."""
@@ -284,7 +284,7 @@ def test_of_several_judges_each_trace_takes_one_that_was_not_trained_on_it(
     assert record["judge_trained_on"] == []
 
 
-def test_the_gate_holds_back_more_the_dearer_a_false_alarm_is(
+def test_a_higher_cost_ratio_holds_back_more_proposals(
     fresh: Path, finished_run: FinishedRun, other_judge: Path, call: Callable, tmp_path: Path
 ) -> None:
     judged = ("--agent.traces", fresh, "--judge.checkpoint", finished_run.folder / "export", "--gate", other_judge)
@@ -386,7 +386,7 @@ def test_agent_and_judge_behind_endpoints(call: Callable, tmp_path: Path, monkey
     assert "because" in page
 
 
-def test_what_cannot_be_read_is_reported(fresh: Path, call: Callable, tmp_path: Path) -> None:
+def test_unparsed_and_undecided_answers_are_reported(fresh: Path, call: Callable, tmp_path: Path) -> None:
     """An unreadable answer counts as null; a verdict that stays unreadable is no verdict, one that comes later is."""
 
     def answer(body: Body, before: int) -> Reply:
@@ -419,7 +419,7 @@ def test_what_cannot_be_read_is_reported(fresh: Path, call: Callable, tmp_path: 
     check_outputs(tmp_path / "out", {"all": list(metrics(tmp_path / "out")["per_trace"])})
 
 
-def test_of_several_candidates_one_accepted_is_enough(call: Callable, tmp_path: Path) -> None:
+def test_one_accepted_candidate_of_several_is_enough(call: Callable, tmp_path: Path) -> None:
     def answer(body: Body, before: int) -> Reply:
         who, what = question(body)
         if who == "agent":
@@ -452,7 +452,7 @@ def test_of_several_candidates_one_accepted_is_enough(call: Callable, tmp_path: 
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_a_stopped_evaluation_goes_on_and_asks_nothing_twice(number: int, call: Callable, tmp_path: Path) -> None:
+def test_a_stopped_evaluation_continues_and_repeats_no_request(number: int, call: Callable, tmp_path: Path) -> None:
     """As a process, stopped in the middle of the agent's answers; what was under way may be asked again."""
     concurrency = 4
     reached: list[Any] = []
@@ -487,7 +487,7 @@ def test_a_stopped_evaluation_goes_on_and_asks_nothing_twice(number: int, call: 
     assert counts(metrics(tmp_path / "out")["figures"]) == by_hand()
 
 
-def test_an_endpoint_that_fails_stops_it_says_how_to_go_on_and_keeps_the_rest(call: Callable, tmp_path: Path) -> None:
+def test_a_failing_endpoint_stops_the_evaluation_and_keeps_answers(call: Callable, tmp_path: Path) -> None:
     def answer(body: Body, before: int) -> Reply:
         return Reply(status=500, body=b"no") if len(chat.bodies) > 20 else plain_chat(body, before)
 
@@ -506,7 +506,7 @@ def test_an_endpoint_that_fails_stops_it_says_how_to_go_on_and_keeps_the_rest(ca
     assert counts(metrics(tmp_path / "runs" / "evaluate" / "0")["figures"]) == by_hand()
 
 
-def test_nothing_is_left_behind_where_nothing_was_answered(call: Callable, tmp_path: Path) -> None:
+def test_a_refused_evaluation_leaves_no_folder(call: Callable, tmp_path: Path) -> None:
     with chat_server(lambda body, before: Reply(status=401, body=b"who are you?")) as chat:
         for output in ([], ["--output=out"], ["--output=out", "--agent.model=another"]):
             ended = call(evaluate.main, "agent", *both(chat), *output)
@@ -516,7 +516,7 @@ def test_nothing_is_left_behind_where_nothing_was_answered(call: Callable, tmp_p
 
 
 @pytest.mark.parametrize("baseline", ["always-propose", "never-propose"])
-def test_a_baseline_as_the_agent(baseline: str, call: Callable, tmp_path: Path) -> None:
+def test_a_baseline_can_be_the_agent(baseline: str, call: Callable, tmp_path: Path) -> None:
     with chat_server(plain_chat) as chat:
         judge = (f"--judge.url={chat.url}", "--judge.model=j", *QUICK)
         evaluated(call, f"--agent.baseline={baseline}", *judge, "--output=out", "--quiet")
@@ -542,7 +542,7 @@ def test_a_baseline_as_the_agent(baseline: str, call: Callable, tmp_path: Path) 
     ],
     ids=str,
 )
-def test_options_that_contradict_each_other(arguments: list[str], message: str, call: Callable, tmp_path: Path) -> None:
+def test_contradictory_options_are_refused(arguments: list[str], message: str, call: Callable, tmp_path: Path) -> None:
     ended = call(evaluate.main, "agent", *arguments)
     assert ended.code == 2
     assert message in ended.err

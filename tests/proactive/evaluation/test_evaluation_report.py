@@ -59,12 +59,12 @@ TEXT, NULL, UNREAD = Candidate("Help.", "Help.", {"Thoughts": HOSTILE}), Candida
 LONG, UNJUDGED = Candidate(f"{HOSTILE} too long", None), Candidate("?", "?")
 
 
-def test_the_notes_tell_tokens_and_cost() -> None:
+def test_the_notes_state_tokens_and_cost() -> None:
     said = record_of(judged([[TEXT]]))["notes"]
     assert "agent: 3 requests, 1,200 tokens in, 34 out, cost 0.5; 1 requests without reported tokens" in said
 
 
-def test_the_page_shows_each_event_as_text() -> None:
+def test_the_report_shows_each_event_as_text() -> None:
     events = judged([[TEXT], [LONG], [NULL], [UNREAD], [UNJUDGED]])
     assert [event.outcome for event in events] == ["tp", "fp", "tn", "tn", "undecided"]
     record = record_of(events)
@@ -92,7 +92,7 @@ def test_the_page_shows_each_event_as_text() -> None:
         ([[TEXT], [LONG]], []),
     ],
 )
-def test_what_a_judge_decides_all_alike_is_flagged(candidates: list[list[Candidate]], flags: list[str]) -> None:
+def test_constant_decisions_of_a_judge_are_flagged(candidates: list[list[Candidate]], flags: list[str]) -> None:
     events = judged(candidates)
     record = record_of(events)
     found = [note for note in record["notes"] if note.startswith("ALL ")]
@@ -101,7 +101,7 @@ def test_what_a_judge_decides_all_alike_is_flagged(candidates: list[list[Candida
     assert all(flag in page.text for flag in flags)
 
 
-def test_the_judges_rates_stand_beside_peoples() -> None:
+def test_the_acceptance_rates_of_judge_and_people_are_shown() -> None:
     people = [a_row(0, Category.FALSE_ALARM), a_row(1, Category.CORRECT_DETECTION), a_row(2, Category.NON_RESPONSE)]
     verdicts = {Offer(NAME, step, "a"): Verdict(step < 3) for step in range(4)} | {Offer(NAME, 0, None): Verdict(None)}
     found = acceptance(verdicts, people)
@@ -120,14 +120,14 @@ def test_published_metrics_appear_only_with_the_published_traces() -> None:
 
 @needs_proactivebench
 @pytest.mark.parametrize("recorded", [False, True])
-def test_the_published_traces_are_known_in_both_cuts(recorded: bool) -> None:
+def test_the_published_traces_are_recognized_in_both_excerpts(recorded: bool) -> None:
     cuts = read_recorded(PROACTIVEBENCH / "traces" / "gpt-4o").traces if recorded else None
     traces = cuts or root_traces(load_corpus(str(PROACTIVEBENCH)))
     assert traces_digest(traces) in PUBLISHED_TRACES_DIGESTS
     assert traces_digest(traces[1:]) not in PUBLISHED_TRACES_DIGESTS
 
 
-def test_of_several_candidates_all_are_shown_and_one_counts() -> None:
+def test_all_candidates_are_shown_and_one_counts() -> None:
     events = judged([[LONG, TEXT], [NULL], [LONG, LONG]])
     assert [(event.outcome, event.deciding) for event in events] == [("tp", 1), ("tn", 0), ("fp", 0)]
     page = evaluation_report(record_of(events), events)
@@ -136,7 +136,7 @@ def test_of_several_candidates_all_are_shown_and_one_counts() -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.4, 0.5])
-def test_a_gate_has_its_curve_and_what_it_held_back(threshold: float) -> None:
+def test_the_report_of_a_gate_has_its_curve_and_the_held_back_proposals(threshold: float) -> None:
     candidates = [[TEXT], [LONG], [NULL]]
     events = judged(candidates, threshold)
     held = [bool(event.judgments[0].held_back) for event in events]

@@ -109,7 +109,7 @@ def test_the_payload_would_run_if_it_were_imported(
     assert (tmp_path / PAYLOAD).exists()
 
 
-def test_what_the_command_line_gives_takes_the_place_of_the_files(tmp_path: Path) -> None:
+def test_options_on_the_command_line_replace_those_of_the_file(tmp_path: Path) -> None:
     content = {"trainer": {"callbacks": [{"class_path": MODULE}]}, "model": {"trust_remote_code": True}}
     given = ["--trainer.callbacks=null", "--model.trust_remote_code=true"]
     assert refuse_foreign(tmp_path, content, given) == {"trainer": {}, "model": {"trust_remote_code": True}}
@@ -118,7 +118,7 @@ def test_what_the_command_line_gives_takes_the_place_of_the_files(tmp_path: Path
             refuse_foreign(tmp_path, content, given[missing : missing + 1])
 
 
-def test_what_a_run_writes_itself_is_read(finished_run: FinishedRun) -> None:
+def test_a_configuration_that_a_run_wrote_is_accepted(finished_run: FinishedRun) -> None:
     content = yaml.safe_load((finished_run.folder / "config.yaml").read_text())
     strategy = {"class_path": "callbacks.fully_sharded.FullySharded", "init_args": {"replicas": 2}}
     logger = of_class("lightning.pytorch.loggers.TensorBoardLogger", save_dir="a/b.c", name="", default_hp_metric=True)
@@ -137,7 +137,7 @@ def test_what_a_run_writes_itself_is_read(finished_run: FinishedRun) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(ALLOWED_CLASSES))
-def test_allowed_classes_are_given_no_code(path: str) -> None:
+def test_allowed_classes_take_no_code(path: str) -> None:
     module, _, name = path.rpartition(".")
     kind = getattr(__import__(module, fromlist=[name]), name)
     parser = FitParser()

@@ -87,7 +87,7 @@ def progress(path: Path) -> tuple[int, int]:
     return checkpoint["epoch"], checkpoint["global_step"]
 
 
-def test_killed_three_times_and_resumed(finished_run: FinishedRun, tmp_path: Path) -> None:
+def test_a_run_killed_three_times_resumes_bit_identically(finished_run: FinishedRun, tmp_path: Path) -> None:
     """Each time in the middle of a step: of the first one, of the first epoch, of the second epoch."""
     folder = tmp_path / "runs" / "reward" / "0"
     ended = command("proactive.fit", *small_fit(finished_run), kill_at(1), cwd=tmp_path)
@@ -110,7 +110,7 @@ def test_killed_three_times_and_resumed(finished_run: FinishedRun, tmp_path: Pat
     assert_as_uninterrupted(folder, finished_run)
 
 
-def test_killed_after_an_epoch_it_remembers_the_best_weights(finished_run: FinishedRun, tmp_path: Path) -> None:
+def test_a_run_killed_after_an_epoch_keeps_its_best_weights(finished_run: FinishedRun, tmp_path: Path) -> None:
     """Those of the first epoch, in this run; the checkpoint of its end knows of them."""
     assert progress(finished_run.folder / "checkpoints" / "best.ckpt") == (0, 6)
     folder = tmp_path / "runs" / "reward" / "0"
@@ -127,7 +127,9 @@ def test_killed_after_an_epoch_it_remembers_the_best_weights(finished_run: Finis
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_killed_in_each_epoch_and_resumed_with_workers(workers: int, finished_run: FinishedRun, tmp_path: Path) -> None:
+def test_a_run_killed_in_each_epoch_resumes_with_workers(
+    workers: int, finished_run: FinishedRun, tmp_path: Path
+) -> None:
     """Batches that workers had prepared ahead are not taken for seen; the order is the epoch's."""
     folder = tmp_path / "runs" / "reward" / "0"
     options = [*small_fit(finished_run), f"--data.num_workers={workers}"]
@@ -142,7 +144,7 @@ def test_killed_in_each_epoch_and_resumed_with_workers(workers: int, finished_ru
     assert_as_uninterrupted(folder, finished_run)
 
 
-def test_asked_to_stop_it_saves_and_says_how_to_go_on(finished_run: FinishedRun, tmp_path: Path) -> None:
+def test_a_signal_saves_and_prints_how_to_resume(finished_run: FinishedRun, tmp_path: Path) -> None:
     """SIGTERM in the middle of a step, then Ctrl-C's SIGINT in the second epoch, each time resumed as was said."""
 
     def stopped(ended: Any, number: int, step: int) -> list[str]:
@@ -172,7 +174,7 @@ def copied_run(finished_run: FinishedRun, tmp_path: Path) -> Path:
     return folder
 
 
-def test_damaged_last_checkpoint_and_the_good_one_that_is_offered(
+def test_a_damaged_last_checkpoint_is_refused_and_a_good_one_is_offered(
     finished_run: FinishedRun, copied_run: Path, tmp_path: Path
 ) -> None:
     content = last(copied_run).read_bytes()
@@ -205,7 +207,7 @@ def flip_a_bit(content: bytes) -> bytes:
     ids=["last byte lost", "one bit wrong", "empty", "zeros"],
 )
 @pytest.mark.parametrize("newest", ["best.ckpt", "older.ckpt"])
-def test_every_damage_is_found_and_the_newest_good_one_offered(
+def test_damaged_checkpoints_are_refused_and_the_newest_good_one_is_offered(
     damage: Callable[[bytes], bytes], newest: str, copied_run: Path, call: Callable
 ) -> None:
     best, older = copied_run / "checkpoints" / "best.ckpt", copied_run / "checkpoints" / "older.ckpt"
@@ -312,7 +314,7 @@ def test_a_run_is_not_resumed_with_other_rows(finished_run: FinishedRun, copied_
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_what_may_change_is_among_the_options(task: str) -> None:
+def test_options_that_may_change_exist(task: str) -> None:
     model_class, data_class = TASKS[task].module, TASKS[task].data
     cli_options = {
         "model": {*signature(BackboneModule).parameters, *signature(model_class).parameters},
@@ -332,7 +334,7 @@ def learning_rates(folder: Path) -> dict[int, float]:
     return {int(row["step"]): float(row["train/learning_rate"]) for row in rows}
 
 
-def test_options_of_the_optimizer_hold_from_the_resume_on(copied_run: Path, call: Callable) -> None:
+def test_new_optimizer_options_take_effect_on_a_resume(copied_run: Path, call: Callable) -> None:
     """The optimizer's and the schedule's own states, which a checkpoint has as well, do not overwrite them."""
     options = ["--model.learning_rate=1e-5", "--model.weight_decay=0.03", "--model.warmup_ratio=0.0"]
     more = ["--trainer.max_epochs=4", "--trainer.log_every_n_steps=1", "--quiet"]
@@ -349,7 +351,7 @@ def test_options_of_the_optimizer_hold_from_the_resume_on(copied_run: Path, call
         assert (said["learning_rate"], said["weight_decay"], said["warmup_ratio"]) == (1e-5, 0.03, 0.0)
 
 
-def test_a_run_that_max_steps_ended_goes_on_to_another(
+def test_a_run_that_max_steps_ended_resumes_with_a_greater_one(
     finished_run: FinishedRun, tmp_path: Path, call: Callable
 ) -> None:
     """From the middle of an epoch, whose rest comes first; where nothing is left, that is said."""
@@ -368,7 +370,7 @@ def test_a_run_that_max_steps_ended_goes_on_to_another(
     assert_same_tensors(load(last(folder))["state_dict"], before, "weights")
 
 
-def test_weights_of_something_else_are_no_checkpoint(copied_run: Path, call: Callable) -> None:
+def test_weights_of_another_program_are_refused_as_a_checkpoint(copied_run: Path, call: Callable) -> None:
     torch.save({"state_dict": {"weight": torch.ones(2)}}, last(copied_run))
     for main, arguments in (
         (fit.main, ("--ckpt_path", last(copied_run))),
