@@ -88,8 +88,7 @@ class Assistant:
                         await self._take(item)
                 finally:
                     pump.cancel()
-                    with contextlib.suppress(asyncio.CancelledError, UserError):  # `_next` raises its error
-                        await pump
+                    await asyncio.wait({pump})  # `_next` raises its error
                     await self._withdraw()
 
     def _answer(self, number: int, accepted: bool) -> None:

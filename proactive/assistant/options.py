@@ -56,7 +56,7 @@ def session_parser(prog: str) -> Parser:
         "session.")  # fmt: skip
     add("--keep", type=Count | None, help="Remove sessions in runs/live that were last written more than this many "
         "days ago.")  # fmt: skip
-    parser.add_class_arguments(EndpointOptions, "endpoint")
+    parser.add_class_arguments(EndpointOptions, "endpoint", skip={"time_limit"})
     add("--output", type=Path, help="Folder to write. The folder of a stopped session continues it. Default: a new one "
         "in runs/live.")  # fmt: skip
     return parser.with_output_options()

@@ -125,6 +125,8 @@ class Script(Clock):
         start: The first moment.
     """
 
+    stepwise = True
+
     def __init__(self, start: float) -> None:
         self.time = start
         self.end = start

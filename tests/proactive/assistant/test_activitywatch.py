@@ -9,10 +9,15 @@ from pathlib import Path
 import pytest
 
 from datamodules.errors import UserError
+from models.judging.agents import AlwaysPropose
 from proactive.assistant.activitywatch import ActivityWatchSource, ExportSource
+from proactive.assistant.assistant import Assistant, Parts
 from proactive.assistant.clock import ReplayClock
+from proactive.assistant.deciding import Decision, Policy
+from proactive.assistant.notices import RecordedNotices
 from proactive.assistant.observations import Cursor, Gap, Happened, Observation, Presence, Source
 from proactive.assistant.privacy import PrivacyOptions
+from proactive.assistant.session_log import SESSION_FILE, EventEntry, PresenceEntry, ReplyEntry, read_session
 from tests.proactive.assistant.activitywatch_server import (
     ActivityWatchServer,
     Over,
@@ -131,6 +136,29 @@ def test_a_session_with_restarts_is_reported_once_and_as_its_export_without_secr
         assert sentences(after) == sentences(replayed[number:])
     seen = repr(found) + repr(replayed) + activitywatch.log()
     assert not [secret for secret in SECRETS.values() if secret in seen]
+
+
+def test_a_live_session_that_is_killed_logs_each_sentence_once_and_no_secret(
+    activitywatch: ActivityWatchServer, tmp_path: Path
+) -> None:
+    script = Script(BEGIN)
+    play(Watchers(activitywatch, script), script)
+    path = tmp_path / SESSION_FILE
+    for end in (100.0, 360.0, 510.0, 800.0):  # the assistant is killed there, in the middle of a line
+        script.end = BEGIN + end
+        source = ActivityWatchSource(activitywatch.url, script, PrivacyOptions())
+        parts = Parts(source, script, AlwaysPropose(), RecordedNotices({}), Policy(pause=0, per_hour=99))
+        with pytest.raises(Over):
+            asyncio.run(Assistant(parts).run(path, source.describe()))
+        with path.open("ab") as file:
+            file.write(b'{"kind": "event", "num')
+    entries = list(read_session(tmp_path)[1])
+    events = [one for one in entries if isinstance(one, EventEntry)]
+    assert [(round(one.at - BEGIN, 3), one.event.event) for one in events] == SENTENCES
+    assert [one.away for one in entries if isinstance(one, PresenceEntry)] == [True, False]
+    shown = [one.number for one in events if one.decision == Decision.SHOWN]
+    assert shown == [one.number for one in entries if isinstance(one, ReplyEntry)]
+    assert not [secret for secret in SECRETS.values() if secret in path.read_text(encoding="utf-8")]
 
 
 def test_requests_only_read_and_only_buckets_of_known_types(activitywatch: ActivityWatchServer) -> None:
