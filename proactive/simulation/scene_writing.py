@@ -122,6 +122,7 @@ async def write_scenes(
         return {"end": WRITTEN, "scene": {**answer.model_dump(), "contaminated": shown}}
 
     with log.opened(folder / LOG_FILE, writing.settings(writer)):
+        say(f"output: {folder}, which the same options with --output {folder} continue after a stop")
         if not (folder / CONFIG_FILE).exists():
             write_atomically(folder / CONFIG_FILE, writing.config)
         async with contextlib.AsyncExitStack() as stack:

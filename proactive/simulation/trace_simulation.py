@@ -93,6 +93,7 @@ async def simulate(
         UserError: The folder belongs to another simulation, or another process uses it.
     """
     with log.opened(folder / LOG_FILE, simulation.settings(roles)):
+        say(f"output: {folder}, which the same options with --output {folder} continue after a stop")
         write_atomically(folder / SCENES_FILE, scenes_text(simulation.scenes))
         if not (folder / CONFIG_FILE).exists():
             write_atomically(folder / CONFIG_FILE, simulation.config)
