@@ -16,10 +16,10 @@ from datamodules.corpus.traces import Pair
 from models.judging.agents import GENERIC_PROPOSAL
 from models.judging.judges import RewardJudge
 from models.judging.local_agent import AnswerOptions, LocalAgent
+from models.judging.weights import load_weights
 from models.learning.proactive_agent import ProactiveAgent
 from models.learning.reward_classifier import RewardClassifier
 from proactive import simulate
-from proactive.agents import load_weights
 from proactive.simulation.asking import TRIES
 from proactive.simulation.local_roles import TrainedAssistant, TrainedJudge, TrainedRole
 from proactive.simulation.scenes import embedded_scenes, scenes_text, sessions_of
@@ -58,8 +58,8 @@ def attempts_of(step: dict[str, Any]) -> list[dict[str, Any]]:
 def test_each_attempt_is_the_next_candidate_and_its_verdict(exports: Path, call: Callable[..., Ended]) -> None:
     ended = call(simulate.main, *arguments(exports))
     assert (ended.code, ended.err) == (0, "")
-    agent = LocalAgent(load_weights(ProactiveAgent, exports / "agent", "x"), AnswerOptions(24), 1, 1.0, seed=0)
-    judge = RewardJudge(load_weights(RewardClassifier, exports / "judge", "x"))
+    agent = LocalAgent(load_weights((ProactiveAgent,), exports / "agent", "x"), AnswerOptions(24), 1, 1.0, seed=0)
+    judge = RewardJudge(load_weights((RewardClassifier,), exports / "judge", "x"))
     found = []
     for session in sessions_of(SCENES, 1, 0):
         steps = json.loads(Path(f"out/traces/{session.name}.json").read_text())
