@@ -13,12 +13,21 @@ from datamodules.corpus.records import Event
 from datamodules.corpus.traces import Candidate
 from datamodules.errors import UserError
 from models.judging.agents import Agent
+from proactive.assistant.acting import act
 from proactive.assistant.clock import Clock
 from proactive.assistant.deciding import Decision, Policy, Reply
 from proactive.assistant.gating import Verdict, no_gate
 from proactive.assistant.notices import Notices
 from proactive.assistant.observations import Gap, Happened, Observation, Presence, Source
-from proactive.assistant.session_log import Entry, EventEntry, GapEntry, PresenceEntry, ReplyEntry, SessionLog
+from proactive.assistant.session_log import (
+    ActionEntry,
+    Entry,
+    EventEntry,
+    GapEntry,
+    PresenceEntry,
+    ReplyEntry,
+    SessionLog,
+)
 from proactive.assistant.session_state import SessionState
 
 Told = Callable[[Entry], None]
@@ -39,6 +48,7 @@ class Parts:
         threshold: The gate's threshold; None without a gate.
         window: Number of latest events that the gate gets.
         told: Is called with each new entry of the log.
+        tools: Names of the tools that may run after an offer was accepted.
     """
 
     source: Source
@@ -50,6 +60,7 @@ class Parts:
     threshold: float | None = None
     window: int = 1
     told: Told = lambda entry: None
+    tools: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,7 @@ class Assistant:
         self.log = SessionLog(self.state.resume)
         self._inbox: deque[Observation | _Answered] = deque()
         self._news, self._wanted = asyncio.Event(), asyncio.Event()
+        self._folder = Path()  # of the session
 
     async def run(self, path: Path, settings: dict[str, Any]) -> None:
         """Watch until the source ends or this task is cancelled.
@@ -79,6 +91,7 @@ class Assistant:
         Raises:
             UserError: The log has other settings, or the source cannot be read.
         """
+        self._folder = path.parent
         with self.log.opened(path, settings):
             async with self.parts.notices.running(self._answer):
                 await self._withdraw()  # its notice ended with the process that showed it
@@ -230,6 +243,10 @@ class Assistant:
         self.state.watch, self.state.offer = self.state.watch.ended(now, reply), None
         self._log(ReplyEntry(number=offer.number, now=now, reply=reply))
         await self.parts.notices.end(offer, reply)
+        if reply == Reply.ACCEPTED and offer.call is not None:
+            outcome, what = act(offer.call, self.parts.tools, self._folder)
+            tool = offer.call.tool
+            self._log(ActionEntry(number=offer.number, now=now, tool=tool, outcome=outcome, what=what))
 
     def _log(self, entry: Entry) -> None:
         self.log.add(entry)

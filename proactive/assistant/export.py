@@ -11,7 +11,7 @@ from datamodules.errors import UserError
 from datamodules.files.writing import write_atomically
 from models.reporting.timeline import TIMELINE_FILE, ShownOffer, ShownStep, ShownTrace, ShownTraces, outcome
 from proactive.assistant.deciding import Decision, Reply
-from proactive.assistant.session_log import Entry, EventEntry, ReplyEntry, read_session
+from proactive.assistant.session_log import Entry, EventEntry, GapEntry, PresenceEntry, ReplyEntry, read_session
 from proactive.assistant.session_state import Absences
 from proactive.simulation.simulated_traces import TRACES, Attempt, Step, write_trace
 from proactive.simulation.training_data import PREFERENCES_FILE, PROVENANCE_FILE, training_data, write_training_data
@@ -95,7 +95,7 @@ def traces_of(entries: Iterable[Entry], session: str) -> list[LiveTrace]:
             traces[-1].events.append(entry)
         elif isinstance(entry, ReplyEntry):
             traces[-1].replies[entry.number] = entry.reply
-        elif absences.ends_trace(entry):
+        elif isinstance(entry, PresenceEntry | GapEntry) and absences.ends_trace(entry):
             traces.append(LiveTrace(session))
     return [trace for trace in traces if trace.events]
 

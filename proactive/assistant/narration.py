@@ -3,7 +3,7 @@
 from datetime import datetime
 
 from proactive.assistant.deciding import Decision
-from proactive.assistant.session_log import Entry, EventEntry, GapEntry, PresenceEntry
+from proactive.assistant.session_log import ActionEntry, Entry, EventEntry, GapEntry, PresenceEntry
 
 
 def lines_of(entry: Entry) -> list[str]:
@@ -14,6 +14,8 @@ def lines_of(entry: Entry) -> list[str]:
         return [f"{_clock(entry.at)}  (the user {'went away' if entry.away else 'came back'})"]
     if isinstance(entry, GapEntry):
         return [f"{_clock(entry.at)}  (nothing is known since {_clock(entry.since)}: {entry.reason})"]
+    if isinstance(entry, ActionEntry):
+        return [f"          {entry.tool}: {entry.outcome}: {entry.what}"]
     return [f"          {entry.reply.value}"]
 
 

@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
+from proactive.assistant.acting import ToolCall
 from proactive.assistant.deciding import Reply
 
 Answered = Callable[[int, bool], None]  # the number of an offer, and whether the user accepts it
@@ -15,11 +16,19 @@ Answered = Callable[[int, bool], None]  # the number of an offer, and whether th
 
 @dataclass(frozen=True)
 class Offer:
-    """What the user sees. `number` is that of its event, `draft` what the agent would answer if it is accepted."""
+    """What the user sees, and what follows if they accept it.
+
+    Attributes:
+        number: The number of its event.
+        proposal: The offer.
+        draft: The agent's text, which is shown then.
+        call: The tool that the agent asks for instead.
+    """
 
     number: int
     proposal: str
     draft: str = ""
+    call: ToolCall | None = None
 
 
 class Notices(Protocol):

@@ -6,6 +6,7 @@ from typing import Literal
 from datamodules.ranges import Count, NonNegativeFloat, Port, Share
 from models.judging.endpoint import EndpointOptions
 from proactive.agents import add_agent_options
+from proactive.assistant.acting import ToolName
 from proactive.assistant.deciding import Policy
 from proactive.assistant.privacy import PrivacyOptions
 from proactive.assistant.rewriting import REWRITING_PROMPT
@@ -41,6 +42,8 @@ def session_parser(prog: str) -> Parser:
         "terminal, where y or n answers; on a page of a server on this machine; as notifications of the desktop; or "
         "recorded, where the judgments in the trace answer. Default: recorded for a trace, else terminal.")  # fmt: skip
     add("--port", type=Port, default=0, help="The port of that page; 0 is any that is free.")
+    add("--tools", type=ToolName, nargs="+", default=[], help="Tools that an agent may use after its offer was "
+        "accepted. Default: none, its text is shown.")  # fmt: skip
     add("--speed", type=NonNegativeFloat, default=60.0, help="For a file: how many times faster it is replayed; 0 "
         "waits for nothing.")  # fmt: skip
     parser.add_class_arguments(PrivacyOptions, "privacy")

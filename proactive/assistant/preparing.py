@@ -103,7 +103,8 @@ def prepare(options: "Namespace", default_gate: Callable[[], Path]) -> Session:
         others = _recorded_answers(options.agent.traces, trace) if options.agent.traces else None
         client = partial(_client, "agent", options.temperature, options, clients)
         agent = untrained_agent(options, others, client, 1, options.latest_events)
-    parts = Parts(source, clock, agent, _notices(options, recorded), Policy(**options.policy.as_dict()))
+    policy, tools = Policy(**options.policy.as_dict()), tuple(options.tools)
+    parts = Parts(source, clock, agent, _notices(options, recorded), policy, tools=tools)
     gate: Gate | None = None
     if gates:
         how = GateOptions(options.shadow, options.gate_fails_open, options.epsilon, options.seed)
@@ -118,6 +119,7 @@ def prepare(options: "Namespace", default_gate: Callable[[], Path]) -> Session:
         **joint_settings({source.name: agent}),
         "gate": gate.describe() if gate else None,
         "policy": asdict(parts.policy),
+        "tools": sorted(parts.tools),
         "stamps": {name: bool(found) for name, found in stamps.items() if found},
     }
     return Session(parts, settings, [_decides(agent, gate, own), *_stamp_notes(stamps)], clients)

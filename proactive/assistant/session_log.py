@@ -14,6 +14,7 @@ from datamodules.corpus.records import Event, Proposal, Unicode
 from datamodules.errors import UserError
 from datamodules.files.append_log import AppendLog
 from datamodules.files.reading import MAX_RECORDS_BYTES, open_file, text_lines
+from proactive.assistant.acting import Outcome
 from proactive.assistant.deciding import Decision, Reply
 
 SESSION_FILE = "session.jsonl"
@@ -93,7 +94,18 @@ class GapEntry(_Entry):
     cursor: dict[str, Any]
 
 
-Entry = EventEntry | ReplyEntry | PresenceEntry | GapEntry
+class ActionEntry(_Entry):
+    """What a tool did after the offer of the event `number` was accepted."""
+
+    kind: Literal["action"] = "action"
+    number: int
+    now: float
+    tool: Unicode
+    outcome: Outcome
+    what: Unicode
+
+
+Entry = EventEntry | ReplyEntry | ActionEntry | PresenceEntry | GapEntry
 _ENTRIES: TypeAdapter[Entry] = TypeAdapter(Annotated[Entry, Field(discriminator="kind")])
 
 

@@ -4,10 +4,11 @@ from collections import deque
 
 from datamodules.corpus.records import Event
 from models.judging.agents import Agent, AgentSession
+from proactive.assistant.acting import call_of
 from proactive.assistant.deciding import Decision, Policy, Watch
 from proactive.assistant.notices import Offer
 from proactive.assistant.observations import Cursor
-from proactive.assistant.session_log import Entry, EventEntry, GapEntry, PresenceEntry, ReplyEntry
+from proactive.assistant.session_log import ActionEntry, Entry, EventEntry, GapEntry, PresenceEntry, ReplyEntry
 
 LONG_ABSENCE = 1800.0  # seconds without the user after which a new trace begins
 
@@ -75,7 +76,7 @@ class SessionState:
             self.event(entry)
         elif isinstance(entry, ReplyEntry):
             self.watch, self.offer = self.watch.ended(entry.now, entry.reply), None
-        else:
+        elif not isinstance(entry, ActionEntry):  # an action changes nothing, and is not repeated
             self.absence(entry)
 
     def event(self, entry: EventEntry) -> None:
@@ -84,7 +85,8 @@ class SessionState:
         self.number, self.cursor = entry.number, entry.cursor
         self.history.append(entry.event)
         if entry.decision == Decision.SHOWN and entry.proposal is not None:
-            self.offer = Offer(entry.number, entry.proposal, entry.response)
+            call = call_of(entry.response)
+            self.offer = Offer(entry.number, entry.proposal, "" if call else entry.response, call)
 
     def absence(self, entry: PresenceEntry | GapEntry) -> None:
         """Note that the user went away or came back, or a gap. After a long absence a new trace begins."""
