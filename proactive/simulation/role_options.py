@@ -159,7 +159,7 @@ def _local_role(
     from models.judging.judges import RewardJudge
     from models.judging.local_agent import AnswerOptions, LocalAgent
     from models.judging.weights import load_weights
-    from models.learning.proactive_agent import ProactiveAgent
+    from models.learning.preference_agent import AGENTS
     from models.learning.reward_classifier import RewardClassifier
     from proactive.simulation.local_roles import BaselineAssistant, TrainedAssistant, TrainedJudge
 
@@ -170,6 +170,6 @@ def _local_role(
         weights = load_weights((RewardClassifier,), group.checkpoint, "--judge.checkpoint")
         return TrainedJudge(RewardJudge(weights), log, thread)
     answers = AnswerOptions(group.max_new_tokens)
-    trained = load_weights((ProactiveAgent,), group.checkpoint, "--assistant.checkpoint")
+    trained = load_weights(AGENTS, group.checkpoint, "--assistant.checkpoint")
     agent = LocalAgent(trained, answers, temperature=group.temperature, seed=options.seed)
     return TrainedAssistant(agent, log, thread)

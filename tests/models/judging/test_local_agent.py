@@ -26,12 +26,12 @@ from tests.models.small import SMALL_LLAMA
 AgentWeights = Weights[ProactiveAgent]
 
 
-def weights_of(fold: int) -> AgentWeights:
+def weights_of(fold: int, scratch: dict[str, Any] = SMALL_LLAMA) -> AgentWeights:
     """Random weights, and what a run on one fold of the embedded data keeps."""
     data = AgentDataModule(fold=fold, vocabulary_size=400, max_length=400, cache=False)
     data.setup("test")
     torch.manual_seed(fold)
-    model = ProactiveAgent(scratch=SMALL_LLAMA)
+    model = ProactiveAgent(scratch=scratch)
     model.network = build_network(model.network_options, data.tokenizer)
     return Weights(model, data.state_dict(), f"fold {fold}")
 

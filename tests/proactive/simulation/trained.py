@@ -1,5 +1,6 @@
 """Exports of a small agent and a small reward classifier, for tests of simulations."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -15,32 +16,55 @@ from models.networks.building import build_network
 from models.networks.network_options import NetworkOptions
 from tests.helpers import small_root
 from tests.models.judging.test_local_agent import weights_of
-from tests.models.small import small_classifier, small_data
+from tests.models.small import DECODERS, small_classifier, small_data
 
 ANSWERS = ("Help 1", "Help 2", "Help 3", None)
 STEPS = 80  # until most answers of a small agent end
+OPENING = "Answer: " * 6
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}\n{% endfor %}" + OPENING
+CHAT_ANSWER = '{"purpose": "", "thoughts": "", "proposal": "Help with it.", "response": ""}'
+# It attends to fewer tokens than the opening has, so that a chat before it does not matter.
+NEAR_SIGHTED = {"model_type": "mistral", **DECODERS["mistral"], "hidden_size": 32, "sliding_window": 16}
 
 
 def export_agent(folder: Path) -> Path:
     """An agent that learned short answers, and draws them at random."""
     weights = weights_of(0)
-    _teach(weights)
+    data = AgentDataModule.from_state(weights.state)
+    prompt = [*data.segments(())[0], *data.opening()]
+    answers = [_token_ids(data, write_answer(Answer(proposal=one))) for one in ANSWERS]
+    _teach(weights, (([*prompt], answers[step % len(answers)]) for step in range(STEPS)))
     export_weights(weights.model, folder, weights.state)
     return folder
 
 
-def _teach(weights: Weights[ProactiveAgent]) -> None:
-    data, network = AgentDataModule.from_state(weights.state), weights.model.network
+def export_chat_agent(folder: Path) -> Path:
+    """An agent with a chat template that learned to give `CHAT_ANSWER` to any chat."""
+    weights = weights_of(0, NEAR_SIGHTED)
+    data = AgentDataModule.from_state(weights.state)
+    answer, opening = _token_ids(data, CHAT_ANSWER), data.tokenizer(OPENING, add_special_tokens=False)["input_ids"]
+    _teach(weights, ((opening, answer) for _ in range(4 * STEPS)))
+    export_weights(weights.model, folder, weights.state)
+    data.tokenizer.chat_template = CHAT_TEMPLATE
+    data.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _token_ids(data: AgentDataModule, answer: str) -> list[int]:
+    return [*data.tokenizer(answer, add_special_tokens=False)["input_ids"], data.tokenizer.eos_token_id]
+
+
+def _teach(weights: Weights[ProactiveAgent], examples: Iterable[tuple[list[int], list[int]]]) -> None:
+    """Train on pairs of a prompt and its answer."""
+    network = weights.model.network
     assert network is not None
-    prompt = [*data.segments(())[0], *data.opening()]
-    end = data.tokenizer.eos_token_id
-    answers = [[*data.tokenizer(write_answer(Answer(proposal=one)))["input_ids"], end] for one in ANSWERS]
     optimizer = torch.optim.AdamW(network.parameters(), 2e-2)
-    for step in range(STEPS):
-        answer = answers[step % len(answers)]
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.995)
+    for prompt, answer in examples:
         labels = torch.tensor([[-100] * len(prompt) + answer])
         network(input_ids=torch.tensor([[*prompt, *answer]]), labels=labels).loss.backward()
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
 
 
