@@ -29,6 +29,7 @@ from proactive.simulation.work_items import RoleName
 
 FIRST_START = 1_704_067_200  # 2024-01-01, UTC
 DAYS = 366  # in which sessions begin
+SHOWN_ENTITIES = 20  # in an error
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,11 @@ class SessionLoop:
         states = dict(self.entities)
         for change in changes:
             if change.entity not in states and not change.new:
-                raise UserError(f"unknown entity {change.entity}", "Create it with new: true.")
+                known = ", ".join(list(states)[:SHOWN_ENTITIES])
+                raise UserError(
+                    f"unknown entity {change.entity}: new is false, and the known ones are {known}",
+                    "Create it with new: true.",
+                )
             states[change.entity] = change.state
         return states
 

@@ -21,6 +21,7 @@ from proactive.simulation.work_items import RoleName, WorkItem, digest
 
 Verdict = Literal["accepted", "rejected", "ignored"]
 MOST_EVENTS = 8  # after one act or one accepted offer
+MOST_CHANGES = 10  # of entities, by the same
 MOST_ENTITIES = 100
 MOST_EXAMPLES = 50  # operations or example events of one written scene
 LONGEST = 2000  # characters of one text in an answer
@@ -96,7 +97,7 @@ class EventsAnswer(AnswerPart):
     """The events that follow an act or an accepted offer."""
 
     events: list[NewEvent] = Field(min_length=1, max_length=MOST_EVENTS)
-    entities: list[EntityState] = Field(max_length=MOST_ENTITIES)
+    entities: list[EntityState] = Field(max_length=MOST_CHANGES)
 
 
 class AssistantAnswer(AnswerPart):

@@ -128,7 +128,11 @@ def test_a_user_that_never_reaches_the_goal_ends_at_the_act_limit() -> None:
         ),
         (
             {"execute": lambda answer, _: answer | {"entities": [{"entity": "a ghost", "state": "x", "new": False}]}},
-            "environment, execute: unknown entity a ghost",
+            "environment, execute: unknown entity a ghost: new is false, and the known ones are ",
+        ),
+        (
+            {"events": lambda answer, _: answer | {"entities": [{"entity": "a", "state": "b", "new": True}] * 11}},
+            "environment, events: answer, field entities: List should have at most 10 items",
         ),
         ({"act": lambda answer, _: answer | {"state": "bored"}}, "user, act: answer, field state"),
         ({"judge": lambda answer, _: answer | {"judgment": "maybe"}}, "judge, judge: answer, field judgment"),
