@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from tenacity import RetryCallState
 
 RESPONSE_FORMAT = "response_format"
+JSON_SCHEMA = "json_schema"  # type of a response format
 RENAMED = {"max_tokens": "max_completion_tokens"}  # fields that newer servers expect under another name
+# By status, the fields that an error with it may refuse; llama-cpp-python refuses a response format with 500.
+REFUSED_FIELDS = {400: (RESPONSE_FORMAT, *RENAMED), 422: (RESPONSE_FORMAT, *RENAMED), 500: (RESPONSE_FORMAT,)}
 SHORTEST_LOGGED = 5.0  # seconds: shorter waits that a server asks for are not logged
 log = logging.getLogger("proactive")
 
@@ -49,7 +52,8 @@ class ChatConnection:
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self._http: AsyncClient | None = None
-        self._unsupported: set[str] = set()  # fields of requests that the server has refused
+        # Fields of requests that the server has refused, and JSON_SCHEMA if it has refused this response format.
+        self._unsupported: set[str] = set()
         self._reasoning_logged = False
         self._logged_until = 0.0  # end of the last wait that was logged
 
@@ -117,10 +121,10 @@ class ChatConnection:
         sent = self._without_unsupported(body)
         response = await self._response(sent, where)
         content = json_of(response.content)
-        if not is_refusal(response, content):
-            return self._reply(response, content, where)
         if self._note_unsupported(response, content, sent):
             return await self._request(body, where)
+        if not is_refusal(response, content):
+            return self._reply(response, content, where)
         hint = _refusal_hint(response.status_code, content, body, self.endpoint.key_variable)
         raise UserError(f"{where}: {self.endpoint.address} refuses: {self._said(response, content)}", hint)
 
@@ -211,17 +215,23 @@ class ChatConnection:
     def _without_unsupported(self, body: dict[str, Any]) -> dict[str, Any]:
         """Remove or rename the fields of a body that the server has refused before."""
         kept = {name: value for name, value in body.items() if name not in self._unsupported}
+        if JSON_SCHEMA in self._unsupported and _has_schema(kept):
+            schema = kept[RESPONSE_FORMAT][JSON_SCHEMA]["schema"]
+            kept[RESPONSE_FORMAT] = {"type": "json_object", "schema": schema}  # the form of older servers
         return kept | {RENAMED[name]: body[name] for name in self._unsupported & body.keys() & RENAMED.keys()}
 
     def _note_unsupported(self, response: Received, content: Any, sent: dict[str, Any]) -> bool:
         """Note the field that a refusal names, for `_without_unsupported`; return False if it names none of them."""
-        known = [name for name in (RESPONSE_FORMAT, *RENAMED) if name in sent]
-        name = unsupported_field(content, response.text, known) if response.status_code in (400, 422) else None
+        known = [name for name in REFUSED_FIELDS.get(response.status_code, ()) if name in sent]
+        name = unsupported_field(content, response.text, known)
         if name is None or (name == RESPONSE_FORMAT and RESPONSE_FORMAT in self.endpoint.extra):
             return False
+        if name == RESPONSE_FORMAT and _has_schema(sent):
+            name, instead = JSON_SCHEMA, "the type json_object asks for JSON"
+        else:
+            instead = f"it is sent as {RENAMED[name]}" if name in RENAMED else "the prompt alone asks for JSON"
         if name not in self._unsupported:  # concurrent requests are refused together
             self._unsupported.add(name)
-            instead = f"it is sent as {RENAMED[name]}" if name in RENAMED else "the prompt alone asks for JSON"
             log.info(f"{self.endpoint.url} refuses {name}: {instead}")
         return True
 
@@ -232,6 +242,11 @@ class ChatConnection:
 
     def _printable(self, text: str) -> str:
         return shortened(printable(self.endpoint.without_key(" ".join(text.split()))), LONGEST_SAID)
+
+
+def _has_schema(body: dict[str, Any]) -> bool:
+    """Whether a request asks for JSON by a schema in OpenAI's form."""
+    return JSON_SCHEMA in (body.get(RESPONSE_FORMAT) or {})
 
 
 def _refusal_hint(status: int, content: Any, body: dict[str, Any], key_variable: str | None) -> str:

@@ -49,21 +49,21 @@ def test_a_request_asks_for_a_strict_schema(schema: Any) -> None:
     assert content["additionalProperties"] is False
 
 
-NETWORK_ERRORS = {
+REFUSALS = {
     "by param": {"error": {"message": "Unsupported", "param": "response_format.type"}},
     "by message": {"detail": [{"loc": ["body", "response_format"], "msg": "Extra inputs are not permitted"}]},
     "by schema": {"error": "json_schema is not available with this model"},
 }
 
 
-@pytest.mark.parametrize("case", NETWORK_ERRORS)
+@pytest.mark.parametrize("case", REFUSALS)
 @pytest.mark.parametrize("status", [400, 422])
 def test_a_server_without_response_format_gets_only_the_prompt(
     case: str, status: int, messages: pytest.LogCaptureFixture
 ) -> None:
     def answer(body: Body, before: int) -> Reply:
         if "response_format" in body:
-            return Reply(status=status, body=json.dumps(NETWORK_ERRORS[case]).encode())
+            return Reply(status=status, body=json.dumps(REFUSALS[case]).encode())
         return Reply("fine")
 
     with chat_server(answer) as chat:
@@ -71,10 +71,38 @@ def test_a_server_without_response_format_gets_only_the_prompt(
         options = EndpointOptions(**{**QUICK, "retries": 0, "concurrency": 3})
         assert asked_of(endpoint(chat.url, options=options), AnswerLog(), *asked) == ["fine"] * 6
     refused = [body for body in chat.bodies if "response_format" in body]
-    assert 1 <= len(refused) <= 3, "those that were sent before the first refusal"
+    assert 2 <= len(refused) <= 6, "those that were sent before the first refusal of each type"
+    assert {body["response_format"]["type"] for body in refused} == {"json_schema", "json_object"}
     assert [text for text in messages.messages if "refuses" in text] == [
-        f"{chat.url} refuses response_format: the prompt alone asks for JSON"
+        f"{chat.url} refuses json_schema: the type json_object asks for JSON",
+        f"{chat.url} refuses response_format: the prompt alone asks for JSON",
     ]
+
+
+def test_a_server_that_only_takes_json_objects_gets_the_schema_in_their_form() -> None:
+    said = "1 validation error: {'loc': ('body', 'response_format', 'type'), 'input': 'json_schema'}"
+    refusal = {"error": {"message": said, "type": "internal_server_error", "param": None}}
+
+    def answer(body: Body, before: int) -> Reply:
+        if body["response_format"]["type"] == "json_schema":
+            return Reply(status=500, body=json.dumps(refusal).encode())
+        return Reply("fine")
+
+    with chat_server(answer) as chat:
+        options = EndpointOptions(**{**QUICK, "retries": 0})
+        asked = [question(text, schema=VERDICT_FORMAT) for text in "ab"]
+        assert asked_of(endpoint(chat.url, options=options), AnswerLog(), *asked) == ["fine"] * 2
+    strict = VERDICT_FORMAT.response_format["json_schema"]["schema"]
+    assert chat.bodies[-1]["response_format"] == {"type": "json_object", "schema": strict}
+
+
+def test_an_internal_error_about_another_field_is_retried() -> None:
+    def answer(body: Body, before: int) -> Reply:
+        return Reply("fine") if before else Reply(status=500, body=b'{"error": "max_tokens: out of memory"}')
+
+    with chat_server(answer) as chat:
+        assert asked_of(endpoint(chat.url, extra={"max_tokens": 7}), AnswerLog(), question("a")) == ["fine"]
+    assert [body["max_tokens"] for body in chat.bodies] == [7, 7]
 
 
 def test_max_tokens_is_renamed_for_a_server_that_expects_another_name(messages: pytest.LogCaptureFixture) -> None:
@@ -90,7 +118,7 @@ def test_max_tokens_is_renamed_for_a_server_that_expects_another_name(messages: 
 
 
 def test_a_response_format_of_the_user_is_never_dropped() -> None:
-    refusal = Reply(status=400, body=json.dumps(NETWORK_ERRORS["by param"]).encode())
+    refusal = Reply(status=400, body=json.dumps(REFUSALS["by param"]).encode())
     with chat_server(lambda body, before: refusal) as chat, pytest.raises(UserError, match="refuses: 400"):
         asked_of(endpoint(chat.url, extra={"response_format": {"type": "json_object"}}), AnswerLog(), question("a"))
     assert len(chat.bodies) == 1

@@ -168,6 +168,37 @@ def test_thoughts_and_code_fences_around_an_answer_are_skipped(call: Callable[..
     assert all(role["asked_again"] == 0 for role in record["roles"].values())
 
 
+def test_each_role_has_its_own_server_and_servers_differ(call: Callable[..., Ended]) -> None:
+    """One server refuses response_format and sends its first answer as thoughts only; the other reports no usage."""
+
+    def thinks(body: Body, before: int) -> Reply:
+        if "response_format" in body:
+            return Reply(status=400, body=b'{"error": {"message": "not here", "param": "response_format"}}')
+        if len(body["messages"]) == 2:
+            return Reply(None, "stop", thoughts="Let me see.", usage=USAGE)
+        facts = json.loads(body["messages"][1]["content"].splitlines()[-1])
+        return Reply(json.dumps(valid_answer("propose", facts)), "stop", usage=USAGE)
+
+    def judges(body: Body, before: int) -> Reply:
+        return Reply(json.dumps(valid_answer(*asked(body))), "stop")
+
+    with chat_server(thinks) as assistant, chat_server(judges) as judge:
+        options = [f"--assistant.url={assistant.url}", f"--judge.url={judge.url}", "--max_acts=2"]
+        ended = call(simulate.main, "traces", "--output=out", *options, "--assistant.model=a", "--judge.model=j")
+        assert ended.code == 0
+        assert {body["model"] for body in assistant.bodies} == {"a"}
+        assert {asked(body)[0] for body in judge.bodies} == {"judge"}
+    record = json.loads(Path("out/summary.json").read_text())
+    assert "failed" not in record["sessions"]["ends"]
+    found = record["roles"]
+    assert found["assistant"]["answers"] == 2 * found["assistant"]["asked_again"] > 0
+    assert found["assistant"]["prompt_tokens"] == 100 * found["assistant"]["answers"]
+    assert found["judge"]["without_usage"] == found["judge"]["answers"] == len(judge.bodies)
+    sources = {role: one["source"] for role, one in found.items()}
+    scripted = {"environment": "scripted", "user": "scripted"}
+    assert sources == {**scripted, "assistant": assistant.url, "judge": judge.url}
+
+
 def test_a_refused_request_stops_one_session_and_the_same_command_continues_it(
     call: Callable[..., Ended], tmp_path: Path
 ) -> None:
