@@ -19,7 +19,6 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import auto_cli
 
 from datamodules.corpus.records import Event
@@ -34,6 +33,7 @@ from proactive.assistant.assistant import Assistant, Parts
 from proactive.assistant.clock import Clock, ReplayClock
 from proactive.assistant.deciding import Policy, Reply
 from proactive.assistant.gating import Gate, GateOptions
+from proactive.assistant.model_thread import ModelThread
 from proactive.assistant.notices import Answered, Notices, Offer
 from proactive.assistant.observations import Cursor, Happened, Observation, Source
 from proactive.assistant.session_log import SESSION_FILE, Entry, EventEntry
@@ -86,7 +86,7 @@ class AcceptingUser(Notices):
 def main(
     gate: Path = Path("runs/reward/0"),
     agent: Path = Path("runs/agent-tiny/0"),
-    events: int = 300,
+    events: int = 100,
     hours: float = 8.0,
     gap: float = 10.0,
     speed: float = 100.0,
@@ -96,20 +96,31 @@ def main(
     Args:
         gate: The reward classifier.
         agent: The agent.
-        events: Events of the first part.
-        hours: Simulated hours of the second part.
+        events: Events of the first part; 0 skips it.
+        hours: Simulated hours of the second part; 0 skips it.
         gap: Simulated seconds between its events.
         speed: How many times faster than real time it plays.
     """
-    torch.set_num_threads(os.cpu_count() or 1)
     judge = RewardJudge(load_weights((RewardClassifier,), gate, "--gate"))
     proposer = LocalAgent(load_weights((ProactiveAgent,), agent, "--agent"), AnswerOptions())
 
     def parts(clock: Clock, count: int, policy: Policy, **others: Any) -> Parts:
         source = Day(clock, count, gap)
-        ours = Gate(judge, 0.5, GateOptions(), source.name)
+        thread = ModelThread()
+        ours = Gate(judge, 0.5, GateOptions(), source.name, thread)
         ours.warm_up()
-        return Parts(source, clock, proposer, AcceptingUser(), policy, ours.verdict, 0.5, ours.window, **others)
+        return Parts(
+            source,
+            clock,
+            proposer,
+            AcceptingUser(),
+            policy,
+            ours.verdict,
+            0.5,
+            ours.window,
+            run_agent=thread.run,
+            **others,
+        )
 
     memory: dict[float, float] = {}
 
@@ -119,25 +130,32 @@ def main(
             gc.collect()
             memory[hour] = _resident_mib()
 
+    figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        first, second = Path(folder, "first"), Path(folder, "second")
-        begin = time.perf_counter()
-        asyncio.run(Assistant(parts(ReplayClock(), events, UNLIMITED)).run(first / SESSION_FILE, {}))
-        seconds = time.perf_counter() - begin
-        found = summary(first)
-        day = parts(ReplayClock(speed), int(hours * HOUR / gap), Policy(), told=told)
-        asyncio.run(Assistant(day).run(second / SESSION_FILE, {}))
-        long = summary(second)
-    print(f"{events} events, the agent asked after each: {events / seconds:.1f} events/s")
-    for name, times in found["milliseconds"].items():
-        print(f"  {name}: {times['p50']:.1f} ms per event (p50), {times['p95']:.1f} ms (p95)")
-    print(f"{hours:g} simulated hours at {speed:g} times the speed: {long['events']}, {long['replies']}")
-    for name, times in long["milliseconds"].items():
-        print(f"  {name}: {times['p50']:.1f} ms per event (p50), {times['p95']:.1f} ms (p95)")
-    print(
-        "  resident memory at the beginning of each hour, MiB: " + ", ".join(f"{size:.0f}" for size in memory.values())
-    )
-    return {"events_per_second": events / seconds, "milliseconds": found["milliseconds"], "memory": memory}
+        if events:
+            path = Path(folder, "first")
+            begin = time.perf_counter()
+            asyncio.run(Assistant(parts(ReplayClock(), events, UNLIMITED)).run(path / SESSION_FILE, {}))
+            rate = events / (time.perf_counter() - begin)
+            print(f"{events} events, the agent asked after each: {rate:.1f} events/s")
+            figures |= {"events_per_second": rate, "milliseconds": _printed(path)}
+        if hours:
+            path = Path(folder, "second")
+            day = parts(ReplayClock(speed), int(hours * HOUR / gap), Policy(), told=told)
+            asyncio.run(Assistant(day).run(path / SESSION_FILE, {}))
+            print(f"{hours:g} simulated hours, {speed:g} times as fast: {summary(path)['events']}")
+            _printed(path)
+            print("  resident MiB, each hour: " + ", ".join(f"{size:.0f}" for size in memory.values()))
+            figures["memory"] = memory
+    return figures
+
+
+def _printed(path: Path) -> dict[str, dict[str, float]]:
+    """Print the milliseconds per event, and return them."""
+    found = summary(path)["milliseconds"]
+    for name, times in found.items():
+        print(f"  {name}: {times['p50']:.1f} ms per event (p50), {times['p95']:.1f} ms (p95)", flush=True)
+    return found
 
 
 def _resident_mib() -> float:

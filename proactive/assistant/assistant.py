@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from proactive.assistant.acting import act
 from proactive.assistant.clock import Clock
 from proactive.assistant.deciding import Decision, Policy, Reply
 from proactive.assistant.gating import Verdict, no_gate
+from proactive.assistant.model_thread import here
 from proactive.assistant.notices import Notices
 from proactive.assistant.observations import Gap, Happened, Observation, Presence, Source
 from proactive.assistant.session_log import (
@@ -31,6 +32,7 @@ from proactive.assistant.session_log import (
 from proactive.assistant.session_state import SessionState
 
 Told = Callable[[Entry], None]
+Running = Callable[[Callable[[], Coroutine[Any, Any, list[Candidate]]]], Awaitable[list[Candidate]]]
 Gating = Callable[[Sequence[Event], str, int], Awaitable[Verdict]]
 
 
@@ -49,6 +51,7 @@ class Parts:
         window: Number of latest events that the gate gets.
         told: Is called with each new entry of the log.
         tools: Names of the tools that may run after an offer was accepted.
+        run_agent: Runs the agent's coroutines: `here`, or in a thread if it is a local model.
     """
 
     source: Source
@@ -61,6 +64,7 @@ class Parts:
     window: int = 1
     told: Told = lambda entry: None
     tools: tuple[str, ...] = ()
+    run_agent: Running = here
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,8 @@ class Assistant:
             state.agent_session.note(item.event)
         else:
             try:
-                (proposed, *_) = await state.agent_session.observe(item.event)
+                observe = state.agent_session.observe
+                (proposed, *_) = await self.parts.run_agent(lambda: observe(item.event))
                 watch, decision = watch.proposed(proposed.proposal, self._outdated())
             except UserError as failure:
                 error = failure.what

@@ -11,6 +11,7 @@ from datamodules.corpus.traces import Pair
 from datamodules.escaping import error_text
 from models.judging.judges import RewardJudge
 from proactive.assistant.deciding import Decision
+from proactive.assistant.model_thread import ModelThread
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,17 @@ class Gate:
         threshold: It holds back offers with a lower P(accepted).
         options: The other options.
         name: The name of the session, from which its draws follow.
+        thread: Where the classifier computes.
     """
 
-    def __init__(self, judge: RewardJudge, threshold: float, options: GateOptions, name: str) -> None:
+    def __init__(
+        self, judge: RewardJudge, threshold: float, options: GateOptions, name: str, thread: ModelThread
+    ) -> None:
         self.judge = judge
         self.threshold = threshold
         self.options = options
         self.name = name
+        self.thread = thread
 
     @property
     def window(self) -> int:
@@ -93,7 +98,8 @@ class Gate:
         """Return the verdict on an offer after the event `number`."""
         options = self.options
         try:
-            found = await self.judge.judge([Pair(tuple(history), proposal, f"event {number}")])
+            pairs = [Pair(tuple(history), proposal, f"event {number}")]
+            found = await self.thread.run(lambda: self.judge.judge(pairs))
         except Exception as error:  # whatever it is, the gate has not judged this offer
             decision = Decision.SHOWN if options.fails_open else Decision.GATE_FAILED
             return Verdict(decision, None, float(options.fails_open), error_text(error, 300) or type(error).__name__)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from datamodules.corpus.traces import Answers, Recorded, Trace, read_recorded, root_traces
+from datamodules.corpus.traces import Recorded, Trace, read_recorded, root_traces
 from datamodules.errors import UserError
 from datamodules.prompting.chat_prompts import ChatPrompt
 from models.judging.agents import Agent, RecordedAgent
@@ -25,6 +25,7 @@ from proactive.agents import KINDS, one_of, root_corpus, trained_agent, untraine
 from proactive.assistant.assistant import Parts
 from proactive.assistant.deciding import Policy
 from proactive.assistant.gating import Gate, GateOptions
+from proactive.assistant.model_thread import ModelThread, here
 from proactive.assistant.notices import Notices, RecordedNotices
 from proactive.assistant.privacy import PrivacyOptions
 from proactive.assistant.rewriting import RewrittenSource
@@ -37,7 +38,7 @@ from proactive.evaluation.specification import Stamps
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-MOST_ANSWERS = 100  # of an endpoint, that are kept in memory
+MAX_ANSWERS = 100  # of an endpoint, that are kept in memory
 AGENT_HINT = "Give --agent.checkpoint, --agent.url or --agent.baseline."
 
 
@@ -63,7 +64,7 @@ class LatestAnswers(AnswerLog):
 
     def _note(self, key: str, text: str, finish_reason: str | None) -> None:
         super()._note(key, text, finish_reason)
-        while len(self.texts) > MOST_ANSWERS:
+        while len(self.texts) > MAX_ANSWERS:
             oldest = next(iter(self.texts))
             del self.texts[oldest]
             self.unfinished.pop(oldest, None)
@@ -82,11 +83,14 @@ def prepare(options: "Namespace", default_gate: Callable[[], Path]) -> Session:
     own = not any(options.agent[kind] for kind in KINDS)
     _refuse_contradictions(options, own)
     privacy = PrivacyOptions(**options.privacy.as_dict())
-    paths = options.gate or ([default_gate()] if options.source is None else [])
+    given = watched(options, [], privacy) if options.source is not None else None
+    if given is not None and given[2] is None:
+        _refuse_without_trace(options, own)
+    paths = options.gate or ([default_gate()] if given is None else [])
     gates = [load_weights((RewardClassifier,), path, "--gate") for path in paths]
     agents = [load_weights(AGENTS, path, "--agent.checkpoint") for path in options.agent.checkpoint or ()]
     weights: list[Weights[Any]] = [*gates, *agents]
-    source, clock, recorded = watched(options, weights, privacy)
+    source, clock, recorded = given or watched(options, weights, privacy)
     trace = recorded.traces[0] if recorded else None
     choose = _Choice(trace, _namesakes(options, weights) if trace else {}, options.contaminated)
     clients: list[ChatClient] = []
@@ -98,25 +102,28 @@ def prepare(options: "Namespace", default_gate: Callable[[], Path]) -> Session:
     if agents:
         agent: Agent = trained_agent(choose.one("agent", agents, "--agent.checkpoint"), options)
     elif own:
-        agent = RecordedAgent(_answers(recorded), str(options.source or EMBEDDED), 1)
+        assert recorded is not None, "without an agent the source is a trace"
+        agent = RecordedAgent(recorded.answers, str(options.source or EMBEDDED), 1)
     else:
-        others = _recorded_answers(options.agent.traces, trace) if options.agent.traces else None
+        others = _recorded_answers(options.agent.traces, trace) if trace and options.agent.traces else None
         client = partial(_client, "agent", options.temperature, options, clients)
         agent = untrained_agent(options, others, client, 1, options.latest_events)
     policy, tools = Policy(**options.policy.as_dict()), tuple(options.tools)
-    parts = Parts(source, clock, agent, _notices(options, recorded), policy, tools=tools)
+    thread = ModelThread()
+    run_agent = thread.run if agents else here
+    parts = Parts(source, clock, agent, _notices(options, recorded), policy, tools=tools, run_agent=run_agent)
     gate: Gate | None = None
     if gates:
         how = GateOptions(options.shadow, options.gate_fails_open, options.epsilon, options.seed)
         threshold = gate_threshold(1.0 if options.cost_ratio is None else options.cost_ratio)
-        gate = Gate(RewardJudge(choose.one("gate", gates, "--gate")), threshold, how, source.name)
+        gate = Gate(RewardJudge(choose.one("gate", gates, "--gate")), threshold, how, source.name, thread)
         gate.warm_up()
         parts = replace(parts, gating=gate.verdict, threshold=threshold, window=gate.window)
     stamps = Stamps(choose.ties).record()
     settings = {
-        **source.describe(),
         "name": source.name,
-        **joint_settings({source.name: agent}),
+        "source": source.describe(),
+        "agent": joint_settings({source.name: agent}),
         "gate": gate.describe() if gate else None,
         "policy": asdict(parts.policy),
         "tools": sorted(parts.tools),
@@ -150,6 +157,19 @@ def _refuse_contradictions(options: "Namespace", own: bool) -> None:
             )
 
 
+def _refuse_without_trace(options: "Namespace", own: bool) -> None:
+    """Refuse options that need a trace, for a source that is none."""
+    if own:
+        raise UserError("agent: there is none, and the source is not a trace with recorded offers", AGENT_HINT)
+    if options.agent.traces:
+        raise UserError("--agent.traces: the source is not a trace", AGENT_HINT)
+    if options.notify == "recorded":
+        raise UserError("--notify recorded: the source is not a trace", "Choose another kind of notice.")
+    for option, paths in (("--gate", options.gate), ("--agent.checkpoint", options.agent.checkpoint)):
+        if paths and len(paths) > 1:
+            raise UserError(f"{option}: there is no trace to choose one of {len(paths)} for", "Give one.")
+
+
 def is_loopback(url: str) -> bool:
     """Return whether an address is on this machine."""
     host = urlsplit(url).hostname or ""
@@ -176,23 +196,12 @@ class _Choice:
 
     def one(self, role: str, weights: list[Weights[Model]], option: str) -> Weights[Model]:
         if self.trace is None:
-            if len(weights) > 1:
-                raise UserError(f"{option}: there is no trace to choose one of {len(weights)} for", "Give one.")
             return weights[0]
         assigned, self.ties[role] = assign(weights, [self.trace], self.namesakes, option, self.contaminated)
         return assigned[self.trace.name]
 
 
-def _answers(recorded: Recorded | None) -> Answers:
-    """The answers in the trace that is the source."""
-    if recorded is None:
-        raise UserError("agent: there is none, and the source is not a trace with recorded offers", AGENT_HINT)
-    return recorded.answers
-
-
-def _recorded_answers(folder: Path, trace: Trace | None) -> Recorded:
-    if trace is None:
-        raise UserError("--agent.traces: the source is not a trace", AGENT_HINT)
+def _recorded_answers(folder: Path, trace: Trace) -> Recorded:
     recorded = read_recorded(folder)
     same = [one for one in recorded.traces if one.name == trace.name]
     if not same or same[0].events != trace.events:
@@ -229,8 +238,7 @@ def _notices(options: "Namespace", recorded: Recorded | None) -> Notices:
         raise UserError(
             f"--notify {kind} needs {error.name}, which is not installed", f"pip install 'proactive[{extra}]'"
         ) from error
-    if recorded is None:
-        raise UserError("--notify recorded: the source is not a trace", "Choose another kind of notice.")
+    assert recorded is not None, "without a trace this kind is refused"
     return RecordedNotices(recorded_judgments(recorded))
 
 

@@ -238,11 +238,19 @@ def test_an_export_is_watched_with_an_agent_of_its_own(call: Call, tmp_path: Pat
     }
     export = tmp_path / "export.json"
     export.write_text(json.dumps({"buckets": {"w": {**bucket, "events": events}}}))
-    ended = call(live.main, f"--source={export}", "--output=mine")
-    assert (ended.code, "agent: there is none" in ended.err) == (2, True), ended.err
+    baseline = "--agent.baseline=never-propose"
+    for options, said in (
+        ([], "agent: there is none"),
+        (["--gate=nothing"], "agent: there is none"),
+        (["--agent.traces=traces"], "--agent.traces: the source is not a trace"),
+        ([baseline, "--notify=recorded", "--gate=nothing"], "--notify recorded: the source is not a trace"),
+        ([baseline, "--gate", "a", "b"], "--gate: there is no trace to choose one of 2 for"),
+    ):
+        ended = call(live.main, f"--source={export}", *options, "--output=mine")
+        assert (ended.code, said in ended.err) == (2, True), ended.err
     ended = call(live.main, f"--source={export}", "--agent.baseline=always-propose", *FREE, "--output=mine")
     assert (ended.code, ended.err) == (0, "")
-    assert settings(tmp_path / "mine")["source"] == "export"
+    assert settings(tmp_path / "mine")["source"]["source"] == "export"
     found = entries(tmp_path / "mine")
     assert "Code" in found[0]["event"]["event"]
     assert found[0]["decision"] == "shown"

@@ -2,6 +2,7 @@
 
 import asyncio
 import stat
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,9 +15,11 @@ from proactive.assistant.assistant import Assistant, Parts
 from proactive.assistant.clock import ReplayClock, SystemClock
 from proactive.assistant.deciding import Decision, Policy
 from proactive.assistant.gating import Verdict
+from proactive.assistant.model_thread import ModelThread
 from proactive.assistant.observations import Gap, Presence
 from proactive.assistant.session_log import SESSION_FILE, EventEntry, read_session
 from proactive.assistant.session_state import LONG_ABSENCE, SessionState
+from tests.patience import HANG
 from tests.proactive.assistant.sessions import (
     BEGIN,
     FREE,
@@ -160,6 +163,31 @@ def test_what_the_user_has_left_behind_is_not_offered(tmp_path: Path) -> None:
     entries = run(tmp_path, parts)
     assert decisions(entries) == ["outdated", "shown", "an offer is open"]
     assert [offer.proposal for offer in notices.shown] == ["b"]
+
+
+def test_events_come_in_while_a_local_model_computes(tmp_path: Path) -> None:
+    """The agent blocks its thread until the source has yielded three more events."""
+    came = threading.Event()
+    agent = proposing("a", "b", "c", "d")
+
+    class BlockingSession:
+        def __init__(self) -> None:
+            self.inner = type(agent).session(agent, "a.json")
+            self.note = self.inner.note
+
+        async def observe(self, event: Event) -> list:
+            assert came.wait(HANG), "the event loop waits for the model"
+            return await self.inner.observe(event)
+
+    agent.session = lambda name: BlockingSession()  # type: ignore[method-assign, assignment, return-value]
+
+    async def all_came() -> None:
+        came.set()
+
+    source = ListSource([*(happened(n) for n in range(1, 5)), all_came], SystemClock())
+    policy = Policy(pause=0, per_hour=9, moved_on=2, expires=0.05)
+    parts = Parts(source, SystemClock(), agent, TestNotices(), policy, run_agent=ModelThread().run)
+    assert decisions(run(tmp_path, parts)) == ["outdated", "outdated", "shown", "an offer is open"]
 
 
 def test_a_source_that_fails_ends_the_session_with_its_error(tmp_path: Path) -> None:

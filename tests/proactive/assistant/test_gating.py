@@ -12,6 +12,7 @@ from datamodules.errors import UserError
 from models.judging.judges import Verdict as Judged
 from proactive.assistant.deciding import Decision
 from proactive.assistant.gating import Gate, GateOptions
+from proactive.assistant.model_thread import ModelThread
 from proactive.assistant.session_log import EventEntry
 from tests.proactive.assistant.sessions import decisions, event, replay
 
@@ -24,7 +25,7 @@ class ProposalJudge:
 
 
 def gate(threshold: float = 0.5, name: str = "a.json", **options: Any) -> Gate:
-    return Gate(ProposalJudge(), threshold, GateOptions(**options), name)  # type: ignore[arg-type]
+    return Gate(ProposalJudge(), threshold, GateOptions(**options), name, ModelThread())  # type: ignore[arg-type]
 
 
 def verdicts(one: Gate, probability: float, count: int = 1) -> list[tuple[Decision, float]]:
