@@ -328,33 +328,6 @@ def measure(
     }
 
 
-def main(
-    root: str,
-    how: How = "full",
-    steps: int | None = None,
-    epochs: float = EPOCHS,
-    small: bool = False,
-    devices: int = 1,
-    more: dict[str, Any] | None = None,
-    profiled: bool = True,
-) -> None:
-    """Measure, and print the figures; see `measure`.
-
-    Args:
-        root: A directory in the published layout.
-        how: All weights, adapters on 4-bit weights, or all weights by FSDP2.
-        steps: How many steps to measure, instead of epochs.
-        epochs: How much of the recipe to run; the rest is reckoned from the steps measured.
-        small: A backbone of 2 small layers, float32 Adam.
-        devices: Above 1, this is one rank of as many, that torchrun has started.
-        more: Options of model and data instead of the config's, by name.
-        profiled: Whether to profile one more step.
-    """
-    found = measure(root, how, steps, epochs, small, devices, more, profiled)
-    if rank_zero_only.rank == 0:
-        print(json.dumps(found))
-
-
 def _now() -> float:
     """The time when the device has done what it was given."""
     if torch.cuda.is_available():
@@ -363,4 +336,6 @@ def _now() -> float:
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    figures = auto_cli(measure, as_positional=False)
+    if rank_zero_only.rank == 0:
+        print(json.dumps(figures))

@@ -61,7 +61,7 @@ def test_the_exponent_of_growth_leaves_out_the_start() -> None:
 
 def test_the_simulation_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    found = loaded(ROOT / "benchmarks" / "simulation.py").main(trials=1, at_once=4)
+    found = loaded(ROOT / "benchmarks" / "simulated_sessions.py").main(trials=1, at_once=4)
     assert found["sessions"] == 12
     assert found["events"] > 12
     assert found["seconds"] > 0

@@ -79,15 +79,21 @@ def test_one_history_and_many_give_what_each_row_gives_by_itself(
     assert mine.score([]) == []
 
 
+def token_counts(scorer: Scorer) -> list[int]:
+    """A list to which each forward pass adds its number of tokens."""
+    network = scorer.weights.model.network
+    assert network is not None
+    counts: list[int] = []
+    network.base_model.register_forward_pre_hook(
+        lambda module, arguments, inputs: counts.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    return counts
+
+
 def test_along_a_session_each_event_is_read_once(scorer: Callable[..., Scorer]) -> None:
     mine = scorer(max_length=500, token_budget=512)
     mine.score([Pair(EVENTS[:1], None)])
-    network = mine.weights.model.network
-    assert network is not None
-    read: list[int] = []
-    network.base_model.register_forward_pre_hook(
-        lambda module, arguments, inputs: read.append(inputs["input_ids"].numel()), with_kwargs=True
-    )
+    read = token_counts(mine)
     for number in range(2, 13):
         mine.score([Pair(EVENTS[:number], proposal) for proposal in PROPOSALS])
     rows = [mine.row_of(Pair(EVENTS[:12], proposal)) for proposal in PROPOSALS]
@@ -102,12 +108,7 @@ def test_sessions_side_by_side_read_each_event_once(scorer: Callable[..., Scorer
         """The number of tokens of all forward passes, and the scores, of two sessions that take turns."""
         mine = scorer(max_length=500, token_budget=512)
         mine.score([Pair(EVENTS[:1], None)])
-        network = mine.weights.model.network
-        assert network is not None
-        read: list[int] = []
-        network.base_model.register_forward_pre_hook(
-            lambda module, arguments, inputs: read.append(inputs["input_ids"].numel()), with_kwargs=True
-        )
+        read = token_counts(mine)
         histories = [EVENTS, EVENTS[::-1]]
         scores = [
             mine.score([Pair(history[:number], PROPOSALS[0])], name)[0]

@@ -22,7 +22,7 @@ from models.learning.training import BackboneModule
 from models.networks.attention import BLOCKWISE, QUERIES, tree_blocks
 from models.networks.tree_reading import choose_attention, pair_cost, tree_mask, tree_problem
 from tests.helpers import PROACTIVEBENCH, SMALL_BACKBONE, needs_proactivebench
-from tests.models.small import EVERY_FAMILY, VOCABULARY
+from tests.models.small import EVERY_FAMILY, VOCABULARY, small_trainer
 
 SMALL: dict[str, Any] = {
     **EVERY_FAMILY,
@@ -259,18 +259,7 @@ def test_an_epoch_on_the_real_rows_has_the_same_loss_curve() -> None:
     for layout in ("tree", "rows"):
         torch.manual_seed(0)
         losses = Losses()
-        trainer = Trainer(
-            accelerator="cpu",
-            max_epochs=1,
-            callbacks=[losses],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-        )
+        trainer = small_trainer(losses, limit_val_batches=0, num_sanity_val_steps=0)
         scratch = {**SMALL_BACKBONE, "attention_dropout": 0.0}
         data = RewardDataModule(root=str(PROACTIVEBENCH), split="published", layout=layout, vocabulary_size=1000)
         trainer.fit(RewardClassifier(scratch=scratch), data)

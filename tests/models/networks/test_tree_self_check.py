@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
 
 from datamodules.batching.reward_rows import RewardDataModule
 from datamodules.errors import UserError
@@ -14,6 +13,7 @@ from models.networks.self_checks import attention_window
 from models.networks.tree_reading import tree_problem
 from tests.helpers import SMALL_BACKBONE
 from tests.models.networks.test_tree_reading import network
+from tests.models.small import small_trainer
 
 
 @pytest.mark.parametrize(
@@ -67,16 +67,7 @@ def test_an_attention_without_custom_masks_is_named() -> None:
 
 def fit_one_step(layout: str, **options: Any) -> RewardDataModule:
     data = RewardDataModule(layout=layout, vocabulary_size=300, folds=8)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-    )
+    trainer = small_trainer(max_steps=1, limit_val_batches=0, num_sanity_val_steps=0)
     trainer.fit(RewardClassifier(**options), data)
     return data
 

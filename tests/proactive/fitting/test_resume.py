@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -201,6 +201,16 @@ def flip_a_bit(content: bytes) -> bytes:
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
+def hints_of_refusals(checkpoint: Path, call: Callable) -> Iterator[str]:
+    """Resume from a checkpoint, and evaluate it: each is refused in two lines that name it. Yields the hints."""
+    for main, option in ((fit.main, ["--ckpt_path"]), (evaluate.main, ["reward", "--checkpoint"])):
+        ended = call(main, *option, checkpoint)
+        assert ended.code == 2
+        what, hint = ended.err.splitlines()
+        assert str(checkpoint) in what
+        yield hint
+
+
 @pytest.mark.parametrize(
     "damage",
     [lambda content: content[:-1], flip_a_bit, lambda content: b"", lambda content: b"\0" * len(content)],
@@ -216,14 +226,7 @@ def test_damaged_checkpoints_are_refused_and_the_newest_good_one_is_offered(
     os.utime(older, (3_000, 3_000) if newest == older.name else (1_000, 1_000))
     (copied_run / "checkpoints" / "bad.ckpt").write_bytes(best.read_bytes()[:-9])  # newer still, and no good
     last(copied_run).write_bytes(damage(last(copied_run).read_bytes()))
-    for main, arguments in (
-        (fit.main, ("--ckpt_path", last(copied_run))),
-        (evaluate.main, ("reward", "--checkpoint", last(copied_run))),
-    ):
-        ended = call(main, *arguments)
-        assert ended.code == 2
-        what, hint = ended.err.splitlines()
-        assert str(last(copied_run)) in what
+    for hint in hints_of_refusals(last(copied_run), call):
         assert str(copied_run / "checkpoints" / newest) in hint
 
 
@@ -372,12 +375,5 @@ def test_a_run_that_max_steps_ended_resumes_with_a_greater_one(
 
 def test_weights_of_another_program_are_refused_as_a_checkpoint(copied_run: Path, call: Callable) -> None:
     torch.save({"state_dict": {"weight": torch.ones(2)}}, last(copied_run))
-    for main, arguments in (
-        (fit.main, ("--ckpt_path", last(copied_run))),
-        (evaluate.main, ("reward", "--checkpoint", last(copied_run))),
-    ):
-        ended = call(main, *arguments)
-        assert ended.code == 2
-        what, hint = ended.err.splitlines()
-        assert str(last(copied_run)) in what
+    for hint in hints_of_refusals(last(copied_run), call):
         assert hint.startswith("  help: ")
