@@ -88,7 +88,7 @@ def main(
     agent: Path = Path("runs/agent-tiny/0"),
     events: int = 100,
     hours: float = 8.0,
-    gap: float = 10.0,
+    gap: float = 60.0,
     speed: float = 100.0,
 ) -> dict[str, Any]:
     """Measure, and print the figures.
@@ -103,6 +103,7 @@ def main(
     """
     judge = RewardJudge(load_weights((RewardClassifier,), gate, "--gate"))
     proposer = LocalAgent(load_weights((ProactiveAgent,), agent, "--agent"), AnswerOptions())
+    proposer.warm_up()
 
     def parts(clock: Clock, count: int, policy: Policy, **others: Any) -> Parts:
         source = Day(clock, count, gap)

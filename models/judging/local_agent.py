@@ -133,6 +133,10 @@ class LocalAgent(Agent):
         """Parse an answer; None if it was cut off."""
         return read_answer(self.data.tokenizer.decode(answer.token_ids)) if answer.finished else None
 
+    def warm_up(self) -> None:
+        """Answer once, so that the first answer of a session takes no longer than others."""
+        self.stream("").answer(self.data.segments([Event(time="0", event="The user logs in.")]))
+
     def stream(self, name: str) -> AnswerStream:
         """Return the generator of answers for a new session."""
         return AnswerStream(

@@ -100,7 +100,9 @@ def prepare(options: "Namespace", default_gate: Callable[[], Path]) -> Session:
         prompt = ChatPrompt.read(options.rewrite.prompt, with_proposal=False)
         source = RewrittenSource(source, _client("rewrite", 0.0, options, clients), prompt)
     if agents:
-        agent: Agent = trained_agent(choose.one("agent", agents, "--agent.checkpoint"), options)
+        trained = trained_agent(choose.one("agent", agents, "--agent.checkpoint"), options)
+        trained.warm_up()
+        agent: Agent = trained
     elif own:
         assert recorded is not None, "without an agent the source is a trace"
         agent = RecordedAgent(recorded.answers, str(options.source or EMBEDDED), 1)

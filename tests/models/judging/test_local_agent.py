@@ -140,6 +140,15 @@ def _with_length(state: dict[str, Any], tokens: int) -> dict[str, Any]:
     return state | {"hyperparameters": state["hyperparameters"] | {"max_length": tokens}}
 
 
+def test_a_warm_up_changes_no_answer(folds: list[AgentWeights], traces: list[Trace]) -> None:
+    drawn: dict[str, Any] = {"candidates": 2, "temperature": 1.0}
+    agents, held_out = agents_on(folds[:1], traces, **drawn)
+    expected = answered(agents, held_out[:1])
+    warm, _ = agents_on(folds[:1], traces, **drawn)
+    warm[held_out[0].name].warm_up()
+    assert observed(warm, held_out[:1]) == expected
+
+
 def test_a_session_reads_each_event_once(folds: list[AgentWeights], traces: list[Trace]) -> None:
     """The instructions, each event, and for each answer the opening and its tokens but the last."""
     options = AnswerOptions(max_new_tokens=8, constrained=False)
