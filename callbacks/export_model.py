@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback
 from datamodules.files.run_folders import EXPORT
 from models.learning.training import BackboneModule
 from models.networks.sharding import gather
-from models.reporting.exports import export_model, refuse_other_folder
+from models.reporting.export_folders import export_model, refuse_other_folder
 from models.reporting.run_record import tested_record
 
 

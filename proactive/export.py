@@ -12,7 +12,7 @@ from typing import Any
 from datamodules.files.run_folders import METRICS_FILE
 from models.learning.checkpoint_files import checkpoint_task, load_trained
 from models.learning.sharded_files import content_digest
-from models.reporting.exports import export_model, is_export, refuse_other_folder
+from models.reporting.export_folders import export_model, is_export, refuse_other_folder
 from proactive.commands import program
 from proactive.parser import Parser
 from proactive.tasks import TASKS

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from datamodules.errors import UserError
 from models.judging.weights import load_weights
 from models.learning.reward_classifier import RewardClassifier
-from models.reporting.exports import export_model, refuse_other_folder
+from models.reporting.export_folders import export_model, refuse_other_folder
 from proactive.assistant.recalibration import read_answers
 from proactive.commands import program
 from proactive.parser import Parser

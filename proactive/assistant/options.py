@@ -5,7 +5,7 @@ from typing import Literal
 
 from datamodules.ranges import Count, NonNegativeFloat, Port, Share
 from models.judging.endpoint import EndpointOptions
-from proactive.agents import add_agent_options
+from proactive.agent_options import add_agent_options
 from proactive.assistant.acting import ToolName
 from proactive.assistant.deciding import Policy
 from proactive.assistant.privacy import PrivacyOptions

@@ -16,12 +16,12 @@ from models.judging.answer_log import AnswerLog
 from models.judging.budget import Budget
 from models.judging.chat_client import ChatClient
 from models.judging.description import joint_settings
-from models.judging.gate import gate_threshold
+from models.judging.gate_curve import gate_threshold
 from models.judging.judges import RewardJudge
 from models.judging.weights import Model, Tie, Weights, assign, load_weights
 from models.learning.preference_agent import AGENTS
 from models.learning.reward_classifier import RewardClassifier
-from proactive.agents import KINDS, one_of, root_corpus, trained_agent, untrained_agent
+from proactive.agent_options import KINDS, one_of, root_corpus, trained_agent, untrained_agent
 from proactive.assistant.assistant import Parts
 from proactive.assistant.deciding import Policy
 from proactive.assistant.gating import Gate, GateOptions

@@ -14,7 +14,7 @@ from datamodules.files.run_folders import METRICS_FILE, REPORT_FILE, missing_fol
 from datamodules.prompting.chat_prompts import JUDGE_PROMPT
 from datamodules.ranges import NonNegativeFloat, Tries
 from models.judging.endpoint import EndpointOptions
-from proactive.agents import add_agent_options
+from proactive.agent_options import add_agent_options
 from proactive.endpoints import add_endpoint_options
 from proactive.evaluation.carry_out import ANSWERS_FILE, VERDICTS_FILE, carry_out
 from proactive.evaluation.prepare import prepare

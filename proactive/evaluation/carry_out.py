@@ -19,7 +19,7 @@ from models.judging.agents import Agent, AlwaysPropose, NeverPropose
 from models.judging.answer_log import AnswerLog
 from models.judging.budget import Price
 from models.judging.description import Advance, group_traces, joint_record, joint_settings
-from models.judging.gate import gate_threshold
+from models.judging.gate_curve import gate_threshold
 from models.judging.judges import Judge, Verdict
 from models.reporting.timeline import TIMELINE_FILE, ShownTraces
 from proactive.evaluation.evaluation_report import evaluation_report, shown_traces

@@ -13,7 +13,7 @@ from datamodules.corpus.records import AnnotatedRow, TraceSplit
 from datamodules.corpus.sources import PUBLISHED_TRACES_DIGESTS
 from datamodules.corpus.traces import Answers, Candidate, Offer, Trace, judged_steps, traces_digest
 from datamodules.escaping import to_cell
-from models.judging.gate import Gated
+from models.judging.gate_curve import Gated
 from models.judging.judges import Verdict
 from models.learning.calibration import DECISION
 from models.learning.metrics import (

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from models.judging.answer_log import AnswerLog
-from tests.models.judging.asking import SETTINGS
+from tests.models.judging.chat_helpers import SETTINGS
 from tests.patience import Clock, turnable_clock
 
 

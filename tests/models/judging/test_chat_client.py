@@ -10,7 +10,7 @@ from datamodules.errors import UserError
 from models.judging.answer_log import AnswerLog
 from models.judging.endpoint import Endpoint, EndpointOptions
 from tests.chat_server import Reply, chat_server
-from tests.models.judging.asking import QUICK, ask, asked_of, echo
+from tests.models.judging.chat_helpers import QUICK, ask, asked_of, echo
 from tests.patience import HANG, HOUR, Clock
 
 

@@ -23,7 +23,7 @@ from models.judging.endpoint import Endpoint, EndpointOptions
 from tests.chat_server import Reply, chat_server
 from tests.datamodules.conftest import few_examples
 from tests.helpers import no_more_memory_than
-from tests.models.judging.asking import QUICK, ask, asked_of, echo
+from tests.models.judging.chat_helpers import QUICK, ask, asked_of, echo
 from tests.patience import HANG, HOUR, Clock
 
 LATE = Reply("late")

@@ -13,7 +13,7 @@ from datamodules.errors import UserError
 from models.judging.answer_log import AnswerLog
 from models.judging.endpoint import Endpoint, EndpointOptions
 from tests.chat_server import Reply, chat_server
-from tests.models.judging.asking import ask, echo
+from tests.models.judging.chat_helpers import ask, echo
 
 KEY = "sk-very-secret-123"
 

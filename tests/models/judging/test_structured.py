@@ -15,7 +15,7 @@ from models.judging.budget import Budget, Price, Usage
 from models.judging.chat_client import ChatClient
 from models.judging.endpoint import Endpoint, EndpointOptions
 from tests.chat_server import Body, Reply, chat_server
-from tests.models.judging.asking import QUICK, SETTINGS, asked_of
+from tests.models.judging.chat_helpers import QUICK, SETTINGS, asked_of
 
 USAGE = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
 

@@ -26,7 +26,7 @@ from models.learning.training import BackboneModule
 from models.networks.adapters import AdapterOptions
 from models.networks.configurations import quiet_transformers
 from models.networks.quantization import Quantization
-from models.reporting.exports import export_model
+from models.reporting.export_folders import export_model
 from models.reporting.model_card import hub_id, model_card, shown_name
 from models.reporting.run_record import run_record
 from tests.helpers import small_root

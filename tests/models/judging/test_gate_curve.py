@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datamodules.errors import UserError
-from models.judging.gate import MOST_POINTS, Gated, gate_threshold
+from models.judging.gate_curve import MOST_POINTS, Gated, gate_threshold
 from models.learning.metrics import agent_metrics
 from tests.datamodules.conftest import few_examples
 

@@ -20,7 +20,7 @@ from datamodules.prompting.segments import Data
 from datamodules.prompting.templates import render
 from models.learning.reward_classifier import RewardClassifier
 from models.learning.saved_models import model_from_export
-from models.reporting.exports import export_model
+from models.reporting.export_folders import export_model
 from models.reporting.run_record import run_record
 from tests.models.reporting.conftest import Run
 from tests.models.small import fit, probabilities, small_classifier, small_data
