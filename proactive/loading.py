@@ -12,8 +12,8 @@ from datamodules.errors import UserError
 from models.judging.local_agent import AnswerOptions, LocalAgent
 from models.judging.scorer import Scorer
 from models.judging.weights import Weights, load_weights
-from models.learning.preference_agent import AGENTS
 from models.learning.reward_classifier import RewardClassifier
+from models.online.agent_classes import AGENTS
 
 EventLike = str | Mapping[str, str] | Sequence[object] | Event
 EVENTS_HINT = "Give each event as text, as {'time': ..., 'event': ...}, or as a pair of time and text."

@@ -13,6 +13,7 @@ from models.learning.preference_agent import PreferenceAgent
 from models.learning.proactive_agent import ProactiveAgent
 from models.learning.reward_classifier import RewardClassifier
 from models.learning.training import BackboneModule
+from models.online.online_agent import OnlineAgent
 from models.reporting.run_page import agent_report, read_curves, reward_report
 from proactive.tables import Record, Table, decision_tables, preference_tables, reward_tables
 
@@ -57,6 +58,7 @@ TASKS = {
         Task(RewardClassifier, reward_tables, _reward_page, lambda folder: []),
         Task(ProactiveAgent, decision_tables, _agent_page, _sampled_answers),
         Task(PreferenceAgent, preference_tables, _agent_page, _sampled_answers),
+        Task(OnlineAgent, decision_tables, _agent_page, _sampled_answers),
     )
 }
 DEFAULT_TASK = RewardClassifier.task

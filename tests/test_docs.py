@@ -29,8 +29,8 @@ PAGES = [
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 HELPS = {
-    "fit": [["--task=reward"], ["--task=agent"], ["--task=preference"]],
-    "plan": [["--task=reward"], ["--task=agent"], ["--task=preference"]],
+    "fit": [["--task=reward"], ["--task=agent"], ["--task=preference"], ["--task=online"]],
+    "plan": [["--task=reward"], ["--task=agent"], ["--task=preference"], ["--task=online"]],
     "evaluate": [["reward"], ["agent"]],
     "annotate": [["import"], ["serve"], ["export"], ["agreement"]],
     "live": [[], ["export"]],

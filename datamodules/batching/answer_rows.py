@@ -43,6 +43,7 @@ class AnswerKind(IntEnum):
     PROBE = 3  # measures P(null) after a history, never learned
     REJECTED = 4  # a rejected proposal or silence
     MISMATCHED = 5  # the proposal of another row, which measures how far a policy has moved from its reference
+    HISTORY = 6  # null after a history whose answers the agent writes itself
 
 
 @dataclass(frozen=True)

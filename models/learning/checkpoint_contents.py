@@ -128,7 +128,7 @@ class SavedBase(Content):
 class ExportContent(Content):
     """The content of proactive.json."""
 
-    task: Literal["reward", "agent", "preference"]
+    task: Literal["reward", "agent", "preference", "online"]
     model: Plain
     calibration: FittedCalibration | None
     data: SavedData
@@ -170,7 +170,7 @@ class RunOptions(Content):
 class CheckpointContent(Content):
     """The content of a checkpoint file, and of values.pt in a sharded checkpoint."""
 
-    task: Literal["reward", "agent", "preference"]
+    task: Literal["reward", "agent", "preference", "online"]
     version: str = Field(validation_alias="pytorch-lightning_version", pattern=r"^2\.\d+(\.\w+)*$")
     epoch: Count
     global_step: Count
@@ -224,6 +224,14 @@ class PreferenceCheckpoint(CheckpointContent):
 
     data: SavedData = Field(validation_alias="PreferenceDataModule")
     reference: dict[Literal["train", "validation", "test"], SavedReference]
+
+
+class OnlineCheckpoint(CheckpointContent):
+    """The checkpoint of an agent that learned from rewards, and the digests of the judges that gave them."""
+
+    data: SavedData = Field(validation_alias="HistoryDataModule")
+    judges: dict[Literal["judge", "held_out_judge"], str]
+    constant_steps: Count
 
 
 class ShardFiles(Content):

@@ -94,10 +94,10 @@ class PreferenceAgent(ProactiveAgent):
 
     # Training
 
-    def prepare_step(self, batch: list[PreferenceBatch]) -> None:
+    def prepare_step(self, batch: list[PreferenceBatch]) -> list[PreferenceBatch]:
         """With kto, estimate the divergence from the reference on the step's mismatched proposals, of all ranks."""
         if self.hparams["objective"] != "kto":
-            return
+            return batch
         total = torch.zeros((), device=self.device)
         with torch.no_grad():
             for part in batch:
@@ -105,6 +105,7 @@ class PreferenceAgent(ProactiveAgent):
                 total += (ratio_R[part["groups"][:, 1]] * part["group_weight"]).sum()
         self._divergence = self.trainer.strategy.reduce(total, reduce_op="mean").clamp(min=0)
         self.log("train/divergence", self._divergence)
+        return batch
 
     def loss(self, batch: PreferenceBatch) -> Tensor:  # type: ignore[override]
         options = self.hparams
@@ -157,6 +158,3 @@ class PreferenceAgent(ProactiveAgent):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.reference = checkpoint["reference"]
-
-
-AGENTS = (ProactiveAgent, PreferenceAgent)

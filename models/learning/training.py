@@ -147,8 +147,9 @@ class BackboneModule(NetworkModule):
 
     # What subclasses define
 
-    def prepare_step(self, batch: list[Any]) -> None:
-        """Compute what the losses of all micro-batches of a step need; by default nothing."""
+    def prepare_step(self, batch: list[Any]) -> list[Any]:
+        """Return the micro-batches of a step, after computing what their losses need; by default they are `batch`."""
+        return batch
 
     def loss(self, batch: Any) -> Tensor:
         """Return the micro-batch's contribution to the step's loss, a scalar tensor."""
@@ -213,7 +214,7 @@ class BackboneModule(NetworkModule):
     def training_step(self, batch: list[Any], batch_idx: int) -> None:
         """One optimizer step over the micro-batches of this rank."""
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
-        self.prepare_step(batch)
+        batch = self.prepare_step(batch)
         loss = torch.zeros((), dtype=torch.float32, device=self.device)
         for number, micro_batch in enumerate(batch, start=1):
             with self._gradient_exchange(is_last=number == len(batch)):

@@ -19,8 +19,8 @@ from models.judging.description import joint_settings
 from models.judging.gate_curve import gate_threshold
 from models.judging.judges import RewardJudge
 from models.judging.weights import Model, Tie, Weights, assign, load_weights
-from models.learning.preference_agent import AGENTS
 from models.learning.reward_classifier import RewardClassifier
+from models.online.agent_classes import AGENTS
 from proactive.agent_options import KINDS, one_of, root_corpus, trained_agent, untrained_agent
 from proactive.assistant.assistant import Parts
 from proactive.assistant.deciding import Policy

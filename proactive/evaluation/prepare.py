@@ -18,9 +18,9 @@ from models.judging.chat_client import ChatClient
 from models.judging.gate_curve import gate_threshold
 from models.judging.judges import EndpointJudge, Judge, RecordedJudge, RewardJudge
 from models.judging.weights import Model, Tie, Weights, assign, load_weights, one_for_each
-from models.learning.preference_agent import AGENTS
 from models.learning.proactive_agent import ProactiveAgent
 from models.learning.reward_classifier import RewardClassifier
+from models.online.agent_classes import AGENTS
 from proactive.agent_options import KINDS, one_of, root_corpus, trained_agent, untrained_agent
 from proactive.endpoints import endpoint_of
 from proactive.evaluation.specification import Evaluation, Stamps

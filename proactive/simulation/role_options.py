@@ -159,8 +159,8 @@ def _local_role(
     from models.judging.judges import RewardJudge
     from models.judging.local_agent import AnswerOptions, LocalAgent
     from models.judging.weights import load_weights
-    from models.learning.preference_agent import AGENTS
     from models.learning.reward_classifier import RewardClassifier
+    from models.online.agent_classes import AGENTS
     from proactive.simulation.local_roles import BaselineAssistant, TrainedAssistant, TrainedJudge
 
     group = options[role]

@@ -15,10 +15,11 @@ from datamodules.batching.answer_rows import AnswerKind
 from datamodules.batching.preference_rows import PreferenceDataModule
 from datamodules.errors import UserError
 from models.learning.checkpoint_files import load_trained
-from models.learning.preference_agent import AGENTS, PreferenceAgent
+from models.learning.preference_agent import PreferenceAgent
 from models.learning.preference_losses import dpo_losses, kto_losses, preference_metrics
 from models.learning.proactive_agent import ProactiveAgent
 from models.learning.saved_models import export_weights
+from models.online.agent_classes import AGENTS
 from tests.helpers import small_root
 from tests.models.networks.test_tree_reading import Result, assert_same, result_of
 from tests.models.small import DECODERS, small_trainer
