@@ -53,6 +53,11 @@ def main(arguments: list[str]) -> None:
     cli = PlanCLI(task_of(arguments), arguments)
     if cli.config.output and cli.config.output.is_dir():
         raise UserError(f"--output: {cli.config.output} is a folder", "Give the path of a file.")
+    if not cli.task.module.plannable:
+        raise UserError(
+            f"--task {cli.task.module.task}: its rows are written while it trains, so they cannot be counted before",
+            "Plan a run of task agent with the same model, and add the time to write answers.",
+        )
     found = plan_run(cli)
     if cli.config.output:
         write_atomically(cli.config.output, json.dumps(found, indent=2) + "\n")

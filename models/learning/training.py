@@ -97,6 +97,7 @@ class BackboneModule(NetworkModule):
     checkpoint_record: ClassVar[type[CheckpointContent]]  # validates its checkpoints
     # Options of the data that follow from the model's, by the model's name.
     linked_options: ClassVar[dict[str, str]] = {"backbone": "tokenizer", "trust_remote_code": "trust_remote_code"}
+    plannable: ClassVar[bool] = True  # whether its rows are known before it trains
     pipeline: ClassVar[str]  # of transformers, for the model card
     card_template: ClassVar[str]  # of the model card
     card_tags: ClassVar[tuple[str, ...]] = ()

@@ -66,6 +66,7 @@ class OnlineAgent(ProactiveAgent):
     """
 
     task = "online"
+    plannable = False
     data_class = HistoryDataModule
     checkpoint_record: ClassVar[type[CheckpointContent]] = OnlineCheckpoint
     monitored_metrics = ("validation/reward", "validation/f1", "validation/auroc")

@@ -47,6 +47,12 @@ def test_preference_training_is_planned(planned: Callable, objective: str) -> No
     assert found["epoch"]["tree"]["tokens"] < found["epoch"]["rows"]["tokens"]
 
 
+def test_online_training_is_not_planned(call: Callable, tmp_path: Path) -> None:
+    ended = call(plan.main, "--task=online", "--model.judge=a run", *SMALL_RUN)
+    assert ended.code == 2
+    assert "--task online: its rows are written while it trains" in ended.err
+
+
 def test_an_8b_recipe_on_a_24_gib_card(planned: Callable) -> None:
     qlora = ROOT / "configs" / "reward" / "qlora.yaml"
     arguments = ["--config", qlora, "--config", SHAPE, "--data.split", "by_scene", "--data.folds", "3"]
