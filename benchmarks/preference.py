@@ -17,10 +17,8 @@ from typing import Any
 
 import torch
 from jsonargparse import auto_cli
-from lightning import Trainer
 from rich.console import Console
-from rich.table import Table
-from tree_batches import BACKBONE, WARM_UP_STEPS, Clock, Tokens, in_a_process
+from tree_batches import BACKBONE, WARM_UP_STEPS, Clock, Tokens, figures_of, in_a_process, show, timing_trainer
 
 from datamodules.batching.preference_rows import PreferenceDataModule
 from datamodules.corpus.sources import Corpus
@@ -57,20 +55,10 @@ def ours(scenes_per_step: int | None, root: str, steps: int) -> dict[str, float]
         counted.append(Tokens(model.network.base_model))
 
     model.on_train_start = on_train_start  # type: ignore[method-assign]
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        callbacks=[clock],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-    )
+    trainer = timing_trainer(clock, max_steps=steps)
     trainer.fit(model, data)
     seconds = clock.ends[steps] - clock.ends[WARM_UP_STEPS]
-    return _figures((steps - WARM_UP_STEPS) * PAIRS / seconds, counted[0].count / (steps * PAIRS))
+    return figures_of((steps - WARM_UP_STEPS) * PAIRS / seconds, counted[0].count / (steps * PAIRS))
 
 
 def trl(pairs_at_once: int, root: str, steps: int) -> dict[str, float]:
@@ -144,14 +132,7 @@ def trl(pairs_at_once: int, root: str, steps: int) -> dict[str, float]:
         )
         trainer.train()
     seconds = ends[-1] - ends[WARM_UP_STEPS - 1]
-    return _figures((steps - WARM_UP_STEPS) * PAIRS / seconds, counted[0].count / (steps * PAIRS))
-
-
-def _figures(pairs_per_second: float, tokens_per_pair: float) -> dict[str, float]:
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"pairs_per_second": pairs_per_second, "tokens_per_pair": tokens_per_pair, "peak_gib": peak}
+    return figures_of((steps - WARM_UP_STEPS) * PAIRS / seconds, counted[0].count / (steps * PAIRS))
 
 
 WAYS = {
@@ -175,15 +156,7 @@ def main(root: str, steps: int = 10, only: str = "") -> None:
         if only in name:
             Console(stderr=True).print(f"{name} ...")
             found[name] = in_a_process(call.format(root=str(Path(root).resolve()), steps=steps), "preference")
-    peers = [figures["pairs_per_second"] for name, figures in found.items() if name.startswith("TRL")]
-    table = Table(title=f"DPO, {torch.get_num_threads()} threads")
-    for title in ("way", "pairs/s", "over the faster TRL", "tokens a pair", "peak memory, GiB"):
-        table.add_column(title, justify="left" if title == "way" else "right")
-    for name, figures in found.items():
-        ratio = f"{figures['pairs_per_second'] / max(peers):.2f}" if peers else ""
-        shown = (f"{figures['pairs_per_second']:.2f}", ratio, f"{figures['tokens_per_pair']:.1f}")
-        table.add_row(name, *shown, f"{figures['peak_gib']:.2f}")
-    Console(width=120).print(table)
+    show(f"DPO, {torch.get_num_threads()} threads", "pair", "TRL", found)
 
 
 if __name__ == "__main__":

@@ -89,14 +89,10 @@ class Tokens:
         self.count += (arguments[0] if arguments else options["input_ids"]).numel()
 
 
-def ours(task: Task, layout: LayoutName, scenes_per_step: int | None, root: str, rows: int) -> dict[str, float]:
-    """Train an epoch, or score every row, with this project."""
-    data = WholeScenes(rows, root=root, layout=layout, scenes_per_step=scenes_per_step, max_length=1024)
-    model = RewardClassifier(scratch=BACKBONE)
-    clock = Clock()
-    trainer = Trainer(
+def timing_trainer(clock: Clock, **length: int) -> Trainer:
+    """A trainer that does nothing beside training; `length` is its max_epochs or max_steps."""
+    return Trainer(
         accelerator="cpu",
-        max_epochs=1,
         callbacks=[clock],
         logger=False,
         enable_checkpointing=False,
@@ -104,7 +100,16 @@ def ours(task: Task, layout: LayoutName, scenes_per_step: int | None, root: str,
         enable_model_summary=False,
         limit_val_batches=0,
         num_sanity_val_steps=0,
+        **length,  # type: ignore[arg-type]
     )
+
+
+def ours(task: Task, layout: LayoutName, scenes_per_step: int | None, root: str, rows: int) -> dict[str, float]:
+    """Train an epoch, or score every row, with this project."""
+    data = WholeScenes(rows, root=root, layout=layout, scenes_per_step=scenes_per_step, max_length=1024)
+    model = RewardClassifier(scratch=BACKBONE)
+    clock = Clock()
+    trainer = timing_trainer(clock, max_epochs=1)
     counted: list[Tokens] = []
     make = model.configure_model
 
@@ -119,10 +124,10 @@ def ours(task: Task, layout: LayoutName, scenes_per_step: int | None, root: str,
         trainer.fit(model, data)
         seconds = clock.ends[-1] - clock.ends[WARM_UP_STEPS]
         done = len(data.split.train) - WARM_UP_STEPS * data.batch_size
-        return _figures(done / seconds, counted[0].count / len(data.split.train))
+        return figures_of(done / seconds, counted[0].count / len(data.split.train))
     trainer.test(model, data, verbose=False)
     total = len(data.split.test)
-    return _figures(total / (clock.ends[-1] - clock.ends[-2]), counted[0].count / total)
+    return figures_of(total / (clock.ends[-1] - clock.ends[-2]), counted[0].count / total)
 
 
 def hugging_face(task: Task, rows_at_once: int, root: str, rows: int) -> dict[str, float]:
@@ -176,11 +181,11 @@ def hugging_face(task: Task, rows_at_once: int, root: str, rows: int) -> dict[st
             trainer.train()
             total = len(data.split.train)
             done = total - WARM_UP_STEPS * 32
-            return _figures(done / (ends[-1] - ends[WARM_UP_STEPS - 1]), tokens.count / total)
+            return figures_of(done / (ends[-1] - ends[WARM_UP_STEPS - 1]), tokens.count / total)
         examples = sorted(_examples(data, "test"), key=lambda example: len(example["input_ids"]))  # pads least
         begin = time.perf_counter()
         trainer.predict(examples)
-        return _figures(len(examples) / (time.perf_counter() - begin), tokens.count / len(examples))
+        return figures_of(len(examples) / (time.perf_counter() - begin), tokens.count / len(examples))
 
 
 def _examples(data: RewardDataModule, stage: Literal["train", "test"]) -> Iterator[dict[str, Any]]:
@@ -188,9 +193,10 @@ def _examples(data: RewardDataModule, stage: Literal["train", "test"]) -> Iterat
         yield {"input_ids": list(map(int, ids)), "labels": int(row.accepted)}
 
 
-def _figures(rows_per_second: float, tokens_per_row: float) -> dict[str, float]:
+def figures_of(rate: float, tokens: float) -> dict[str, float]:
+    """Rows (or pairs) a second, tokens of each, and the peak memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"rows_per_second": rows_per_second, "tokens_per_row": tokens_per_row, "peak_gib": peak}
+    return {"rate": rate, "tokens": tokens, "peak_gib": peak}
 
 
 WAYS: dict[Task, dict[str, str]] = {
@@ -223,15 +229,20 @@ def main(root: str, rows: int = 320, tasks: list[Task] = ["train", "score"], onl
             if only in name:
                 Console(stderr=True).print(f"{task}: {name} ...")
                 found[name] = in_a_process(call.format(root=str(Path(root).resolve()), rows=rows))
-        peers = [figures["rows_per_second"] for name, figures in found.items() if name.startswith("Trainer")]
-        table = Table(title=f"{task}, {torch.get_num_threads()} threads")
-        for title in ("way", "rows/s", "over the faster Trainer", "tokens a row", "peak memory, GiB"):
-            table.add_column(title, justify="left" if title == "way" else "right")
-        for name, figures in found.items():
-            ratio = f"{figures['rows_per_second'] / max(peers):.2f}" if peers else ""
-            shown = (f"{figures['rows_per_second']:.2f}", ratio, f"{figures['tokens_per_row']:.1f}")
-            table.add_row(name, *shown, f"{figures['peak_gib']:.2f}")
-        Console(width=120).print(table)
+        show(f"{task}, {torch.get_num_threads()} threads", "row", "Trainer", found)
+
+
+def show(title: str, unit: str, peer: str, found: dict[str, dict[str, float]]) -> None:
+    """Print the figures of each way, beside the fastest of those whose name starts with `peer`."""
+    peers = [figures["rate"] for name, figures in found.items() if name.startswith(peer)]
+    table = Table(title=title)
+    for column in ("way", f"{unit}s/s", f"over the faster {peer}", f"tokens a {unit}", "peak memory, GiB"):
+        table.add_column(column, justify="left" if column == "way" else "right")
+    for name, figures in found.items():
+        ratio = f"{figures['rate'] / max(peers):.2f}" if peers else ""
+        numbers = (f"{figures['rate']:.2f}", ratio, f"{figures['tokens']:.1f}", f"{figures['peak_gib']:.2f}")
+        table.add_row(name, *numbers)
+    Console(width=120).print(table)
 
 
 def in_a_process(call: str, module: str = "tree_batches") -> dict[str, Any]:
