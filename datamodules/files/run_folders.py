@@ -42,15 +42,16 @@ def new_run_folder(root: Path, name: str) -> Path:
 
 
 def output_folder(output: Path | None, name: str, log: str) -> Path:
-    """The folder of a command that goes on where it stopped: the given one if it is new, empty, or the command's.
+    """Return the output folder of a command that can continue in its own folder.
 
     Args:
-        output: What --output says; if None, a new folder in `runs/name`.
+        output: The folder of --output: a new one, an empty one, or one of this command. If None, a new folder in
+            `runs/name` is made.
         name: The command.
-        log: The file by which its folders are known.
+        log: Name of the file that each folder of the command contains.
 
     Raises:
-        UserError: It is a file, or holds other things.
+        UserError: The path is a file, or a folder with other contents.
     """
     if output is None:
         return new_run_folder(Path("runs"), name)
