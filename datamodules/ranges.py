@@ -56,7 +56,7 @@ def _refuse_path(name: str) -> str:
 FINITE = Finite()
 NonNegativeFloat = Annotated[float, Ge(0), FINITE]
 Positive = Annotated[float, Gt(0), FINITE]
-Share = Annotated[float, Ge(0), Le(1), FINITE]
+Fraction = Annotated[float, Ge(0), Le(1), FINITE]
 FractionBelowOne = Annotated[float, Ge(0), Lt(1), FINITE]
 PositiveFraction = Annotated[float, Gt(0), Le(1), FINITE]
 BelowHalf = Annotated[float, Ge(0), Lt(0.5), FINITE]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from datamodules.batching.rows import RowsDataModule, log
 from datamodules.errors import UserError
 from datamodules.prompting.tokenizers import SCRATCH
-from datamodules.ranges import NonNegativeFloat, Positive, Share, check_ranges
+from datamodules.ranges import Fraction, NonNegativeFloat, Positive, check_ranges
 from models.learning.calibration import Calibration, calibrated, metrics_by_reading
 from models.learning.checkpoint_contents import CheckpointContent
 from models.learning.finite_check import FiniteCheck, not_finite_error
@@ -113,14 +113,14 @@ class BackboneModule(NetworkModule):
         scratch: dict[str, Any] | None = None,
         dtype: DtypeName = "float32",
         attn_implementation: str | None = None,
-        dropout: Share | None = None,
+        dropout: Fraction | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
         trust_remote_code: bool = False,
         optimizer: OptimizerName = "adamw",
         learning_rate: NonNegativeFloat | None = None,
         weight_decay: NonNegativeFloat = 0.1,
-        warmup_ratio: Share = 0.1,
+        warmup_ratio: Fraction = 0.1,
         schedule: ScheduleName = "linear",
         gradient_clip_norm: Positive | None = 1.0,
         adapter: AdapterOptions | None = None,

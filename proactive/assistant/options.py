@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from datamodules.ranges import Count, NonNegativeFloat, Port, Share
+from datamodules.ranges import Count, Fraction, NonNegativeFloat, Port
 from models.judging.endpoint import EndpointOptions
 from proactive.agent_options import add_agent_options
 from proactive.assistant.acting import ToolName
@@ -35,7 +35,7 @@ def session_parser(prog: str) -> Parser:
     )
     add("--shadow", action="store_true", help="Log the gate's verdicts, but hold nothing back.")
     add("--gate-fails-open", action="store_true", help="Show offers if the gate fails, instead of nothing.")
-    add("--epsilon", type=Share, default=0.0, help="Probability of showing an offer that is below the threshold, so "
+    add("--epsilon", type=Fraction, default=0.0, help="Probability of showing an offer that is below the threshold, so "
         "that later figures are unbiased.")  # fmt: skip
     parser.add_class_arguments(Policy, "policy")
     add("--notify", type=Literal["terminal", "page", "desktop", "recorded"], help="How offers are shown: in the "

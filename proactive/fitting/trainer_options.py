@@ -6,7 +6,7 @@ from annotated_types import Ge, Le
 from jsonargparse import Namespace
 
 from datamodules.errors import UserError
-from datamodules.ranges import FINITE, Count, NonNegativeInt, PositiveFraction, Seed, Share, check_ranges
+from datamodules.ranges import FINITE, Count, Fraction, NonNegativeInt, PositiveFraction, Seed, check_ranges
 
 TRAINER_DEFAULTS = {
     "max_epochs": 5,
@@ -25,10 +25,10 @@ TRAINER_RANGES = {
     "min_steps": NonNegativeInt | None,
     "num_nodes": Count,
     "limit_train_batches": Count | PositiveFraction | None,
-    "limit_val_batches": NonNegativeInt | Share | None,
+    "limit_val_batches": NonNegativeInt | Fraction | None,
     "limit_test_batches": Count | PositiveFraction | None,
-    "limit_predict_batches": NonNegativeInt | Share | None,
-    "overfit_batches": NonNegativeInt | Share,
+    "limit_predict_batches": NonNegativeInt | Fraction | None,
+    "overfit_batches": NonNegativeInt | Fraction,
     "check_val_every_n_epoch": Count | None,
     "num_sanity_val_steps": LIMIT | None,
     "log_every_n_steps": NonNegativeInt | None,
