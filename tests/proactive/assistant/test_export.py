@@ -8,6 +8,7 @@ import pytest
 
 from datamodules.corpus.conversations import read_conversations
 from datamodules.corpus.json_records import read_jsonl
+from datamodules.corpus.preferences import PreferenceRecord
 from datamodules.corpus.records import AnnotatedRow
 from datamodules.corpus.traces import read_traces
 from datamodules.errors import UserError
@@ -88,6 +89,7 @@ def test_preferences_and_conversations_say_what_the_user_wanted(session: Path, t
         (3, None, "no", "live"),
         (1, "late", None, "live"),
     ]
+    assert len(read_jsonl(tmp_path / "out" / "preferences.jsonl", PreferenceRecord)) == 3
     path = tmp_path / "out" / "conversations.jsonl"
     found = [one["conversations"] for one in lines(path)]
     assert [[turn["role"] for turn in one] for one in found] == [["system", "user", "assistant"]] * 2
