@@ -5,11 +5,16 @@
 The model is that of `configs/reward/tiny.yaml`, which the default run trains, with random weights and the tokenizer of
 the embedded data. After each event of a simulated history one proposal is scored. The peer is transformers: the same
 network reads the whole row each time, which is cut as in training. Both give the same probabilities, which is checked.
+
+    python benchmarks/scoring.py --sessions 32 --events 25
+
+Sessions take turns, as in a simulation with a trained judge: with one cache for all, with a cache per session, and
+with the next verdicts of all sessions in one batch.
 """
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +85,48 @@ def measure(events: int, max_length: int) -> dict[str, Any]:
     return {"tokens": tokens, "scorer": kept, "anew": whole, "difference": difference}
 
 
-def main(events: int = 200, max_lengths: list[int] | None = None) -> None:
+def measure_turns(events: int, sessions: int, max_length: int) -> None:
+    """Print the milliseconds per verdict of sessions that take turns.
+
+    Args:
+        events: Events per session.
+        sessions: Number of sessions.
+        max_length: Maximum number of tokens of a row.
+    """
+    every = history_of(events * sessions)
+    histories = [tuple(every[number::sessions]) for number in range(sessions)]
+    turns = [[Pair(history[:number], PROPOSAL) for history in histories] for number in range(1, events + 1)]
+
+    def in_turn(scorer: Scorer, names: Sequence[str]) -> list[float]:
+        return [scorer.score([pair], name)[0] for turn in turns for pair, name in zip(turn, names, strict=True)]
+
+    ways: dict[str, Callable[[Scorer], list[float]]] = {
+        "one cache": lambda scorer: in_turn(scorer, [""] * sessions),
+        "a cache per session": lambda scorer: in_turn(scorer, [str(number) for number in range(sessions)]),
+        "one batch per turn": lambda scorer: [score for turn in turns for score in scorer.score(turn)],
+    }
+    found = []
+    for way, score in ways.items():
+        scorer = setting(max_length)
+        scorer.score([Pair(histories[0][:1], PROPOSAL)])  # self-checks
+        begin = time.perf_counter()
+        found.append(score(scorer))
+        seconds = time.perf_counter() - begin
+        print(f"{way}: {1000 * seconds / (events * sessions):.1f} ms per verdict")
+    difference = max(max(abs(a - b) for a, b in zip(found[0], other, strict=True)) for other in found[1:])
+    print(f"probabilities differ by {difference:.0e} at most")
+
+
+def main(events: int = 200, max_lengths: list[int] | None = None, sessions: int = 1) -> None:
     """Measure and print a table for each greatest length.
 
     Args:
-        events: Events of the history.
+        events: Events of a history.
         max_lengths: Tokens of a row, at most: the default of 1,024, and a length that holds the whole history.
+        sessions: If more than one, so many sessions take turns instead.
     """
+    if sessions > 1:
+        return measure_turns(events, sessions, (max_lengths or [1024])[0])
     for max_length in max_lengths or [1024, 4096]:
         found = measure(events, max_length)
         table = Table(title=f"data.max_length {max_length}: milliseconds to score one proposal after the next event")
