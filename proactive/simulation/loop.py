@@ -96,7 +96,13 @@ class SessionLoop:
         start = self.session.random("start")
         self.milliseconds = (FIRST_START + start.randrange(DAYS * 86_400)) * 1000
         self.entities = dict.fromkeys(self.session.scene.environment.entities, "")
-        setup = await self._ask("environment", "setup", SetupAnswer, {}, lambda found: self._updated(found.entities))
+        setup = await self._ask(
+            "environment",
+            "setup",
+            SetupAnswer,
+            {"entities": self.entities},
+            lambda found: self._updated(found.entities),
+        )
         self.entities = self._updated(setup.entities)
         for _ in range(self.options.adaptations):
             earlier = {"adaptation": self.adaptation}

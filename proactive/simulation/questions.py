@@ -56,7 +56,7 @@ class EntityState(AnswerPart):
     """The state of an entity. An entity that does not exist yet is created only if `new` is true."""
 
     entity: Short
-    state: Short
+    state: Note
     new: bool
 
 
@@ -172,7 +172,10 @@ class Question(Generic[Answer]):
     def schema(self) -> Schema:
         """The JSON schema of the answer's required fields."""
         schema = self.answer.model_json_schema()
-        return Schema(self.kind, {name: schema["properties"][name] for name in self.required}, schema.get("$defs", {}))
+        definitions = schema.get("$defs", {})
+        if (changed := EntityState.__name__) in definitions:
+            definitions[changed] = _change_schema(definitions[changed], list(self.facts.get("entities", ())))
+        return Schema(self.kind, {name: schema["properties"][name] for name in self.required}, definitions)
 
     @property
     def required(self) -> list[str]:
@@ -183,6 +186,19 @@ class Question(Generic[Answer]):
         """Return the question for the log. Of facts that consist of earlier answers it has the length only."""
         short = {name: len(value) if name in EARLIER_ANSWERS else value for name, value in self.facts.items()}
         return {"role": self.role, "kind": self.kind, "question": short}
+
+
+def _change_schema(schema: dict[str, Any], known: list[str]) -> dict[str, Any]:
+    """Return the JSON schema of the change of a known entity, or of the creation of another one."""
+
+    def with_fields(**fields: Any) -> dict[str, Any]:
+        return {**schema, "properties": {**schema["properties"], **fields}}
+
+    created = with_fields(new={"type": "boolean", "enum": [True]})
+    if not known:
+        return created
+    kept = with_fields(entity={"type": "string", "enum": known}, new={"type": "boolean", "enum": [False]})
+    return {"anyOf": [kept, created]}
 
 
 class InvalidAnswer(NamedTuple):

@@ -123,8 +123,8 @@ def test_a_user_that_never_reaches_the_goal_ends_at_the_act_limit() -> None:
             "environment, events: answer, field events[0].seconds: Input should be greater than or equal to 0.001",
         ),
         (
-            {"setup": lambda answer, _: {"entities": [{"entity": "a ghost", "state": "", "new": False}]}},
-            "environment, setup: answer, field entities[0].state: expected text, got a blank",
+            {"setup": lambda answer, _: {"entities": [{"entity": " ", "state": "", "new": True}]}},
+            "environment, setup: answer, field entities[0].entity: expected text, got a blank",
         ),
         (
             {"execute": lambda answer, _: answer | {"entities": [{"entity": "a ghost", "state": "x", "new": False}]}},
@@ -199,3 +199,18 @@ def test_sessions_differ_and_depend_only_on_their_name_seed_and_scene() -> None:
     other, _ = loop_of(replace(SESSIONS[0], seed="other"))
     asyncio.run(other.run())
     assert other.steps != loops[0].steps
+
+
+def test_the_schema_of_a_change_names_the_known_entities() -> None:
+    created = {"entity": "b", "state": "", "new": True}
+    loop, role = loop_of(events=lambda answer, _: answer | {"entities": [created]})
+    asyncio.run(loop.run())
+    asked = [question for question, _, _ in role.asked if question.kind in ("setup", "events", "execute")]
+    for question in asked:
+        schema = question.schema.response_format["json_schema"]["schema"]
+        old, new = (one["properties"] for one in schema["$defs"]["EntityState"]["anyOf"])
+        assert old["entity"]["enum"] == list(question.facts["entities"])
+        assert (old["new"]["enum"], new["new"]["enum"]) == ([False], [True])
+        assert "enum" not in new["entity"]
+    assert "b" not in asked[0].facts["entities"]
+    assert "b" in asked[-1].facts["entities"]
