@@ -37,6 +37,10 @@ def _build_network(head: Head, backbone: str, tokenizer: Any) -> Any:
     return build_network(NetworkOptions(head, backbone), tokenizer)
 
 
+def _load_trained(kind: type[Any], *arguments: Any) -> Any:
+    return load_trained((kind,), *arguments)
+
+
 def _weights(model: Any, state: Any, source: str, digest: str) -> Weights[Any]:
     return Weights(model, state, source)
 
@@ -47,7 +51,7 @@ def _score(weights: Weights[Any], rows: list[AnnotatedRow]) -> tuple[list[float]
 
 
 NAMES: dict[str, dict[str, Any]] = {
-    "callbacks.checkpoints": {"load_trained": load_trained},
+    "callbacks.checkpoints": {"load_trained": _load_trained},
     "datamodules.agent": {"AgentDataModule": _AgentDataModule},
     "datamodules.answers": {"read_answer": read_answer},
     "datamodules.batches": {"TreeLayout": TreeLayout},
