@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,16 +15,25 @@ MODES = "<style>svg{color:#1b1f24}@media(prefers-color-scheme:dark){svg{color:#e
 
 
 def loss_plot(curves: dict[str, dict[int, float]]) -> str:
-    """Training and validation loss by optimizer step.
+    """Training and validation loss by optimizer step; see `curves_plot`."""
+    return curves_plot(curves, "loss", ("train/loss", "validation/loss"))
+
+
+def curves_plot(curves: dict[str, dict[int, float]], y_label: str, names: Sequence[str]) -> str:
+    """Some metrics by optimizer step.
 
     Args:
         curves: The result of `read_curves`.
+        y_label: What the metrics have in common, or their unit.
+        names: The metrics. Those that were not logged are left out.
     """
-    axes = new_axes("optimizer step", "cross-entropy")
-    for name, style in (("train/loss", {"alpha": 0.7}), ("validation/loss", {"marker": "o"})):
+    axes = new_axes("optimizer step", y_label)
+    for name in names:
         if points := curves.get(name):
+            style: dict[str, Any] = {"alpha": 0.7} if name.startswith("train/") else {"marker": "o"}
             axes.plot(list(points), list(points.values()), label=name, **style)
-    axes.set_ylim(bottom=0)
+    if all(value >= 0 for name in names for value in curves.get(name, {}).values()):
+        axes.set_ylim(bottom=0)
     return image(axes)
 
 

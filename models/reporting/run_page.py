@@ -9,11 +9,23 @@ from torch import Tensor
 
 from datamodules.corpus.records import AnnotatedRow, Category
 from models.learning.calibration import DECISION
-from models.reporting.plots import image, loss_plot, new_axes, precision_recall_plot, reliability_plot
+from models.reporting.plots import curves_plot, image, loss_plot, new_axes, precision_recall_plot, reliability_plot
 from models.reporting.templating import template_environment
 
 WORST_MISTAKES = 12
 EVENTS_SHOWN = 6
+# By title, the unit and the metrics of plots that agents have if they log one of the metrics.
+AGENT_CURVES = {
+    "Rewards of held-out pairs": (
+        "beta x log-ratio",
+        ("validation/reward_chosen", "validation/reward_rejected", "validation/reward_margin"),
+    ),
+    "Accuracy of held-out pairs": ("fraction", ("validation/preference_accuracy",)),
+    "Rewards of answers": ("reward", ("train/reward", "validation/reward", "validation/held_out_reward")),
+    "Offers and silence": ("fraction", ("train/offer_rate", "validation/offer_rate", "validation/p_null")),
+    "Divergence from the reference": ("nats", ("train/divergence",)),
+    "Length of answers": ("tokens", ("train/answer_tokens",)),
+}
 
 
 def read_curves(folder: Path) -> dict[str, dict[int, float]]:
@@ -69,7 +81,11 @@ def agent_report(
         curves: The result of `read_curves`.
     """
     page = template_environment().get_template("agent_report.html")
-    return page.render(record=record, plots=_plots(record, rows, curves), samples=samples)
+    plots = _plots(record, rows, curves)
+    for title, (unit, names) in AGENT_CURVES.items():
+        if any(name in curves for name in names):
+            plots[title] = curves_plot(curves, unit, names)
+    return page.render(record=record, plots=plots, samples=samples)
 
 
 def _plots(record: dict[str, Any], rows: dict[str, Tensor], curves: dict[str, dict[int, float]]) -> dict[str, str]:

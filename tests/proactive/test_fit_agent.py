@@ -76,6 +76,7 @@ def test_killed_preference_training_resumes_bit_identically(root: Path, tmp_path
     assert "Implicit rewards of" in ended.stdout
     page = (whole / folder / "report.html").read_text(encoding="utf-8")
     assert "Preferences" in page
+    assert "Rewards of held-out pairs" in page
     assert "test pairs" in (whole / folder / "export" / "README.md").read_text(encoding="utf-8")
 
 

@@ -56,6 +56,9 @@ def test_a_killed_run_goes_on_bit_for_bit(options: list[str], tmp_path: Path) ->
     figures = [json.loads((place / FOLDER / "metrics.json").read_text())["test"] for place in (whole, killed)]
     assert figures[0] == figures[1]
     assert figures[0]["raw"]["reward"] > -1  # some answers are readable
+    page = (whole / FOLDER / "report.html").read_text(encoding="utf-8")
+    for title in ("held-out judge", "Rewards of answers", "Offers and silence", "Divergence from the reference"):
+        assert title in page
     logged = set((whole / FOLDER / "logs" / "metrics.csv").read_text().splitlines()[0].split(","))
     assert page_metrics("Online training") <= logged
     assert logged <= set[str]().union(NO_METRICS, *map(page_metrics, ("All tasks", "Agent", "Online training")))
