@@ -28,7 +28,7 @@ PAIRS = 6
 LAYOUTS = (("rows", {"micro_batch_size": 2}), ("tree", {"token_budget": 600}), ("tree", {"token_budget": 9000}))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_root(tmp_path_factory.mktemp("root"), scenes=12, rows_per_scene=20)
 
@@ -261,3 +261,24 @@ def test_a_reference_of_other_rows_is_refused(root: Path) -> None:
     trainer = small_trainer(num_sanity_val_steps=0, plugins=[SafeCheckpointIO(PreferenceAgent)])
     with pytest.raises(UserError, match="the checkpoint's reference is of other train rows"):
         trainer.fit(model, small_data(root))
+
+
+def test_adapters_learn_from_pairs_on_a_frozen_base(root: Path, base: Path, tmp_path: Path) -> None:
+    """The agent with its new adapter is the reference; a checkpoint contains the adapter and the reference."""
+    torch.manual_seed(0)
+    options = {"backbone": str(base), "scratch": None, "adapter": {"rank": 4, "alpha": 8, "dropout": 0.0}}
+    still, model = (small_agent(**options, learning_rate=rate) for rate in (0.0, 1e-2))
+    for one, expected in ((still, math.log(2)), (model, None)):
+        data = small_data(root, tokenizer=str(base))
+        trainer = small_trainer(num_sanity_val_steps=0, plugins=[SafeCheckpointIO(PreferenceAgent)])
+        trainer.fit(one, data)
+        if expected is not None:
+            assert float(trainer.callback_metrics["train/loss"]) == pytest.approx(expected, abs=1e-6)
+    assert float(trainer.callback_metrics["validation/reward_margin"]) != 0
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again, _, _ = load_trained(AGENTS, tmp_path / "a.ckpt", "--agent.checkpoint")
+    batch = next(iter(data.evaluation_loader("validation")))[0]
+    model.eval()
+    again.eval()
+    with torch.no_grad():
+        assert torch.allclose(again.row_losses(batch), model.row_losses(batch), rtol=1e-5)
