@@ -89,7 +89,7 @@ def load_judge(path: str | Path) -> LoadedJudge:
     Raises:
         UserError: The path contains no reward classifier, or a damaged one.
 
-    Example:
+    Examples:
         >>> judge = load_judge("runs/reward-tiny/0")
         >>> events = ["The user opens parse_rows.py.", "The user runs parse_rows.py, and it raises an error."]
         >>> probability = judge.score(events, "Explain the error.")
@@ -121,7 +121,7 @@ def load_agent(
     Raises:
         UserError: The path contains no agent or a damaged one, or several candidates at temperature 0 would be equal.
 
-    Example:
+    Examples:
         >>> agent = load_agent("runs/agent-tiny/0", candidates=2, temperature=0.7, max_new_tokens=64)
         >>> answers = agent.answers(["The user opens parse_rows.py."])
         >>> len(answers)

@@ -225,7 +225,7 @@ class AgentDataModule(AnswersDataModule):
             {"conversations": [{"role": ..., "content": ...}, ...]}.
         options: See AnswersDataModule.
 
-    Example:
+    Examples:
         >>> data = AgentDataModule(root="embedded", folds=5, fold=0)
         >>> data.setup("fit")
         >>> data.row_counts

@@ -25,7 +25,7 @@ class RewardDataModule(RowsDataModule):
         balance: "category" samples training rows so that all categories are equally frequent.
         options: See RowsDataModule.
 
-    Example:
+    Examples:
         >>> data = RewardDataModule(root="embedded", folds=5, fold=0)
         >>> data.setup("fit")
         >>> data.row_counts

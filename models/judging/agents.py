@@ -30,7 +30,7 @@ class AgentSession(Protocol):
 class Agent(Protocol):
     """Proposes something, or nothing, after each event. A new kind of agent is a new class with these methods.
 
-    Example:
+    Examples:
         >>> class OffersOnErrors(Agent):
         ...     def describe(self):
         ...         return Description({"agent": "offers on errors"})

@@ -35,7 +35,7 @@ class Verdict:
 class Judge(Protocol):
     """Accepts or rejects proposals. A new kind of judge is a new class with these methods.
 
-    Example:
+    Examples:
         >>> class AcceptsShortOffers(Judge):
         ...     def describe(self):
         ...         return Description({"judge": "accepts short offers"})

@@ -38,7 +38,7 @@ class Scorer:
     Attributes:
         truncated: Number of rows so far whose oldest events were dropped because of `data.max_length`.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> from datamodules.corpus.records import Event
         >>> from models.judging.weights import load_weights

@@ -39,7 +39,7 @@ class ProactiveAgent(BackboneModule):
             read. The share of answers in valid JSON is logged.
         options: See BackboneModule.
 
-    Example:
+    Examples:
         >>> from lightning import Trainer
         >>> quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
         >>> trainer = Trainer(max_steps=2, limit_val_batches=1, enable_checkpointing=False, **quiet)

@@ -34,7 +34,7 @@ class RewardClassifier(BackboneModule):
         category_weights: Factors on the loss of rows by category, for example {missed_need: 2.0}. The default is 1.
         options: See BackboneModule.
 
-    Example:
+    Examples:
         >>> from lightning import Trainer
         >>> quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
         >>> trainer = Trainer(max_steps=2, limit_val_batches=1, enable_checkpointing=False, **quiet)
