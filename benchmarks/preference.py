@@ -18,7 +18,17 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 from rich.console import Console
-from tree_batches import BACKBONE, WARM_UP_STEPS, Clock, Tokens, figures_of, in_a_process, show, timing_trainer
+from tree_batches import (
+    BACKBONE,
+    WARM_UP_STEPS,
+    Clock,
+    Tokens,
+    backbone_config,
+    figures_of,
+    in_a_process,
+    show,
+    timing_trainer,
+)
 
 from datamodules.batching.preference_rows import PreferenceDataModule
 from datamodules.corpus.sources import Corpus
@@ -74,14 +84,7 @@ def trl(pairs_at_once: int, root: str, steps: int) -> dict[str, float]:
     data = _data(root, layout="rows")
     data.setup("fit")
     torch.manual_seed(0)
-    settings = dict(BACKBONE)
-    config = transformers.AutoConfig.for_model(
-        settings.pop("model_type"),
-        **settings,
-        vocab_size=len(data.tokenizer),
-        pad_token_id=data.tokenizer.pad_token_id,
-    )
-    network = transformers.AutoModelForCausalLM.from_config(config)
+    network = transformers.AutoModelForCausalLM.from_config(backbone_config(data))
     ends: list[float] = []
     counted: list[Tokens] = []
 

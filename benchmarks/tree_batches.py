@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import nn
 
 from datamodules.batching.reward_rows import RewardDataModule
-from datamodules.batching.rows import LayoutName
+from datamodules.batching.rows import LayoutName, RowsDataModule
 from datamodules.corpus.records import AnnotatedRow
 from datamodules.corpus.sources import Corpus
 from datamodules.corpus.splits import Split
@@ -130,6 +130,14 @@ def ours(task: Task, layout: LayoutName, scenes_per_step: int | None, root: str,
     return figures_of(total / (clock.ends[-1] - clock.ends[-2]), counted[0].count / total)
 
 
+def backbone_config(data: RowsDataModule, **more: int) -> Any:
+    """The configuration of the backbone with the tokens of some data."""
+    import transformers
+
+    tokens = {"vocab_size": len(data.tokenizer), "pad_token_id": data.tokenizer.pad_token_id}
+    return transformers.AutoConfig.for_model(**BACKBONE, **tokens, **more)
+
+
 def hugging_face(task: Task, rows_at_once: int, root: str, rows: int) -> dict[str, float]:
     """The same with the Trainer of transformers."""
     import transformers
@@ -137,15 +145,7 @@ def hugging_face(task: Task, rows_at_once: int, root: str, rows: int) -> dict[st
     data = WholeScenes(rows, root=root, layout="rows", max_length=1024)
     data.setup("fit")
     torch.manual_seed(0)
-    settings = dict(BACKBONE)
-    config = transformers.AutoConfig.for_model(
-        settings.pop("model_type"),
-        **settings,
-        vocab_size=len(data.tokenizer),
-        num_labels=2,
-        pad_token_id=data.tokenizer.pad_token_id,
-    )
-    network = transformers.AutoModelForSequenceClassification.from_config(config)
+    network = transformers.AutoModelForSequenceClassification.from_config(backbone_config(data, num_labels=2))
     tokens = Tokens(network.base_model)
     ends: list[float] = []
 

@@ -32,6 +32,7 @@ class Groups(NamedTuple):
     """Groups of two rows, of which each distinct row is listed once."""
 
     examples: list[Example]
+    histories: list[int]  # the digest of each example's history
     rows: Integers  # (G, 2), the rows of each group
     weight: list[float]  # of each group in the mean loss
 
@@ -102,28 +103,32 @@ class PreferenceDataModule(AnswersDataModule):
         if stage not in self._groups:
             found: dict[tuple[Any, ...], int] = {}
             examples: list[Example] = []
+            histories: list[int] = []
             index: dict[tuple[int, int], float] = {}
             for *pair, weight in self._pairs(stage) if self.objective == "dpo" else self._singles(stage):
                 numbers = []
                 for example in pair:
-                    key = history_digest(example.history), example.proposal, example.kind
+                    digest = history_digest(example.history)
+                    key = digest, example.proposal, example.kind
                     if key not in found:
                         found[key] = len(examples)
                         examples.append(example)
+                        histories.append(digest)
                     numbers.append(found[key])
                 index.setdefault((numbers[0], numbers[1]), weight)
             array = np.array(list(index), dtype=np.int64).reshape(-1, 2)
-            self._groups[stage] = Groups(examples, array, list(index.values()))
+            self._groups[stage] = Groups(examples, histories, array, list(index.values()))
         return self._groups[stage]
 
     def pairs(self, stage: Stage) -> Integers:
         """Return the rows of all pairs of an accepted and a rejected proposal after the same history, (P, 2)."""
+        groups = self.groups(stage)
         if self.objective == "dpo":
-            return self.groups(stage).rows
+            return groups.rows
         rows: dict[int, tuple[list[int], list[int]]] = {}
-        for number, example in enumerate(self.groups(stage).examples):
+        for number, (example, history) in enumerate(zip(groups.examples, groups.histories, strict=True)):
             if example.kind != AnswerKind.MISMATCHED:
-                sides = rows.setdefault(history_digest(example.history), ([], []))
+                sides = rows.setdefault(history, ([], []))
                 sides[example.kind == AnswerKind.REJECTED].append(number)
         return np.array([(a, b) for chosen, rejected in rows.values() for a in chosen for b in rejected]).reshape(-1, 2)
 

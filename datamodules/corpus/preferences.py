@@ -33,11 +33,6 @@ class JudgedProposal:
         """See `datamodules.corpus.records.history_digest`."""
         return history_digest(self.history)
 
-    @property
-    def key(self) -> tuple[int, str | None, bool]:
-        """Identifies the history, the proposal and the judgment."""
-        return self.history_digest, self.proposal, self.accepted
-
 
 @dataclass(frozen=True)
 class Preference:

@@ -40,11 +40,20 @@ Candidates = Annotated[int, Ge(2), Le(1024), FINITE]
 
 @dataclass(frozen=True)
 class Written:
-    """An answer that the agent wrote: its token ids, with the end token unless it was cut off, and its content."""
+    """An answer that the agent wrote.
+
+    Attributes:
+        token_ids: Its token ids, with the end token unless it was cut off.
+        answer: Its content; None if it was cut off or is unreadable.
+    """
 
     token_ids: list[int]
     answer: Answer | None
-    finished: bool
+
+    @property
+    def is_offer(self) -> bool:
+        """Whether it is an offer, and not silence."""
+        return self.answer is not None and self.answer.proposal is not None
 
 
 class OnlineAgent(ProactiveAgent):
@@ -89,6 +98,7 @@ class OnlineAgent(ProactiveAgent):
         self._judges: dict[str, JudgeReward] = {}
         self._reference: tuple[PreTrainedModel, ...] = ()  # a tuple, so that checkpoints do not contain it
         self._branched: bool | None = None
+        self._examples: list[Example] = []  # the rows of the training split
         self._divergence = torch.zeros(())  # of the current step
 
     # Setup
@@ -104,6 +114,7 @@ class OnlineAgent(ProactiveAgent):
         if mesh_of(self.trainer) is not None:
             raise UserError("trainer.strategy: sharded weights cannot write answers", "Use ddp, or one device.")
         self._load_judges()
+        self._examples = self.trainer.datamodule.rows("train")  # type: ignore[attr-defined]
         assert self.network is not None
         reference = build_network(self.network_options, self.trainer.datamodule.tokenizer)  # type: ignore[attr-defined]
         reference.set_attn_implementation(self.network.config._attn_implementation)
@@ -138,10 +149,8 @@ class OnlineAgent(ProactiveAgent):
 
     def prepare_step(self, batch: list[AgentBatch]) -> list[Any]:
         """Write and reward answers, and return them as the micro-batches of the step."""
-        data: HistoryDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         rows, shares = _rows_of(batch)
-        examples = data.rows("train")
-        histories = [examples[row] for row in rows]
+        histories = [self._examples[row] for row in rows]
         written = self.write(histories, self.hparams["candidates"], 1.0, rows)
         reward_HK = self._rewards("judge", histories, written)
         self._log_step(written, reward_HK)
@@ -181,7 +190,7 @@ class OnlineAgent(ProactiveAgent):
         ):
             answer = read_answer(data.tokenizer.decode(one.token_ids)) if one.finished else None
             ids = [*one.token_ids, end_id] if one.finished else one.token_ids
-            found[one.trace * count + one.candidate] = Written(ids, answer, one.finished)
+            found[one.trace * count + one.candidate] = Written(ids, answer)
         self.train()
         return [one for one in found if one is not None]
 
@@ -197,9 +206,10 @@ class OnlineAgent(ProactiveAgent):
         """Lay the answers out like the rows of an agent, with the reference's losses of their tokens."""
         data: HistoryDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         count = len(written) // len(histories)
+        prompts = [data.prompt(example.history) for example in histories]
         input_ids, answers = [], []
         for index, one in enumerate(written):
-            prompt = data.prompt(histories[index // count].history)
+            prompt = prompts[index // count]
             input_ids.append([*prompt, *one.token_ids])
             answers.append(np.arange(len(prompt), len(prompt) + len(one.token_ids)))
         layout = data.layout_of(input_ids, answers)
@@ -227,17 +237,16 @@ class OnlineAgent(ProactiveAgent):
 
     def _log_step(self, written: Sequence[Written], reward_HK: Tensor) -> None:
         """Log the answers of a step, over all ranks, and end a run whose agent decides always alike."""
-        offers = [one.answer is not None and one.answer.proposal is not None for one in written]
         figures = {
             "reward": float(reward_HK.mean()),
-            "offer_rate": sum(offers) / len(written),
+            "offer_rate": _offer_rate(written),
             "unreadable": sum(one.answer is None for one in written) / len(written),
             "answer_tokens": sum(len(one.token_ids) for one in written) / len(written),
         }
-        means = torch.tensor(list(figures.values()), device=self.device)
-        means = self.trainer.strategy.reduce(means, reduce_op="mean")
-        self.log_dict({f"train/{name}": mean for name, mean in zip(figures, means, strict=True)})
-        offer_rate = float(means[list(figures).index("offer_rate")])
+        own = torch.tensor(list(figures.values()), device=self.device)
+        means = dict(zip(figures, self.trainer.strategy.reduce(own, reduce_op="mean"), strict=True))
+        self.log_dict({f"train/{name}": mean for name, mean in means.items()})
+        offer_rate = float(means["offer_rate"])
         self.constant_steps = self.constant_steps + 1 if offer_rate in (0.0, 1.0) else 0
         if self.constant_steps >= CONSTANT_STEPS:
             what = "offers only" if offer_rate else "no offer"
@@ -254,13 +263,13 @@ class OnlineAgent(ProactiveAgent):
         metrics["p_null"] = 1 - offers_N.mean()
         if not self._judges:
             self._load_judges()
-        examples = [data.rows(stage)[row] for row in probed_rows(rows).tolist()]
+        all_examples = data.rows(stage)
+        examples = [all_examples[row] for row in probed_rows(rows).tolist()]
         written = self.write(examples, 1, 0.0, range(len(examples)))
         for name in self._judges:
             prefix = "" if name == "judge" else "held_out_"
             metrics[f"{prefix}reward"] = self._rewards(name, examples, written).mean()
-        offers = [one.answer is not None and one.answer.proposal is not None for one in written]
-        metrics["offer_rate"] = torch.tensor(sum(offers) / len(offers))
+        metrics["offer_rate"] = torch.tensor(_offer_rate(written))
         return metrics
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -285,6 +294,11 @@ def _rows_of(batch: Sequence[AgentBatch]) -> tuple[list[int], list[float]]:
     shares: list[float] = []
     for part in batch:
         share_R = part["weight"] * answer_lengths(part)  # the mean of an agent's step is over tokens
-        rows += [row for row, share in zip(part["row"].tolist(), share_R.tolist(), strict=True) if share > 0]
-        shares += [share for share in share_R.tolist() if share > 0]
+        real_R = share_R > 0
+        rows += part["row"][real_R].tolist()
+        shares += share_R[real_R].tolist()
     return rows, shares
+
+
+def _offer_rate(written: Sequence[Written]) -> float:
+    return sum(one.is_offer for one in written) / len(written)

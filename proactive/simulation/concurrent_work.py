@@ -1,12 +1,17 @@
 """Doing work items concurrently. A failure of one does not stop the others, up to a limit."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from datamodules.errors import UserError
+from datamodules.files.run_folders import CONFIG_FILE
+from datamodules.files.writing import write_atomically
 from models.judging.budget import LimitReachedError
+from models.judging.chat_client import ChatClient
 from proactive.simulation.asking import NoValidAnswerError
 from proactive.simulation.log import LOG_FILE, SimulationLog
 from proactive.simulation.work_items import WorkItem
@@ -31,6 +36,33 @@ class Limits:
 
     at_once: int
     failures: int
+
+
+@contextlib.asynccontextmanager
+async def continued(
+    folder: Path, config: str, settings: dict[str, Any], log: SimulationLog, clients: Sequence[ChatClient], say: Say
+) -> AsyncIterator[None]:
+    """Within this context, a folder's log and the clients are open.
+
+    Args:
+        folder: The output folder, new or of a stopped call.
+        config: The options as YAML, which a new folder keeps.
+        settings: Everything that determines the result.
+        log: The log to open.
+        clients: The clients of endpoints.
+        say: Prints how to continue after a stop.
+
+    Raises:
+        UserError: The folder's log has other settings, or another process uses it.
+    """
+    with log.opened(folder / LOG_FILE, settings):
+        say(f"output: {folder}, which the same options with --output {folder} continue after a stop")
+        if not (folder / CONFIG_FILE).exists():
+            write_atomically(folder / CONFIG_FILE, config)
+        async with contextlib.AsyncExitStack() as stack:
+            for client in clients:
+                await stack.enter_async_context(client)
+            yield
 
 
 async def do_all(

@@ -1,6 +1,5 @@
 """`simulate scenes`: scene descriptions from seed tasks. One role, the writer, answers one question per scene."""
 
-import contextlib
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -9,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.corpus.json_records import validate
-from datamodules.files.run_folders import CONFIG_FILE, REPORT_FILE
+from datamodules.files.run_folders import REPORT_FILE
 from datamodules.files.writing import write_atomically
 from models.judging.budget import Price
 from models.judging.chat_client import ChatClient
 from proactive.simulation.asking import ask
-from proactive.simulation.concurrent_work import Limits, Say, do_all
+from proactive.simulation.concurrent_work import Limits, Say, continued, do_all
 from proactive.simulation.log import LOG_FILE, SimulationLog
 from proactive.simulation.questions import Question, Role, SceneAnswer
 from proactive.simulation.scenes import SCENES_FILE, SceneDescription, scenes_text
@@ -121,14 +120,8 @@ async def write_scenes(
         shown = any(event in writing.tested for event in question.facts["sample_events"])
         return {"end": WRITTEN, "scene": {**answer.model_dump(), "contaminated": shown}}
 
-    with log.opened(folder / LOG_FILE, writing.settings(writer)):
-        say(f"output: {folder}, which the same options with --output {folder} continue after a stop")
-        if not (folder / CONFIG_FILE).exists():
-            write_atomically(folder / CONFIG_FILE, writing.config)
-        async with contextlib.AsyncExitStack() as stack:
-            for client in clients:
-                await stack.enter_async_context(client)
-            await do_all(writing.drafts(), do, "scenes", log, writing.limits, say)
+    async with continued(folder, writing.config, writing.settings(writer), log, clients, say):
+        await do_all(writing.drafts(), do, "scenes", log, writing.limits, say)
 
 
 def derive_scenes(

@@ -1,6 +1,5 @@
 """`simulate traces`: sessions of scenes, and the files that are derived from them."""
 
-import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ from datamodules.files.run_folders import CONFIG_FILE, REPORT_FILE
 from datamodules.files.safe_yaml import NotYamlError, read_yaml
 from datamodules.files.writing import write_atomically
 from models.judging.chat_client import ChatClient
-from proactive.simulation.concurrent_work import Limits, Say, do_all
+from proactive.simulation.concurrent_work import Limits, Say, continued, do_all
 from proactive.simulation.contamination import events_of_test_traces
 from proactive.simulation.log import LOG_FILE, SimulationLog
 from proactive.simulation.loop import LoopOptions, SessionLoop
@@ -92,27 +91,21 @@ async def simulate(
         StoppedError: Not all sessions have ended, because of an endpoint or a limit.
         UserError: The folder belongs to another simulation, or another process uses it.
     """
-    with log.opened(folder / LOG_FILE, simulation.settings(roles)):
-        say(f"output: {folder}, which the same options with --output {folder} continue after a stop")
+
+    async def do(session: SimulatedSession) -> dict[str, Any]:
+        loop = SessionLoop(session, roles, log, simulation.options)
+        try:
+            end = await loop.run()
+        finally:
+            for role in roles.values():
+                role.release(session)
+        write_trace(folder / TRACES / f"{session.name}.json", loop.steps)
+        return {"end": end}
+
+    async with continued(folder, simulation.config, simulation.settings(roles), log, clients, say):
         write_atomically(folder / SCENES_FILE, scenes_text(simulation.scenes))
-        if not (folder / CONFIG_FILE).exists():
-            write_atomically(folder / CONFIG_FILE, simulation.config)
-
-        async def do(session: SimulatedSession) -> dict[str, Any]:
-            loop = SessionLoop(session, roles, log, simulation.options)
-            try:
-                end = await loop.run()
-            finally:
-                for role in roles.values():
-                    role.release(session)
-            write_trace(folder / TRACES / f"{session.name}.json", loop.steps)
-            return {"end": end}
-
-        async with contextlib.AsyncExitStack() as stack:
-            for client in clients:
-                await stack.enter_async_context(client)
-            sessions = sessions_of(simulation.scenes, simulation.trials, simulation.seed)
-            await do_all(sessions, do, "sessions", log, simulation.limits, say)
+        sessions = sessions_of(simulation.scenes, simulation.trials, simulation.seed)
+        await do_all(sessions, do, "sessions", log, simulation.limits, say)
 
 
 def derive(folder: Path) -> dict[str, Any]:

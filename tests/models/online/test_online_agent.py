@@ -190,7 +190,7 @@ def test_a_run_that_only_makes_offers_ends_and_says_so(
 ) -> None:
     rewarded(silence)
     monkeypatch.setattr(online_agent, "CONSTANT_STEPS", 2)
-    offer = Written([5, 6, 7], Answer(proposal="A"), finished=True)
+    offer = Written([5, 6, 7], Answer(proposal="A"))
     monkeypatch.setattr(OnlineAgent, "write", lambda self, examples, count, *rest: [offer] * len(examples) * count)
     _, trainer = fitted(root, export, 9)
     assert trainer.global_step == 2
