@@ -5,8 +5,8 @@ if __name__ == "__main__":
 
     start("live")
 
-import asyncio
 import contextlib
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +25,7 @@ from proactive.assistant.preparing import Session, prepare
 from proactive.assistant.session_log import SESSION_FILE, Entry
 from proactive.assistant.session_summary import summary, summary_table
 from proactive.commands import program
+from proactive.event_loop import SignalReceivedError, run_until_signal
 from proactive.parser import Parser
 from proactive.tables import show
 from proactive.terminal import same_command, say
@@ -78,12 +79,14 @@ def _run(options: "Namespace", arguments: Sequence[str]) -> None:
         folder = output_folder(options.output, NAME, SESSION_FILE)
         make_private(folder)
         try:
-            asyncio.run(_watch(session, folder, tell))
+            run_until_signal(_watch(session, folder, tell))
         except UserError:
             _remove_without_entries(folder, around)
             raise
-        except KeyboardInterrupt:
+        except SignalReceivedError as stop:
             say(f"stopped; to continue: {same_command('live', arguments, folder)}", to_stderr=True)
+            if stop.number != signal.SIGINT:  # Ctrl-C is how a session ends; what follows needs no time
+                raise
     if not options.quiet:
         show(summary_table(summary(folder)))
         say(f"{folder / SESSION_FILE} is the log; next: python -m proactive.live export {folder} --output DIR")

@@ -5,7 +5,6 @@ if __name__ == "__main__":
 
     start("simulate")
 
-import asyncio
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from datamodules.files.run_folders import REPORT_FILE, output_folder
 from datamodules.ranges import Count, NonNegativeInt, Positive, Seed, Tries
 from models.judging.endpoint import EndpointOptions
 from proactive.commands import program
+from proactive.event_loop import run_until_signal
 from proactive.parser import Parser
 from proactive.simulation.concurrent_work import Limits, StoppedError
 from proactive.simulation.contamination import without_test_events
@@ -94,7 +94,7 @@ def _traces(options: "Namespace") -> None:
     folder = output_folder(options.output, "simulate", LOG_FILE)
     progress = (lambda text: None) if options.quiet else say
     try:
-        asyncio.run(simulate(simulation, roles, clients, log, folder, progress))
+        run_until_signal(simulate(simulation, roles, clients, log, folder, progress))
     except StoppedError as error:
         _finish(folder, options.quiet)
         raise UserError(

@@ -1,12 +1,9 @@
 """`python -m proactive.evaluate agent`: an agent answers the events of traces, and a judge accepts or rejects."""
 
-import asyncio
-import contextlib
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from callbacks.progress import counted
 from datamodules.errors import UserError
@@ -18,6 +15,7 @@ from proactive.agent_options import add_agent_options
 from proactive.endpoints import add_endpoint_options
 from proactive.evaluation.carry_out import ANSWERS_FILE, VERDICTS_FILE, carry_out
 from proactive.evaluation.prepare import prepare
+from proactive.event_loop import SignalReceivedError, run_until_signal
 from proactive.parser import Parser
 from proactive.tables import agent_tables, show
 from proactive.terminal import same_command, say
@@ -67,22 +65,19 @@ def evaluate_agent_command(options: "Namespace", arguments: Sequence[str]) -> No
     evaluation = prepare(options)
     around = missing_folders(options.output or Path("runs", "evaluate"))
     folder = output_folder(options.output, "evaluate", ANSWERS_FILE)
-    with _stoppable() as signals:
-        try:
-            record = asyncio.run(carry_out(evaluation, folder, partial(counted, quiet=options.quiet)))
-        except UserError as error:
-            if not _remove_without_answers(folder, around):
-                raise UserError(
-                    error.what, f"{error.hint} To resume: {same_command('evaluate', arguments, folder)}"
-                ) from error
-            raise
-        except (KeyboardInterrupt, SystemExit):
-            if not signals:
-                raise
-            _remove_without_answers(folder, around)
-            say("stopped; to resume:", to_stderr=True)
-            say(f"  {same_command('evaluate', arguments, folder)}", to_stderr=True)
-            raise SystemExit(128 + signals[0]) from None
+    try:
+        record = run_until_signal(carry_out(evaluation, folder, partial(counted, quiet=options.quiet)))
+    except UserError as error:
+        if not _remove_without_answers(folder, around):
+            raise UserError(
+                error.what, f"{error.hint} To resume: {same_command('evaluate', arguments, folder)}"
+            ) from error
+        raise
+    except SignalReceivedError:
+        _remove_without_answers(folder, around)
+        say("stopped; to resume:", to_stderr=True)
+        say(f"  {same_command('evaluate', arguments, folder)}", to_stderr=True)
+        raise
     if not options.quiet:
         show(*agent_tables(record))
         say(f"metrics, judged traces and {REPORT_FILE} are in {folder}")
@@ -105,20 +100,3 @@ def _remove_without_answers(folder: Path, around: Sequence[Path]) -> bool:
         path.unlink()
     remove_empty(dict.fromkeys([folder, *around]))
     return True
-
-
-@contextlib.contextmanager
-def _stoppable() -> Iterator[list[int]]:
-    """Within this context, Ctrl-C and SIGTERM raise KeyboardInterrupt. Yields the list of received signals."""
-    signals: list[int] = []
-
-    def stop(number: int, frame: Any) -> None:
-        signals.append(number)
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,6 +1,5 @@
 """The subcommand `simulate scenes`: options, and what it prints."""
 
-import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +8,7 @@ from datamodules.files.run_folders import REPORT_FILE, output_folder
 from datamodules.ranges import Count, NonNegativeInt, Positive, Seed, Tries
 from models.judging.budget import Budget, Price
 from models.judging.endpoint import EndpointOptions
+from proactive.event_loop import run_until_signal
 from proactive.parser import Parser
 from proactive.simulation.concurrent_work import Limits, StoppedError
 from proactive.simulation.contamination import events_of_test_traces
@@ -72,7 +72,7 @@ def scenes(options: "Namespace") -> None:
     progress = (lambda text: None) if options.quiet else say
     stopped: StoppedError | None = None
     try:
-        asyncio.run(write_scenes(writing, writer, clients, log, folder, progress))
+        run_until_signal(write_scenes(writing, writer, clients, log, folder, progress))
     except StoppedError as error:
         stopped = error
     record = derive_scenes(writing, writer, Price(**options.writer.price.as_dict()), log, folder)
