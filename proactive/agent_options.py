@@ -61,7 +61,7 @@ def untrained_agent(
     recorded: Recorded | None,
     client: Callable[[], ChatClient],
     candidates: int | None,
-    latest: int | None = None,
+    latest_tokens: int | None = None,
 ) -> Agent:
     """Return the agent of recorded traces, a baseline, or a model at an endpoint.
 
@@ -72,14 +72,14 @@ def untrained_agent(
         recorded: What `--agent.traces` contains.
         client: Makes the client of the endpoint.
         candidates: Number of answers per event; all recorded ones, or one, if None.
-        latest: Number of latest events that a session sends to an endpoint; all if None.
+        latest_tokens: Estimated tokens of the latest events that a session sends to an endpoint; all events if None.
     """
     if recorded is not None:
         return RecordedAgent(recorded.answers, str(options.agent.traces), candidates)
     if options.agent.baseline:
         return AlwaysPropose() if options.agent.baseline == "always-propose" else NeverPropose()
     prompt = ChatPrompt.read(options.agent.prompt, with_proposal=False)
-    return EndpointAgent(client(), prompt, candidates or 1, latest)
+    return EndpointAgent(client(), prompt, candidates or 1, latest_tokens)
 
 
 def one_of(group: "Namespace", name: str, choices: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """The agent behind a chat endpoint: one request per candidate."""
 
+import json
 from collections import deque
 from collections.abc import Sequence
 
@@ -12,6 +13,8 @@ from models.judging.agents import Agent, AgentSession
 from models.judging.chat_client import ChatClient
 from models.judging.description import Advance, Description, uncounted
 
+BYTES_PER_TOKEN = 2  # SmolLM2 has 2.7 in the events of the published traces, and at least 1.9 in each
+
 
 class EndpointAgent(Agent):
     """A chat model behind an endpoint, with one request per candidate; candidates differ by their seed.
@@ -20,18 +23,21 @@ class EndpointAgent(Agent):
         client: The client of the endpoint.
         prompt: The prompt.
         candidates: Number of answers per event.
-        latest: Number of latest events that a session sends; all if None.
+        latest_tokens: A session sends as many of the latest events as have about so many tokens, and at
+            least the latest one; all if None.
 
     Raises:
         UserError: Several candidates at temperature 0 would be equal.
     """
 
-    def __init__(self, client: ChatClient, prompt: ChatPrompt, candidates: int = 1, latest: int | None = None) -> None:
+    def __init__(
+        self, client: ChatClient, prompt: ChatPrompt, candidates: int = 1, latest_tokens: int | None = None
+    ) -> None:
         refuse_equal_samples(candidates, client.endpoint.temperature)
         self.client = client
         self.prompt = prompt
         self.candidates = candidates
-        self.latest = latest
+        self.latest_tokens = latest_tokens
 
     def describe(self) -> Description:
         endpoint, prompt = self.client.endpoint, self.prompt.model_dump()
@@ -63,22 +69,35 @@ class EndpointAgent(Agent):
 
 
 class EndpointSession(AgentSession):
-    """A session of a model behind an endpoint; each request contains the whole history, or its `latest` events."""
+    """A session of a model behind an endpoint; each request contains the whole history, or its latest events."""
 
     def __init__(self, agent: EndpointAgent, name: str) -> None:
         self.agent = agent
         self.name = name
-        self._history: deque[Event] = deque(maxlen=agent.latest)
+        self._history: deque[tuple[Event, int]] = deque()  # with estimated tokens
+        self._tokens = 0
         self._events = 0
 
     async def observe(self, event: Event) -> list[Candidate]:
         self.note(event)
-        step, history = self._events - 1, tuple(self._history)
+        step, history = self._events - 1, tuple(event for event, _ in self._history)
         numbers = range(self.agent.candidates)
         return await self.agent.client.gather(
             self.agent.candidate(self.name, step, history, number) for number in numbers
         )
 
     def note(self, event: Event) -> None:
-        self._history.append(event)
+        self._history.append((event, estimated_tokens(event)))
+        self._tokens += self._history[-1][1]
         self._events += 1
+        limit = self.agent.latest_tokens
+        while limit is not None and self._tokens > limit and len(self._history) > 1:
+            self._tokens -= self._history.popleft()[1]
+
+
+def estimated_tokens(event: Event) -> int:
+    """Estimate the number of tokens of an event in a prompt, since the server's tokenizer is not known.
+
+    It is at least what SmolLM2's tokenizer, a small vocabulary, gives for nearly all English events.
+    """
+    return len(json.dumps(event.model_dump(), ensure_ascii=False, indent=1).encode()) // BYTES_PER_TOKEN + 1

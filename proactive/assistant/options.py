@@ -22,7 +22,8 @@ def session_parser(prog: str) -> Parser:
     add("--source", type=str, help="What to watch: the address of an ActivityWatch server, an export of one, or a "
         "trace in either of the published layouts. Default: a session of the embedded data.")  # fmt: skip
     add_agent_options(parser)
-    add("--latest-events", type=Count, default=200, help="Number of latest events that a model at an endpoint gets.")
+    add("--latest-tokens", type=Count, default=8192, help="A model at an endpoint gets as many of the latest events as "
+        "have about so many tokens.")  # fmt: skip
     add("--data.root", type=str, help="Root whose traces count as the same session if they have the same file name: "
         "embedded, published or a folder. Default: the root that gate or agent trained on.")  # fmt: skip
     add("--gate", type=Path, nargs="+", help="A reward classifier that holds back offers below a threshold. Of "

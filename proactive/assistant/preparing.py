@@ -109,7 +109,7 @@ def prepare(options: "Namespace", default_gate: Callable[[], Path]) -> Session:
     else:
         others = _recorded_answers(options.agent.traces, trace) if trace and options.agent.traces else None
         client = partial(_client, "agent", options.temperature, options, clients)
-        agent = untrained_agent(options, others, client, 1, options.latest_events)
+        agent = untrained_agent(options, others, client, 1, options.latest_tokens)
     policy, tools = Policy(**options.policy.as_dict()), tuple(options.tools)
     thread = ModelThread()
     run_agent = thread.run if agents else here

@@ -15,7 +15,7 @@ from models.judging.agents import GENERIC_PROPOSAL, Agent, AlwaysPropose, NeverP
 from models.judging.chat_client import ChatClient
 from models.judging.description import joint_record, joint_settings
 from models.judging.endpoint import Endpoint
-from models.judging.endpoint_agent import EndpointAgent
+from models.judging.endpoint_agent import EndpointAgent, estimated_tokens
 from tests.chat_server import Body, Reply, chat_server
 
 TRACES = [
@@ -98,7 +98,7 @@ def test_an_endpoint_gets_the_latest_events_and_the_client_keeps_nothing_of_answ
     async def observed() -> None:
         with chat_server(lambda body, before: Reply(json.dumps({"proposal": "x"}))) as chat:
             async with ChatClient(Endpoint(chat.url, "m")) as client:
-                session = EndpointAgent(client, prompt, latest=3).session("live")
+                session = EndpointAgent(client, prompt, latest_tokens=3 * estimated_tokens(events[0])).session("live")
                 for event in events[:4]:
                     session.note(event)
                 for event in events[4:]:
@@ -106,6 +106,12 @@ def test_an_endpoint_gets_the_latest_events_and_the_client_keeps_nothing_of_answ
                 assert client._asked == {}
             sent = [body["messages"][-1]["content"] for body in chat.bodies]
             assert [[n for n in range(6) if f"event number {n}." in text] for text in sent] == [[2, 3, 4], [3, 4, 5]]
+            async with ChatClient(Endpoint(chat.url, "m")) as client:
+                session = EndpointAgent(client, prompt, latest_tokens=1).session("live")
+                session.note(events[0])
+                await session.observe(Event(time="9", event="long " * 50))
+            last = chat.bodies[-1]["messages"][-1]["content"]
+            assert ("long long" in last, "event number" in last) == (True, False), "the latest event is always sent"
 
     asyncio.run(observed())
 
