@@ -1,4 +1,4 @@
-"""Agents: they propose something, or nothing, after each event of a session. And the agents without a model."""
+"""The interface of agents, which make a proposal or stay silent after each event, and the agents without a model."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ class AgentSession(Protocol):
 
 
 class Agent(Protocol):
-    """Proposes something, or nothing, after each event. A new kind of agent is a new class with these methods.
+    """Makes a proposal or stays silent after each event. To add a kind of agent, write a class with these methods.
 
     Examples:
         >>> class OffersOnErrors(Agent):
@@ -57,7 +57,9 @@ class Agent(Protocol):
         ...
 
     async def answer(self, traces: Sequence[Trace], advance: Advance = uncounted) -> Answers:
-        """Return what sessions with the names and events of the traces return, in less time.
+        """Answer all events of traces.
+
+        The answers equal those of one session per trace, with the trace's name. This method may be faster.
 
         Args:
             traces: The traces. An answer only depends on its event and the events before it.
@@ -71,17 +73,16 @@ class Agent(Protocol):
 
 
 @dataclass
-class KnownSession(AgentSession):
-    """A session with given candidates: one list per event, and `otherwise` for later events."""
+class FixedSession(AgentSession):
+    """A session with given candidates: one list per event, and `default` for events after the last list."""
 
     candidates: Sequence[Sequence[Candidate]]
-    otherwise: Candidate
+    default: Candidate
     step: int = 0
 
     async def observe(self, event: Event) -> list[Candidate]:
         self.note(event)
-        known = self.candidates[self.step - 1 : self.step]
-        return list(known[0]) if known else [self.otherwise]
+        return list(self.candidates[self.step - 1]) if self.step <= len(self.candidates) else [self.default]
 
     def note(self, event: Event) -> None:
         self.step += 1
@@ -105,12 +106,12 @@ class RecordedAgent(Agent):
         )
 
     def session(self, name: str) -> AgentSession:
-        return KnownSession(self._of(name), Candidate(None))
+        return FixedSession(self._answers_of(name), Candidate(None))
 
     async def answer(self, traces: Sequence[Trace], advance: Advance = uncounted) -> Answers:
-        return {trace.name: self._of(trace.name) for trace in traces}
+        return {trace.name: self._answers_of(trace.name) for trace in traces}
 
-    def _of(self, name: str) -> list[Sequence[Candidate]]:
+    def _answers_of(self, name: str) -> list[Sequence[Candidate]]:
         return [step[: self.candidates] for step in self.recorded[name]]
 
 
@@ -121,7 +122,7 @@ class NeverPropose(Agent):
         return Description({"agent": "never-propose"})
 
     def session(self, name: str) -> AgentSession:
-        return KnownSession((), Candidate(None))
+        return FixedSession((), Candidate(None))
 
     async def answer(self, traces: Sequence[Trace], advance: Advance = uncounted) -> Answers:
         return {trace.name: [[Candidate(None)] for _ in trace.events] for trace in traces}
@@ -137,7 +138,7 @@ class AlwaysPropose(Agent):
         return Description({"agent": "always-propose"})
 
     def session(self, name: str) -> AgentSession:
-        return KnownSession([[_first_offer(step)] for step in self.others.get(name, ())], _first_offer(()))
+        return FixedSession([[_first_offer(step)] for step in self.others.get(name, ())], _first_offer(()))
 
     async def answer(self, traces: Sequence[Trace], advance: Advance = uncounted) -> Answers:
         return {

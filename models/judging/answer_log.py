@@ -1,4 +1,4 @@
-"""Keeps answers as soon as they arrive, so that no question is asked twice."""
+"""The answer log: each text is stored as soon as it arrives, so that no request is sent twice."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,24 +6,27 @@ from typing import Any
 from datamodules.files.append_log import AppendLog
 from models.judging.budget import Usage
 
-# Finish reasons of complete replies on several servers; others are length, content_filter, tool_calls.
-FINAL = ("stop", "end_turn", "stop_sequence", "eos", "eos_token", "complete", "completed")
+# Finish reasons of complete replies, on several servers. Incomplete ones have length, content_filter or tool_calls.
+COMPLETE = ("stop", "end_turn", "stop_sequence", "eos", "eos_token", "complete", "completed")
 
 
 def is_final(finish_reason: str | None) -> bool:
     """Whether a reply is complete, as far as its finish reason says."""
-    return not finish_reason or finish_reason.lower() in FINAL
+    return not finish_reason or finish_reason.lower() in COMPLETE
 
 
 class AnswerLog(AppendLog):
-    """Texts by key, in memory, and in a file between `opened` and its end. A kill loses no line of the file.
+    """Texts by key. They are kept in memory and, within `with log.opened(...)`, in a file. A kill loses no line of it.
 
-    `unfinished` maps the key of an incomplete reply to its finish reason.
+    Attributes:
+        texts: The text of each key.
+        unfinished: The finish reason of each incomplete reply, by key.
+        used: By role, the tokens of the requests whose replies the log contains.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.used: dict[str, Usage] = {}  # by role, of the requests whose replies it contains
+        self.used: dict[str, Usage] = {}
         self.texts: dict[str, str] = {}
         self.unfinished: dict[str, str] = {}
 
@@ -46,7 +49,7 @@ class AnswerLog(AppendLog):
             finish_reason: Why the text ended, if known.
             usage: The tokens of a request to an endpoint.
             seconds: How long that request took, with its retries.
-            notes: More entries for the file.
+            notes: Further fields of the line in the file.
         """
         self._note(key, text, finish_reason)
         entry: dict[str, Any] = {"key": key, "where": where, "text": text, "finish_reason": finish_reason}
@@ -63,7 +66,7 @@ class AnswerLog(AppendLog):
 
     @property
     def usage(self) -> Usage:
-        """The usage of all requests whose replies it contains."""
+        """The tokens of all requests whose replies the log contains."""
         return sum(self.used.values(), Usage())
 
     def _count(self, entry: Mapping[str, Any], usage: Usage) -> None:

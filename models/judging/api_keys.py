@@ -19,7 +19,7 @@ def read_key(variable: str) -> str:
     key = os.environ.get(variable, "").strip()
     if not key:
         raise UserError(f"the environment variable {variable} is not set", "Set it to the endpoint's API key.")
-    if not re.fullmatch(r"[!#-&(-\[\]-~]+", key):  # visible ASCII but quotes and backslashes
+    if not re.fullmatch(r"[!#-&(-\[\]-~]+", key):  # visible ASCII without quotes and backslashes
         raise UserError(
             f"the environment variable {variable} is not a key: it contains blanks, quotes, "
             "control characters or letters outside ASCII",
@@ -48,7 +48,9 @@ def _in_any_escaping(key: str) -> re.Pattern[str]:
         for character in key
     ]
     encoded: set[str] = set()
-    for offset in range(3):  # of the key in a group of three bytes; letters that encode other bytes too are cut off
+    # Base64 encodes groups of three bytes, and the key can start at any place in a group. Letters that also encode
+    # bytes beside the key are cut off.
+    for offset in range(3):
         letters = base64.b64encode(b"\0" * offset + key.encode()).decode().rstrip("=")
         whole = letters[(0, 2, 3)[offset] : (offset + len(key)) * 8 // 6]
         encoded |= {re.escape(whole), re.escape(whole.translate(str.maketrans("+/", "-_")))}

@@ -1,4 +1,4 @@
-"""Tokens and cost of endpoints: counted as servers report them, with optional limits."""
+"""Tokens and cost of endpoints, as servers report them, and their limits."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -62,13 +62,13 @@ class LimitReachedError(UserError):
 
 
 class Budget:
-    """What one endpoint, or all endpoints of a run together, may use.
+    """The limits of tokens and cost of one endpoint, or of all endpoints of a run together.
 
     Args:
         token_limit: Tokens in and out; unlimited if None.
         cost_limit: Cost, in the currency of the prices; unlimited if None.
         options: The names of the options that set these limits, for messages.
-        whole: The budget that this one is a part of. What is used counts in both.
+        parent: A budget that includes this one, such as that of a run. Usage counts in both.
     """
 
     def __init__(
@@ -76,9 +76,9 @@ class Budget:
         token_limit: int | None = None,
         cost_limit: float | None = None,
         options: tuple[str, str] = ("endpoint.token_limit", "endpoint.cost_limit"),
-        whole: "Budget | None" = None,
+        parent: "Budget | None" = None,
     ) -> None:
-        self.whole = whole
+        self.parent = parent
         self.options = options
         self.token_limit = token_limit
         self.cost_limit = cost_limit
@@ -89,8 +89,8 @@ class Budget:
         """Count some requests."""
         self.tokens += usage.tokens
         self.cost += price.cost(usage)
-        if self.whole is not None:
-            self.whole.add(usage, price)
+        if self.parent is not None:
+            self.parent.add(usage, price)
 
     def refuse_more(self) -> None:
         """Raise a LimitReachedError if a limit is reached, so that no more requests are sent."""
@@ -103,5 +103,5 @@ class Budget:
                     f"the limit of {option} is reached: {used:,} of {limit:,} {what}",
                     f"Answers so far are kept: continue with a greater --{option}.",
                 )
-        if self.whole is not None:
-            self.whole.refuse_more()
+        if self.parent is not None:
+            self.parent.refuse_more()

@@ -1,4 +1,4 @@
-"""A client for chat endpoints that asks concurrently, keeps each answer in a log, and asks no question twice."""
+"""A client for chat endpoints: it sends requests concurrently, logs each reply, and sends no request twice."""
 
 import asyncio
 import hashlib
@@ -26,7 +26,7 @@ class ChatClient:
         endpoint: The endpoint.
         log: Keeps the replies.
         budget: Limits the tokens and the cost of several clients together.
-        role: Tells clients with one log apart.
+        role: Distinguishes clients that share a log.
     """
 
     def __init__(
@@ -40,8 +40,8 @@ class ChatClient:
 
     async def __aenter__(self) -> Self:
         await self._connection.__aenter__()
-        self._room = asyncio.Semaphore(self.endpoint.options.concurrency)
-        self._asked: dict[str, asyncio.Lock] = {}
+        self._semaphore = asyncio.Semaphore(self.endpoint.options.concurrency)
+        self._locks: dict[str, asyncio.Lock] = {}  # of requests in progress, by key
         self.budget.add(self.log.used.get(self.role, Usage()), self.endpoint.price)
         return self
 
@@ -82,7 +82,7 @@ class ChatClient:
             attempt: Added to the seed, to distinguish requests that are otherwise equal.
             temperature: Sampling temperature; that of the endpoint if None.
             schema: The JSON schema that the text should match, if the endpoint is asked for structured output.
-            notes: More entries for the log.
+            notes: Further fields of the line in the log.
 
         Raises:
             UserError: The endpoint refuses, or fails after all retries, or a limit of tokens or cost is reached.
@@ -94,16 +94,16 @@ class ChatClient:
         question = [messages, attempt, temperature, *([schema.name] if schema else [])]
         question += [self.role] if self.role else []
         key = hashlib.sha256(json.dumps(question).encode()).hexdigest()[:32]
-        async with self._asked.setdefault(key, asyncio.Lock()):  # concurrent equal requests are sent once
+        async with self._locks.setdefault(key, asyncio.Lock()):  # concurrent equal requests are sent once
             if key not in self.log.texts:
-                async with self._room:
+                async with self._semaphore:
                     self.budget.refuse_more()
                     begin = time.monotonic()
                     reply = await self._connection.send(self._body(messages, attempt, temperature, schema), where)
                 seconds = round(time.monotonic() - begin, 3)
                 self.budget.add(reply.usage, self.endpoint.price)
                 self.log.add(key, reply.text, where, reply.finish_reason, reply.usage, seconds, notes)
-            self._asked.pop(key, None)  # from now on the log answers
+            self._locks.pop(key, None)  # from now on the log has the reply
         return self.log.final(key)
 
     def _body(

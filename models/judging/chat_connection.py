@@ -1,4 +1,7 @@
-"""The connections to a chat endpoint: retries, fields that a server refuses, and responses of limited size."""
+"""The connections to a chat endpoint.
+
+They retry failed requests, leave out fields that a server refuses, and limit the size of responses.
+"""
 
 import asyncio
 import logging
@@ -34,7 +37,7 @@ JSON_SCHEMA = "json_schema"  # type of a response format
 RENAMED = {"max_tokens": "max_completion_tokens"}  # fields that newer servers expect under another name
 # By status, the fields that an error with it may refuse; llama-cpp-python refuses a response format with 500.
 REFUSED_FIELDS = {400: (RESPONSE_FORMAT, *RENAMED), 422: (RESPONSE_FORMAT, *RENAMED), 500: (RESPONSE_FORMAT,)}
-SHORTEST_LOGGED = 5.0  # seconds: shorter waits that a server asks for are not logged
+MIN_LOGGED_WAIT = 5.0  # seconds; shorter waits that a server asks for are not logged
 log = logging.getLogger("proactive")
 
 
@@ -109,7 +112,7 @@ class ChatConnection:
         failure = state.outcome.exception() if state.outcome else None
         if isinstance(failure, RequestFailed) and failure.retry_after is not None:
             until = time.monotonic() + failure.retry_after
-            if failure.retry_after >= SHORTEST_LOGGED and until > self._logged_until + SHORTEST_LOGGED:
+            if failure.retry_after >= MIN_LOGGED_WAIT and until > self._logged_until + MIN_LOGGED_WAIT:
                 self._logged_until = until
                 log.info(f"{self.endpoint.url} asks to wait {duration(failure.retry_after)}: {failure}")
             return failure.retry_after
@@ -167,7 +170,7 @@ class ChatConnection:
             raise RequestFailed(what) from None
         if reply.only_reasoning and not self._reasoning_logged:
             self._reasoning_logged = True
-            log.info(f"{self.endpoint.url} sends thoughts without an answer; a greater max_tokens may help")
+            log.info(f"{self.endpoint.url} sends reasoning without an answer; a greater max_tokens may help")
         reason = reply.finish_reason and self._printable(reply.finish_reason)
         return replace(reply, text=self.endpoint.without_key(reply.text), finish_reason=reason)
 

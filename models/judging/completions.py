@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from datamodules.files.reading import is_deep
 from models.judging.budget import Usage
 
-TRY_AGAIN = (408, 409, 425, 429)  # and every status from 500
+RETRIED = (408, 409, 425, 429)  # status codes that a retry may help with, besides those from 500
 ERROR_FIELDS = ("error", "errors", "message", "detail", "msg", "error_message", "error_msg")
 
 
@@ -54,10 +54,10 @@ class Reply:
     """A model's reply to one request.
 
     Attributes:
-        text: Its text; thoughts are not part of it.
+        text: Its text, without reasoning.
         finish_reason: Why it ended, if the server says so.
         usage: The tokens of the request.
-        only_reasoning: Whether the server put all text into a field for thoughts.
+        only_reasoning: Whether the server put all text into a field for reasoning.
     """
 
     text: str
@@ -75,12 +75,12 @@ class Reply:
         completion = Completion.model_validate(content)
         choice = completion.choices[0]
         text = text_of(choice.message.content).encode("utf-8", "replace").decode()
-        thoughts = choice.message.reasoning or choice.message.reasoning_content
-        return cls(text, choice.finish_reason, Usage.of(completion.usage), not text.strip() and bool(thoughts))
+        reasoning = choice.message.reasoning or choice.message.reasoning_content
+        return cls(text, choice.finish_reason, Usage.of(completion.usage), not text.strip() and bool(reasoning))
 
 
 def unsupported_field(content: Any, text: str, fields: Iterable[str]) -> str | None:
-    """The first of some request fields that an error names, in `param` or in its message; None if it names none.
+    """The first of the given request fields that an error names, in `param` or in its message; None if it names none.
 
     Args:
         content: The response as JSON.
@@ -97,7 +97,7 @@ def unsupported_field(content: Any, text: str, fields: Iterable[str]) -> str | N
 
 
 def text_of(content: str | dict[str, Any] | list[str | dict[str, Any]] | None) -> str:
-    """The text of a message, which may be a list of parts; thoughts, images and tool calls are skipped."""
+    """The text of a message, which may be a list of parts; reasoning, images and tool calls are skipped."""
     if content is None or isinstance(content, str):
         return content or ""
     text = ""
@@ -148,7 +148,7 @@ def is_refusal(response: Received, content: Any) -> bool:
         error = content.get("error")
         said = str((error if isinstance(error, dict) else content).get("code"))
         code = int(said) if re.fullmatch("[1-5][0-9]{2}", said) else 500
-    return code != 200 and code < 500 and code not in TRY_AGAIN
+    return code != 200 and code < 500 and code not in RETRIED
 
 
 def streams(response: Received) -> bool:

@@ -15,18 +15,18 @@ def uncounted() -> None:
 
 @dataclass(frozen=True)
 class Description:
-    """An agent or a judge in plain types.
+    """A description of an agent or a judge, in plain types.
 
     Attributes:
         settings: Everything except weights that determines its answers. A log only continues with equal settings.
-        doing: The label of its progress; None if it answers at once.
+        progress_label: The text before its progress bar; None if it needs none, because it answers at once.
         weights: The digest of its weights, if it has local weights.
         source: The path of its weights, or the address of its endpoint.
-        notes: More entries for the record.
+        notes: Further entries of the record in metrics.json.
     """
 
     settings: dict[str, Any]
-    doing: str | None = None
+    progress_label: str | None = None
     weights: str | None = None
     source: str | None = None
     notes: dict[str, Any] = field(default_factory=dict)
@@ -53,7 +53,7 @@ def group_traces(parts: Mapping[str, Part], traces: Sequence[Trace]) -> list[tup
 
 
 def joint_settings(parts: Mapping[str, Part]) -> dict[str, Any]:
-    """The joint settings of the agents or judges of all traces, for a log."""
+    """The settings of the agents or judges of all traces together, as the first line of a log stores them."""
     described = _descriptions(parts)
     first = next(iter(described.values()))
     weights = {name: one.weights for name, one in described.items()}
@@ -61,7 +61,7 @@ def joint_settings(parts: Mapping[str, Part]) -> dict[str, Any]:
 
 
 def joint_record(parts: Mapping[str, Part]) -> dict[str, Any]:
-    """The joint record of the agents or judges of all traces: with addresses, and paths instead of digests."""
+    """The same for metrics.json: with addresses, and with the paths of weights instead of their digests."""
     described = _descriptions(parts)
     first = next(iter(described.values()))
     if first.weights is None:

@@ -1,4 +1,4 @@
-"""The agent behind a chat endpoint: one request per candidate."""
+"""An agent behind a chat endpoint."""
 
 import json
 from collections import deque

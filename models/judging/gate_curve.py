@@ -1,8 +1,9 @@
-"""The gate: holds back proposals whose expected cost exceeds their expected benefit.
+"""The threshold of a gate, and the metrics of an agent over all thresholds.
 
-Let a false alarm (an offer that the user rejects) cost C times what a missed need (an offer that the user would have
-accepted, and that was held back) costs. With p = P(accepted), an offer costs (1 - p) C on average, and holding it back
-costs p. So offering is right if and only if p >= (1 - p) C, that is p >= C / (1 + C).
+A gate holds back an offer if showing it costs more on average than holding it back. The unit of cost is a missed need:
+an offer that was held back, although the user would have accepted it. A false alarm, an offer that the user rejects,
+costs C units. With p = P(accepted), showing the offer costs (1 - p) C on average, and holding it back costs p. So the
+gate shows an offer if and only if p >= (1 - p) C, that is p >= C / (1 + C).
 
 Shape legend: N events, K candidates.
 """
@@ -15,7 +16,7 @@ from torch import Tensor
 from datamodules.errors import UserError
 from models.learning.metrics import agent_metrics
 
-MOST_POINTS = 200  # points of a curve
+MAX_POINTS = 200  # of a curve
 
 
 def gate_threshold(cost_ratio: float) -> float:
@@ -56,8 +57,8 @@ class Gated:
     def curve(self) -> list[dict[str, float]]:
         """Metrics at each distinct threshold, in increasing order from 0, where nothing is held back."""
         found = self.probability[self.proposed == 1].unique()
-        if len(found) > MOST_POINTS:
-            found = found[torch.linspace(0, len(found) - 1, MOST_POINTS).round().long()]
+        if len(found) > MAX_POINTS:
+            found = found[torch.linspace(0, len(found) - 1, MAX_POINTS).round().long()]
         # Just above each probability, so that proposals with this probability are held back.
         thresholds = [0.0, *torch.nextafter(found, torch.tensor(2.0, dtype=found.dtype)).tolist()]
         return [

@@ -1,4 +1,4 @@
-"""Judges: they decide whether the user accepts a proposal after a history."""
+"""The interface of judges, which accept or reject a proposal after a history, and its implementations."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +14,7 @@ from models.judging.weights import Weights
 from models.learning.calibration import DECISION
 from models.learning.reward_classifier import RewardClassifier
 
-RETRY_TEMPERATURE = 0.5  # for retries after an unreadable verdict; at temperature 0 it would come again
+RETRY_TEMPERATURE = 0.5  # for retries after an unreadable verdict; at temperature 0 a model would repeat it
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Verdict:
 
 
 class Judge(Protocol):
-    """Accepts or rejects proposals. A new kind of judge is a new class with these methods.
+    """Accepts or rejects proposals. To add a kind of judge, write a class with these methods.
 
     Examples:
         >>> class AcceptsShortOffers(Judge):
@@ -120,19 +120,19 @@ class RewardJudge(Judge):
 
     Args:
         weights: The classifier.
-        doing: The label of its progress.
+        progress_label: The text before its progress bar.
     """
 
-    def __init__(self, weights: Weights[RewardClassifier], doing: str = "judging") -> None:
+    def __init__(self, weights: Weights[RewardClassifier], progress_label: str = "judging") -> None:
         self.weights = weights
-        self.doing = doing
+        self.progress_label = progress_label
         self.scorer = Scorer(weights)
 
     def describe(self) -> Description:
         calibration = self.weights.model.calibration
         return Description(
             {"judge": "reward classifier", "accepts_above": DECISION},
-            self.doing,
+            self.progress_label,
             self.weights.digest,
             self.weights.source,
             {

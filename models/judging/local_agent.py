@@ -29,7 +29,7 @@ from models.networks.configurations import max_positions
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NO_TOKENS: list[int] = []  # in place of those of an event that no prompt can hold
+NO_TOKENS: list[int] = []  # replace the tokens of an event that is too old for any prompt
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,8 @@ class LocalAgent(Agent):
 class LocalSession(AgentSession):
     """A session of a trained agent, which computes each event once.
 
-    It keeps the tokens of the latest events only, as many as a prompt can hold, and no answer if the agent has no log.
+    Its memory is bounded. It keeps the tokens of as many latest events as a prompt can hold. Answers are kept only if
+    the agent has a log.
     """
 
     def __init__(self, agent: LocalAgent, name: str) -> None:
@@ -236,7 +237,7 @@ class LocalSession(AgentSession):
 
     def note(self, event: Event) -> None:
         self._segments += self.agent.data.segments([event])[1:]
-        too_old = len(self._segments) - 1 - self.agent.max_length  # it cannot fit: an event has at least one token
+        too_old = len(self._segments) - 1 - self.agent.max_length  # index; an event has at least one token
         if too_old > 0:
             self._segments[too_old] = NO_TOKENS
 

@@ -36,7 +36,7 @@ class Scorer:
         device: The device of the weights. If None, a GPU if there is one.
 
     Attributes:
-        truncated: Number of rows so far whose oldest events were dropped because of `data.max_length`.
+        truncated: Number of rows so far that lost their oldest events, because they were longer than `data.max_length`.
 
     Examples:
         >>> from pathlib import Path
@@ -57,7 +57,7 @@ class Scorer:
         self.truncated = 0
         self._layout = self.data.layout
         self._checked_lengths = (0, 0)  # tokens of the longest row and of the largest tree of the last self-check
-        self._extends = False  # whether caches work with this network
+        self._can_cache = False  # whether a kept KV cache works with this network
         self._caches: dict[str, PrefixCache] = {}  # by session
 
     def score(self, pairs: Sequence[Pair], session: str = "") -> list[float]:
@@ -78,7 +78,8 @@ class Scorer:
         one_history = all(pair.history == pairs[0].history for pair in pairs)
         self._choose_layout(rows, one_history)
         with torch.inference_mode():
-            logits_RC = self._after_one_history(rows, session) if one_history and self._extends else self._batched(rows)
+            use_cache = one_history and self._can_cache
+            logits_RC = self._with_cache(rows, session) if use_cache else self._batched(rows)
             probability_R = logits_RC.float().double().softmax(-1)[:, 1].cpu()
         if not torch.isfinite(probability_R).all():
             raise UserError(
@@ -120,9 +121,9 @@ class Scorer:
         assert model.network is not None, "a loaded model has weights"
         data.layout = self._layout
         model.choose_layout(data, longest, largest)
-        self._extends = data.layout == "tree" and cache_problem(model.network, longest) is None
+        self._can_cache = data.layout == "tree" and cache_problem(model.network, longest) is None
 
-    def _after_one_history(self, rows: Sequence[Integers], session: str) -> Tensor:
+    def _with_cache(self, rows: Sequence[Integers], session: str) -> Tensor:
         """Return the logits (R, C) of rows with the same history, computed with the session's KV cache."""
         network = self.weights.model.network
         assert network is not None, "a loaded model has weights"

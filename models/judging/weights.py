@@ -19,12 +19,12 @@ Model = TypeVar("Model", bound=BackboneModule)
 Made = TypeVar("Made")
 
 
-class Tie(IntEnum):
-    """How much of a trace the weights have seen, in increasing order."""
+class Exposure(IntEnum):
+    """Which use the training of some weights made of a trace, from none to the strongest."""
 
     NONE = 0
-    UNKNOWN = 1  # not trained on it; an old checkpoint does not list its validation data
-    VALIDATED = 2  # it selected the best weights and calibrated them
+    UNKNOWN = 1  # not trained on it; whether validated is unknown, because an old checkpoint does not list these rows
+    VALIDATED = 2  # used to choose the best weights and to calibrate them
     TRAINED = 3
 
 
@@ -46,13 +46,13 @@ class Weights(Generic[Model]):
             digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def tie(self, trace: Trace, root_trace: Trace | None) -> Tie:
+    def exposure(self, trace: Trace, root_trace: Trace | None) -> Exposure:
         """Return whether training or validation rows contain the trace's session."""
         if self._contains("training", trace, root_trace):
-            return Tie.TRAINED
+            return Exposure.TRAINED
         if "validation_histories" not in self.state:
-            return Tie.UNKNOWN
-        return Tie.VALIDATED if self._contains("validation", trace, root_trace) else Tie.NONE
+            return Exposure.UNKNOWN
+        return Exposure.VALIDATED if self._contains("validation", trace, root_trace) else Exposure.NONE
 
     def _contains(self, rows: str, trace: Trace, root_trace: Trace | None) -> bool:
         scenes, histories = self.state.get(f"{rows}_scenes"), self.state[f"{rows}_histories"]
@@ -67,36 +67,36 @@ def load_weights(kinds: Sequence[type[Model]], path: Path, option: str) -> Weigh
 
 def best_device() -> torch.device:
     """The device for inference: a GPU if there is one."""
-    # With its index, so that it equals the device of what lies there.
+    # With its index, because the device of a tensor on it has one, and cuda does not equal cuda:0.
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def assign(
     candidates: Sequence[Weights[Model]],
     traces: Sequence[Trace],
-    namesakes: Mapping[str, Trace],
+    root_traces_by_name: Mapping[str, Trace],
     option: str,
     contaminated: bool = False,
     but_not: Mapping[str, str] | None = None,
-) -> tuple[dict[str, Weights[Model]], dict[str, Tie]]:
-    """Assign weights to each trace: the first of those with the weakest tie to it.
+) -> tuple[dict[str, Weights[Model]], dict[str, Exposure]]:
+    """Assign weights to each trace: the first of those that are exposed to it least.
 
     Args:
         candidates: Weights in order of preference, for example the folds of a cross-validation.
         traces: The traces.
-        namesakes: The data root's own traces by name.
+        root_traces_by_name: The data root's own traces by name.
         option: The option that named the candidates, for messages.
         contaminated: Whether weights that were trained on a trace are allowed if all were.
         but_not: By trace name, the digest of weights that must not be used.
 
     Returns:
-        The weights by trace name, and their tie to the trace.
+        By trace name: the weights, and their exposure to the trace.
 
     Raises:
         UserError: All candidates were trained on a trace, or none is left.
     """
     assigned: dict[str, Weights[Model]] = {}
-    ties: dict[str, Tie] = {}
+    exposures: dict[str, Exposure] = {}
     for trace in traces:
         left = [one for one in candidates if not but_not or one.digest != but_not[trace.name]]
         if not left:
@@ -104,16 +104,16 @@ def assign(
                 f"{option}: the weights that filter the offers of {trace.name} also judge them",
                 "Give other weights, or --gate-is-judge to allow it and mark the result.",
             )
-        found = [one.tie(trace, namesakes.get(trace.name)) for one in left]
-        ties[trace.name] = min(found)
+        found = [one.exposure(trace, root_traces_by_name.get(trace.name)) for one in left]
+        exposures[trace.name] = min(found)
         assigned[trace.name] = left[found.index(min(found))]
-    known = [name for name, tie in ties.items() if tie == Tie.TRAINED]
+    known = [name for name, exposure in exposures.items() if exposure == Exposure.TRAINED]
     if known and not contaminated:
         raise UserError(
             f"{option}: trained on {len(known)} of the {len(traces)} traces to judge: {', '.join(known)}",
             "Give checkpoints of folds that leave them out, or --contaminated to allow it and mark the result.",
         )
-    return assigned, ties
+    return assigned, exposures
 
 
 def one_for_each(assigned: Mapping[str, Weights[Model]], make: Callable[[Weights[Model]], Made]) -> dict[str, Made]:

@@ -18,7 +18,7 @@ from models.judging.chat_client import ChatClient
 from models.judging.description import joint_settings
 from models.judging.gate_curve import gate_threshold
 from models.judging.judges import RewardJudge
-from models.judging.weights import Model, Tie, Weights, assign, load_weights
+from models.judging.weights import Exposure, Model, Weights, assign, load_weights
 from models.learning.reward_classifier import RewardClassifier
 from models.online.agent_classes import AGENTS
 from proactive.agent_options import KINDS, one_of, root_corpus, trained_agent, untrained_agent
@@ -92,7 +92,7 @@ def prepare(options: "Namespace", default_gate: Callable[[], Path]) -> Session:
     weights: list[Weights[Any]] = [*gates, *agents]
     source, clock, recorded = given or watched(options, weights, privacy)
     trace = recorded.traces[0] if recorded else None
-    choose = _Choice(trace, _namesakes(options, weights) if trace else {}, options.contaminated)
+    choose = _Choice(trace, _root_traces_by_name(options, weights) if trace else {}, options.contaminated)
     clients: list[ChatClient] = []
     if options.rewrite.url:
         if recorded:
@@ -121,7 +121,7 @@ def prepare(options: "Namespace", default_gate: Callable[[], Path]) -> Session:
         gate = Gate(RewardJudge(choose.one("gate", gates, "--gate")), threshold, how, source.name, thread)
         gate.warm_up()
         parts = replace(parts, gating=gate.verdict, threshold=threshold, window=gate.window)
-    stamps = Stamps(choose.ties).record()
+    stamps = Stamps(choose.exposures).record()
     settings = {
         "name": source.name,
         "source": source.describe(),
@@ -181,7 +181,7 @@ def is_loopback(url: str) -> bool:
         return host == "localhost"
 
 
-def _namesakes(options: "Namespace", weights: list[Weights[Any]]) -> dict[str, Trace]:
+def _root_traces_by_name(options: "Namespace", weights: list[Weights[Any]]) -> dict[str, Trace]:
     """The traces of the data root by name, as in `evaluate agent`."""
     corpus = root_corpus(options.data.root, [one.state for one in weights], needed=False)
     return {one.name: one for one in root_traces(corpus)} if corpus else {}
@@ -192,14 +192,16 @@ class _Choice:
     """Chooses the weights that know a trace least, by the rule of `evaluate agent`, and notes how much they know."""
 
     trace: Trace | None
-    namesakes: Mapping[str, Trace]
+    root_traces_by_name: Mapping[str, Trace]
     contaminated: bool
-    ties: dict[str, dict[str, Tie]] = field(default_factory=dict)
+    exposures: dict[str, dict[str, Exposure]] = field(default_factory=dict)
 
     def one(self, role: str, weights: list[Weights[Model]], option: str) -> Weights[Model]:
         if self.trace is None:
             return weights[0]
-        assigned, self.ties[role] = assign(weights, [self.trace], self.namesakes, option, self.contaminated)
+        assigned, self.exposures[role] = assign(
+            weights, [self.trace], self.root_traces_by_name, option, self.contaminated
+        )
         return assigned[self.trace.name]
 
 

@@ -10,7 +10,7 @@ from datamodules.corpus.sources import Corpus, load_corpus
 from datamodules.corpus.traces import Candidate, Offer, Recorded, Trace, read_traces, root_traces
 from datamodules.errors import UserError
 from datamodules.files.reading import open_file
-from models.judging.weights import Tie, Weights
+from models.judging.weights import Exposure, Weights
 from proactive.assistant.activitywatch import ActivityWatchSource, ExportSource
 from proactive.assistant.clock import Clock, ReplayClock, SystemClock
 from proactive.assistant.observations import Source
@@ -79,8 +79,8 @@ def _embedded(corpus: Corpus, weights: Sequence[Weights[Any]]) -> Recorded:
     After each event the agent answers with the first offer of the rows after it.
     """
 
-    def known(trace: Trace) -> Tie:
-        return max((one.tie(trace, None) for one in weights), default=Tie.NONE)
+    def known(trace: Trace) -> Exposure:
+        return max((one.exposure(trace, None) for one in weights), default=Exposure.NONE)
 
     trace = min(root_traces(corpus), key=known)
     rows = _rows_after(corpus.rows, trace)

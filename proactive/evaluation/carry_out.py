@@ -119,7 +119,7 @@ async def _answers(agents: Mapping[str, Agent], traces: Sequence[Trace], progres
     described = agents[traces[0].name].describe()
     total = sum(len(trace.events) for trace in traces) * (described.settings.get("candidates") or 1)
     found: dict[str, Any] = {}
-    with _counted(progress, described.doing, total) as advance:
+    with _counted(progress, described.progress_label, total) as advance:
         for agent, own in (agent_traces := group_traces(agents, traces)):
             found |= await agent.answer(own, advance)
             if len(agent_traces) > 1:
@@ -132,7 +132,7 @@ async def _verdicts(
 ) -> Verdicts:
     """The verdicts on all offers, each by the judge of its trace."""
     found: dict[Offer, Verdict] = {}
-    with _counted(progress, judges[traces[0].name].describe().doing, len(offers)) as advance:
+    with _counted(progress, judges[traces[0].name].describe().progress_label, len(offers)) as advance:
         for judge, own in (judge_traces := group_traces(judges, traces)):
             by_name = {trace.name: trace for trace in own}
             mine = [offer for offer in offers if offer.trace in by_name]
@@ -147,11 +147,11 @@ async def _verdicts(
 
 
 @contextlib.contextmanager
-def _counted(progress: Progress, doing: str | None, total: int) -> Iterator[Advance]:
-    if doing is None:
+def _counted(progress: Progress, progress_label: str | None, total: int) -> Iterator[Advance]:
+    if progress_label is None:
         yield lambda: None
         return
-    with progress(doing, total) as advance:
+    with progress(progress_label, total) as advance:
         yield advance
 
 

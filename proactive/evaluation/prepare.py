@@ -17,7 +17,7 @@ from models.judging.budget import Budget
 from models.judging.chat_client import ChatClient
 from models.judging.gate_curve import gate_threshold
 from models.judging.judges import EndpointJudge, Judge, RecordedJudge, RewardJudge
-from models.judging.weights import Model, Tie, Weights, assign, load_weights, one_for_each
+from models.judging.weights import Exposure, Model, Weights, assign, load_weights, one_for_each
 from models.learning.proactive_agent import ProactiveAgent
 from models.learning.reward_classifier import RewardClassifier
 from models.online.agent_classes import AGENTS
@@ -42,12 +42,12 @@ def prepare(options: "Namespace") -> Evaluation:
     gates = [load_weights((RewardClassifier,), path, "--gate") for path in options.gate or ()]
     states = [one.state for one in agents] + [one.state for one in (*judges, *gates)]
     corpus = root_corpus(options.data.root, states, needed=recorded is None)
-    namesakes = {trace.name: trace for trace in root_traces(corpus)} if corpus else {}
-    traces = recorded.traces if recorded else list(namesakes.values())
+    root_traces_by_name = {trace.name: trace for trace in root_traces(corpus)} if corpus else {}
+    traces = recorded.traces if recorded else list(root_traces_by_name.values())
     _refuse_empty(traces, corpus)
     splits = read_splits(_splits_file(options.agent.traces, corpus), traces)
     answered = _answerable(agents, traces, options.contaminated) if agents else traces
-    part = _Parts(options, answered, namesakes)
+    part = _Parts(options, answered, root_traces_by_name)
     agent_by_trace = part.trained_agents(agents) if agents else part.other_agents(recorded)
     judge_by_trace = part.classifiers(judges) if judges else part.other_judges(recorded)
     gate_by_trace = part.gates(gates, judge_by_trace) if gates else None
@@ -59,8 +59,8 @@ def prepare(options: "Namespace") -> Evaluation:
         judges=judge_by_trace,
         gates=gate_by_trace,
         cost_ratio=_cost_ratio(options),
-        stamps=Stamps(part.ties, left_out, part.gate_is_judge),
-        people=_rows_of(answered, namesakes, corpus) if corpus else None,
+        stamps=Stamps(part.exposures, left_out, part.gate_is_judge),
+        people=_rows_of(answered, root_traces_by_name, corpus) if corpus else None,
         answers=part.answers,
         verdicts=part.verdicts,
         clients=part.clients,
@@ -70,15 +70,15 @@ def prepare(options: "Namespace") -> Evaluation:
 class _Parts:
     """Creates agents, judges and gates, and notes which traces they trained or validated on."""
 
-    def __init__(self, options: "Namespace", traces: Sequence[Trace], namesakes: Mapping[str, Trace]) -> None:
+    def __init__(self, options: "Namespace", traces: Sequence[Trace], root_traces_by_name: Mapping[str, Trace]) -> None:
         self.options = options
         self.traces = traces
-        self.namesakes = namesakes
+        self.root_traces_by_name = root_traces_by_name
         self.deadline = time.monotonic() + options.endpoint.time_limit if options.endpoint.time_limit else None
         self.answers, self.verdicts = AnswerLog(), AnswerLog()
         self.budget = Budget(options.endpoint.token_limit, options.endpoint.cost_limit)
         self.clients: list[ChatClient] = []
-        self.ties: dict[str, dict[str, Tie]] = {}
+        self.exposures: dict[str, dict[str, Exposure]] = {}
         self.gate_is_judge = False
 
     def trained_agents(self, weights: Sequence[Weights[ProactiveAgent]]) -> dict[str, Agent]:
@@ -108,7 +108,7 @@ class _Parts:
         judging = {name: one.weights.digest for name, one in judges.items() if isinstance(one, RewardJudge)}
         assigned = self._assign("gate", weights, "--gate", None if self.options.gate_is_judge else judging)
         self.gate_is_judge = any(judging.get(name) == one.digest for name, one in assigned.items())
-        return one_for_each(assigned, partial(RewardJudge, doing="gating"))
+        return one_for_each(assigned, partial(RewardJudge, progress_label="gating"))
 
     def other_judges(self, recorded: Recorded | None) -> dict[str, Judge]:
         """The recorded judgments of each trace, or one model at an endpoint for all."""
@@ -133,8 +133,8 @@ class _Parts:
         option: str,
         but_not: Mapping[str, str] | None = None,
     ) -> dict[str, Weights[Model]]:
-        assigned, self.ties[role] = assign(
-            weights, self.traces, self.namesakes, option, self.options.contaminated, but_not
+        assigned, self.exposures[role] = assign(
+            weights, self.traces, self.root_traces_by_name, option, self.options.contaminated, but_not
         )
         return assigned
 
@@ -150,7 +150,7 @@ def _answerable(weights: Sequence[Weights[ProactiveAgent]], traces: list[Trace],
     """The traces without those that all weights trained on."""
     if contaminated:
         return traces
-    answered = [trace for trace in traces if any(one.tie(trace, None) != Tie.TRAINED for one in weights)]
+    answered = [trace for trace in traces if any(one.exposure(trace, None) != Exposure.TRAINED for one in weights)]
     if not answered:
         raise UserError(
             f"--agent.checkpoint: trained on all of the {len(traces)} traces of this evaluation",
@@ -177,9 +177,9 @@ def _cost_ratio(options: "Namespace") -> float:
     return 1.0 if options.cost_ratio is None else options.cost_ratio
 
 
-def _rows_of(traces: Sequence[Trace], namesakes: Mapping[str, Trace], corpus: Corpus) -> list[AnnotatedRow]:
+def _rows_of(traces: Sequence[Trace], root_traces_by_name: Mapping[str, Trace], corpus: Corpus) -> list[AnnotatedRow]:
     """The annotated rows of the traces' scenes; all rows if these have none."""
-    known = [*traces, *(namesakes[trace.name] for trace in traces if trace.name in namesakes)]
+    known = [*traces, *(root_traces_by_name[trace.name] for trace in traces if trace.name in root_traces_by_name)]
     scenes = {scene_of(trace.events) for trace in known}
     return [row for row in corpus.rows if row.scene in scenes] or corpus.rows
 

@@ -10,10 +10,10 @@ from models.judging.agents import Agent
 from models.judging.answer_log import AnswerLog
 from models.judging.chat_client import ChatClient
 from models.judging.judges import Judge
-from models.judging.weights import Tie
+from models.judging.weights import Exposure
 
 ROLES = ("agent", "judge", "gate")
-STAMPS = {Tie.TRAINED: "trained_on", Tie.VALIDATED: "validated_on", Tie.UNKNOWN: "validation_unknown"}
+STAMPS = {Exposure.TRAINED: "trained_on", Exposure.VALIDATED: "validated_on", Exposure.UNKNOWN: "validation_unknown"}
 
 
 @dataclass(frozen=True)
@@ -21,19 +21,19 @@ class Stamps:
     """Marks that all outputs of an evaluation carry.
 
     Attributes:
-        ties: By role and name of a trace: whether the weights trained or validated on it.
+        exposures: By role and name of a trace: whether the weights trained or validated on it.
         traces_left_out: Names of traces that are skipped because the agent trained on them.
         gate_is_judge: Whether gate and judge have the same weights.
     """
 
-    ties: Mapping[str, Mapping[str, Tie]]
+    exposures: Mapping[str, Mapping[str, Exposure]]
     traces_left_out: list[str] = field(default_factory=list)
     gate_is_judge: bool = False
 
     def record(self) -> dict[str, Any]:
         """The marks as in metrics.json."""
         named = {
-            f"{role}_{word}": [name for name, tie in self.ties.get(role, {}).items() if tie == kind]
+            f"{role}_{word}": [name for name, exposure in self.exposures.get(role, {}).items() if exposure == kind]
             for role in ROLES
             for kind, word in STAMPS.items()
         }
@@ -42,7 +42,7 @@ class Stamps:
     @property
     def suffix(self) -> str:
         """The marks as part of a file name, for files whose layout has no field for them."""
-        found = {tie for ties in self.ties.values() for tie in ties.values()}
+        found = {exposure for exposures in self.exposures.values() for exposure in exposures.values()}
         marks = [f"-{word.replace('_', '-')}" for kind, word in STAMPS.items() if kind in found]
         marks = ["-contaminated" if mark == "-trained-on" else mark for mark in marks]
         return "".join(marks) + ("-gate-is-judge" if self.gate_is_judge else "")

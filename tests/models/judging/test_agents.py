@@ -84,7 +84,7 @@ def test_sessions_and_whole_traces_send_equal_requests() -> None:
                 assert await observed(agent) == plain(answers)
                 assert len(chat.bodies) == 12, "nothing is asked twice"
                 described = agent.describe()
-                assert (described.source, described.doing) == (chat.url, "asking m")
+                assert (described.source, described.progress_label) == (chat.url, "asking m")
                 assert "url" not in joint_settings({"a.json": agent}), "a server may come back under another address"
                 assert joint_record({"a.json": agent})["url"] == chat.url
 
@@ -103,7 +103,7 @@ def test_an_endpoint_gets_the_latest_events_and_the_client_keeps_nothing_of_answ
                     session.note(event)
                 for event in events[4:]:
                     await session.observe(event)
-                assert client._asked == {}
+                assert client._locks == {}
             sent = [body["messages"][-1]["content"] for body in chat.bodies]
             assert [[n for n in range(6) if f"event number {n}." in text] for text in sent] == [[2, 3, 4], [3, 4, 5]]
             async with ChatClient(Endpoint(chat.url, "m")) as client:

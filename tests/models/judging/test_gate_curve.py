@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datamodules.errors import UserError
-from models.judging.gate_curve import MOST_POINTS, Gated, gate_threshold
+from models.judging.gate_curve import MAX_POINTS, Gated, gate_threshold
 from models.learning.metrics import agent_metrics
 from tests.datamodules.conftest import few_examples
 
@@ -72,9 +72,9 @@ def test_the_curve_runs_from_no_gate_to_never_proposing(drawn: list[tuple[int, i
 
 
 def test_a_long_curve_is_thinned_and_keeps_its_ends() -> None:
-    count = 3 * MOST_POINTS
+    count = 3 * MAX_POINTS
     ones = torch.ones((count, 1), dtype=torch.int64)
     probability = torch.rand((count, 1), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     curve = Gated(ones, ones, probability, torch.zeros(count, dtype=torch.int64), torch.arange(count)).curve()
-    assert len(curve) == MOST_POINTS + 1
+    assert len(curve) == MAX_POINTS + 1
     assert (curve[0]["tp"], curve[-1]["tp"]) == (count, 0)

@@ -10,7 +10,7 @@ import torch
 from datamodules.corpus.traces import Pair, Trace
 from datamodules.errors import UserError
 from models.judging.judges import RewardJudge
-from models.judging.weights import Tie, Weights, assign
+from models.judging.weights import Exposure, Weights, assign
 from models.learning.calibration import calibrated
 from tests.models.small import fit, probabilities, small_classifier, small_data
 
@@ -51,39 +51,43 @@ def test_the_state_names_the_scenes_of_the_training_rows(trained: tuple[Weights[
     assert weights.state["training_scenes"] == sorted({row.scene for row in data.split.train})
     assert weights.state["validation_scenes"] == sorted({row.scene for row in data.split.validation})
     split = data.split
-    for rows, tie in ((split.train, Tie.TRAINED), (split.validation, Tie.VALIDATED), (split.test, Tie.NONE)):
+    for rows, exposure in (
+        (split.train, Exposure.TRAINED),
+        (split.validation, Exposure.VALIDATED),
+        (split.test, Exposure.NONE),
+    ):
         trace = Trace("x", rows[0].history, (False,) * len(rows[0].history))
-        assert weights.tie(trace, None) is tie
+        assert weights.exposure(trace, None) is exposure
         other_cut = Trace("x", trace.events[1:] or trace.events, trace.task_status)
-        assert weights.tie(other_cut, trace) is tie
+        assert weights.exposure(other_cut, trace) is exposure
         state = {name: value for name, value in weights.state.items() if not name.startswith("validation_")}
         old = replace(weights, state=state)
-        assert old.tie(trace, None) is (Tie.TRAINED if tie is Tie.TRAINED else Tie.UNKNOWN)
+        assert old.exposure(trace, None) is (Exposure.TRAINED if exposure is Exposure.TRAINED else Exposure.UNKNOWN)
 
 
 def test_weights_with_the_weakest_tie_come_first_then_the_given_order() -> None:
     class Tied:
         """Weights in name only."""
 
-        def __init__(self, digest: str, **ties: Tie) -> None:
-            self.digest, self.ties = digest, ties
+        def __init__(self, digest: str, **exposures: Exposure) -> None:
+            self.digest, self.exposures = digest, exposures
 
-        def tie(self, trace: Trace, root_trace: Trace | None) -> Tie:
-            return self.ties[trace.name]
+        def exposure(self, trace: Trace, root_trace: Trace | None) -> Exposure:
+            return self.exposures[trace.name]
 
-    trained, validated, unknown, clean = Tie.TRAINED, Tie.VALIDATED, Tie.UNKNOWN, Tie.NONE
+    trained, validated, unknown, clean = Exposure.TRAINED, Exposure.VALIDATED, Exposure.UNKNOWN, Exposure.NONE
     candidates: list[Any] = [
         Tied("first", a=validated, b=validated, c=clean, d=validated),
         Tied("second", a=clean, b=unknown, c=clean, d=trained),
     ]
     traces = [Trace(name, (), ()) for name in ("a", "b", "c", "d")]
-    assigned, ties = assign(candidates, traces, {}, "--judge")
+    assigned, exposures = assign(candidates, traces, {}, "--judge")
     judging = {name: one.digest for name, one in assigned.items()}
     assert list(judging.values()) == ["second", "second", "first", "first"]
-    assert list(ties.values()) == [clean, unknown, clean, validated]
-    assigned, ties = assign(candidates, traces[:3], {}, "--gate", but_not=judging)
+    assert list(exposures.values()) == [clean, unknown, clean, validated]
+    assigned, exposures = assign(candidates, traces[:3], {}, "--gate", but_not=judging)
     assert [one.digest for one in assigned.values()] == ["first", "first", "second"]
-    assert list(ties.values()) == [validated, validated, clean]
+    assert list(exposures.values()) == [validated, validated, clean]
 
 
 def test_a_trace_gets_the_first_weights_that_have_not_seen_it_and_do_not_judge_it() -> None:
@@ -93,15 +97,17 @@ def test_a_trace_gets_the_first_weights_that_have_not_seen_it_and_do_not_judge_i
         def __init__(self, digest: str, *known: str) -> None:
             self.digest, self.known = digest, known
 
-        def tie(self, trace: Trace, root_trace: Trace | None) -> Tie:
-            return Tie.TRAINED if trace.name in self.known else Tie.NONE
+        def exposure(self, trace: Trace, root_trace: Trace | None) -> Exposure:
+            return Exposure.TRAINED if trace.name in self.known else Exposure.NONE
 
     a, b, both = Known("A", "a"), Known("B", "b"), Known("C", "a", "b")
     traces = [Trace(name, (), ()) for name in ("a", "b", "c")]
 
     def names(candidates: list[Any], **options: Any) -> tuple[list[str], list[str]]:
-        assigned, ties = assign(candidates, traces, {}, "--judge", **options)
-        return [assigned[trace.name].digest for trace in traces], [n for n, tie in ties.items() if tie == Tie.TRAINED]
+        assigned, exposures = assign(candidates, traces, {}, "--judge", **options)
+        return [assigned[trace.name].digest for trace in traces], [
+            n for n, exposure in exposures.items() if exposure == Exposure.TRAINED
+        ]
 
     assert names([both, a, b]) == (["B", "A", "C"], [])
     with pytest.raises(UserError, match=r"--judge: trained on 2 of the 3 traces to judge: a, b"):

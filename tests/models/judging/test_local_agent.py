@@ -18,7 +18,7 @@ from datamodules.errors import UserError
 from models.judging.answer_log import AnswerLog
 from models.judging.description import group_traces, joint_settings
 from models.judging.local_agent import AnswerOptions, LocalAgent, answer_key
-from models.judging.weights import Tie, Weights, assign, one_for_each
+from models.judging.weights import Exposure, Weights, assign, one_for_each
 from models.learning.proactive_agent import ProactiveAgent
 from models.networks.building import build_network
 from tests.models.small import SMALL_LLAMA
@@ -50,9 +50,9 @@ def agents_on(
     weights: list[AgentWeights], traces: list[Trace], **options: Any
 ) -> tuple[dict[str, LocalAgent], list[Trace]]:
     """An agent for each of some traces that it does not know."""
-    held_out = [trace for trace in traces if any(one.tie(trace, None) == Tie.NONE for one in weights)][:4]
-    assigned, ties = assign(weights, held_out, {}, "--agent.checkpoint")
-    assert set(ties.values()) == {Tie.NONE}
+    held_out = [trace for trace in traces if any(one.exposure(trace, None) == Exposure.NONE for one in weights)][:4]
+    assigned, exposures = assign(weights, held_out, {}, "--agent.checkpoint")
+    assert set(exposures.values()) == {Exposure.NONE}
     return one_for_each(assigned, partial(LocalAgent, **{"options": AnswerOptions(max_new_tokens=24), **options})), (
         held_out
     )
@@ -91,7 +91,7 @@ def test_each_trace_is_answered_by_weights_that_have_not_seen_it(
     answers = answered(agents, held_out)
     assert set(answers) == {trace.name for trace in held_out}
     for trace in held_out:
-        assert agents[trace.name].weights.tie(trace, None) == Tie.NONE
+        assert agents[trace.name].weights.exposure(trace, None) == Exposure.NONE
         assert [len(candidates) for candidates in answers[trace.name]] == [1] * len(trace.events)
         for step, (candidate,) in enumerate(answers[trace.name]):
             key = json.dumps((trace.name, step, 0))

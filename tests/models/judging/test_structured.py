@@ -127,7 +127,7 @@ def test_a_response_format_of_the_user_is_never_dropped() -> None:
 def test_reasoning_without_an_answer_is_logged_once(messages: pytest.LogCaptureFixture) -> None:
     with chat_server(lambda body, before: Reply(None, thoughts="Let me think")) as chat:
         assert asked_of(endpoint(chat.url), AnswerLog(), question("a"), question("b")) == ["", ""]
-    assert sum("sends thoughts without an answer" in text for text in messages.messages) == 1
+    assert sum("sends reasoning without an answer" in text for text in messages.messages) == 1
 
 
 def test_tokens_are_counted_kept_and_counted_again_after_a_restart(tmp_path: Path) -> None:
