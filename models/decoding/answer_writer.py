@@ -37,7 +37,12 @@ class GeneratedAnswer:
 class UnfinishedAnswer:
     """An answer that is being generated.
 
-    `finished`: it ended by itself. `done`: it is finished, or has `max_new_tokens` tokens.
+    Attributes:
+        draws: Uniform random numbers in [0, 1), one for each token.
+        matcher: Tracks which tokens the grammar allows next; None without a grammar.
+        token_ids: The tokens so far, without the end token.
+        finished: Whether the network ended it.
+        done: Whether it is finished, or has `max_new_tokens` tokens.
     """
 
     trace: int
@@ -52,7 +57,7 @@ class UnfinishedAnswer:
 
 @dataclass(frozen=True)
 class AnswerWriter:
-    """Chooses the tokens of answers from logits; `models.decoding.generation.generate_answers` explains the fields."""
+    """Chooses the tokens of answers from logits. See `models.decoding.generation.generate_answers` for the fields."""
 
     end_id: int
     max_new_tokens: int

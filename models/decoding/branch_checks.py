@@ -1,4 +1,4 @@
-"""Self-checks whether a network can generate from a branched cache."""
+"""Self-checks that show whether a network can generate from a branched cache."""
 
 import inspect
 import logging
@@ -29,7 +29,7 @@ log = logging.getLogger("proactive")
 
 
 def can_branch(network: "PreTrainedModel", longest: int) -> bool:
-    """Whether the network can generate from a branched cache; logs the reason if not. See `branch_problem`."""
+    """Whether the network can generate from a branched cache, by `branch_problem`. If not, the reason is logged."""
     problem = branch_problem(network, longest)
     if problem:
         log.info("Slow generation, one prompt at a time: %s.", problem)
@@ -37,7 +37,7 @@ def can_branch(network: "PreTrainedModel", longest: int) -> bool:
 
 
 def branch_problem(network: "PreTrainedModel", longest: int) -> str | None:
-    """The reason why a network cannot generate from a branched cache; None if it can.
+    """Why a network cannot generate from a branched cache; None if it can.
 
     Self-checks compare logits, first on a few tokens, then at the length of the longest prompt; see `reading_problem`.
 

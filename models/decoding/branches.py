@@ -1,6 +1,12 @@
 """A KV cache with branches: several continuations share the keys and values of one prompt, the trunk.
 
-The attention mask alone separates branches: a branch attends to the trunk up to its start, and to itself.
+Only the attention mask separates branches: a branch attends to the trunk up to its start, and to itself. An example
+with a trunk of four tokens and two branches of two tokens, which start after trunk tokens 2 and 4:
+
+                  trunk      branch tokens, in the order of the cache
+    query         1 2 3 4    a1 b1 a2 b2
+    a2            x x        x     x
+    b2            x x x x       x     x
 
 Shape legend: B trunks in a batch, S steps per trunk, W branches per trunk, O tokens of an opening, T of a trunk,
 K tokens in the cache, Q query tokens, N answers, D hidden size, V vocabulary size.

@@ -28,60 +28,65 @@ Slot = tuple[int, int]  # trunk index, branch index
 
 
 class FixedBranchReader(BranchReader):
-    """As `BranchReader`; it maps the caller's branches to its own slots."""
+    """A `BranchReader` with fixed shapes. Each branch has a slot, and keeps it until the cache is laid out again.
+
+    Attributes:
+        uses_graph: Whether decoding steps are captured and replayed as a CUDA graph.
+    """
 
     def __init__(self, network: "PreTrainedModel") -> None:
         super().__init__(network)
-        self.records = self.device.type == "cuda"
-        self._at: list[list[Slot]] | None = None  # slot of each of the caller's branches; the identity if None
+        self.uses_graph = self.device.type == "cuda"
+        # By trunk and branch, as the caller numbers them: the slot of the branch. None if both numberings are equal.
+        self._slots: list[list[Slot]] | None = None
         self._steps_left = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits_BWV: Tensor | None = None  # of the last step; the CUDA graph writes them here
 
     def resume(self, known: int, tokens: Sequence[int]) -> Tensor:
-        self._graph = self._logits_BWV = self._at = None
+        self._graph = self._logits_BWV = self._slots = None
         self._steps_left = 0
         return super().resume(known, tokens)
 
     def branch(self, indices: Sequence[Sequence[int]]) -> list[int]:
         rows = [row for row, branches in enumerate(indices) if branches]
-        at = [[self._at[row][index] if self._at else (row, index) for index in indices[row]] for row in rows]
-        live = [one for branches in at for one in branches]
-        forked = len(set(live)) < len(live)
-        if not self._steps_left or forked or len(live) <= MIN_USED * self.position_BW.numel():
-            at = self._lay_out(at)
-        self._at = at
+        slots = [[self._slots[row][index] if self._slots else (row, index) for index in indices[row]] for row in rows]
+        used = [slot for branches in slots for slot in branches]
+        forked = len(set(used)) < len(used)
+        if not self._steps_left or forked or len(used) <= MIN_USED * self.position_BW.numel():
+            slots = self._lay_out(slots)
+        self._slots = slots
         return rows
 
     def read(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        assert self._at is not None, "branch() comes first"
+        assert self._slots is not None, "branch() comes first"
         rows, width = len(tokens), max(map(len, tokens))
         ids_BW = torch.zeros(self._ids_BW.shape, dtype=torch.int64)
-        at_PRW = torch.zeros(2, rows, width, dtype=torch.int64)
-        for row, branches in enumerate(self._at):
+        slot_2RW = torch.zeros(2, rows, width, dtype=torch.int64)
+        for row, branches in enumerate(self._slots):
             for number, (slot, token) in enumerate(zip(branches, tokens[row], strict=True)):
                 ids_BW[slot] = token
-                at_PRW[:, row, number] = torch.tensor(slot)
+                slot_2RW[:, row, number] = torch.tensor(slot)
         self._ids_BW.copy_(ids_BW)
         self._steps_left -= 1
-        if self._graph is None and self._logits_BWV is not None and self.records:
-            self._record()
+        if self._graph is None and self._logits_BWV is not None and self.uses_graph:
+            self._capture()
         if self._graph is None:
             self._logits_BWV = self._step()
         else:
             self._graph.replay()
         assert self._logits_BWV is not None
-        at_PRW = at_PRW.to(self.device)
-        return self._logits_BWV[at_PRW[0], at_PRW[1]]
+        slot_2RW = slot_2RW.to(self.device)
+        return self._logits_BWV[slot_2RW[0], slot_2RW[1]]
 
-    def _lay_out(self, at: list[list[Slot]]) -> list[list[Slot]]:
-        """Keep the given branches and the tokens that they attend to, allocate capacity, and return the new slots."""
+    def _lay_out(self, slots: list[list[Slot]]) -> list[list[Slot]]:
+        """Keep the branches in `slots` and the tokens that they attend to, allocate capacity, and return new slots."""
         self._graph = self._logits_BWV = None  # free their memory first
-        here: list[list[int]] = [[] for _ in range(len(self.position_BW))]
-        for branches in at:
+        kept_branches: list[list[int]] = [[] for _ in range(len(self.position_BW))]
+        for branches in slots:
             for row, index in branches:
-                here[row].append(index)
-        kept = self._branch(here, min_used=1.0)
+                kept_branches[row].append(index)
+        kept = self._branch(kept_branches, min_used=1.0)
         rows, width, used = self.visible_BWK.shape
         capacity = -(-(used + width * STEPS_AHEAD) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
         self._steps_left = (capacity - used) // width
@@ -90,11 +95,11 @@ class FixedBranchReader(BranchReader):
         self._ids_BW = torch.zeros(rows, width, dtype=torch.int64, device=self.device)
         for layer in self.cache.layers:
             layer.reserve(capacity, self._target_W)
-        return [[(kept.index(branches[0][0]), number) for number in range(len(branches))] for branches in at]
+        return [[(kept.index(branches[0][0]), number) for number in range(len(branches))] for branches in slots]
 
     @torch.no_grad()
     def _step(self) -> Tensor:
-        """Run one token per branch; return the logits (B, W, V). It only changes tensors on the device."""
+        """Run one token per branch; return the logits (B, W, V). Only tensors on the device change."""
         rows, width = self._ids_BW.shape
         self._target_W.add_(width)
         self.visible_BWK.scatter_(2, self._target_W[None, :, None].expand(rows, -1, 1), True)
@@ -102,13 +107,14 @@ class FixedBranchReader(BranchReader):
         self.position_BW.add_(1)
         return logits_BWV
 
-    def _record(self) -> None:
+    def _capture(self) -> None:
+        """Capture a step as a CUDA graph. If that fails, this and all later steps run eagerly."""
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 logits_BWV = self._step()
         except RuntimeError as error:  # the network synchronizes with its device
-            self.records = False
+            self.uses_graph = False
             reason = " ".join(str(error).split())[:120]
             log.info("Decoding without a CUDA graph, limited by kernel launches: %s.", reason)
             return

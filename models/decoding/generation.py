@@ -1,8 +1,13 @@
 """Generates an agent's answers after each event of a trace, in one pass over the trace.
 
-The tokens of a trace are the trunk. Their keys and values are computed once. The answer after an event is a branch: it
-attends to the trunk up to that event, to the opening (the tokens between the last event and the answer) and to itself.
-The branches of several trunks are extended together, one token per decoding step.
+The tokens of a trace are the trunk. Their keys and values are computed once. Each answer is a branch: it attends to the
+trunk up to its event, to the opening (the tokens between the last event and the answer) and to itself. The branches of
+several trunks are extended together, one token per decoding step.
+
+    trunk      instructions  event 1  event 2  event 3
+    answer 1   instructions  event 1  opening  answer...
+    answer 2   instructions  event 1  event 2  opening  answer...
+    answer 3   instructions  event 1  event 2  event 3  opening  answer...
 
 Shape legend: B trunks in a batch, S steps per trunk, W branches per trunk, T tokens of a prompt, N answers,
 V vocabulary size.
@@ -95,11 +100,11 @@ def _generate_answers(
             branched = can_branch(network, longest)
         if branched:
             for start in range(0, len(trunks), batch_size):
-                yield from _side_by_side(
+                yield from _generate_branched(
                     network, trunks[start : start + batch_size], opening, range(candidates), writer
                 )
         else:
-            yield from _one_by_one(network, trunks, opening, range(candidates), writer)
+            yield from _generate_prompt_by_prompt(network, trunks, opening, range(candidates), writer)
 
 
 class AnswerStream:
@@ -137,62 +142,74 @@ class AnswerStream:
         self.stream = stream
         self.branched = branched
         self._reader = _reader(network)
-        self._read: list[int] = []  # the prompt whose keys and values the cache contains
+        self._cached_ids: list[int] = []  # the tokens whose keys and values the cache contains
 
-    def answer(self, segments: TraceIds, numbers: Sequence[int] | None = None) -> list[GeneratedAnswer]:
+    def answer(self, segments: TraceIds, candidate_indices: Sequence[int] | None = None) -> list[GeneratedAnswer]:
         """Return candidates after a history, in order.
 
         Args:
             segments: The token ids of the instructions and of each event.
-            numbers: The indices of the candidates, in increasing order; all if None.
+            candidate_indices: Which candidates to write, in increasing order; all if None.
         """
         step = len(segments) - 1
-        chosen = range(self.candidates) if numbers is None else numbers
+        chosen = range(self.candidates) if candidate_indices is None else candidate_indices
         limit = self.max_length - self.writer.max_new_tokens
         (trunk,) = trunks_of([segments], self.opening, {(0, step)}, limit, [self.stream])
         with reading_branches(self.network):
             if not self.branched:
-                return list(_one_by_one(self.network, [trunk], self.opening, chosen, self.writer))
+                return list(_generate_prompt_by_prompt(self.network, [trunk], self.opening, chosen, self.writer))
             prompt = trunk.token_ids
             # Without an opening, run the last token of the prompt again to get the logits after it.
-            known = min(common_prefix(self._read, prompt), len(prompt) - (not self.opening))
+            last = 0 if self.opening else 1
+            known = min(common_prefix(self._cached_ids, prompt), len(prompt) - last)
             logits_11V = self._reader.resume(known, [*prompt[known:], *self.opening])
-            self._read = prompt
-            answers = _extend(self._reader, [trunk], chosen, self.writer, logits_11V)
+            self._cached_ids = prompt
+            answers = _extend_branches(self._reader, [trunk], chosen, self.writer, logits_11V)
             return sorted(answers, key=lambda answer: answer.candidate)
 
 
-def _side_by_side(
+def _generate_branched(
     network: "PreTrainedModel",
     trunks: Sequence[Trunk],
     opening: Sequence[int],
-    numbers: Sequence[int],
+    candidate_indices: Sequence[int],
     writer: AnswerWriter,
 ) -> Iterator[GeneratedAnswer]:
     """Generate the answers of a batch of trunks as branches of their caches."""
     reader = _reader(network)
-    logits_BSV = reader.begin([t.token_ids for t in trunks], [list(t.end.values()) for t in trunks], opening)
-    yield from _extend(reader, trunks, numbers, writer, logits_BSV)
+    logits_BSV = reader.begin([t.token_ids for t in trunks], [list(t.ends.values()) for t in trunks], opening)
+    yield from _extend_branches(reader, trunks, candidate_indices, writer, logits_BSV)
 
 
-def _extend(
-    reader: BranchReader, trunks: Sequence[Trunk], numbers: Sequence[int], writer: AnswerWriter, logits_BSV: Tensor
+def _extend_branches(
+    reader: BranchReader,
+    trunks: Sequence[Trunk],
+    candidate_indices: Sequence[int],
+    writer: AnswerWriter,
+    logits_BSV: Tensor,
 ) -> Iterator[GeneratedAnswer]:
-    """Generate the candidates `numbers` of a batch of trunks, starting from the logits (B, S, V) after the openings."""
+    """Generate candidates of a batch of trunks, starting from the logits (B, S, V) after the openings."""
     # For each trunk: the unfinished answers, each with the index of its branch.
-    live = [[(index, writer.start(t, step, n)) for index, step in enumerate(t.end) for n in numbers] for t in trunks]
+    unfinished = [
+        [
+            (branch, writer.start(trunk, step, candidate))
+            for branch, step in enumerate(trunk.ends)
+            for candidate in candidate_indices
+        ]
+        for trunk in trunks
+    ]
     logits_BWV = logits_BSV
     while True:
-        indices = torch.tensor([(row, index) for row, answers in enumerate(live) for index, _ in answers])
-        answers = [answer for answers in live for _, answer in answers]
-        writer.extend(answers, logits_BWV[indices[:, 0], indices[:, 1]])
-        yield from (writer.result(answer) for answer in answers if answer.done)
-        live = [[(index, answer) for index, answer in answers if not answer.done] for answers in live]
-        if not any(live):
+        indices = torch.tensor([(row, branch) for row, answers in enumerate(unfinished) for branch, _ in answers])
+        extended = [answer for answers in unfinished for _, answer in answers]
+        writer.extend(extended, logits_BWV[indices[:, 0], indices[:, 1]])
+        yield from (writer.result(answer) for answer in extended if answer.done)
+        unfinished = [[(branch, answer) for branch, answer in answers if not answer.done] for answers in unfinished]
+        if not any(unfinished):
             return
-        rows = reader.branch([[index for index, _ in answers] for answers in live])
-        live = [[(index, answer) for index, (_, answer) in enumerate(live[row])] for row in rows]
-        logits_BWV = reader.read([[answer.token_ids[-1] for _, answer in answers] for answers in live])
+        rows = reader.branch([[branch for branch, _ in answers] for answers in unfinished])
+        unfinished = [[(branch, answer) for branch, (_, answer) in enumerate(unfinished[row])] for row in rows]
+        logits_BWV = reader.read([[answer.token_ids[-1] for _, answer in answers] for answers in unfinished])
 
 
 def _reader(network: "PreTrainedModel") -> BranchReader:
@@ -203,38 +220,41 @@ def _reader(network: "PreTrainedModel") -> BranchReader:
     return FixedBranchReader(network) if fixed else BranchReader(network)
 
 
-def _one_by_one(
+def _generate_prompt_by_prompt(
     network: "PreTrainedModel",
     trunks: Sequence[Trunk],
     opening: Sequence[int],
-    numbers: Sequence[int],
+    candidate_indices: Sequence[int],
     writer: AnswerWriter,
 ) -> Iterator[GeneratedAnswer]:
     """Generate one prompt at a time, for networks whose cache cannot branch."""
     for trunk in trunks:
-        for step, end in trunk.end.items():
-            for candidate in numbers:
+        for step, end in trunk.ends.items():
+            for candidate in candidate_indices:
                 answer = writer.start(trunk, step, candidate)
-                _generate(network, [*trunk.token_ids[:end], *opening], answer, writer)
+                _generate_prompt(network, [*trunk.token_ids[:end], *opening], answer, writer)
                 yield writer.result(answer)
 
 
 @torch.no_grad()
-def _generate(network: "PreTrainedModel", prompt: list[int], answer: UnfinishedAnswer, writer: AnswerWriter) -> None:
+def _generate_prompt(
+    network: "PreTrainedModel", prompt: list[int], answer: UnfinishedAnswer, writer: AnswerWriter
+) -> None:
+    """Generate one answer with `generate` of transformers; the writer chooses the tokens."""
     from transformers import GenerationConfig
 
     def choose(input_ids_1T: Tensor, logits_1V: Tensor) -> Tensor:
         (token,) = writer.extend([answer], logits_1V)
-        only_1V = torch.full_like(logits_1V, -torch.inf)
-        only_1V[0, token] = 0.0
-        return only_1V
+        chosen_1V = torch.full_like(logits_1V, -torch.inf)
+        chosen_1V[0, token] = 0.0
+        return chosen_1V
 
     def done(input_ids_1T: Tensor, scores: Any) -> Tensor:
         return torch.tensor([answer.done], device=input_ids_1T.device)
 
     input_ids_1T = torch.tensor([prompt], device=network.get_input_embeddings().weight.device)
-    # Without the penalties that the backbone's own configuration may contain.
-    own, network.generation_config = network.generation_config, GenerationConfig()
+    # The backbone's own generation configuration may contain penalties.
+    original, network.generation_config = network.generation_config, GenerationConfig()
     try:
         with uncompiled(network):
             network.generate(
@@ -246,4 +266,4 @@ def _generate(network: "PreTrainedModel", prompt: list[int], answer: UnfinishedA
                 stopping_criteria=[done],
             )
     finally:
-        network.generation_config = own
+        network.generation_config = original

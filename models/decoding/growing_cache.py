@@ -44,7 +44,12 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def keep(self, row_B: Tensor, token_BK: Tensor) -> None:
-        """Keep the given batch rows, and of each the given tokens in the given order."""
+        """Keep only some rows of the batch, and some tokens of each row, in the given order.
+
+        Args:
+            row_B: (B,) int64, the batch rows to keep.
+            token_BK: (B, K) int64, the tokens to keep of each of them.
+        """
         at = row_B[:, None], slice(None), token_BK
         self._allocated = [states[at].transpose(1, 2) for states in (self.keys, self.values)]
         self.keys, self.values = self._allocated

@@ -1,6 +1,6 @@
-"""A KV cache kept between calls: a call only computes tokens after the longest common prefix with the last call.
+"""A KV cache that is kept between calls. A call computes only the tokens after the prefix that it shares with the last.
 
-So one more event of a history costs the tokens of that event and of the proposals after it.
+So if a history has grown by one event, the next call computes the tokens of this event and of the proposals after it.
 
 Shape legend: R rows, Q query tokens, K tokens in the cache, D hidden size.
 """
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 
 class PrefixCache:
-    """The keys and values of the common prefix of the last rows; `cache_problem` tests whether a network supports it.
+    """The keys and values of the common prefix of the last call's rows.
+
+    `cache_problem` tests whether a network supports it.
 
     Args:
         network: A causal model of transformers.
@@ -44,14 +46,14 @@ class PrefixCache:
         self.network = network
         self._cache = Cache(layer_class_to_replicate=GrowingLayer)
         self._cache_option = cache_option(network.base_model)
-        self._read: list[int] = []  # the tokens in the cache
+        self._cached_ids: list[int] = []  # the tokens whose keys and values the cache contains
 
     @torch.no_grad()
     def states(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Return the final hidden states (R, D) at the last tokens of rows; a long common prefix saves time."""
+        """Return the final hidden states (R, D) at the last token of each row."""
         shared = min(min(common_prefix(rows[0], row) for row in rows), min(map(len, rows)) - 1)
         trunk, branches = list(rows[0][:shared]), [row[shared:] for row in rows]
-        known = common_prefix(self._read, trunk)
+        known = common_prefix(self._cached_ids, trunk)
         for layer in self._cache.layers:
             layer.crop(known)
         with reading_branches(self.network):
@@ -59,7 +61,7 @@ class PrefixCache:
                 self._forward(known, trunk[known : known + self.chunk], [])
                 known += self.chunk
             states_QD = self._forward(known, trunk[known:], branches)
-        self._read = trunk
+        self._cached_ids = trunk
         ends = [end - 1 for end in accumulate(map(len, branches), initial=shared - known)][1:]
         return states_QD[ends]
 
@@ -85,9 +87,9 @@ class PrefixCache:
 
 
 def cache_problem(network: "PreTrainedModel", longest: int) -> str | None:
-    """The reason why a network gives other states from a kept cache than for whole rows; None if it does not.
+    """Why a network's hidden states with a kept cache differ from those of whole rows; None if they agree.
 
-    Self-checks compare states, first on a few tokens, then on rows of `longest` tokens; see `reading_problem`.
+    Self-checks compare both, first on a few tokens, then on rows of `longest` tokens; see `reading_problem`.
     """
     with reading_branches(network):
         return reading_problem(
@@ -101,7 +103,11 @@ def cache_problem(network: "PreTrainedModel", longest: int) -> str | None:
 
 
 def _state_problem(network: "PreTrainedModel", longest: int) -> str | None:
-    """Compare the states of calls that have all, half or nothing in common with the call before; None if they agree."""
+    """Compare the states of calls that share all, half or none of their tokens with the call before.
+
+    Returns:
+        The problem; None if the states agree.
+    """
     first, other = random_tokens(network, longest), random_tokens(network, longest, seed=1)
     half, few = first[: longest // 2], SHORT_LENGTH // 2
     calls: list[list[list[int]]] = [

@@ -13,15 +13,19 @@ TraceIds = Sequence[Sequence[int]]  # token ids of the instructions and of each 
 
 @dataclass(frozen=True)
 class Trunk:
-    """The tokens that several steps of a trace share.
+    """The tokens that the prompts of several steps of a trace begin with.
 
-    `end` maps each step to the number of trunk tokens that its answers attend to.
+    Attributes:
+        trace: Index of the trace.
+        stream: Seeds the random numbers of its answers.
+        token_ids: The tokens of the instructions and of the events up to the last step.
+        ends: For each step, the number of these tokens that its answers attend to: those up to the step's event.
     """
 
     trace: int
     stream: int
     token_ids: list[int]
-    end: dict[int, int]
+    ends: dict[int, int]
 
 
 def trunks_of(
@@ -33,14 +37,12 @@ def trunks_of(
 ) -> list[Trunk]:
     """Return the trunks of the wanted steps, sorted so that similar trunks are neighbours.
 
-    Steps of a trace share a trunk if the same number of events is dropped from their histories.
+    A prompt that is longer than `limit` loses its oldest events. Steps of a trace share a trunk if their prompts lose
+    the same number of events.
 
     Args:
-        traces: See `models.decoding.generation.generate_answers`.
-        opening: The same.
-        wanted: The same.
+        traces, opening, wanted, streams: As in `models.decoding.generation.generate_answers`.
         limit: Maximum number of tokens of a prompt.
-        streams: As `traces`.
 
     Raises:
         UserError: The instructions leave no room for an answer.
@@ -54,22 +56,23 @@ def trunks_of(
         steps_of.setdefault(trace, []).append(step)
     trunks = []
     for trace, trace_steps in steps_of.items():
-        first, *events = traces[trace]
-        if len(first) + len(opening) > limit:
+        instructions, *events = traces[trace]
+        if len(instructions) + len(opening) > limit:
             raise UserError(
-                f"max_length: instructions and opening have {len(first) + len(opening)} tokens, and {limit} are left "
-                "beside the answer",
+                f"max_length: instructions and opening have {len(instructions) + len(opening)} tokens, and {limit} "
+                "are left beside the answer",
                 "Raise max_length, or lower max_new_tokens.",
             )
-        by_dropped: dict[int, list[int]] = {}
+        steps_by_dropped: dict[int, list[int]] = {}
         for step in trace_steps:
-            older = max(step - limit, 0)  # these cannot fit: an event has at least one token
-            dropped = older + truncate([first, *events[older:step], opening], limit)[1]
-            by_dropped.setdefault(dropped, []).append(step)
-        for dropped, steps in by_dropped.items():
-            lengths = np.cumsum([len(first), *map(len, events[dropped : steps[-1]])])
-            token_ids = [token for part in (first, *events[dropped : steps[-1]]) for token in part]
+            too_old = max(step - limit, 0)  # events that cannot fit, because an event has at least one token
+            dropped = too_old + truncate([instructions, *events[too_old:step], opening], limit)[1]
+            steps_by_dropped.setdefault(dropped, []).append(step)
+        for dropped, steps in steps_by_dropped.items():
+            segments = [instructions, *events[dropped : steps[-1]]]
+            lengths = np.cumsum([len(segment) for segment in segments])
+            token_ids = [token for segment in segments for token in segment]
             stream = trace if streams is None else streams[trace]
             trunks.append(Trunk(trace, stream, token_ids, {step: int(lengths[step - dropped]) for step in steps}))
     # Batches of similar trunks need the least padding.
-    return sorted(trunks, key=lambda trunk: (len(trunk.end), len(trunk.token_ids)))
+    return sorted(trunks, key=lambda trunk: (len(trunk.ends), len(trunk.token_ids)))

@@ -115,14 +115,14 @@ def test_a_network_that_cannot_be_captured_decodes_without_a_graph(
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Refuses)
     monkeypatch.setattr(torch.cuda, "graph", Refuses)
     readers = [FixedBranchReader(llama), FixedBranchReader(llama)]
-    readers[0].records = True
+    readers[0].uses_graph = True
     found: list[list[Tensor]] = []
     for reader in readers:
         reader.begin([[1, 2, 3, 4]], [[2, 4]], [8])
         reader.branch([[0, 1]])
         found.append([reader.read([[token, token]]) for token in range(5)])
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
-    assert readers[0].records is False
+    assert readers[0].uses_graph is False
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma"])  # heads in groups, or each with keys of its own
