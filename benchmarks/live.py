@@ -29,12 +29,12 @@ from models.judging.local_agent import AnswerOptions, LocalAgent
 from models.judging.weights import load_weights
 from models.learning.proactive_agent import ProactiveAgent
 from models.learning.reward_classifier import RewardClassifier
-from proactive.assistant.assistant import Assistant, Parts
+from proactive.assistant.assistant import Assistant, SessionParts
 from proactive.assistant.clock import Clock, ReplayClock
 from proactive.assistant.deciding import Policy, Reply
-from proactive.assistant.gating import Gate, GateOptions
+from proactive.assistant.live_gate import Gate, GateOptions
 from proactive.assistant.model_thread import ModelThread
-from proactive.assistant.notices import Answered, Notices, Offer
+from proactive.assistant.notices import Notices, Offer, OnAnswer
 from proactive.assistant.observations import Cursor, Happened, Observation, Source
 from proactive.assistant.session_log import SESSION_FILE, Entry, EventEntry
 from proactive.assistant.session_summary import summary
@@ -70,9 +70,9 @@ class AcceptingUser(Notices):
     """Accepts every offer at once."""
 
     def __init__(self) -> None:
-        self.answered: Answered = lambda number, accepted: None
+        self.answered: OnAnswer = lambda number, accepted: None
 
-    def running(self, answered: Answered) -> AbstractAsyncContextManager[object]:
+    def running(self, answered: OnAnswer) -> AbstractAsyncContextManager[object]:
         self.answered = answered
         return nullcontext()
 
@@ -105,12 +105,12 @@ def main(
     proposer = LocalAgent(load_weights((ProactiveAgent,), agent, "--agent"), AnswerOptions())
     proposer.warm_up()
 
-    def parts(clock: Clock, count: int, policy: Policy, **others: Any) -> Parts:
+    def parts(clock: Clock, count: int, policy: Policy, **others: Any) -> SessionParts:
         source = Day(clock, count, gap)
         thread = ModelThread()
         ours = Gate(judge, 0.5, GateOptions(), source.name, thread)
         ours.warm_up()
-        return Parts(
+        return SessionParts(
             source,
             clock,
             proposer,
@@ -142,7 +142,7 @@ def main(
             figures |= {"events_per_second": rate, "milliseconds": _printed(path)}
         if hours:
             path = Path(folder, "second")
-            day = parts(ReplayClock(speed), int(hours * HOUR / gap), Policy(), told=told)
+            day = parts(ReplayClock(speed), int(hours * HOUR / gap), Policy(), on_entry=told)
             asyncio.run(Assistant(day).run(path / SESSION_FILE, {}))
             print(f"{hours:g} simulated hours, {speed:g} times as fast: {summary(path)['events']}")
             _printed(path)

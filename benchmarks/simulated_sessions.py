@@ -14,12 +14,12 @@ from pathlib import Path
 from jsonargparse import auto_cli
 
 from proactive.simulation.concurrent_work import Limits
-from proactive.simulation.log import SimulationLog
-from proactive.simulation.loop import LoopOptions
 from proactive.simulation.questions import Roles
 from proactive.simulation.scenes import embedded_scenes
-from proactive.simulation.scripted import ScriptedRole
+from proactive.simulation.scripted_roles import ScriptedRole
+from proactive.simulation.session_loop import LoopOptions
 from proactive.simulation.simulated_traces import read_simulated
+from proactive.simulation.simulation_log import SimulationLog
 from proactive.simulation.trace_simulation import TraceSimulation, simulate
 from proactive.simulation.work_items import ROLE_NAMES
 

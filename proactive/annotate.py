@@ -22,7 +22,7 @@ from datamodules.corpus.sources import load_corpus
 from datamodules.corpus.units import read_units, units_of_rows
 from datamodules.errors import UserError
 from datamodules.ranges import Port, Tries
-from proactive.annotation.figures import agreement_figures, votes_of_project, votes_of_rows
+from proactive.annotation.agreement_by_group import agreement_figures, votes_of_project, votes_of_rows
 from proactive.annotation.labelled_rows import Rule, export
 from proactive.annotation.store import Store
 from proactive.commands import program
@@ -104,8 +104,8 @@ def _import(options: "Namespace") -> None:
 
 def _serve(options: "Namespace") -> None:
     try:
-        from proactive.annotation.reader import read_sources, source_of_rows
         from proactive.annotation.server import LOOPBACK, application, listen, serve
+        from proactive.annotation.trace_reader import read_sources, source_of_rows
     except ModuleNotFoundError as error:
         raise UserError(
             f"serve needs {error.name}, which is not installed", "pip install 'proactive[annotate]'"

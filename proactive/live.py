@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 from datamodules.errors import UserError
 from datamodules.files.run_folders import latest_run_folder, missing_folders, output_folder, remove_empty
 from proactive.assistant.assistant import Assistant
-from proactive.assistant.export import export
-from proactive.assistant.keeping import make_private, private_files, remove_older
-from proactive.assistant.narration import lines_of
-from proactive.assistant.options import session_parser
-from proactive.assistant.preparing import Session, prepare
+from proactive.assistant.session_export import export_sessions
+from proactive.assistant.session_folders import make_private, private_files, remove_older
 from proactive.assistant.session_log import SESSION_FILE, Entry
+from proactive.assistant.session_options import session_parser
+from proactive.assistant.session_setup import Session, prepare
 from proactive.assistant.session_summary import summary, summary_table
+from proactive.assistant.terminal_lines import lines_of
 from proactive.commands import program
 from proactive.event_loop import SignalReceivedError, run_until_signal
 from proactive.parser import Parser
@@ -59,7 +59,7 @@ def _export_parser() -> Parser:
 
 def _export(options: "Namespace") -> None:
     with private_files():
-        counts = export(options.sessions, options.output)
+        counts = export_sessions(options.sessions, options.output)
     if not options.quiet:
         said = ", ".join(f"{count:,} {name}" for name, count in counts.items())
         say(f"{options.output}: {said}")
@@ -109,7 +109,7 @@ async def _watch(session: Session, folder: Path, tell: Callable[[str], None]) ->
     async with contextlib.AsyncExitStack() as stack:
         for client in session.clients:
             await stack.enter_async_context(client)
-        await Assistant(replace(session.parts, told=told)).run(folder / SESSION_FILE, session.settings)
+        await Assistant(replace(session.parts, on_entry=told)).run(folder / SESSION_FILE, session.settings)
 
 
 def _default_gate() -> Path:

@@ -18,12 +18,12 @@ from proactive.event_loop import run_until_signal
 from proactive.parser import Parser
 from proactive.simulation.concurrent_work import Limits, StoppedError
 from proactive.simulation.contamination import without_test_events
-from proactive.simulation.log import LOG_FILE, SimulationLog
-from proactive.simulation.loop import LoopOptions
 from proactive.simulation.role_options import OPTIONS, roles_of
 from proactive.simulation.scenes import embedded_scenes, read_scenes
 from proactive.simulation.scenes_command import scenes, scenes_parser
-from proactive.simulation.summary import ESTIMATED, estimate
+from proactive.simulation.session_loop import LoopOptions
+from proactive.simulation.simulation_log import LOG_FILE, SimulationLog
+from proactive.simulation.simulation_summary import ESTIMATED, estimate
 from proactive.simulation.trace_simulation import TraceSimulation, derive, simulate
 from proactive.tables import Table, show
 from proactive.terminal import say

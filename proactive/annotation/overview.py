@@ -9,7 +9,7 @@ from starlette.routing import Route
 
 from datamodules.corpus.agreement import interval
 from datamodules.errors import UserError
-from proactive.annotation.figures import agreement_figures, votes_of_project
+from proactive.annotation.agreement_by_group import agreement_figures, votes_of_project
 from proactive.annotation.pages import IncompleteError, endpoint, home, item_of, page, read_label, redirect, unit_page
 from proactive.annotation.store import Store
 

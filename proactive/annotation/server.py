@@ -23,8 +23,8 @@ from proactive.annotation.guard import Guard
 from proactive.annotation.labelling import Labelling
 from proactive.annotation.overview import Overview
 from proactive.annotation.pages import HERE, message
-from proactive.annotation.reader import Reader, Source
 from proactive.annotation.store import Store
+from proactive.annotation.trace_reader import Reader, Source
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 STATIC = {

@@ -17,8 +17,8 @@ from proactive.assistant.activitywatch_client import ADDRESS_HINT, ActivityWatch
 from proactive.assistant.clock import Clock
 from proactive.assistant.observations import Cursor, Gap, Happened, Observation, Presence, Source
 from proactive.assistant.privacy import PrivacyOptions
+from proactive.assistant.span_sequence import MAX_PAUSE, BucketCursor, BucketStep, Recording, emit
 from proactive.assistant.spans import EXPORT, TYPES, kinds_of, spans, validated
-from proactive.assistant.timeline import MAX_PAUSE, BucketCursor, Recording, Step, emit
 
 POLL_INTERVAL = 2.0  # seconds between requests
 LATENESS = 5.0  # seconds that a heartbeat may take to the server; the slowest watcher sends one every 5 seconds
@@ -34,7 +34,7 @@ log = logging.getLogger("proactive")
 class _Progress:
     """What has been reported."""
 
-    since: float  # the beginning of the range
+    since: float  # the session reports what happened after this time
     at: float  # the time of the last observation
     buckets: dict[str, BucketCursor] = field(default_factory=dict)
 
@@ -54,8 +54,8 @@ class _Progress:
         self.at = max(self.at, at)
         return Gap(since, self.at, reason, self.cursor())
 
-    def after(self, step: Step) -> Observation | None:
-        """Return the observation of a step, if it is one, and go on after it."""
+    def after(self, step: BucketStep) -> Observation | None:
+        """Note that a step is reported. Return its observation; None if there is nothing to report."""
         self.buckets[step.bucket] = step.cursor
         if step.output is None:
             return None
@@ -68,8 +68,8 @@ class _Progress:
 class ActivityWatchSource(Source):
     """Reads the buckets of a server again and again, and yields what the user did.
 
-    An observation comes `LATENESS` seconds after it is known, so that earlier ones of other watchers can still come.
-    What comes later is left out, with a notice. So is what happened before the first start.
+    Each observation is yielded `LATENESS` seconds after it is known, so that an earlier one of another watcher can
+    still arrive. Events that arrive later are left out, with a warning. Events before the first start are left out.
 
     Args:
         url: The address of the server.
@@ -100,7 +100,7 @@ class ActivityWatchSource(Source):
             yield progress.gap(left_at, since, "the assistant did not run")
         until = progress.at
         may_wait = cursor is not None
-        outage: tuple[float, float] | None = None  # if what was missed is not known yet
+        outage: tuple[float, float] | None = None  # start and end of an outage whose events were not read yet
         async with self.client:
             while True:
                 recording, was_away = await self._recording(progress, may_wait)
@@ -116,7 +116,7 @@ class ActivityWatchSource(Source):
                 await self.clock.reach(self.clock.now() + POLL_INTERVAL)
 
     async def _recording(self, progress: _Progress, may_wait: bool) -> tuple[Recording, bool]:
-        """Read the buckets, and return whether the server had to be waited for."""
+        """Read the buckets. Also return whether the server was not reachable at first."""
         delay = 0.0
         while True:
             try:
@@ -141,7 +141,7 @@ def _observations(
 
     Args:
         recording: The spans that were read.
-        progress: What has been reported; it goes on.
+        progress: What has been reported; it is updated.
         until: The time, in epoch seconds.
         holes: Times in which nothing was recorded.
     """
@@ -156,7 +156,10 @@ def _observations(
 
 
 def _holes(recording: Recording, outage: tuple[float, float] | None) -> list[tuple[float, float]]:
-    """Return when nothing was recorded during an outage. Watchers send what they kept, so there may be no such time."""
+    """Return the times during an outage in which nothing was recorded.
+
+    There may be none, because watchers send what they have kept after an outage.
+    """
     if outage is None:
         return []
     recorded, end = outage
@@ -186,7 +189,7 @@ class ExportSource(Source):
         text = read_text(path, MAX_EXPORT_BYTES, hint=hint)
         self._digest = hashlib.sha256(text.encode()).hexdigest()
         buckets = validated(text, EXPORT, str(path), hint).buckets
-        del text  # it and the events below are let go of early, for they take most of the memory
+        del text  # text and events take most of the memory, so they are freed as soon as possible
         kinds = kinds_of(buckets)
         if not kinds:
             raise UserError(f"{path}: has no bucket of a known type ({', '.join(TYPES)})", hint)

@@ -13,6 +13,7 @@ from datamodules.errors import UserError
 from datamodules.escaping import error_text
 from datamodules.files.reading import MAX_TEXT_BYTES
 from proactive.assistant.privacy import PrivacyOptions
+from proactive.assistant.span_sequence import TAB_PULSE, BucketCursor, Recording
 from proactive.assistant.spans import (
     BUCKETS,
     EVENTS,
@@ -28,13 +29,12 @@ from proactive.assistant.spans import (
     spans,
     validated,
 )
-from proactive.assistant.timeline import TAB_PULSE, BucketCursor, Recording
 
 if TYPE_CHECKING:
     from httpx2 import AsyncClient
 
-LOOK_BACK = 60.0  # seconds of spans that are read again after they were reported, to notice those that came too late
-TIMEOUT = 10.0  # seconds a request
+LOOK_BACK = 60.0  # seconds before the last reported span that are read again, to notice spans that arrived too late
+TIMEOUT = 10.0  # seconds per request
 ADDRESS_HINT = "Start ActivityWatch, and give the address of its server, such as http://localhost:5600."
 log = logging.getLogger("proactive")
 
@@ -65,13 +65,13 @@ class ActivityWatchClient:
         self.url = url.rstrip("/").removesuffix("/api/0")
         self.privacy = privacy
         self._http: AsyncClient | None = None
-        self._starts: dict[str, set[float]] = {}  # of the spans that were read last, by bucket
-        self._kinds: set[str] | None = None  # types of buckets that were there last
+        self._starts: dict[str, set[float]] = {}  # by bucket: starts of the spans in the last response
+        self._kinds: set[str] | None = None  # types of the buckets in the last response
 
     async def __aenter__(self) -> Self:
         from httpx2 import AsyncClient
 
-        # Without settings of the environment: a proxy would see everything.
+        # trust_env=False ignores proxies in the environment, which would see everything.
         self._http = AsyncClient(timeout=TIMEOUT, trust_env=False)
         return self
 
@@ -82,7 +82,7 @@ class ActivityWatchClient:
             await self._http.aclose()
 
     async def recording(self, since: float, cursors: Mapping[str, BucketCursor]) -> Recording:
-        """Read what is not reported yet, and the tabs at that time.
+        """Read the spans that are not reported yet, and the browser tabs at their time.
 
         Args:
             since: The beginning of the range, in epoch seconds. Spans are cut to it.
@@ -95,7 +95,7 @@ class ActivityWatchClient:
         kinds = kinds_of(buckets)
         self._log_missing(set(kinds.values()))
         found: dict[str, list[Span]] = {}
-        waiting: list[float] = []  # starts of windows that are not reported
+        waiting: list[float] = []  # starts of windows that are not reported yet
         for name, kind in sorted(kinds.items(), key=lambda item: item[1] == TAB):
             if kind == TAB:
                 found[name] = await self._spans(name, kind, min(waiting) - TAB_PULSE) if waiting else []

@@ -1,4 +1,4 @@
-"""The live assistant: takes observations and answers one by one, decides, shows offers, and logs everything."""
+"""The loop of a live session: it takes observations and the user's answers one by one, and logs what came of each."""
 
 import asyncio
 import contextlib
@@ -13,11 +13,10 @@ from datamodules.corpus.records import Event
 from datamodules.corpus.traces import Candidate
 from datamodules.errors import UserError
 from models.judging.agents import Agent
-from proactive.assistant.acting import act
 from proactive.assistant.clock import Clock
 from proactive.assistant.deciding import Decision, Policy, Reply
-from proactive.assistant.gating import Verdict, no_gate
-from proactive.assistant.model_thread import here
+from proactive.assistant.live_gate import GateVerdict, no_gate
+from proactive.assistant.model_thread import run_in_event_loop
 from proactive.assistant.notices import Notices
 from proactive.assistant.observations import Gap, Happened, Observation, Presence, Source
 from proactive.assistant.session_log import (
@@ -30,28 +29,29 @@ from proactive.assistant.session_log import (
     SessionLog,
 )
 from proactive.assistant.session_state import SessionState
+from proactive.assistant.tools import act
 
-Told = Callable[[Entry], None]
-Running = Callable[[Callable[[], Coroutine[Any, Any, list[Candidate]]]], Awaitable[list[Candidate]]]
-Gating = Callable[[Sequence[Event], str, int], Awaitable[Verdict]]
+OnEntry = Callable[[Entry], None]
+RunAgent = Callable[[Callable[[], Coroutine[Any, Any, list[Candidate]]]], Awaitable[list[Candidate]]]
+AskGate = Callable[[Sequence[Event], str, int], Awaitable[GateVerdict]]
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What a session consists of.
+class SessionParts:
+    """The parts of a session.
 
     Attributes:
-        source: What is observed.
-        clock: The time.
-        agent: Proposes.
-        notices: Show offers.
-        policy: When offers may be made.
-        gating: The gate's `verdict`, or `no_gate`.
+        source: Yields observations.
+        clock: Tells the time.
+        agent: Makes proposals.
+        notices: Shows offers, and returns the user's answers.
+        policy: Limits when offers may be made.
+        ask_gate: Returns the gate's verdict on an offer: `Gate.verdict`, or `no_gate`.
         threshold: The gate's threshold; None without a gate.
         window: Number of latest events that the gate gets.
-        told: Is called with each new entry of the log.
+        on_entry: Called with each new entry of the log.
         tools: Names of the tools that may run after an offer was accepted.
-        run_agent: Runs the agent's coroutines: `here`, or in a thread if it is a local model.
+        run_agent: Runs the agent's coroutines: `ModelThread.run` for a local model, else `run_in_event_loop`.
     """
 
     source: Source
@@ -59,30 +59,33 @@ class Parts:
     agent: Agent
     notices: Notices
     policy: Policy
-    gating: Gating = no_gate
+    ask_gate: AskGate = no_gate
     threshold: float | None = None
     window: int = 1
-    told: Told = lambda entry: None
+    on_entry: OnEntry = lambda entry: None
     tools: tuple[str, ...] = ()
-    run_agent: Running = here
+    run_agent: RunAgent = run_in_event_loop
 
 
 @dataclass(frozen=True)
 class _Answered:
+    """The user's answer to the offer after the event `number`."""
+
     number: int
     accepted: bool
     at: float
 
 
 class Assistant:
-    """One session, from its beginning or from where its log ends."""
+    """Runs one session: a new one, or one that continues from the end of its log."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: SessionParts) -> None:
         self.parts = parts
         self.state = SessionState(parts.agent, parts.source.name, parts.policy, parts.window)
         self.log = SessionLog(self.state.resume)
         self._inbox: deque[Observation | _Answered] = deque()
-        self._news, self._wanted = asyncio.Event(), asyncio.Event()
+        self._arrived = asyncio.Event()  # something was put into the inbox
+        self._wanted = asyncio.Event()  # with a stepwise clock: the next observation may be read
         self._folder = Path()  # of the session
 
     async def run(self, path: Path, settings: dict[str, Any]) -> None:
@@ -98,22 +101,22 @@ class Assistant:
         self._folder = path.parent
         with self.log.opened(path, settings):
             async with self.parts.notices.running(self._answer):
-                await self._withdraw()  # its notice ended with the process that showed it
-                pump = asyncio.create_task(self._pump())
+                await self._withdraw()  # an offer from before a kill: its notice ended with the killed process
+                reading = asyncio.create_task(self._read_source())
                 try:
-                    while (item := await self._next(pump)) is not None:
+                    while (item := await self._next(reading)) is not None:
                         await self._take(item)
                 finally:
-                    pump.cancel()
-                    await asyncio.wait({pump})  # `_next` raises its error
+                    reading.cancel()
+                    await asyncio.wait({reading})  # `_next` raises its error
                     await self._withdraw()
 
     def _answer(self, number: int, accepted: bool) -> None:
         self._inbox.append(_Answered(number, accepted, self._now()))
-        self._news.set()
+        self._arrived.set()
 
-    async def _pump(self) -> None:
-        """Move observations into the inbox; with a stepwise clock one at a time, when the last one is dealt with."""
+    async def _read_source(self) -> None:
+        """Put observations into the inbox. With a stepwise clock, wait until the previous one has been dealt with."""
         async with contextlib.aclosing(self.parts.source.observations(self.state.cursor)) as observations:
             while True:
                 if self.parts.clock.stepwise:
@@ -123,30 +126,34 @@ class Assistant:
                 if observation is None:
                     return
                 self._inbox.append(observation)
-                self._news.set()
+                self._arrived.set()
 
-    async def _next(self, pump: "asyncio.Task[None]") -> Observation | _Answered | None:
-        """Return the next item; None if the source has ended and no offer is open. Ends an offer that expires."""
+    async def _next(self, reading: "asyncio.Task[None]") -> Observation | _Answered | None:
+        """Wait for the next item of the inbox, and end the open offer if it expires meanwhile.
+
+        Returns:
+            The item; None if the source has ended and no offer is open.
+        """
         clock = self.parts.clock
         while not self._inbox:
             due = self.state.watch.due
-            if pump.done():
-                pump.result()  # raises its error
+            if reading.done():
+                reading.result()  # raises its error
                 if due is None:
                     return None
                 if clock.stepwise:
                     await clock.reach(due)
             if await self._lapse(self._now()):
                 continue
-            self._news.clear()
+            self._arrived.clear()
             self._wanted.set()
-            arrives = asyncio.create_task(self._news.wait())
+            arrival = asyncio.create_task(self._arrived.wait())
             await asyncio.wait(
-                {arrives} if pump.done() else {arrives, pump},
+                {arrival} if reading.done() else {arrival, reading},
                 timeout=None if due is None else clock.seconds_until(due),
                 return_when=asyncio.FIRST_COMPLETED,
             )
-            arrives.cancel()
+            arrival.cancel()
         return self._inbox.popleft()
 
     async def _take(self, item: Observation | _Answered) -> None:
@@ -171,7 +178,7 @@ class Assistant:
         state, number, begin = self.state, self.state.number + 1, time.perf_counter()
         watch, decision = state.watch.happened(now, self._outdated())
         proposed: Candidate | None = None
-        verdict: Verdict | None = None
+        verdict: GateVerdict | None = None
         error, agent_seconds, gate_seconds = "", None, None
         if decision is not None:
             state.agent_session.note(item.event)
@@ -185,13 +192,13 @@ class Assistant:
                 watch, decision = watch.failed(self._now())
             agent_seconds = time.perf_counter() - begin
         if decision is None and proposed is not None and proposed.proposal is not None:
-            verdict = await self.parts.gating([*state.history, item.event], proposed.proposal, number)
+            verdict = await self.parts.ask_gate([*state.history, item.event], proposed.proposal, number)
             gate_seconds = time.perf_counter() - begin - (agent_seconds or 0.0)
             error = verdict.error
         decided = self._now()
         if verdict is not None:
             watch, decision = watch.gated(decided, verdict.decision)
-        assert decision is not None, "something came of it"
+        assert decision is not None, "each of these steps makes a decision, or lets the next one decide"
         notes = {name: str(text) for name, text in (proposed.notes if proposed else {}).items()}
         entry = EventEntry(
             number=number,
@@ -223,13 +230,13 @@ class Assistant:
         self.state.absence(entry)
 
     def _outdated(self) -> bool:
-        """Whether the user has moved on or gone away: observations wait that are newer than the current one."""
+        """Whether the observations that wait in the inbox show that the user has moved on or gone away."""
         events = sum(isinstance(one, Happened) for one in self._inbox)
         left = any(isinstance(one, Gap) or (isinstance(one, Presence) and one.away) for one in self._inbox)
         return left or events >= self.parts.policy.moved_on
 
     async def _lapse(self, now: float, moved: bool = False) -> bool:
-        """End the open offer if it has expired, or if one more event means that the user has moved on."""
+        """End the open offer if it has expired, or if the user has moved on with one more event."""
         watch = self.state.watch
         reply = watch.lapse(now, moved)
         if reply is None or watch.due is None:
@@ -255,7 +262,7 @@ class Assistant:
 
     def _log(self, entry: Entry) -> None:
         self.log.add(entry)
-        self.parts.told(entry)
+        self.parts.on_entry(entry)
 
     def _now(self) -> float:
         """The time, which never decreases."""

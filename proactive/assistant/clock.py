@@ -1,4 +1,4 @@
-"""Time: of this machine, or of a session that is replayed."""
+"""Clocks: the time of this machine, and the time of a replay."""
 
 import asyncio
 import time
@@ -6,10 +6,10 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Epoch seconds as the assistant counts them.
+    """Tells the time in epoch seconds.
 
     Attributes:
-        stepwise: Whether time only moves with `reach`, so that nothing is waited for.
+        stepwise: Whether only `reach` advances the time. A replay then takes no longer than its computation.
     """
 
     stepwise: bool
@@ -19,11 +19,11 @@ class Clock(Protocol):
         ...
 
     async def reach(self, at: float) -> None:
-        """Wait until a time; return at once if it is over."""
+        """Wait until a time; return at once if it has passed."""
         ...
 
     def seconds_until(self, at: float) -> float | None:
-        """Return the real seconds until a time, 0 if it is over; None if the clock is stepwise."""
+        """Return the real seconds until a time, 0 if it has passed; None if the clock is stepwise."""
         ...
 
 
@@ -43,17 +43,17 @@ class SystemClock(Clock):
 
 
 class ReplayClock(Clock):
-    """The time of a replay. It starts with the first time that is waited for.
+    """The time of a replay. It starts with the first time that `reach` is called with.
 
     Args:
-        speed: How many of its seconds pass in a real second; 0 for a stepwise clock.
+        speed: Seconds of the replay per real second; 0 for a stepwise clock.
     """
 
     def __init__(self, speed: float = 0.0) -> None:
         self.speed = speed
         self.stepwise = speed == 0
-        self._reached = 0.0  # the last time that was waited for
-        self._began: float | None = None  # when the replay's time was 0, in the time of `time.monotonic`
+        self._reached = 0.0  # the latest time that `reach` was called with
+        self._began: float | None = None  # the value of `time.monotonic` at which the replay's time was 0
 
     def now(self) -> float:
         if self._began is None:

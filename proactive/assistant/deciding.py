@@ -1,9 +1,12 @@
-"""When the assistant proposes and what becomes of its offers: a state machine of values, without input or output.
+"""The rules of a live session, as a state machine: when the agent is asked, when an offer is shown, and how it ends.
 
-Every method of `Watch` returns a new `Watch`. Times are epoch seconds.
+It is immutable and does no input or output: each transition of `Watch` returns a new `Watch`. Times are epoch seconds.
 
-    WATCHING --(away, cooling down, hourly budget used: stay)--> PROPOSING --(silent: back)--> GATED
-    GATED --(repeated, held back, gate failed: back)--> SHOWN --(an answer)--> WATCHING
+    phase      what happens           next phase
+    WATCHING   an event               PROPOSING; WATCHING if away, cooling down, budget used or outdated
+    PROPOSING  the agent's proposal   GATED; WATCHING if silent, outdated or failed
+    GATED      the gate's verdict     SHOWN; WATCHING if held back, repeated or failed
+    SHOWN      a reply                WATCHING
 """
 
 from dataclasses import dataclass, replace
@@ -12,8 +15,8 @@ from enum import StrEnum
 from datamodules.ranges import Count, NonNegativeFloat, Positive, Tries
 
 HOUR = 3600.0
-REMEMBERED = 1000  # latest offers that are not repeated
-MOST_DOUBLINGS = 30  # of a pause; more would exceed any longest pause
+MAX_REMEMBERED = 1000  # an offer is not repeated if it is one of the latest that were shown
+MAX_DOUBLINGS = 30  # of a pause; enough to exceed any longest pause
 
 
 class Phase(StrEnum):
@@ -28,10 +31,12 @@ class Phase(StrEnum):
 class Decision(StrEnum):
     """What came of an event."""
 
-    AWAY = "away"  # these four: the agent was not asked
+    # The agent was not asked.
+    AWAY = "away"
     COOLING_DOWN = "cooling down"
     BUDGET_USED = "hourly budget used"
     OFFER_OPEN = "an offer is open"
+    # The agent was asked, except if the context had already changed.
     AGENT_FAILED = "agent failed"
     SILENT = "silent"  # the agent proposed null
     OUTDATED = "outdated"  # the user had moved on before the agent was asked, or before it had answered
@@ -56,7 +61,7 @@ class Policy:
 
     Args:
         pause: Seconds without offers after an offer has ended. Each rejection in a row doubles them.
-        longest_pause: Maximum seconds of a pause after rejections.
+        longest_pause: Maximum length of a pause after rejections, in seconds.
         per_hour: Maximum number of offers within an hour. Each ignored offer in a row halves it, down to one.
         expires: Seconds until an offer without an answer counts as ignored.
         moved_on: Number of further events that withdraw an open offer.
@@ -71,7 +76,7 @@ class Policy:
     def pause_after(self, rejections: int) -> float:
         """Return the seconds of the pause after this many rejections in a row."""
         longest = max(self.longest_pause, self.pause)
-        return min(self.pause * 2 ** min(rejections, MOST_DOUBLINGS), longest)
+        return min(self.pause * 2 ** min(rejections, MAX_DOUBLINGS), longest)
 
     def budget_after(self, ignored: int) -> int:
         """Return the number of offers within an hour after this many ignored ones in a row."""
@@ -79,8 +84,8 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class Open:
-    """The offer that waits for an answer, and the number of events since."""
+class OpenOffer:
+    """The open offer, the time when it was shown, and the number of events since."""
 
     proposal: str
     at: float
@@ -99,9 +104,9 @@ class Watch:
         rejections: Number of rejected offers in a row.
         ignored: Number of ignored offers in a row.
         shown: Times of the offers within the last hour.
-        made: The latest offers, without differences of case and blanks.
-        pending: The offer that is with the gate.
-        open: The offer that waits for an answer.
+        made: The latest offers that were shown, in lower case and with single blanks, for comparison.
+        pending: The offer that the gate is asked about.
+        open: The open offer.
     """
 
     policy: Policy
@@ -113,7 +118,7 @@ class Watch:
     shown: tuple[float, ...] = ()
     made: tuple[str, ...] = ()
     pending: str | None = None
-    open: Open | None = None
+    open: OpenOffer | None = None
 
     @property
     def due(self) -> float | None:
@@ -121,11 +126,11 @@ class Watch:
         return None if self.open is None else self.open.at + self.policy.expires
 
     def lapse(self, at: float, moved: bool = False) -> Reply | None:
-        """Return how the open offer ends by itself: it has expired, or the user has `moved` on.
+        """Return how the open offer ends without an answer; None if it stays open.
 
         Args:
             at: The time.
-            moved: Whether one more event has happened.
+            moved: Whether one more event has happened. An offer is withdrawn after `policy.moved_on` events.
         """
         if self.open is None:
             return None
@@ -157,7 +162,7 @@ class Watch:
         return replace(kept, phase=Phase.PROPOSING), None
 
     def present(self, away: bool) -> "Watch":
-        """Note that the user went away, when an open offer has to be ended before, or came back."""
+        """Note that the user went away or came back. If the user goes away, no offer may be open."""
         self._require(Phase.WATCHING, *(() if away else (Phase.SHOWN,)))
         return replace(self, away=away)
 
@@ -182,7 +187,12 @@ class Watch:
         return replace(self, phase=Phase.GATED, pending=proposal), None
 
     def gated(self, at: float, verdict: Decision) -> tuple["Watch", Decision]:
-        """Note the gate's verdict on the offer: shown, held back, or gate failed. An offer is not repeated."""
+        """Note the gate's verdict on the offer. An offer that was shown before is not shown again.
+
+        Args:
+            at: The time.
+            verdict: Shown, held back, or gate failed.
+        """
         self._require(Phase.GATED)
         proposal = self.pending
         assert proposal is not None, "the gate has an offer"
@@ -195,9 +205,9 @@ class Watch:
             self,
             phase=Phase.SHOWN,
             pending=None,
-            open=Open(proposal, at),
+            open=OpenOffer(proposal, at),
             shown=(*self.shown, at),
-            made=(*self.made, key)[-REMEMBERED:],
+            made=(*self.made, key)[-MAX_REMEMBERED:],
         ), verdict
 
     def ended(self, at: float, reply: Reply) -> "Watch":

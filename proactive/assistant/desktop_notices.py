@@ -9,7 +9,7 @@ from desktop_notifier import Button, DesktopNotifier
 from datamodules.errors import UserError
 from datamodules.escaping import error_text, printable, shortened
 from proactive.assistant.deciding import Reply
-from proactive.assistant.notices import Answered, Notices, Offer
+from proactive.assistant.notices import Notices, Offer, OnAnswer
 from proactive.terminal import say
 
 MAX_TITLE = 300  # characters of an offer that are shown
@@ -27,19 +27,19 @@ class DesktopNotices(Notices):
 
     def __init__(self) -> None:
         self._notifier = DesktopNotifier(app_name="proactive")
-        self._answered: Answered = lambda number, accepted: None
+        self._on_answer: OnAnswer = lambda number, accepted: None
         self._shown: str | None = None  # the identifier of the notification
 
-    def running(self, answered: Answered) -> AbstractAsyncContextManager[object]:
-        self._answered = answered
+    def running(self, on_answer: OnAnswer) -> AbstractAsyncContextManager[object]:
+        self._on_answer = on_answer
         return self._connected()
 
     async def show(self, offer: Offer) -> None:
         def accept() -> None:
-            self._answered(offer.number, True)
+            self._on_answer(offer.number, True)
 
         def reject() -> None:
-            self._answered(offer.number, False)
+            self._on_answer(offer.number, False)
 
         self._shown = await self._notifier.send(
             shortened(printable(offer.proposal), MAX_TITLE),

@@ -1,4 +1,4 @@
-"""Local models compute in a thread of their own, so that sources and answers do not wait for them."""
+"""The thread in which local models compute, so that the event loop can go on with observations and answers."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -9,7 +9,7 @@ Result = TypeVar("Result")
 
 
 class ModelThread:
-    """One thread for all models of a session: several would compete for cores, and keep more memory."""
+    """One thread for all models of a session. With several threads they would compete for cores and memory."""
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(1, "models")
@@ -18,11 +18,11 @@ class ModelThread:
         """Run a coroutine of a local model in the thread, and return its result.
 
         Args:
-            make: Makes the coroutine. It may wait for nothing but the model.
+            make: Makes the coroutine. It must not wait for anything of the session's event loop.
         """
         return await asyncio.get_running_loop().run_in_executor(self._executor, lambda: asyncio.run(make()))
 
 
-async def here(make: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+async def run_in_event_loop(make: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
     """Run a coroutine in the event loop of the session, where clients of endpoints have their connections."""
     return await make()

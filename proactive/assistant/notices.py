@@ -1,6 +1,6 @@
-"""How offers reach the user, and answers come back.
+"""The interface that shows offers to the user and returns the answers.
 
-A new kind of notice is a new class with the methods of `Notices`.
+To add a way to show offers, write a class with the methods of `Notices`.
 """
 
 from collections.abc import Callable, Mapping
@@ -8,21 +8,21 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
-from proactive.assistant.acting import ToolCall
 from proactive.assistant.deciding import Reply
+from proactive.assistant.tools import ToolCall
 
-Answered = Callable[[int, bool], None]  # the number of an offer, and whether the user accepts it
+OnAnswer = Callable[[int, bool], None]  # the number of an offer, and whether the user accepts it
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What the user sees, and what follows if they accept it.
+    """An offer, and what follows if the user accepts it.
 
     Attributes:
         number: The number of its event.
-        proposal: The offer.
-        draft: The agent's text, which is shown then.
-        call: The tool that the agent asks for instead.
+        proposal: The text of the offer.
+        draft: The agent's text that is shown after an acceptance.
+        call: The tool that runs after an acceptance, instead of a draft.
     """
 
     number: int
@@ -34,11 +34,11 @@ class Offer:
 class Notices(Protocol):
     """Shows one offer at a time."""
 
-    def running(self, answered: Answered) -> AbstractAsyncContextManager[object]:
+    def running(self, on_answer: OnAnswer) -> AbstractAsyncContextManager[object]:
         """Return the context in which offers can be shown.
 
         Args:
-            answered: To call in the event loop when the user answers. Answers to an offer that has ended do no harm.
+            on_answer: To call in the event loop when the user answers. An answer to an offer that has ended is ignored.
         """
         ...
 
@@ -52,24 +52,24 @@ class Notices(Protocol):
 
 
 class RecordedNotices(Notices):
-    """Answers as a trace's judgments say. An offer without one is ignored.
+    """Answers offers with the recorded judgments of a trace. An offer without a judgment gets no answer.
 
     Args:
-        judgments: By the number of an event and the proposal after it.
+        judgments: The judgments, by the number of an event and the proposal after it.
     """
 
     def __init__(self, judgments: Mapping[tuple[int, str], bool]) -> None:
         self.judgments = judgments
-        self._answered: Answered | None = None
+        self._on_answer: OnAnswer | None = None
 
-    def running(self, answered: Answered) -> AbstractAsyncContextManager[object]:
-        self._answered = answered
+    def running(self, on_answer: OnAnswer) -> AbstractAsyncContextManager[object]:
+        self._on_answer = on_answer
         return nullcontext()
 
     async def show(self, offer: Offer) -> None:
         accepted = self.judgments.get((offer.number, offer.proposal))
-        if accepted is not None and self._answered:
-            self._answered(offer.number, accepted)
+        if accepted is not None and self._on_answer:
+            self._on_answer(offer.number, accepted)
 
     async def end(self, offer: Offer, reply: Reply) -> None:
         return

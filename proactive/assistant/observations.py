@@ -1,6 +1,7 @@
-"""What the assistant watches: typed observations from a source, in the order of their time.
+"""Observations, and the interface of sources, which yield them in the order of their time.
 
-A new kind of source is a new class with the methods of `Source`, and a branch in `proactive.assistant.sources`.
+To add a kind of source, write a class with the methods of `Source`, and add a branch to
+`proactive.assistant.source_choice.choose_source`.
 """
 
 from collections.abc import AsyncGenerator, Mapping
@@ -19,8 +20,8 @@ class Happened:
     Attributes:
         event: The event as it is logged and as models read it: one sentence, without private content.
         at: When it happened, in epoch seconds. Times of observations do not decrease.
-        cursor: Where the source is after this observation. The session log stores it with the observation, in one
-            line. So a source that starts again with this cursor neither repeats nor loses an event.
+        cursor: The position of the source after this observation. The session log stores both in one line. So a source
+            that starts again with this cursor neither repeats nor loses an event.
     """
 
     event: Event

@@ -20,7 +20,7 @@ from proactive.annotation.guard import Guard
 from proactive.annotation.pages import HERE as FRAME
 from proactive.annotation.server import LOOPBACK, listen, static_files, uvicorn_server
 from proactive.assistant.deciding import Reply
-from proactive.assistant.notices import Answered, Notices, Offer
+from proactive.assistant.notices import Notices, Offer, OnAnswer
 from proactive.terminal import say
 
 HOST = "127.0.0.1"
@@ -40,15 +40,15 @@ class PageNotices(Notices):
         self._token = secrets.token_urlsafe(24)
         self._offer: Offer | None = None
         self._latest: dict[str, str] | None = None  # what became of the last offer
-        self._answered: Answered = lambda number, accepted: None
+        self._on_answer: OnAnswer = lambda number, accepted: None
 
-    def running(self, answered: Answered) -> AbstractAsyncContextManager[object]:
+    def running(self, on_answer: OnAnswer) -> AbstractAsyncContextManager[object]:
         loop = asyncio.get_running_loop()
 
         def tell(number: int, accepted: bool) -> None:
-            loop.call_soon_threadsafe(answered, number, accepted)
+            loop.call_soon_threadsafe(on_answer, number, accepted)
 
-        self._answered = tell
+        self._on_answer = tell
         return self._serving()
 
     async def show(self, offer: Offer) -> None:
@@ -82,7 +82,7 @@ class PageNotices(Notices):
             offer = self._offer
             if offer is not None and form.get("number") == str(offer.number) and form.get("answer") in ("yes", "no"):
                 self._offer = None
-                self._answered(offer.number, form.get("answer") == "yes")
+                self._on_answer(offer.number, form.get("answer") == "yes")
             return RedirectResponse(request.url.path, 303)
         content: dict[str, Any] = {"offer": self._offer, "latest": self._latest, "seconds": REFRESH_SECONDS}
         headers = {} if self._offer else {"Refresh": str(REFRESH_SECONDS)}

@@ -1,6 +1,6 @@
-"""What a source leaves out or replaces before a text reaches a file, a model or a message.
+"""Removes private content from what a source reads, before it reaches a file, a model or a message.
 
-These are simple patterns. They find secrets in their usual forms, not every secret.
+The patterns are simple. They find secrets in their usual forms, but not every secret.
 """
 
 import re
@@ -13,10 +13,10 @@ from datamodules.errors import UserError
 from datamodules.escaping import printable, shortened
 
 MAX_LENGTH = 200  # characters of one title, name or address in an event
-MAX_READ = 2000  # characters of a text that is searched for secrets; the rest is cut off
-CACHED = 4096  # texts; a live source reads the latest ones again and again
+MAX_READ = 2000  # characters of a text that are searched for secrets; the rest is cut off
+CACHED = 4096  # texts; a live source reads the latest texts again and again
 CARD_DIGITS = range(13, 20)
-CARD_STARTS = range(2, 7)  # of cards for payment
+CARD_STARTS = range(2, 7)  # first digits of payment cards
 PRIVATE_APPS = (
     r"keepass|1password|bitwarden|lastpass|dashlane|enpass|nordpass|proton.?pass|roboform|\bkeeper\b|password.?safe",
     r"keychain|seahorse|kwallet|gnome-keyring|passwords?\b|authenticator|authy",
@@ -55,7 +55,7 @@ _LONG = re.compile(r"[A-Za-z0-9_+=-]{20,}")
 
 @dataclass(frozen=True)
 class PrivacyOptions:
-    """What is left out besides password managers, private windows, and pages on passwords, codes and banking.
+    """What is left out, besides password managers, private windows, and pages on passwords, codes and banking.
 
     Args:
         exclude_apps: Regular expressions. Windows of applications whose name matches one anywhere, in upper or lower
@@ -130,7 +130,7 @@ def address(url: str) -> str | None:
         return None
     if parts.scheme not in ("http", "https") or not host:
         return None
-    path = unquote(parts.path).partition(";")[0].rstrip("/")  # after ; some servers put a session
+    path = unquote(parts.path).partition(";")[0].rstrip("/")  # some servers put a session id after a semicolon
     return shortened(printable(_without_secrets(host + "".join(path.split()))), MAX_LENGTH)
 
 

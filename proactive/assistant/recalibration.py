@@ -1,4 +1,4 @@
-"""Calibration of a gate on the answers of its user."""
+"""Fits a gate's calibration to the answers of its user."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,14 +16,14 @@ MIN_OF_EACH = 5  # accepted and rejected offers: without both, the best temperat
 
 
 @dataclass
-class Answers:
-    """Answered offers of sessions with one gate.
+class AnsweredOffers:
+    """The answered offers of sessions with one gate.
 
     Attributes:
         weights: The digest of the gate's weights.
         probability: The gate's uncalibrated P(accepted) of each offer.
-        accepted: Whether the user accepted it.
-        propensity: The probability with which it was shown.
+        accepted: Whether the user accepted each offer.
+        propensity: The probability with which each offer was shown.
     """
 
     weights: str
@@ -32,9 +32,9 @@ class Answers:
     propensity: list[float] = field(default_factory=list)
 
     def calibration(self) -> Calibration:
-        """Fit to the answers. An offer that was shown with probability p counts 1 / p times.
+        """Fit to the answers. An offer that was shown with probability p has the weight 1 / p.
 
-        So offers below the threshold, of which exploration shows only some, have the weight of all of them.
+        So the shown offers below the threshold stand for all offers there, of which exploration shows only some.
 
         Raises:
             UserError: There are too few answers.
@@ -55,19 +55,19 @@ class Answers:
         )
 
 
-def read_answers(sessions: Sequence[Path]) -> Answers:
-    """Read the answers to offers of some sessions. Ignored and withdrawn offers are no answers.
+def read_answers(sessions: Sequence[Path]) -> AnsweredOffers:
+    """Read the answered offers of sessions. Ignored and withdrawn offers are left out.
 
     Raises:
-        UserError: A folder holds no session, a session had no gate, or their gates differ.
+        UserError: A folder contains no session, a session had no gate, or their gates differ.
     """
-    found: Answers | None = None
+    found: AnsweredOffers | None = None
     for folder in sessions:
         settings, entries = read_session(folder)
         gate = settings.get("gate")
         if gate is None:
             raise UserError(f"{folder}: this session had no gate", "Leave it out.")
-        found = found or Answers(gate["weights"])
+        found = found or AnsweredOffers(gate["weights"])
         if gate["weights"] != found.weights:
             raise UserError(f"{folder}: this session had another gate than {sessions[0]}", "Calibrate each gate alone.")
         offered: EventEntry | None = None  # an offer ends before the next one is made
@@ -80,10 +80,10 @@ def read_answers(sessions: Sequence[Path]) -> Answers:
     return found
 
 
-def _add(answers: Answers, offered: EventEntry | None, accepted: bool, temperature: float) -> None:
+def _add(answers: AnsweredOffers, offered: EventEntry | None, accepted: bool, temperature: float) -> None:
     if offered is None or offered.probability is None or not offered.propensity:
         return  # the gate failed, and the offer was shown without it
     logged = torch.tensor(offered.probability, dtype=torch.float64)
-    answers.probability.append(float(calibrated(logged, 1 / temperature)))  # without the session's calibration
+    answers.probability.append(float(calibrated(logged, 1 / temperature)))  # undoes the session's calibration
     answers.accepted.append(accepted)
     answers.propensity.append(offered.propensity)

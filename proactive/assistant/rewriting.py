@@ -25,13 +25,12 @@ log = logging.getLogger("proactive")
 class RewrittenSource(Source):
     """Yields the observations of a source, with the sentences of its events rewritten.
 
-    A sentence stays as it is, with a notice, if the endpoint fails or does not answer with one that begins with "The
-    user".
+    A sentence is not changed if the endpoint fails, or if its answer does not begin with "The user". A warning says so.
 
     Args:
         source: The source.
-        client: Asks the model. It is open while observations are read.
-        prompt: What the model is told.
+        client: The client of the model. It must be open while observations are read.
+        prompt: The prompt.
     """
 
     def __init__(self, source: Source, client: ChatClient, prompt: ChatPrompt) -> None:

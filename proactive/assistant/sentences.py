@@ -1,4 +1,4 @@
-"""Sentences on what the user did, from fixed templates in the manner of the training data."""
+"""Fixed templates for sentences on what the user did, in the style of the training data."""
 
 from collections.abc import Sequence
 

@@ -1,6 +1,6 @@
-"""session.jsonl: each observation with what came of it, and each reply, as soon as it is known.
+"""session.jsonl, the log of a live session: each observation with the decision on it, and each reply.
 
-Its first line holds the settings. Only its owner may read it.
+Entries are written as soon as they are known. The first line contains the settings. Only the file's owner may read it.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,8 +14,8 @@ from datamodules.corpus.records import Event, Proposal, Unicode
 from datamodules.errors import UserError
 from datamodules.files.append_log import AppendLog
 from datamodules.files.reading import MAX_RECORDS_BYTES, open_file, text_lines
-from proactive.assistant.acting import Outcome
 from proactive.assistant.deciding import Decision, Reply
+from proactive.assistant.tools import Outcome
 
 SESSION_FILE = "session.jsonl"
 SESSION_HINT = "Give a folder that `python -m proactive.live` wrote."
@@ -30,17 +30,19 @@ class EventEntry(_Entry):
     """An event and what came of it.
 
     Attributes:
-        number: From 1.
+        number: The number of the event in the session, from 1.
         at: When it happened, in epoch seconds.
         now: When the assistant learned of it.
-        decided: When it was decided.
-        cursor: Where the source is after it.
+        decided: When the decision was made.
+        event: The event.
+        cursor: The cursor of the source after the event.
+        decision: What came of it.
         proposal: The agent's proposal; None if it was silent or not asked.
         purpose, thoughts, response: The agent's notes; the response is the draft that is shown.
         probability: The gate's P(accepted).
         threshold: The gate's threshold.
-        propensity: The probability of being shown that the gate left the offer.
-        agent_seconds, gate_seconds: How long they took.
+        propensity: The probability that the offer was shown, given that the agent made it.
+        agent_seconds, gate_seconds: The time that agent and gate took.
         error: Why agent or gate failed.
     """
 
@@ -110,10 +112,10 @@ _ENTRIES: TypeAdapter[Entry] = TypeAdapter(Annotated[Entry, Field(discriminator=
 
 
 class SessionLog(AppendLog):
-    """The log while a session runs. It keeps no entry in memory.
+    """Writes the log of a running session. It keeps no entry in memory.
 
     Args:
-        resume: Is called with each entry that the file already holds.
+        resume: Called with each entry that the file already contains.
     """
 
     of: ClassVar[str] = "a live session"
@@ -132,10 +134,10 @@ class SessionLog(AppendLog):
 
 
 def read_session(folder: Path) -> tuple[dict[str, Any], Iterator[Entry]]:
-    """Return the settings of a session, and its entries, which are read one by one.
+    """Return the settings of a session, and an iterator that reads its entries.
 
     Raises:
-        UserError: The folder holds no session, or a line does not fit.
+        UserError: The folder contains no session, or a line is not an entry.
     """
     path = folder / SESSION_FILE
     lines = _lines(path)
@@ -146,7 +148,7 @@ def read_session(folder: Path) -> tuple[dict[str, Any], Iterator[Entry]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each complete line: a killed process leaves an incomplete last one."""
+    """Yield each complete line. The last line is incomplete if the process was killed while it wrote it."""
     with open_file(path, MAX_RECORDS_BYTES, hint=SESSION_HINT) as file:
         last = file.seek(0, 2)
         if last:

@@ -1,14 +1,14 @@
-"""Everything that a running session remembers. It follows from the entries of the log, so a session can continue."""
+"""The state of a running session. It can be computed from the entries of the log, so a session can continue."""
 
 from collections import deque
 
 from datamodules.corpus.records import Event
 from models.judging.agents import Agent, AgentSession
-from proactive.assistant.acting import call_of
 from proactive.assistant.deciding import Decision, Policy, Watch
 from proactive.assistant.notices import Offer
 from proactive.assistant.observations import Cursor
 from proactive.assistant.session_log import ActionEntry, Entry, EventEntry, GapEntry, PresenceEntry, ReplyEntry
+from proactive.assistant.tools import call_of
 
 LONG_ABSENCE = 1800.0  # seconds without the user after which a new trace begins
 
@@ -32,22 +32,22 @@ class Absences:
 
 
 class SessionState:
-    """The state of a session. Its memory is bounded: some events, what the agent keeps, and the latest offers.
+    """The state of a session. It keeps a bounded number of events and offers, besides what the agent keeps.
 
     Args:
-        agent: Proposes.
+        agent: Makes proposals.
         name: The name of the session.
         policy: When offers may be made.
         window: Number of latest events to keep for the gate.
 
     Attributes:
         watch: The state machine.
-        agent_session: The agent's view of the current trace.
+        agent_session: The agent's session for the current trace.
         history: The latest events of the current trace.
         number: The number of the latest event.
-        cursor: Where the source is.
+        cursor: The cursor of the source after the latest observation.
         offer: The open offer.
-        latest: The latest time.
+        latest: The latest time so far. Times in the log never decrease.
     """
 
     def __init__(self, agent: Agent, name: str, policy: Policy, window: int) -> None:
@@ -64,7 +64,7 @@ class SessionState:
         self.agent_session = self._begin_trace()
 
     def resume(self, entry: Entry) -> None:
-        """Take over an entry of the log.
+        """Apply an entry of the log.
 
         Raises:
             ValueError: It does not follow from the earlier entries.
@@ -80,7 +80,7 @@ class SessionState:
             self.absence(entry)
 
     def event(self, entry: EventEntry) -> None:
-        """Note an event that the watch and the agent know already."""
+        """Note an event. The watch and the agent must have been told before."""
         self.latest = max(self.latest, entry.decided)
         self.number, self.cursor = entry.number, entry.cursor
         self.history.append(entry.event)

@@ -1,4 +1,4 @@
-"""What happened in a session, in numbers."""
+"""Counts and times of a session, for the table at its end."""
 
 from array import array
 from collections import Counter

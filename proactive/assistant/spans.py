@@ -1,7 +1,7 @@
-"""What ActivityWatch records: validated replies and exports, read into spans without private content.
+"""Reads what ActivityWatch recorded, in responses of its server or in exports, into spans without private content.
 
-The type of a bucket decides how it is read, not its name. Only spans leave this module, so each text of a recording
-has passed `proactive.assistant.privacy` before anything else sees it.
+The type of a bucket decides how it is read, not its name. Other modules get only spans. So each text of a recording
+has passed `proactive.assistant.privacy` before other code sees it.
 """
 
 import re
@@ -28,7 +28,7 @@ TYPES = {  # what each type of bucket tells
     TAB: "tabs of browsers",
     INPUT: "whether the user is there, if nothing of type afkstatus is recorded",
 }
-AWAY_AFTER = 180.0  # seconds without input; as the watcher of presence has it
+AWAY_AFTER = 180.0  # seconds without input after which the user is away, as in ActivityWatch's own watcher
 Read = TypeVar("Read")
 
 
@@ -42,7 +42,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Tab:
-    """The tab of a browser. The title of a private one only serves to find its window."""
+    """The tab of a browser. The title of a private tab is only used to find its window."""
 
     title: str
     address: str | None
@@ -139,10 +139,10 @@ def spans(kind: str, events: Iterable[RecordedEvent], privacy: PrivacyOptions) -
         privacy: What is left out.
 
     Returns:
-        The spans in the order of their start. A bucket records one thing at a time, so of several with one start the
-        longest counts. A server can hold such after late heartbeats, and gives the number of an event to another one.
+        The spans in the order of their start. A bucket records one thing at a time. So if several events start at the
+        same time, only the longest counts. Late heartbeats can cause such events, and a server can give an event's id
+        to another event, so ids do not identify them.
     """
-    read = _READERS[kind]
     read = _READERS[kind]
     found: dict[float, Span] = {}
     for event in events:
@@ -155,7 +155,7 @@ def spans(kind: str, events: Iterable[RecordedEvent], privacy: PrivacyOptions) -
 
 
 def clipped(found: Iterable[Span], since: float) -> list[Span]:
-    """Cut spans to those after a time. Some servers do this, and some do not."""
+    """Cut off the parts of spans before a time. Some servers already do this."""
     return [replace(span, start=max(span.start, since)) for span in found if span.end >= since]
 
 
@@ -182,7 +182,7 @@ def _status(data: dict[str, Any], privacy: PrivacyOptions) -> Status:
 
 
 def _input(data: dict[str, Any], privacy: PrivacyOptions) -> Status | None:
-    """Whether there was input. What was pressed or moved is not looked at."""
+    """Whether there was input. Keys and movements are not read."""
     return Status(False) if any(data.values()) else None
 
 
@@ -190,7 +190,7 @@ _READERS = {WINDOW: _window, TAB: _tab, EDITOR: _edited, PRESENCE: _status, INPU
 
 
 def _presence_of_input(ordered: list[Span]) -> list[Span]:
-    """Add that the user was away between inputs that are far apart."""
+    """Add a span in which the user is away for each long time between two inputs."""
     found: list[Span] = []
     last: Span | None = None
     for span in ordered:

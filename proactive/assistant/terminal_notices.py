@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 
 from proactive.assistant.deciding import Reply
-from proactive.assistant.notices import Answered, Notices, Offer
+from proactive.assistant.notices import Notices, Offer, OnAnswer
 from proactive.terminal import say
 
 ANSWERS = {"y": True, "yes": True, "n": False, "no": False}
@@ -21,8 +21,8 @@ class TerminalNotices(Notices):
     def __init__(self) -> None:
         self._offer: Offer | None = None
 
-    def running(self, answered: Answered) -> AbstractAsyncContextManager[object]:
-        return self._reading(answered)
+    def running(self, on_answer: OnAnswer) -> AbstractAsyncContextManager[object]:
+        return self._reading(on_answer)
 
     async def show(self, offer: Offer) -> None:
         self._offer = offer
@@ -35,7 +35,7 @@ class TerminalNotices(Notices):
             say(f"          draft: {offer.draft}")
 
     @contextlib.asynccontextmanager
-    async def _reading(self, answered: Answered) -> AsyncIterator[None]:
+    async def _reading(self, on_answer: OnAnswer) -> AsyncIterator[None]:
         if not sys.stdin.isatty():
             yield
             return
@@ -52,7 +52,7 @@ class TerminalNotices(Notices):
                 line, _, typed = typed.partition(b"\n")
                 answer = ANSWERS.get(line.decode(errors="replace").strip().lower())
                 if answer is not None and self._offer is not None:
-                    answered(self._offer.number, answer)
+                    on_answer(self._offer.number, answer)
 
         loop.add_reader(descriptor, read)
         try:

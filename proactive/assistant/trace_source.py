@@ -1,4 +1,4 @@
-"""A trace as a source: its events come again as they happened."""
+"""A source that replays the events of a trace."""
 
 from collections.abc import AsyncGenerator
 from typing import Any

@@ -5,8 +5,8 @@ from typing import Any
 
 from datamodules.corpus.json_records import parse_json, validate
 from datamodules.errors import UserError
-from proactive.simulation.log import SimulationLog
 from proactive.simulation.questions import Answer, InvalidAnswer, Item, Question, Role
+from proactive.simulation.simulation_log import SimulationLog
 
 TRIES = 3  # an invalid answer is sent back with its error twice
 

@@ -13,7 +13,7 @@ from datamodules.files.writing import write_atomically
 from models.judging.budget import LimitReachedError
 from models.judging.chat_client import ChatClient
 from proactive.simulation.asking import NoValidAnswerError
-from proactive.simulation.log import LOG_FILE, SimulationLog
+from proactive.simulation.simulation_log import LOG_FILE, SimulationLog
 from proactive.simulation.work_items import WorkItem
 
 FAILED = "failed"

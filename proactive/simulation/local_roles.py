@@ -16,9 +16,9 @@ from models.judging.judges import RewardJudge
 from models.judging.local_agent import LocalAgent
 from models.learning.calibration import DECISION
 from proactive.simulation.asking import TRIES
-from proactive.simulation.log import SimulationLog
 from proactive.simulation.questions import InvalidAnswer, JudgeAnswer, Question, Role
 from proactive.simulation.scenes import SimulatedSession
+from proactive.simulation.simulation_log import SimulationLog
 
 DIGITS = 4  # of P(accepted). Further digits depend on how many events one forward pass contains.
 

@@ -11,10 +11,10 @@ from models.judging.budget import Budget
 from models.judging.chat_client import ChatClient
 from proactive.endpoints import endpoint_of
 from proactive.simulation.endpoint_roles import EndpointRole, RoleOptions, RolePrompt
-from proactive.simulation.log import SimulationLog
 from proactive.simulation.questions import Role, Roles
 from proactive.simulation.scenes import SimulatedSession
-from proactive.simulation.scripted import ScriptedRole
+from proactive.simulation.scripted_roles import ScriptedRole
+from proactive.simulation.simulation_log import SimulationLog
 from proactive.simulation.work_items import ROLE_NAMES, RoleName
 
 if TYPE_CHECKING:

@@ -14,12 +14,12 @@ from models.judging.budget import Price
 from models.judging.chat_client import ChatClient
 from proactive.simulation.asking import ask
 from proactive.simulation.concurrent_work import Limits, Say, continued, do_all
-from proactive.simulation.log import LOG_FILE, SimulationLog
 from proactive.simulation.questions import Question, Role, SceneAnswer
 from proactive.simulation.scenes import SCENES_FILE, SceneDescription, scenes_text
-from proactive.simulation.seeds import Seeds, tasks_in_turn
+from proactive.simulation.seed_tasks import Seeds, tasks_in_turn
+from proactive.simulation.simulation_log import LOG_FILE, SimulationLog
 from proactive.simulation.simulation_report import scenes_report
-from proactive.simulation.summary import SUMMARY_FILE, scenes_summary
+from proactive.simulation.simulation_summary import SUMMARY_FILE, scenes_summary
 from proactive.simulation.work_items import RoleName, WorkItem, digest
 
 MOST_SAMPLES = 10  # sample events in one question

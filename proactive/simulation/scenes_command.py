@@ -13,13 +13,13 @@ from proactive.parser import Parser
 from proactive.simulation.concurrent_work import Limits, StoppedError
 from proactive.simulation.contamination import events_of_test_traces
 from proactive.simulation.endpoint_roles import RoleOptions
-from proactive.simulation.log import LOG_FILE, SimulationLog
 from proactive.simulation.questions import Role
 from proactive.simulation.role_options import endpoint_role, kind_of
 from proactive.simulation.scene_writing import SceneDraft, SceneWriting, derive_scenes, write_scenes
 from proactive.simulation.scenes import SCENES_FILE
 from proactive.simulation.scripted_writer import ScriptedWriter
-from proactive.simulation.seeds import embedded_seeds, read_seeds, without_test_samples
+from proactive.simulation.seed_tasks import embedded_seeds, read_seeds, without_test_samples
+from proactive.simulation.simulation_log import LOG_FILE, SimulationLog
 from proactive.tables import Table, show
 from proactive.terminal import say
 

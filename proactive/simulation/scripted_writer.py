@@ -10,11 +10,11 @@ from typing import Any
 
 from datamodules.corpus.simulator import DOMAINS, Domain, Topic
 from datamodules.escaping import shortened
-from proactive.simulation.log import SimulationLog
 from proactive.simulation.questions import InvalidAnswer, Question, Role
 from proactive.simulation.scene_writing import SceneDraft
 from proactive.simulation.scenes import EMBEDDED_OPERATIONS
-from proactive.simulation.scripted import Facts, logged_answer
+from proactive.simulation.scripted_roles import Facts, logged_answer
+from proactive.simulation.simulation_log import SimulationLog
 
 LONGEST_NAME = 60  # characters of a task as an entity
 FILE_WORDS = 3  # of a task in the name of a file

@@ -15,8 +15,6 @@ from datamodules.files.writing import write_atomically
 from models.judging.chat_client import ChatClient
 from proactive.simulation.concurrent_work import Limits, Say, continued, do_all
 from proactive.simulation.contamination import events_of_test_traces
-from proactive.simulation.log import LOG_FILE, SimulationLog
-from proactive.simulation.loop import LoopOptions, SessionLoop
 from proactive.simulation.questions import Roles
 from proactive.simulation.scenes import (
     SCENES_FILE,
@@ -27,9 +25,11 @@ from proactive.simulation.scenes import (
     scenes_text,
     sessions_of,
 )
+from proactive.simulation.session_loop import LoopOptions, SessionLoop
 from proactive.simulation.simulated_traces import TRACES, read_simulated, write_trace
+from proactive.simulation.simulation_log import LOG_FILE, SimulationLog
 from proactive.simulation.simulation_report import report
-from proactive.simulation.summary import SUMMARY_FILE, PlayedBy, summary
+from proactive.simulation.simulation_summary import SUMMARY_FILE, PlayedBy, summary
 from proactive.simulation.training_data import training_data, write_training_data
 from proactive.simulation.work_items import ROLE_NAMES
 

@@ -15,10 +15,10 @@ from datamodules.corpus.records import AnnotatedRow
 from datamodules.corpus.sources import load_corpus
 from datamodules.corpus.traces import read_recorded
 from proactive import inspect, simulate
-from proactive.annotation.reader import read_sources
+from proactive.annotation.trace_reader import read_sources
 from proactive.simulation.contamination import events_of_test_traces
 from proactive.simulation.scenes import embedded_scenes, scenes_text
-from proactive.simulation.summary import burstiness, near_duplicates
+from proactive.simulation.simulation_summary import burstiness, near_duplicates
 from tests.proactive.conftest import Ended
 from tests.proactive.simulation.killed import contents, killed, lines_of
 

@@ -12,10 +12,10 @@ from datamodules.corpus.records import Event
 from datamodules.corpus.traces import Candidate, Trace
 from datamodules.errors import UserError
 from models.judging.agents import RecordedAgent
-from proactive.assistant.assistant import Assistant, Parts
+from proactive.assistant.assistant import Assistant, SessionParts
 from proactive.assistant.clock import Clock, ReplayClock
 from proactive.assistant.deciding import Policy, Reply
-from proactive.assistant.notices import Answered, Notices, Offer, RecordedNotices
+from proactive.assistant.notices import Notices, Offer, OnAnswer, RecordedNotices
 from proactive.assistant.observations import Cursor, Happened, Observation, Source
 from proactive.assistant.session_log import SESSION_FILE, Entry, EventEntry, ReplyEntry, read_session
 from proactive.assistant.trace_source import TraceSource
@@ -69,10 +69,10 @@ class TestNotices(Notices):
     replies: dict[str, bool] = field(default_factory=dict)
     shown: list[Offer] = field(default_factory=list)
     ended: list[tuple[int, Reply]] = field(default_factory=list)
-    answered: Answered = lambda number, accepted: None
+    answered: OnAnswer = lambda number, accepted: None
     is_shown: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def running(self, answered: Answered) -> AbstractAsyncContextManager[object]:
+    def running(self, answered: OnAnswer) -> AbstractAsyncContextManager[object]:
         self.answered = answered
         return nullcontext()
 
@@ -91,7 +91,7 @@ def proposing(*proposals: str | None) -> RecordedAgent:
     return RecordedAgent({"a.json": [[Candidate(one, one)] for one in proposals]}, "here")
 
 
-def run(folder: Path, parts: Parts, settings: dict[str, Any] | None = None) -> list[Entry]:
+def run(folder: Path, parts: SessionParts, settings: dict[str, Any] | None = None) -> list[Entry]:
     """Run a session to its end, and return all entries of its log."""
     asyncio.run(Assistant(parts).run(folder / SESSION_FILE, settings or {"name": "test"}))
     return list(read_session(folder)[1])
@@ -102,7 +102,9 @@ def replay(folder: Path, proposals: Sequence[str | None], judgments: dict[tuple[
     """Replay a trace with these proposals and answers."""
     clock = ReplayClock()
     source = TraceSource(trace(len(proposals)), clock)
-    return run(folder, Parts(source, clock, proposing(*proposals), RecordedNotices(judgments or {}), policy, **others))
+    return run(
+        folder, SessionParts(source, clock, proposing(*proposals), RecordedNotices(judgments or {}), policy, **others)
+    )
 
 
 def decisions(entries: Sequence[Entry]) -> list[str]:

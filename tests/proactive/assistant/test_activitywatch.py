@@ -11,7 +11,7 @@ import pytest
 from datamodules.errors import UserError
 from models.judging.agents import AlwaysPropose
 from proactive.assistant.activitywatch import ActivityWatchSource, ExportSource
-from proactive.assistant.assistant import Assistant, Parts
+from proactive.assistant.assistant import Assistant, SessionParts
 from proactive.assistant.clock import ReplayClock
 from proactive.assistant.deciding import Decision, Policy
 from proactive.assistant.notices import RecordedNotices
@@ -147,7 +147,7 @@ def test_a_live_session_that_is_killed_logs_each_sentence_once_and_no_secret(
     for end in (100.0, 360.0, 510.0, 800.0):  # the assistant is killed there, in the middle of a line
         script.end = BEGIN + end
         source = ActivityWatchSource(activitywatch.url, script, PrivacyOptions())
-        parts = Parts(source, script, AlwaysPropose(), RecordedNotices({}), Policy(pause=0, per_hour=99))
+        parts = SessionParts(source, script, AlwaysPropose(), RecordedNotices({}), Policy(pause=0, per_hour=99))
         with pytest.raises(Over):
             asyncio.run(Assistant(parts).run(path, source.describe()))
         with path.open("ab") as file:

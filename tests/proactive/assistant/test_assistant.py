@@ -11,10 +11,10 @@ import pytest
 
 from datamodules.corpus.records import Event
 from datamodules.errors import UserError
-from proactive.assistant.assistant import Assistant, Parts
+from proactive.assistant.assistant import Assistant, SessionParts
 from proactive.assistant.clock import ReplayClock, SystemClock
 from proactive.assistant.deciding import Decision, Policy
-from proactive.assistant.gating import Verdict
+from proactive.assistant.live_gate import GateVerdict
 from proactive.assistant.model_thread import ModelThread
 from proactive.assistant.observations import Gap, Presence
 from proactive.assistant.session_log import SESSION_FILE, EventEntry, read_session
@@ -72,7 +72,7 @@ def test_an_absence_or_a_gap_withdraws_an_offer(tmp_path: Path) -> None:
         happened(7, 6),
     ]
     clock = ReplayClock()
-    parts = Parts(ListSource(items, clock), clock, proposing("a", "b", "c", "d"), TestNotices(), FREE)
+    parts = SessionParts(ListSource(items, clock), clock, proposing("a", "b", "c", "d"), TestNotices(), FREE)
     entries = run(tmp_path, parts)
     assert decisions(entries) == ["shown", "away", "shown", "shown"]
     assert replies(entries) == [(1, "withdrawn"), (3, "withdrawn"), (4, "ignored")]
@@ -85,9 +85,9 @@ def test_an_absence_or_a_gap_withdraws_an_offer(tmp_path: Path) -> None:
 def test_a_long_absence_begins_a_new_trace(seconds: float, histories: list[int], tmp_path: Path) -> None:
     seen: list[int] = []
 
-    async def gating(history: Sequence[Event], proposal: str, number: int) -> Verdict:
+    async def gating(history: Sequence[Event], proposal: str, number: int) -> GateVerdict:
         seen.append(len(history))
-        return Verdict(Decision.SHOWN, 0.9, 1.0)
+        return GateVerdict(Decision.SHOWN, 0.9, 1.0)
 
     later = BEGIN + 10 + seconds
     items = [
@@ -98,7 +98,7 @@ def test_a_long_absence_begins_a_new_trace(seconds: float, histories: list[int],
     ]
     clock, agent = ReplayClock(), proposing("a", "b")
     agent.recorded = {**agent.recorded, "a.json.2": [[*agent.recorded["a.json"][1]]]}
-    parts = Parts(ListSource(items, clock), clock, agent, TestNotices(), FREE, gating, 0.5, 10)
+    parts = SessionParts(ListSource(items, clock), clock, agent, TestNotices(), FREE, gating, 0.5, 10)
     assert decisions(run(tmp_path, parts)) == ["shown", "shown"]
     assert seen == histories
 
@@ -106,7 +106,7 @@ def test_a_long_absence_begins_a_new_trace(seconds: float, histories: list[int],
 def test_an_agent_that_fails_is_logged_and_rests(tmp_path: Path) -> None:
     clock = ReplayClock()
     items = [happened(n) for n in range(1, 5)]
-    parts = Parts(ListSource(items, clock), clock, FailingAgent(), TestNotices(), Policy(pause=100, per_hour=9))
+    parts = SessionParts(ListSource(items, clock), clock, FailingAgent(), TestNotices(), Policy(pause=100, per_hour=9))
     entries = run(tmp_path, parts)
     assert decisions(entries) == ["agent failed", "cooling down", "shown", "cooling down"]
     (failed,) = [one for one in entries if isinstance(one, EventEntry) and one.decision == Decision.AGENT_FAILED]
@@ -127,7 +127,7 @@ def test_answers_and_expiry_come_while_nothing_happens(tmp_path: Path) -> None:
         while len(notices.ended) < 2:
             await asyncio.sleep(0.01)
 
-    parts = Parts(
+    parts = SessionParts(
         ListSource([happened(1), answer, happened(2), expire, happened(3)], SystemClock()),
         SystemClock(),
         proposing("a", "b", None),
@@ -159,7 +159,7 @@ def test_what_the_user_has_left_behind_is_not_offered(tmp_path: Path) -> None:
         came.set()
 
     source = ListSource([happened(1), happened(2), happened(3), all_came], SystemClock(), "slow")
-    parts = Parts(source, SystemClock(), agent, notices, Policy(pause=0, per_hour=9, moved_on=2, expires=0.05))
+    parts = SessionParts(source, SystemClock(), agent, notices, Policy(pause=0, per_hour=9, moved_on=2, expires=0.05))
     entries = run(tmp_path, parts)
     assert decisions(entries) == ["outdated", "shown", "an offer is open"]
     assert [offer.proposal for offer in notices.shown] == ["b"]
@@ -186,7 +186,7 @@ def test_events_come_in_while_a_local_model_computes(tmp_path: Path) -> None:
 
     source = ListSource([*(happened(n) for n in range(1, 5)), all_came], SystemClock())
     policy = Policy(pause=0, per_hour=9, moved_on=2, expires=0.05)
-    parts = Parts(source, SystemClock(), agent, TestNotices(), policy, run_agent=ModelThread().run)
+    parts = SessionParts(source, SystemClock(), agent, TestNotices(), policy, run_agent=ModelThread().run)
     assert decisions(run(tmp_path, parts)) == ["outdated", "outdated", "shown", "an offer is open"]
 
 
@@ -196,7 +196,7 @@ def test_a_source_that_fails_ends_the_session_with_its_error(tmp_path: Path) -> 
 
     clock, notices = ReplayClock(), TestNotices()
     with pytest.raises(UserError, match="the file is damaged"):
-        run(tmp_path, Parts(ListSource([happened(1), fail], clock), clock, proposing("a"), notices, FREE))
+        run(tmp_path, SessionParts(ListSource([happened(1), fail], clock), clock, proposing("a"), notices, FREE))
     entries = list(read_session(tmp_path)[1])
     assert (decisions(entries), replies(entries)) == (["shown"], [(1, "withdrawn")])
 
@@ -206,7 +206,7 @@ def test_a_session_that_is_stopped_withdraws_its_offer(tmp_path: Path) -> None:
 
     async def stopped() -> None:
         source = ListSource([happened(1), asyncio.Event().wait], SystemClock())
-        parts = Parts(source, SystemClock(), proposing("a"), notices, FREE)
+        parts = SessionParts(source, SystemClock(), proposing("a"), notices, FREE)
         running = asyncio.create_task(Assistant(parts).run(tmp_path / SESSION_FILE, {}))
         await notices.is_shown.wait()
         running.cancel()
@@ -253,7 +253,7 @@ def test_the_state_follows_from_the_log(tmp_path: Path) -> None:
     agent = proposing(*map(str, range(30)))
     agent.recorded = {**agent.recorded, "a.json.2": agent.recorded["a.json"]}
     notices = TestNotices({"3": True})
-    assistant = Assistant(Parts(ListSource(items, clock), clock, agent, notices, STRICT, window=4))
+    assistant = Assistant(SessionParts(ListSource(items, clock), clock, agent, notices, STRICT, window=4))
     asyncio.run(assistant.run(tmp_path / SESSION_FILE, {}))
     again = SessionState(agent, "a.json", STRICT, 4)
     for entry in read_session(tmp_path)[1]:
@@ -267,7 +267,7 @@ def test_the_state_follows_from_the_log(tmp_path: Path) -> None:
 def test_other_settings_or_a_changed_log_are_refused(tmp_path: Path) -> None:
     replay(tmp_path, ["x", "y"], {(1, "x"): True})
     clock = ReplayClock()
-    parts = Parts(ListSource([], clock), clock, proposing(), TestNotices(), FREE)
+    parts = SessionParts(ListSource([], clock), clock, proposing(), TestNotices(), FREE)
     with pytest.raises(UserError, match="was started with name test, and now it is other"):
         run(tmp_path, parts, {"name": "other"})
     path = tmp_path / SESSION_FILE

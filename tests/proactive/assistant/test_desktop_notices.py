@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from datamodules.errors import UserError
-from proactive.assistant.assistant import Parts
+from proactive.assistant.assistant import SessionParts
 from proactive.assistant.clock import SystemClock
 from proactive.assistant.deciding import Policy
 from tests.patience import HANG
@@ -95,7 +95,9 @@ def session(folder: Path, act: Callable[[], None], expires: float = HANG) -> lis
 
     source = ListSource([happened(1), user], SystemClock())
     policy = Policy(pause=0, per_hour=9, expires=expires)
-    return replies(run(folder, Parts(source, SystemClock(), proposing("Sum up <b>it</b>."), DesktopNotices(), policy)))
+    return replies(
+        run(folder, SessionParts(source, SystemClock(), proposing("Sum up <b>it</b>."), DesktopNotices(), policy))
+    )
 
 
 @pytest.mark.parametrize(

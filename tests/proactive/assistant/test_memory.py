@@ -9,10 +9,10 @@ from typing import Any
 from datamodules.corpus.records import Event
 from datamodules.corpus.traces import Candidate
 from models.judging.agents import RecordedAgent
-from proactive.assistant.assistant import Assistant, Parts
+from proactive.assistant.assistant import Assistant, SessionParts
 from proactive.assistant.clock import ReplayClock
 from proactive.assistant.deciding import Decision, Policy
-from proactive.assistant.gating import Verdict
+from proactive.assistant.live_gate import GateVerdict
 from proactive.assistant.observations import Cursor, Observation
 from proactive.assistant.session_log import SESSION_FILE, Entry, EventEntry
 from tests.proactive.assistant.sessions import ListSource, TestNotices, happened
@@ -52,8 +52,8 @@ def test_memory_does_not_grow_with_events(tmp_path: Path) -> None:
     sizes: dict[int, int] = {}
     notices = TestNotices({f"offer {n} of a certain length, as offers have": n % 3 == 0 for n in range(0, 900, 2)})
 
-    async def gating(history: Sequence[Event], proposal: str, number: int) -> Verdict:
-        return Verdict(Decision.SHOWN if number % 5 else Decision.HELD_BACK, 0.5, 1.0)
+    async def gating(history: Sequence[Event], proposal: str, number: int) -> GateVerdict:
+        return GateVerdict(Decision.SHOWN if number % 5 else Decision.HELD_BACK, 0.5, 1.0)
 
     def told(entry: Entry) -> None:
         notices.shown.clear()
@@ -63,7 +63,7 @@ def test_memory_does_not_grow_with_events(tmp_path: Path) -> None:
 
     clock = ReplayClock()
     policy = Policy(pause=0, per_hour=1000, expires=20)
-    parts = Parts(EndlessSource([], clock), clock, NumberedAgent(), notices, policy, gating, 0.5, 100, told)
+    parts = SessionParts(EndlessSource([], clock), clock, NumberedAgent(), notices, policy, gating, 0.5, 100, told)
     assistant = Assistant(parts)
     assistant.log._sync_file = lambda: None  # type: ignore[method-assign] - thousands of lines
     tracemalloc.start()

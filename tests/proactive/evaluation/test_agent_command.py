@@ -17,7 +17,7 @@ from datamodules.corpus.sources import load_corpus
 from datamodules.corpus.splits import split_by_scene
 from models.judging.agents import GENERIC_PROPOSAL
 from proactive import evaluate
-from proactive.annotation.reader import read_sources
+from proactive.annotation.trace_reader import read_sources
 from tests.chat_server import Body, ChatServer, Reply, chat_server
 from tests.helpers import start
 from tests.patience import HANG

@@ -14,7 +14,7 @@ from tests.patience import HANG
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from proactive.simulation.log import SimulationLog
+from proactive.simulation.simulation_log import SimulationLog
 from proactive.simulate import main
 
 kind, number, *arguments = sys.argv[1:]

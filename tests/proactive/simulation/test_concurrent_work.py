@@ -8,8 +8,8 @@ import pytest
 from datamodules.errors import UserError
 from models.judging.budget import LimitReachedError
 from proactive.simulation.concurrent_work import Limits, StoppedError, do_all
-from proactive.simulation.log import SimulationLog
 from proactive.simulation.scene_writing import SceneDraft
+from proactive.simulation.simulation_log import SimulationLog
 
 ITEMS = [SceneDraft(str(number), "", "", "") for number in range(1000)]
 

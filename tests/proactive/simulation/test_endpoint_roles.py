@@ -11,7 +11,7 @@ import pytest
 from proactive import simulate
 from proactive.simulation.endpoint_roles import PROMPTS
 from proactive.simulation.scenes import embedded_scenes, scenes_text
-from proactive.simulation.summary import estimate
+from proactive.simulation.simulation_summary import estimate
 from tests.chat_server import Body, ChatServer, Reply, chat_server
 from tests.patience import HANG
 from tests.proactive.conftest import Ended

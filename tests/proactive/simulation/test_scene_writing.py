@@ -14,7 +14,7 @@ from proactive import simulate
 from proactive.simulation.contamination import events_of_test_traces
 from proactive.simulation.endpoint_roles import PROMPTS
 from proactive.simulation.scenes import read_scenes
-from proactive.simulation.seeds import embedded_seeds
+from proactive.simulation.seed_tasks import embedded_seeds
 from tests.chat_server import Body, ChatServer, Reply, chat_server
 from tests.patience import HANG
 from tests.proactive.conftest import Ended

@@ -1,4 +1,4 @@
-"""The entries of a session as lines of the terminal."""
+"""The lines that a live session prints for each entry of its log."""
 
 from datetime import datetime
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from proactive.assistant.preparing import MAX_ANSWERS, LatestAnswers, is_loopback
+from proactive.assistant.session_setup import MAX_ANSWERS, LatestAnswers, is_loopback
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ from typing import Literal
 from datamodules.ranges import Count, Fraction, NonNegativeFloat, Port
 from models.judging.endpoint import EndpointOptions
 from proactive.agent_options import add_agent_options
-from proactive.assistant.acting import ToolName
 from proactive.assistant.deciding import Policy
 from proactive.assistant.privacy import PrivacyOptions
 from proactive.assistant.rewriting import REWRITING_PROMPT
+from proactive.assistant.tools import ToolName
 from proactive.endpoints import add_endpoint_options
 from proactive.parser import Parser
 

@@ -7,7 +7,7 @@ import pytest
 
 from datamodules.errors import UserError
 from proactive.simulation.contamination import events_of_test_traces
-from proactive.simulation.seeds import SeedTasks, embedded_seeds, read_seeds, tasks_in_turn, without_test_samples
+from proactive.simulation.seed_tasks import SeedTasks, embedded_seeds, read_seeds, tasks_in_turn, without_test_samples
 from tests.helpers import PROACTIVEBENCH, needs_proactivebench
 
 

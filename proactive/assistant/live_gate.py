@@ -1,4 +1,4 @@
-"""The gate of a live session: whether an offer is worth its cost, and when it is shown anyway."""
+"""The gate of a live session: it decides whether an offer is worth its cost, and whether it is shown anyway."""
 
 import json
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ class GateOptions:
     """What a gate does besides comparing a probability with its threshold.
 
     Args:
-        shadow: The gate is logged, and holds nothing back.
-        fails_open: An offer is shown if the gate fails.
-        epsilon: Probability of showing an offer that is below the threshold.
-        seed: Seed of that draw.
+        shadow: Whether its verdicts are only logged, and hold nothing back.
+        fails_open: Whether an offer is shown if the gate fails.
+        epsilon: Probability of showing an offer that is below the threshold (exploration).
+        seed: Seed of the exploration.
     """
 
     shadow: bool = False
@@ -32,7 +32,7 @@ class GateOptions:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GateVerdict:
     """The gate's verdict on an offer.
 
     Attributes:
@@ -55,8 +55,8 @@ class Gate:
         judge: The classifier.
         threshold: It holds back offers with a lower P(accepted).
         options: The other options.
-        name: The name of the session, from which its draws follow.
-        thread: Where the classifier computes.
+        name: The name of the session. With the seed and the event's number it determines the exploration.
+        thread: The thread in which the classifier computes.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Gate:
         """
         self.judge.scorer.score([Pair((), "Help.")])
 
-    async def verdict(self, history: Sequence[Event], proposal: str, number: int) -> Verdict:
+    async def verdict(self, history: Sequence[Event], proposal: str, number: int) -> GateVerdict:
         """Return the verdict on an offer after the event `number`."""
         options = self.options
         try:
@@ -102,15 +102,17 @@ class Gate:
             found = await self.thread.run(lambda: self.judge.judge(pairs))
         except Exception as error:  # whatever it is, the gate has not judged this offer
             decision = Decision.SHOWN if options.fails_open else Decision.GATE_FAILED
-            return Verdict(decision, None, float(options.fails_open), error_text(error, 300) or type(error).__name__)
+            return GateVerdict(
+                decision, None, float(options.fails_open), error_text(error, 300) or type(error).__name__
+            )
         probability = found[0].probability
         assert probability is not None, "a reward classifier gives a probability"
         if options.shadow or probability >= self.threshold:
-            return Verdict(Decision.SHOWN, probability, 1.0)
+            return GateVerdict(Decision.SHOWN, probability, 1.0)
         explored = Random(json.dumps([options.seed, self.name, number])).random() < options.epsilon  # noqa: S311
-        return Verdict(Decision.SHOWN if explored else Decision.HELD_BACK, probability, options.epsilon)
+        return GateVerdict(Decision.SHOWN if explored else Decision.HELD_BACK, probability, options.epsilon)
 
 
-async def no_gate(history: Sequence[Event], proposal: str, number: int) -> Verdict:
+async def no_gate(history: Sequence[Event], proposal: str, number: int) -> GateVerdict:
     """Show everything."""
-    return Verdict(Decision.SHOWN, None, 1.0)
+    return GateVerdict(Decision.SHOWN, None, 1.0)

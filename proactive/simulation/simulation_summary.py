@@ -15,9 +15,9 @@ from datamodules.corpus.sources import TRAIN_FILE
 from datamodules.errors import UserError
 from models.judging.answer_log import is_final
 from models.judging.budget import Price, Usage
-from proactive.simulation.log import LOG_FILE, OUTCOME, entries
 from proactive.simulation.scenes import SceneDescription
 from proactive.simulation.simulated_traces import Step
+from proactive.simulation.simulation_log import LOG_FILE, OUTCOME, entries
 from proactive.simulation.training_data import CONVERSATIONS_FILE, PREFERENCES_FILE, Records
 
 SUMMARY_FILE = "summary.json"

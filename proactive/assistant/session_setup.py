@@ -1,4 +1,4 @@
-"""Turns the options of `proactive.live` into a session: checks everything and loads models."""
+"""Sets up the session that the options of `proactive.live` describe: checks everything, and loads models."""
 
 import ipaddress
 from collections.abc import Callable, Mapping
@@ -22,14 +22,14 @@ from models.judging.weights import Exposure, Model, Weights, assign, load_weight
 from models.learning.reward_classifier import RewardClassifier
 from models.online.agent_classes import AGENTS
 from proactive.agent_options import KINDS, one_of, root_corpus, trained_agent, untrained_agent
-from proactive.assistant.assistant import Parts
+from proactive.assistant.assistant import SessionParts
 from proactive.assistant.deciding import Policy
-from proactive.assistant.gating import Gate, GateOptions
-from proactive.assistant.model_thread import ModelThread, here
+from proactive.assistant.live_gate import Gate, GateOptions
+from proactive.assistant.model_thread import ModelThread, run_in_event_loop
 from proactive.assistant.notices import Notices, RecordedNotices
 from proactive.assistant.privacy import PrivacyOptions
 from proactive.assistant.rewriting import RewrittenSource
-from proactive.assistant.sources import EMBEDDED, recorded_judgments, watched
+from proactive.assistant.source_choice import EMBEDDED, choose_source, recorded_judgments
 from proactive.assistant.terminal_notices import TerminalNotices
 from proactive.endpoints import endpoint_of
 from proactive.evaluation.judged_events import TRAINING_NOTES
@@ -38,7 +38,7 @@ from proactive.evaluation.specification import Stamps
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-MAX_ANSWERS = 100  # of an endpoint, that are kept in memory
+MAX_ANSWERS = 100  # answers of an endpoint that are kept in memory
 AGENT_HINT = "Give --agent.checkpoint, --agent.url or --agent.baseline."
 
 
@@ -47,13 +47,13 @@ class Session:
     """A session, ready to run.
 
     Attributes:
-        parts: What it consists of.
+        parts: Its parts.
         settings: Everything that determines its decisions, as JSON.
-        notes: What decides, and how much of the trace the models have seen; for the terminal.
+        notes: Lines for the terminal: what makes offers, what holds them back, and what trained on the trace.
         clients: Clients of endpoints.
     """
 
-    parts: Parts
+    parts: SessionParts
     settings: dict[str, Any]
     notes: list[str]
     clients: list[ChatClient] = field(default_factory=list)
@@ -83,14 +83,14 @@ def prepare(options: "Namespace", default_gate: Callable[[], Path]) -> Session:
     own = not any(options.agent[kind] for kind in KINDS)
     _refuse_contradictions(options, own)
     privacy = PrivacyOptions(**options.privacy.as_dict())
-    given = watched(options, [], privacy) if options.source is not None else None
+    given = choose_source(options, [], privacy) if options.source is not None else None
     if given is not None and given[2] is None:
         _refuse_without_trace(options, own)
     paths = options.gate or ([default_gate()] if given is None else [])
     gates = [load_weights((RewardClassifier,), path, "--gate") for path in paths]
     agents = [load_weights(AGENTS, path, "--agent.checkpoint") for path in options.agent.checkpoint or ()]
     weights: list[Weights[Any]] = [*gates, *agents]
-    source, clock, recorded = given or watched(options, weights, privacy)
+    source, clock, recorded = given or choose_source(options, weights, privacy)
     trace = recorded.traces[0] if recorded else None
     choose = _Choice(trace, _root_traces_by_name(options, weights) if trace else {}, options.contaminated)
     clients: list[ChatClient] = []
@@ -112,15 +112,15 @@ def prepare(options: "Namespace", default_gate: Callable[[], Path]) -> Session:
         agent = untrained_agent(options, others, client, 1, options.latest_tokens)
     policy, tools = Policy(**options.policy.as_dict()), tuple(options.tools)
     thread = ModelThread()
-    run_agent = thread.run if agents else here
-    parts = Parts(source, clock, agent, _notices(options, recorded), policy, tools=tools, run_agent=run_agent)
+    run_agent = thread.run if agents else run_in_event_loop
+    parts = SessionParts(source, clock, agent, _notices(options, recorded), policy, tools=tools, run_agent=run_agent)
     gate: Gate | None = None
     if gates:
         how = GateOptions(options.shadow, options.gate_fails_open, options.epsilon, options.seed)
         threshold = gate_threshold(1.0 if options.cost_ratio is None else options.cost_ratio)
         gate = Gate(RewardJudge(choose.one("gate", gates, "--gate")), threshold, how, source.name, thread)
         gate.warm_up()
-        parts = replace(parts, gating=gate.verdict, threshold=threshold, window=gate.window)
+        parts = replace(parts, ask_gate=gate.verdict, threshold=threshold, window=gate.window)
     stamps = Stamps(choose.exposures).record()
     settings = {
         "name": source.name,
@@ -173,7 +173,7 @@ def _refuse_without_trace(options: "Namespace", own: bool) -> None:
 
 
 def is_loopback(url: str) -> bool:
-    """Return whether an address is on this machine."""
+    """Return whether a URL is one of this machine."""
     host = urlsplit(url).hostname or ""
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -189,7 +189,7 @@ def _root_traces_by_name(options: "Namespace", weights: list[Weights[Any]]) -> d
 
 @dataclass
 class _Choice:
-    """Chooses the weights that know a trace least, by the rule of `evaluate agent`, and notes how much they know."""
+    """Chooses the weights that are exposed to a trace least, as `evaluate agent` does, and notes the exposure."""
 
     trace: Trace | None
     root_traces_by_name: Mapping[str, Trace]

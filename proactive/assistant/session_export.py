@@ -1,4 +1,4 @@
-"""Sessions as training data: traces, annotated rows, conversations, preferences, and a file for the trace reader."""
+"""Exports live sessions as training data: traces, annotated rows, conversations and preferences."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,7 @@ JUDGED = {Reply.ACCEPTED: True, Reply.REJECTED: False}
 
 @dataclass
 class LiveTrace:
-    """A part of a session without a long absence.
+    """The part of a session between two long absences of the user.
 
     Attributes:
         session: The name of the session's folder.
@@ -50,8 +50,8 @@ class LiveTrace:
         return Step(entry.event, "user", "", (attempt,))
 
 
-def export(sessions: Sequence[Path], output: Path) -> dict[str, int]:
-    """Write sessions as a data root that `fit` takes, and that the trace reader opens.
+def export_sessions(sessions: Sequence[Path], output: Path) -> dict[str, int]:
+    """Write sessions as a data root that `fit` takes, with a file for the trace reader.
 
     Offers that were ignored or withdrawn have no row, no preference and no verdict.
 

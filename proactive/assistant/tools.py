@@ -1,7 +1,8 @@
-"""What an accepted offer may do besides showing its draft: tools on an allow list, with validated arguments.
+"""Tools that an agent may use after its offer was accepted. They are on an allow list, and arguments are validated.
 
-An agent asks for a tool with a response that is a JSON object of `tool` and `arguments`. Any other response is a draft.
-A new tool is a record of its arguments, a function, and an entry in `TOOLS`.
+The `response` of an agent's answer asks for a tool if it is a JSON object with `tool` and `arguments`. Any other
+response is a draft, which is shown. To add a tool, write a record of its arguments and a function, and list both in
+`TOOLS`.
 """
 
 import json
@@ -29,7 +30,7 @@ class _Record(BaseModel):
 
 
 class ToolCall(_Record):
-    """What an agent asks for. The arguments are not validated yet."""
+    """A tool that an agent asks for, with arguments that are not validated yet."""
 
     tool: str
     arguments: dict[str, Any]
@@ -52,7 +53,12 @@ def _save_draft(arguments: SaveDraft, folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Tool:
-    """A tool: the record of its arguments, and what it does in the session's folder; it returns what it did."""
+    """A tool.
+
+    Attributes:
+        arguments: The record of its arguments.
+        run: Runs it with such a record and the session's folder, and returns what it did, for the log.
+    """
 
     arguments: type[BaseModel]
     run: Callable[[Any, Path], str]
@@ -62,7 +68,7 @@ TOOLS: dict[str, Tool] = {"save_draft": Tool(SaveDraft, _save_draft)}
 
 
 def call_of(response: str) -> ToolCall | None:
-    """Return what a response asks for; None if it is a draft."""
+    """Return the tool that a response asks for; None if it is a draft."""
     if not response.lstrip().startswith("{") or is_deep(response):
         return None
     try:
@@ -75,7 +81,7 @@ def act(call: ToolCall, allowed: Collection[str], folder: Path) -> tuple[Outcome
     """Run a tool whose offer was accepted.
 
     Args:
-        call: What the agent asks for.
+        call: The tool that the agent asks for.
         allowed: Names of the tools that may run.
         folder: The folder of the session.
 

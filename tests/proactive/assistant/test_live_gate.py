@@ -11,7 +11,7 @@ from datamodules.corpus.traces import Pair
 from datamodules.errors import UserError
 from models.judging.judges import Verdict as Judged
 from proactive.assistant.deciding import Decision
-from proactive.assistant.gating import Gate, GateOptions
+from proactive.assistant.live_gate import Gate, GateOptions
 from proactive.assistant.model_thread import ModelThread
 from proactive.assistant.session_log import EventEntry
 from tests.proactive.assistant.sessions import decisions, event, replay
@@ -65,7 +65,7 @@ def test_a_gate_that_fails_says_so_and_shows_nothing_unless_told_to(
     fails_open: bool, decision: str, tmp_path: Path
 ) -> None:
     failing = gate(fails_open=fails_open)
-    entries = replay(tmp_path, ["no number", "0.9"], gating=failing.verdict, threshold=0.5)
+    entries = replay(tmp_path, ["no number", "0.9"], ask_gate=failing.verdict, threshold=0.5)
     assert decisions(entries)[0] == decision
     first, *_ = (one for one in entries if isinstance(one, EventEntry))
     assert "could not convert string to float" in first.error
@@ -74,7 +74,7 @@ def test_a_gate_that_fails_says_so_and_shows_nothing_unless_told_to(
 
 def test_probability_threshold_and_propensity_are_logged(tmp_path: Path) -> None:
     entries = replay(
-        tmp_path, ["0.9", None, "0.3"], {(1, "0.9"): True}, gating=gate(epsilon=0.0).verdict, threshold=0.5
+        tmp_path, ["0.9", None, "0.3"], {(1, "0.9"): True}, ask_gate=gate(epsilon=0.0).verdict, threshold=0.5
     )
     events = [one for one in entries if isinstance(one, EventEntry)]
     assert [(one.decision.value, one.probability, one.threshold, one.propensity) for one in events] == [

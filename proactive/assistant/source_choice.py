@@ -1,4 +1,4 @@
-"""The source that `--source` names, its clock, and what is recorded in a trace."""
+"""Chooses the source that `--source` names, with its clock and the recorded offers of a trace."""
 
 import codecs
 from collections.abc import Sequence
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from jsonargparse import Namespace
 
 EMBEDDED = "embedded"
-FIRST_BYTES = 1024  # of a file, in which its kind shows
+FIRST_BYTES = 1024  # of a file; they show whether it is an export or a trace
 
 
-def watched(
+def choose_source(
     options: "Namespace", weights: Sequence[Weights[Any]], privacy: PrivacyOptions
 ) -> tuple[Source, Clock, Recorded | None]:
-    """Return the source, its clock, and what its trace holds; None if the source is not a trace.
+    """Return the source, its clock, and the recorded trace; None instead of the trace if the source is not one.
 
-    Without `--source` it is the embedded trace that the weights know least. A new kind of source is a new branch here.
+    Without `--source`, the source is the trace of the embedded data that the weights are exposed to least.
 
     Raises:
         UserError: The file is not a source.
@@ -74,15 +74,15 @@ def _read_trace(path: Path) -> Recorded:
 
 
 def _embedded(corpus: Corpus, weights: Sequence[Weights[Any]]) -> Recorded:
-    """Return the trace that the weights know least, with offers and judgments of the annotated rows.
+    """Return the trace that the weights are exposed to least, with offers and judgments of the annotated rows.
 
-    After each event the agent answers with the first offer of the rows after it.
+    Its answer after an event is the first offer of the rows that end with this event.
     """
 
-    def known(trace: Trace) -> Exposure:
+    def exposure(trace: Trace) -> Exposure:
         return max((one.exposure(trace, None) for one in weights), default=Exposure.NONE)
 
-    trace = min(root_traces(corpus), key=known)
+    trace = min(root_traces(corpus), key=exposure)
     rows = _rows_after(corpus.rows, trace)
     offers = [[row for row in after if row.proposal is not None] for after in rows]
     answers = [[Candidate(after[0].proposal, after[0].proposal)] if after else [Candidate(None)] for after in offers]

@@ -1,4 +1,4 @@
-"""Folders of sessions: private, and removed when they are old."""
+"""Folders of sessions: they are private, and old ones can be removed."""
 
 import contextlib
 import fcntl
@@ -15,7 +15,7 @@ DAY = 86_400.0
 
 @contextlib.contextmanager
 def private_files() -> Iterator[None]:
-    """Create all files and folders of this process so that nobody but their owner can read them."""
+    """Within this context, only their owner can read the files and folders that this process creates."""
     before = os.umask(0o077)
     try:
         yield
@@ -24,7 +24,7 @@ def private_files() -> Iterator[None]:
 
 
 def make_private(folder: Path) -> None:
-    """Create a folder, and let nobody but its owner in."""
+    """Create a folder that only its owner can open; restrict it if it exists."""
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
 
@@ -35,7 +35,7 @@ def remove_older(parent: Path, days: int, but: Path | None = None) -> Iterator[P
     Args:
         parent: The folder of the sessions' folders.
         days: The number of days.
-        but: A session that is kept.
+        but: A session that is not removed.
     """
     kept = but.resolve() if but else None
     for folder in sorted(parent.iterdir()) if parent.is_dir() else ():

@@ -12,13 +12,13 @@ from datamodules.corpus.preferences import PreferenceRecord
 from datamodules.corpus.records import AnnotatedRow
 from datamodules.corpus.traces import read_traces
 from datamodules.errors import UserError
-from proactive.annotation.reader import read_sources
-from proactive.assistant.assistant import Parts
+from proactive.annotation.trace_reader import read_sources
+from proactive.assistant.assistant import SessionParts
 from proactive.assistant.clock import ReplayClock
 from proactive.assistant.deciding import Decision, Policy
-from proactive.assistant.export import export
-from proactive.assistant.gating import Verdict
+from proactive.assistant.live_gate import GateVerdict
 from proactive.assistant.observations import Presence
+from proactive.assistant.session_export import export_sessions
 from proactive.simulation.simulated_traces import read_simulated
 from tests.proactive.assistant.sessions import (
     BEGIN,
@@ -35,10 +35,10 @@ from tests.proactive.assistant.sessions import (
 PROPOSALS = ["yes", None, "no", "ignored", "weak", "yes", "late"]
 
 
-async def gating(history: Any, proposal: str, number: int) -> Verdict:
+async def gating(history: Any, proposal: str, number: int) -> GateVerdict:
     """Holds back what is weak."""
     weak = proposal == "weak"
-    return Verdict(Decision.HELD_BACK if weak else Decision.SHOWN, 0.2 if weak else 0.8, 0.1 if weak else 1.0)
+    return GateVerdict(Decision.HELD_BACK if weak else Decision.SHOWN, 0.2 if weak else 0.8, 0.1 if weak else 1.0)
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def session(tmp_path: Path) -> Path:
     agent.recorded = {**agent.recorded, "a.json.2": agent.recorded["a.json"][6:]}
     notices = TestNotices({"yes": True, "no": False, "late": True})
     policy = Policy(pause=0, per_hour=99, expires=30)
-    entries = run(folder, Parts(ListSource(items, clock), clock, agent, notices, policy, gating, 0.5, 9))
+    entries = run(folder, SessionParts(ListSource(items, clock), clock, agent, notices, policy, gating, 0.5, 9))
     assert decisions(entries) == ["shown", "silent", "shown", "shown", "held back", "repeated", "shown"]
     return folder
 
@@ -62,7 +62,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_rows_are_made_of_answers_only(session: Path, tmp_path: Path) -> None:
-    counts = export([session], tmp_path / "out")
+    counts = export_sessions([session], tmp_path / "out")
     assert counts == {"traces": 2, "events": 7, "rows": 3, "preferences": 3}
     rows = read_jsonl(tmp_path / "out" / "reward_data" / "train_data.jsonl", AnnotatedRow)
     assert [(len(row.history), row.proposal, row.accepted) for row in rows] == [
@@ -82,7 +82,7 @@ def test_rows_are_made_of_answers_only(session: Path, tmp_path: Path) -> None:
 
 
 def test_preferences_and_conversations_say_what_the_user_wanted(session: Path, tmp_path: Path) -> None:
-    export([session], tmp_path / "out")
+    export_sessions([session], tmp_path / "out")
     pairs = lines(tmp_path / "out" / "preferences.jsonl")
     assert [(len(one["history"]), one["chosen"], one["rejected"], one["source"]) for one in pairs] == [
         (1, "yes", None, "live"),
@@ -98,7 +98,7 @@ def test_preferences_and_conversations_say_what_the_user_wanted(session: Path, t
 
 
 def test_traces_open_in_the_reader_with_what_the_gate_held_back(session: Path, tmp_path: Path) -> None:
-    export([session, session], tmp_path / "out")
+    export_sessions([session, session], tmp_path / "out")
     (source,) = read_sources([tmp_path / "out"])
     assert [trace.name for trace in source.traces] == [
         f"session_{session:03}_trace_{trace}" for session in (1, 2) for trace in (1, 2)
@@ -120,7 +120,7 @@ def test_traces_open_in_the_reader_with_what_the_gate_held_back(session: Path, t
 
 def test_without_answers_there_is_nothing_to_learn(tmp_path: Path) -> None:
     clock = ReplayClock()
-    run(tmp_path / "mine", Parts(ListSource([happened(1)], clock), clock, proposing("x"), TestNotices(), FREE))
+    run(tmp_path / "mine", SessionParts(ListSource([happened(1)], clock), clock, proposing("x"), TestNotices(), FREE))
     with pytest.raises(UserError, match="no offer of these sessions was accepted or rejected"):
-        export([tmp_path / "mine"], tmp_path / "out")
+        export_sessions([tmp_path / "mine"], tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from datamodules.corpus.traces import Candidate
 from models.judging.agents import RecordedAgent
-from proactive.assistant.acting import ToolCall, act, call_of
-from proactive.assistant.assistant import Parts
+from proactive.assistant.assistant import SessionParts
 from proactive.assistant.clock import ReplayClock
 from proactive.assistant.session_log import ActionEntry, Entry
+from proactive.assistant.tools import ToolCall, act, call_of
 from proactive.assistant.trace_source import TraceSource
 from tests.proactive.assistant.sessions import FREE, TestNotices, lines, replies, run, trace
 
@@ -79,7 +79,7 @@ def session(
 ) -> tuple[list[Entry], TestNotices]:
     notices, clock = TestNotices({} if accepts is None else {"Help.": accepts}), ReplayClock()
     agent = RecordedAgent({"a.json": [[Candidate("Help.", "Help.", {"Response": response})]]}, "here")
-    parts = Parts(TraceSource(trace(1), clock), clock, agent, notices, FREE, tools=tools)
+    parts = SessionParts(TraceSource(trace(1), clock), clock, agent, notices, FREE, tools=tools)
     return run(folder, parts), notices
 
 

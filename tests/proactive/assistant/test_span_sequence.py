@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proactive.assistant.span_sequence import BucketCursor, BucketStep, Recording, emit
 from proactive.assistant.spans import EDITOR, PRESENCE, TAB, WINDOW, Edited, Span, Status, Tab, Window
-from proactive.assistant.timeline import BucketCursor, Recording, Step, emit
 
 KINDS = {"edits": EDITOR, "here": PRESENCE, "web": TAB, "web2": TAB, "windows": WINDOW}
 ALWAYS = float("inf")
@@ -141,7 +141,7 @@ def test_a_live_session_reports_what_its_recording_holds_each_once_and_in_order(
     found: Recording, pauses: list[float]
 ) -> None:
     cursors: dict[str, BucketCursor] = {}
-    live: list[Step] = []
+    live: list[BucketStep] = []
     until = 0.0
     for pause in [*pauses, 1e9]:
         until += pause

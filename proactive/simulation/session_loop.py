@@ -8,7 +8,6 @@ from datamodules.corpus.records import Event
 from datamodules.errors import UserError
 from datamodules.ranges import NonNegativeInt, Tries
 from proactive.simulation.asking import ask
-from proactive.simulation.log import SimulationLog
 from proactive.simulation.questions import (
     ActAnswer,
     Answer,
@@ -25,6 +24,7 @@ from proactive.simulation.questions import (
 )
 from proactive.simulation.scenes import SimulatedSession
 from proactive.simulation.simulated_traces import Attempt, Step
+from proactive.simulation.simulation_log import SimulationLog
 from proactive.simulation.work_items import RoleName
 
 FIRST_START = 1_704_067_200  # 2024-01-01, UTC

@@ -1,14 +1,14 @@
-"""Puts the spans of several buckets into one sequence of what the user did.
+"""Merges the spans of several buckets into one sequence of sentences on what the user did.
 
 The sequence only depends on the spans, not on when they arrived. So a live session and the export of the same time
 give the same sequence. These are the rules:
 
-- A window that is in front for less than `MIN_WINDOW` counts as not seen.
+- A window that is in front for less than `MIN_WINDOW` seconds is left out.
 - Successive spans of one application, or of one project in an editor, are reported in one sentence. The sentence begins
-  with its first span. It ends when another application or project follows, after a pause of `MAX_PAUSE`, or
-  `MAX_WAIT` after its begin. Each span is reported once, in the sentence in which it starts.
-- The time of a sentence is the moment from which on its content is known.
-- What a browser shows is reported from the newest tab with that title, and only if this tab is not private.
+  with its first span. It ends when another application or project follows, after a pause of `MAX_PAUSE` seconds, or
+  `MAX_WAIT` seconds after it began. Each span is reported once, in the sentence in which it starts.
+- The time of a sentence is the earliest time at which its content is known.
+- The content of a browser's window is taken from the newest tab with the window's title. A private tab is left out.
 """
 
 import heapq
@@ -62,13 +62,13 @@ class BucketCursor:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One observation.
+class BucketStep:
+    """One step through a bucket: some spans, and what is reported of them.
 
     Attributes:
-        at: The moment from which on it is known, in epoch seconds.
-        bucket: Its bucket.
-        cursor: The cursor of this bucket after it.
+        at: The earliest time at which it is known, in epoch seconds.
+        bucket: The bucket.
+        cursor: How far the bucket is reported after the step.
         output: A sentence; or whether the user is away; None if there is nothing to report.
     """
 
@@ -95,8 +95,8 @@ class Recording:
         return sorted(bucket for bucket, found in self.kinds.items() if found == kind)
 
 
-def emit(recording: Recording, cursors: Mapping[str, BucketCursor], until: float) -> Iterator[Step]:
-    """Yield what is known until a time, in the order in which it is known.
+def emit(recording: Recording, cursors: Mapping[str, BucketCursor], until: float) -> Iterator[BucketStep]:
+    """Yield all steps that are known until a time, in the order in which they are known.
 
     Args:
         recording: The spans, at least all that are not reported yet and the tabs during them.
@@ -104,7 +104,7 @@ def emit(recording: Recording, cursors: Mapping[str, BucketCursor], until: float
         until: Everything that happened before this time, in epoch seconds, is part of the recording.
     """
     tabs = Tabs(recording)
-    steps: list[Iterator[Step]] = []
+    steps: list[Iterator[BucketStep]] = []
     for bucket, kind in recording.kinds.items():
         cursor = cursors.get(bucket, BucketCursor())
         later = [span for span in recording.spans[bucket] if span.start > cursor.start]
@@ -117,7 +117,7 @@ def emit(recording: Recording, cursors: Mapping[str, BucketCursor], until: float
 
 
 class Tabs:
-    """Finds what a browser showed."""
+    """Finds the browser tab that a window showed."""
 
     def __init__(self, recording: Recording) -> None:
         self._spans = [recording.spans[bucket] for bucket in recording.of_type(TAB)]
@@ -153,7 +153,7 @@ class _Sentence:
 
     @property
     def limit(self) -> float:
-        """Until when another span can begin in this sentence."""
+        """The latest time at which another span of this sentence can start."""
         return min(self.members[0].start + MAX_WAIT, self.end + MAX_PAUSE)
 
     def takes(self, span: Span) -> bool:
@@ -187,19 +187,19 @@ def _subject(span: Span) -> str:
 
 def _activity(
     bucket: str, later: Sequence[Span], cursor: BucketCursor, until: float, tabs: Tabs, shortest: float
-) -> Iterator[Step]:
+) -> Iterator[BucketStep]:
     sentence: _Sentence | None = None
 
-    def step(at: float) -> Step:
+    def step(at: float) -> BucketStep:
         assert sentence is not None
-        return Step(at + shortest, bucket, BucketCursor(sentence.members[-1].start), sentence.text(tabs))
+        return BucketStep(at + shortest, bucket, BucketCursor(sentence.members[-1].start), sentence.text(tabs))
 
     for number, span in enumerate(later):
         if span.start + shortest > until:
             break
         if span.content is None or span.end - span.start < shortest:
-            if sentence is None and number + 1 < len(later):  # it is over
-                yield Step(span.start + shortest, bucket, BucketCursor(span.start), None)
+            if sentence is None and number + 1 < len(later):  # the span has ended, because another one follows
+                yield BucketStep(span.start + shortest, bucket, BucketCursor(span.start), None)
         elif sentence is not None and sentence.takes(span):
             sentence.add(span)
         else:
@@ -210,9 +210,9 @@ def _activity(
         yield step(sentence.limit)
 
 
-def _presence(bucket: str, later: Sequence[Span], cursor: BucketCursor, until: float) -> Iterator[Step]:
+def _presence(bucket: str, later: Sequence[Span], cursor: BucketCursor, until: float) -> Iterator[BucketStep]:
     if cursor.away_since is not None and cursor.back_at is not None:
-        yield Step(
+        yield BucketStep(
             cursor.back_at, bucket, BucketCursor(cursor.start), sentences.returning(cursor.back_at - cursor.away_since)
         )
         cursor = BucketCursor(cursor.start)
@@ -226,11 +226,11 @@ def _presence(bucket: str, later: Sequence[Span], cursor: BucketCursor, until: f
             break
         if away and since is None:
             cursor = BucketCursor(span.start, away_since=span.start)
-            yield Step(at, bucket, cursor, True)
+            yield BucketStep(at, bucket, cursor, True)
         elif not away and since is not None:
-            yield Step(at, bucket, BucketCursor(span.start, since, at), False)
+            yield BucketStep(at, bucket, BucketCursor(span.start, since, at), False)
             cursor = BucketCursor(span.start)
-            yield Step(at, bucket, cursor, sentences.returning(at - since))
+            yield BucketStep(at, bucket, cursor, sentences.returning(at - since))
         else:
             cursor = replace(cursor, start=span.start)
-            yield Step(at, bucket, cursor, None)
+            yield BucketStep(at, bucket, cursor, None)

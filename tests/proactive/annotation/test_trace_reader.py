@@ -11,7 +11,7 @@ from datamodules.corpus.records import Event
 from datamodules.corpus.simulator import simulate
 from datamodules.errors import UserError
 from models.reporting.timeline import TIMELINE_FILE, ShownOffer, ShownStep, ShownTrace, ShownTraces
-from proactive.annotation.reader import read_sources, source_of_rows
+from proactive.annotation.trace_reader import read_sources, source_of_rows
 from proactive.evaluation.evaluation_report import evaluation_report
 from tests.helpers import PROACTIVEBENCH, command, needs_proactivebench
 from tests.proactive.annotation.conftest import page_of

@@ -22,9 +22,9 @@ from datamodules.corpus.simulator import (
     majority,
     next_state,
 )
-from proactive.simulation.log import SimulationLog
 from proactive.simulation.questions import InvalidAnswer, Question, Role
 from proactive.simulation.scenes import SimulatedSession
+from proactive.simulation.simulation_log import SimulationLog
 from proactive.simulation.work_items import WorkItem
 
 REACHES_GOAL = 0.15  # probability that an act of a flowing user reaches the goal

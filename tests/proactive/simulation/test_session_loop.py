@@ -13,11 +13,11 @@ import pytest
 
 from datamodules.corpus.event_times import moments
 from proactive.simulation.asking import TRIES, NoValidAnswerError
-from proactive.simulation.log import SimulationLog
-from proactive.simulation.loop import LoopOptions, SessionLoop
 from proactive.simulation.questions import InvalidAnswer, NewEvent, Question
 from proactive.simulation.scenes import SimulatedSession, embedded_scenes, sessions_of
-from proactive.simulation.scripted import ScriptedRole
+from proactive.simulation.scripted_roles import ScriptedRole
+from proactive.simulation.session_loop import LoopOptions, SessionLoop
+from proactive.simulation.simulation_log import SimulationLog
 from proactive.simulation.work_items import ROLE_NAMES
 
 SESSIONS = sessions_of(embedded_scenes(), 2, seed=3)
