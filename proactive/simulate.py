@@ -60,8 +60,10 @@ def _traces_parser() -> Parser:
     for role, kind in OPTIONS.items():
         parser.add_class_arguments(kind, role)
     parser.add_class_arguments(EndpointOptions, "endpoint", skip={"token_limit", "cost_limit", "time_limit"})
-    add("--budget-tokens", type=Count | None, help="Stop when all endpoints together have used so many tokens.")
-    add("--budget-cost", type=Positive | None, help="Stop when they have cost so much, in the currency of the prices.")
+    add("--budget-tokens", type=Count | None, help="Stop when all endpoints together have used this number of tokens.")
+    add(
+        "--budget-cost", type=Positive | None, help="Stop when they have cost this much, in the currency of the prices."
+    )
     add(
         "--failures",
         type=NonNegativeInt,
@@ -77,8 +79,8 @@ def _traces_parser() -> Parser:
 def _rows_parser() -> Parser:
     parser = Parser(prog="simulate rows", description="Write training data, summary and report from log and traces.")
     parser.add_argument("folder", type=Path, help="A folder that `simulate traces` wrote.")
-    parser.add_argument("--estimate", type=Count | None, help="Also estimate tokens and cost of so many events, for "
-        "example 6790 as in the paper.")  # fmt: skip
+    parser.add_argument("--estimate", type=Count | None, help="Also estimate tokens and cost of this number of events, "
+        "for example 6790 as in the paper.")  # fmt: skip
     return parser.with_output_options()
 
 

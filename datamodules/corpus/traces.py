@@ -69,7 +69,7 @@ class Pair(NamedTuple):
     where: str = ""
 
 
-class Offer(NamedTuple):
+class ProposalKey(NamedTuple):
     """A proposal or None after the event `step` (from 0) of a trace."""
 
     trace: str
@@ -83,7 +83,7 @@ class Recorded:
 
     traces: list[Trace]
     answers: dict[str, list[list[Candidate]]]
-    judgments: dict[Offer, bool]
+    judgments: dict[ProposalKey, bool]
 
     def add(self, name: str, steps: Sequence[PublishedStep]) -> None:
         """Add a trace. If a proposal has two judgments, the first counts."""
@@ -93,7 +93,7 @@ class Recorded:
             # The published scoring ignores the judgment of a step without a response.
             judged = zip(self.answers[name][number], step.judgment, strict=False) if step.agent_response else ()
             for candidate, accepted in judged:
-                self.judgments.setdefault(Offer(name, number, candidate.proposal), accepted)
+                self.judgments.setdefault(ProposalKey(name, number, candidate.proposal), accepted)
 
 
 def root_traces(corpus: Corpus) -> list[Trace]:

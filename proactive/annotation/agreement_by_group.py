@@ -1,4 +1,4 @@
-"""Agreement of the annotators of a project, or of annotated rows."""
+"""The agreement of annotators in a project or in annotated rows: of all, by category, and by pair of annotators."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,14 @@ from proactive.annotation.store import Store, StoredLabel
 
 @dataclass(frozen=True)
 class Votes:
-    """Whether each annotator accepts one offer, or silence. `verdict` is the majority; None for a tie."""
+    """The votes of annotators on one offer, or on silence.
+
+    Attributes:
+        trace: The name of the trace.
+        silence: Whether they voted on silence.
+        verdict: Whether the majority accepts; None for a tie.
+        accepted: By annotator: whether they accept.
+    """
 
     trace: str
     silence: bool
@@ -40,7 +47,7 @@ def votes_of_rows(rows: Iterable[AnnotatedRow]) -> list[Votes]:
 
 
 def votes_of_project(store: Store) -> list[Votes]:
-    """Return the votes on each offer, and on silence. Annotators who say that help was needed reject silence."""
+    """Return the votes on each offer and on silence. An annotator who says that help was needed rejects silence."""
     by_item: dict[int, list[StoredLabel]] = {}
     for label in store.labels():
         if label.annotator is not None:
@@ -61,8 +68,7 @@ def votes_of_project(store: Store) -> list[Votes]:
 def agreement_figures(votes: Sequence[Votes], names: bool = True) -> dict[str, dict[str, Any]]:
     """Compute agreement over all votes, on offers and on silence, by category and by pair of annotators.
 
-    Categories have only raw agreement. The votes themselves decide the category, so chance agreement is not defined
-    there.
+    A category has only raw agreement. Votes determine the category, so agreement by chance is not defined within it.
 
     Args:
         votes: The votes.

@@ -1,4 +1,4 @@
-"""Middleware: checks Host, Origin and size of each request, and adds security headers to each response."""
+"""Middleware that checks Host, Origin and size of each request, and adds security headers to each response."""
 
 from collections.abc import Collection
 from urllib.parse import urlsplit
@@ -7,8 +7,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-MAX_FORM_BYTES = 64 * 1024  # bytes; answers are a few hundred
-FORM = "application/x-www-form-urlencoded"  # the other kind carries files
+MAX_FORM_BYTES = 64 * 1024  # forms have a few hundred
+FORM = "application/x-www-form-urlencoded"  # the other type of forms can contain files
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -54,17 +54,17 @@ class Guard:
 
     def _refusal(self, method: str, headers: Headers) -> tuple[int, str] | None:
         if headers.get("host", "").lower() not in self.hosts:
-            return 421, "This server does not go by that name; see --names."
+            return 421, "This server is not known by that name; see --names."
         if method in ("GET", "HEAD"):
             return None
         if method != "POST":
             return 405, "Only GET and POST are answered."
         origin = urlsplit(headers.get("origin", ""))
         if origin.scheme not in ("http", "https") or origin.netloc.lower() != headers["host"].lower():
-            return 403, "A form is taken from this server's own pages only."
+            return 403, "Only forms of this server's own pages are accepted."
         if headers.get("content-type", FORM).partition(";")[0].strip().lower() != FORM:
-            return 415, "Files are not taken."
+            return 415, "Files are not accepted."
         length = headers.get("content-length", "")
         if not (length.isascii() and length.isdecimal()):
-            return 411, "The length is missing."
-        return (413, "That is too long.") if int(length) > MAX_FORM_BYTES else None
+            return 411, "The Content-Length is missing."
+        return (413, "The form is too long.") if int(length) > MAX_FORM_BYTES else None

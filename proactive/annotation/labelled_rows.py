@@ -1,4 +1,4 @@
-"""Exports the complete units of a project as annotated rows, with a file about the labels behind each row."""
+"""Exports the complete units of a project as annotated rows, and lists the labels that each row is made of."""
 
 import json
 from collections import Counter

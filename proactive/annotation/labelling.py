@@ -1,4 +1,4 @@
-"""The annotators' pages: the next unit to label, units labelled before, and saving of labels."""
+"""The pages of annotators: the next unit to label, earlier units, and the forms that save labels."""
 
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException

@@ -1,4 +1,4 @@
-"""The owner's pages of a project: progress, annotators and their links, and ties to adjudicate."""
+"""The pages of a project's owner: progress, annotators with their links, agreement, and ties to adjudicate."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Functions of all pages: templates, the page of a unit with its questions, and reading of its form."""
+"""Functions that several pages share: templates, the page of a unit with its questions, and its form."""
 
 import secrets
 from collections.abc import Callable, Sequence
@@ -17,12 +17,12 @@ from models.reporting.templating import template_environment
 from proactive.annotation.project_file import ProjectUnit
 from proactive.annotation.store import Store, StoredLabel
 
-HERE = Path(__file__).parent
-EVENTS_SHOWN = 6  # the latest; earlier ones are folded
+FOLDER = Path(__file__).parent
+EVENTS_SHOWN = 6  # latest events that are shown; earlier ones are folded
 MAX_FIELDS = 1000  # of a form
 Check = Callable[[Request], Any]
 Handler = Callable[..., Response]
-ENVIRONMENT = template_environment(HERE / "templates")
+ENVIRONMENT = template_environment(FOLDER / "templates")
 
 
 class IncompleteError(Exception):
@@ -138,7 +138,7 @@ def item_of(request: Request, store: Store) -> ProjectUnit:
 
 
 def home(request: Request) -> str:
-    """Return the path of the first page of the token's owner."""
+    """Return the path of the first page that the token in a request's path opens."""
     return "/".join(request.url.path.split("/")[:3])
 
 

@@ -1,7 +1,7 @@
 """The project file: an SQLite database of the units, the annotators, their assignments and their labels.
 
-Each change is one transaction, which is on disk before the method returns. Several servers may use one file. The tables
-call a unit an item.
+Each change is one transaction, which is on disk before the method returns. Several servers may use one file. In tables
+and method names a unit is called an item, because `unit` is the name of its content.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from datamodules.files.reading import require_regular
 
 APPLICATION = 0x50524F41  # SQLite's application_id of a project file: "PROA"
 VERSION = 1
-BUSY_SECONDS = 60.0  # how long a server waits for the transaction of another one
+BUSY_SECONDS = 60.0  # longest wait for the transaction of another server
 SCHEMA = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
 CREATE TABLE events (
@@ -183,7 +183,7 @@ class ProjectFile:
         return added
 
     def invite(self, name: str) -> str:
-        """Return a new token for an annotator. Add the annotator if the name is new; otherwise void their old token.
+        """Return a new token for an annotator, who is added if the name is new. An old token no longer works.
 
         Raises:
             UserError: The name is empty or has more than 80 characters.
@@ -254,7 +254,7 @@ class ProjectFile:
 
 
 def token_digest(token: str) -> bytes:
-    """Return the SHA-256 of a token, which is stored in its place. Tokens are random, so it needs no salt."""
+    """Return the SHA-256 of a token, which is stored instead of the token. Tokens are random, so it needs no salt."""
     return hashlib.sha256(token.encode()).digest()
 
 

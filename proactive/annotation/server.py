@@ -1,6 +1,7 @@
 """The server of the annotation pages.
 
-A token in the path gives access: an annotator's to units to label, the owner's to the overview and to traces.
+A token in the path gives access: an annotator's token to units to label, the owner's token to the overview and to
+traces.
 """
 
 import secrets
@@ -22,20 +23,22 @@ from models.reporting.templating import TEMPLATES
 from proactive.annotation.guard import Guard
 from proactive.annotation.labelling import Labelling
 from proactive.annotation.overview import Overview
-from proactive.annotation.pages import HERE, message
+from proactive.annotation.pages import FOLDER, message
 from proactive.annotation.store import Store
-from proactive.annotation.trace_reader import Reader, Source
+from proactive.annotation.trace_reader import Reader, ShownSource
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 STATIC = {
     "look.css": (TEMPLATES, "text/css"),
     "timeline.js": (TEMPLATES, "text/javascript"),
-    "label.css": (HERE / "static", "text/css"),
-    "label.js": (HERE / "static", "text/javascript"),
+    "label.css": (FOLDER / "static", "text/css"),
+    "label.js": (FOLDER / "static", "text/javascript"),
 }
 
 
-def application(store: Store | None, sources: Sequence[Source], owner: str, hosts: Sequence[str], port: int) -> ASGIApp:
+def application(
+    store: Store | None, sources: Sequence[ShownSource], owner: str, hosts: Sequence[str], port: int
+) -> ASGIApp:
     """Return the application that answers requests.
 
     Args:
@@ -81,13 +84,13 @@ def serve(app: ASGIApp, listening: socket.socket) -> None:
 
 
 def uvicorn_server(app: ASGIApp) -> uvicorn.Server:
-    """Return a server whose log holds no addresses, because they contain tokens."""
+    """Return a server that logs no requests, because their paths contain tokens."""
     config = uvicorn.Config(
         app,
         http="h11",
         ws="none",
         lifespan="off",
-        access_log=False,  # it would contain tokens
+        access_log=False,
         log_config=None,
         proxy_headers=False,
         server_header=False,
@@ -96,7 +99,7 @@ def uvicorn_server(app: ASGIApp) -> uvicorn.Server:
 
 
 def static_files() -> Route:
-    """Serve styles and scripts, which are read once. No path of a request is opened."""
+    """Serve styles and scripts. They are read once, and paths in requests are never opened as files."""
     files = {name: ((folder / name).read_text(encoding="utf-8"), kind) for name, (folder, kind) in STATIC.items()}
 
     def answer(request: Request) -> Response:
@@ -109,7 +112,7 @@ def static_files() -> Route:
 
 
 def _no_page(request: Request, error: Any) -> Response:
-    text = "Nothing is here, or the link is void. Ask who sent it to you for a new one."
+    text = "There is no such page, or the link is no longer valid. Ask the person who sent it for a new one."
     return message("Not found" if error.status_code == 404 else "That does not work", text, error.status_code)
 
 

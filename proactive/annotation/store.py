@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from datamodules.corpus.units import UnitLabel, decide
 from proactive.annotation.project_file import ProjectFile
 
-CLAIM_SECONDS = 30 * 60.0  # how long a unit is reserved for an annotator who was shown it
-RECENT = 20  # number of latest labels that the pace is computed from
+CLAIM_SECONDS = 30 * 60.0  # a unit that an annotator was shown is reserved for so long
+RECENT = 20  # the pace is computed from so many latest labels
 # The number of other annotators who have a current label of an item, or for whom it is reserved.
 OTHER_ANNOTATORS = """(SELECT count(*) FROM assignments AS other WHERE other.item = items.id
     AND other.annotator <> :annotator
@@ -51,14 +51,14 @@ class Store(ProjectFile):
     def claim(self, annotator: int) -> int | None:
         """Reserve the next unit for an annotator, and return its id; None if nothing is left to label.
 
-        First comes the unit that is already reserved for them, then units with the fewest missing labels, and last
-        those that they skipped.
+        The order is: the unit that is already reserved for the annotator, units with the fewest missing labels, units
+        that the annotator skipped.
         """
         now = self._clock()
         values = {"annotator": annotator, "now": now, "n": self.annotators_per_unit}
         needs_labels = f"items.labelled < :n AND NOT items.adjudicated AND {OTHER_ANNOTATORS} < :n"
         mine = "SELECT 1 FROM assignments AS mine WHERE mine.item = items.id AND mine.annotator = :annotator"
-        tries = (
+        queries = (
             "SELECT item FROM assignments JOIN items ON items.id = item WHERE annotator = :annotator AND NOT "
             "assignments.labelled AND skipped_at IS NULL AND expires_at > :now AND NOT items.adjudicated "
             "ORDER BY shown_at LIMIT 1",
@@ -68,7 +68,7 @@ class Store(ProjectFile):
             f"assignments.labelled AND skipped_at IS NOT NULL AND {needs_labels} ORDER BY skipped_at LIMIT 1",
         )
         with self._transaction() as db:
-            for query in tries:
+            for query in queries:
                 if found := db.execute(query, values).fetchone():
                     self._assign(db, found[0], annotator, now)
                     return int(found[0])
@@ -144,7 +144,11 @@ class Store(ProjectFile):
                 db.execute("UPDATE items SET adjudicated = 1 WHERE id = ?", (item,))
 
     def show_again(self, annotator: int, item: int) -> bool:
-        """Restart the clock of an annotator who opens a unit again; return False if it was never assigned to them."""
+        """Note that an annotator opens a unit again, from when the time of the label counts.
+
+        Returns:
+            False if the unit was never assigned to the annotator.
+        """
         with self._transaction() as db:
             query = "UPDATE assignments SET shown_at = ? WHERE annotator = ? AND item = ?"
             return db.execute(query, (self._clock(), annotator, item)).rowcount > 0

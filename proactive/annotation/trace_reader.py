@@ -1,4 +1,4 @@
-"""The trace reader: traces of any source side by side, with filters, search, and a link to each event."""
+"""The trace reader: pages that show traces of several sources side by side, with filters, search and links."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from datamodules.corpus.json_records import read_json
 from datamodules.corpus.records import AnnotatedRow
-from datamodules.corpus.traces import Offer, Recorded, Trace, read_traces
+from datamodules.corpus.traces import ProposalKey, Recorded, Trace, read_traces
 from datamodules.files.reading import MAX_RECORDS_BYTES
 from models.reporting.timeline import (
     TIMELINE_FILE,
@@ -32,28 +32,28 @@ MAX_FOUND = 300  # events that a search shows
 
 
 @dataclass(frozen=True)
-class Source:
-    """Traces with the offers of one agent, or with the verdicts of one judge on them."""
+class ShownSource:
+    """The traces of one evaluation or one folder: with the offers of one agent, and the verdicts of one judge."""
 
     name: str
     traces: Sequence[ShownTrace]
     notes: Sequence[str] = ()
 
 
-def read_sources(paths: Sequence[Path]) -> list[Source]:
+def read_sources(paths: Sequence[Path]) -> list[ShownSource]:
     """Read folders of evaluations, and traces of either layout. Each folder in a folder is a source.
 
     Raises:
         UserError: There is no trace, or one does not fit; the message names file, location and field.
     """
-    found: list[Source] = []
+    found: list[ShownSource] = []
     for path in paths:
         if (file := path / TIMELINE_FILE).is_file():
             kept, _ = read_json(file, ShownTraces, MAX_RECORDS_BYTES)
-            found.append(Source(path.resolve().name, kept.traces, kept.notes))
+            found.append(ShownSource(path.resolve().name, kept.traces, kept.notes))
         else:
             found += [
-                Source(name, [_shown_trace(trace, recorded) for trace in recorded.traces])
+                ShownSource(name, [_shown_trace(trace, recorded) for trace in recorded.traces])
                 for name, recorded in read_traces(path).items()
             ]
     names = Counter(source.name for source in found)
@@ -63,8 +63,8 @@ def read_sources(paths: Sequence[Path]) -> list[Source]:
     ]
 
 
-def source_of_rows(name: str, rows: Sequence[AnnotatedRow]) -> Source:
-    """Return annotated rows as one source: each event of a scene with its proposals and their judgments."""
+def source_of_rows(name: str, rows: Sequence[AnnotatedRow]) -> ShownSource:
+    """Return annotated rows as one source, in which each event of a scene has its proposals and their judgments."""
     by_scene: dict[str, dict[int, list[AnnotatedRow]]] = {}
     for row in rows:
         by_scene.setdefault(row.scene, {}).setdefault(len(row.history), []).append(row)
@@ -73,7 +73,7 @@ def source_of_rows(name: str, rows: Sequence[AnnotatedRow]) -> Source:
         events = by_length[max(by_length)][0].history
         judged = [[(row.proposal, row.accepted) for row in by_length.get(n + 1, ())] for n in range(len(events))]
         traces.append(ShownTrace(scene, events, tuple(map(_shown_step, judged))))
-    return Source(name, traces)
+    return ShownSource(name, traces)
 
 
 class Reader:
@@ -84,12 +84,12 @@ class Reader:
         is_owner: Raises if the token of a request is not the owner's.
     """
 
-    def __init__(self, sources: Sequence[Source], is_owner: Callable[[Request], None]) -> None:
+    def __init__(self, sources: Sequence[ShownSource], is_owner: Callable[[Request], None]) -> None:
         self.sources, self.is_owner = [source.name for source in sources], is_owner
-        serious = ((source.name, note) for source in sources for note in source.notes if note.split(":")[0].isupper())
-        self.notes = [f"{name}: {note}" if len(sources) > 1 else note for name, note in serious]
-        made = timelines([source.traces for source in sources])
-        self.timelines, self.outcomes = {one.anchor: one for one in made}, outcomes_of(made)
+        warnings = ((source.name, note) for source in sources for note in source.notes if note.split(":")[0].isupper())
+        self.notes = [f"{name}: {note}" if len(sources) > 1 else note for name, note in warnings]
+        joined = timelines([source.traces for source in sources])
+        self.timelines, self.outcomes = {one.anchor: one for one in joined}, outcomes_of(joined)
 
     def routes(self) -> list[Route]:
         return [
@@ -161,7 +161,7 @@ class Reader:
 def _shown_trace(trace: Trace, recorded: Recorded) -> ShownTrace:
     steps = []
     for step, candidates in enumerate(recorded.answers[trace.name]):
-        verdicts = [recorded.judgments.get(Offer(trace.name, step, one.proposal)) for one in candidates]
+        verdicts = [recorded.judgments.get(ProposalKey(trace.name, step, one.proposal)) for one in candidates]
         notes = [{title: str(text) for title, text in one.notes.items() if text} for one in candidates]
         judged = [(one.proposal, verdict) for one, verdict in zip(candidates, verdicts, strict=True)]
         steps.append(_shown_step(judged, notes))

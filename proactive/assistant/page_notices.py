@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from models.reporting.templating import template_environment
 from proactive.annotation.guard import Guard
-from proactive.annotation.pages import HERE as FRAME
+from proactive.annotation.pages import FOLDER as ANNOTATION_FOLDER
 from proactive.annotation.server import LOOPBACK, listen, static_files, uvicorn_server
 from proactive.assistant.deciding import Reply
 from proactive.assistant.notices import Notices, Offer, OnAnswer
@@ -25,7 +25,7 @@ from proactive.terminal import say
 
 HOST = "127.0.0.1"
 REFRESH_SECONDS = 3  # of a page without an offer; with one it stays as it is, so that nobody clicks on another
-ENVIRONMENT = template_environment(Path(__file__).parent / "templates", FRAME / "templates")
+ENVIRONMENT = template_environment(Path(__file__).parent / "templates", ANNOTATION_FOLDER / "templates")
 
 
 class PageNotices(Notices):

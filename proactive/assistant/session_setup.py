@@ -32,7 +32,7 @@ from proactive.assistant.rewriting import RewrittenSource
 from proactive.assistant.source_choice import EMBEDDED, choose_source, recorded_judgments
 from proactive.assistant.terminal_notices import TerminalNotices
 from proactive.endpoints import endpoint_of
-from proactive.evaluation.judged_events import TRAINING_NOTES
+from proactive.evaluation.evaluation_notes import TRAINING_NOTES
 from proactive.evaluation.specification import Stamps
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from datamodules.corpus.records import AnnotatedRow
 from datamodules.corpus.sources import Corpus, load_corpus
-from datamodules.corpus.traces import Candidate, Offer, Recorded, Trace, read_traces, root_traces
+from datamodules.corpus.traces import Candidate, ProposalKey, Recorded, Trace, read_traces, root_traces
 from datamodules.errors import UserError
 from datamodules.files.reading import open_file
 from models.judging.weights import Exposure, Weights
@@ -87,7 +87,7 @@ def _embedded(corpus: Corpus, weights: Sequence[Weights[Any]]) -> Recorded:
     offers = [[row for row in after if row.proposal is not None] for after in rows]
     answers = [[Candidate(after[0].proposal, after[0].proposal)] if after else [Candidate(None)] for after in offers]
     judgments = {
-        Offer(trace.name, step, row.proposal): row.accepted for step, after in enumerate(offers) for row in after
+        ProposalKey(trace.name, step, row.proposal): row.accepted for step, after in enumerate(offers) for row in after
     }
     return Recorded([trace], {trace.name: answers}, judgments)
 

@@ -1,4 +1,4 @@
-"""Carries out an evaluation of an agent: answers, verdicts, metrics, the folder.
+"""Carries out an evaluation of an agent: asks the agents, then the judges, computes metrics, and writes the folder.
 
 Each answer and verdict is logged at once, so a killed evaluation can resume in its folder.
 """
@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from datamodules.corpus.traces import Answers, Offer, Pair, Trace, traces_digest
+from datamodules.corpus.traces import Answers, Pair, ProposalKey, Trace, traces_digest
 from datamodules.files.run_folders import METRICS_FILE, REPORT_FILE
 from datamodules.files.writing import write_atomically
 from models.judging.agents import Agent, AlwaysPropose, NeverPropose
@@ -22,26 +22,25 @@ from models.judging.description import Advance, group_traces, joint_record, join
 from models.judging.gate_curve import gate_threshold
 from models.judging.judges import Judge, Verdict
 from models.reporting.timeline import TIMELINE_FILE, ShownTraces
+from proactive.evaluation.evaluation_notes import notes
 from proactive.evaluation.evaluation_report import evaluation_report, shown_traces
 from proactive.evaluation.judged_events import (
     JudgedEvent,
     Verdicts,
     acceptance,
     evaluation_record,
-    figures,
-    figures_csv,
     gated,
     judge_events,
-    judged_files,
-    notes,
+    metrics_of,
 )
+from proactive.evaluation.published_layouts import figures_csv, judged_files
 from proactive.evaluation.specification import Evaluation
 
 ANSWERS_FILE = "answers.jsonl"
 VERDICTS_FILE = "verdicts.jsonl"
 FIGURES_FILE = "figures.csv"
 JUDGED = "judged"
-Progress = Callable[[str, int], AbstractContextManager[Advance]]  # label, total -> function to call after each
+Progress = Callable[[str, int], AbstractContextManager[Advance]]  # from label and total; yields what counts an item
 
 
 async def carry_out(evaluation: Evaluation, folder: Path, progress: Progress) -> dict[str, Any]:
@@ -67,17 +66,16 @@ async def carry_out(evaluation: Evaluation, folder: Path, progress: Progress) ->
             await stack.enter_async_context(client)
         answers = await _answers(evaluation.agents, traces, progress)
         baselines: dict[str, Answers] = {}
-        if all(
-            judge.describe().weights for judge in evaluation.judges.values()
-        ):  # local judges, whose verdicts cost no request
+        # Local judges also judge the baselines, because that costs no requests.
+        if all(judge.describe().weights for judge in evaluation.judges.values()):
             others: dict[str, Agent] = {"always-propose": AlwaysPropose(answers), "never-propose": NeverPropose()}
             baselines = {name: await other.answer(traces) for name, other in others.items()}
-        agent_offers, offers = _offers([answers]), _offers([answers, *baselines.values()])
+        agent_proposals, proposals = _proposals([answers]), _proposals([answers, *baselines.values()])
         if gates:
-            offers |= dict.fromkeys(offer._replace(proposal=None) for offer in offers)
-        verdicts = await _verdicts(evaluation.judges, traces, list(offers), progress)
-        proposals = [offer for offer in agent_offers if offer.proposal is not None]
-        gate_verdicts = await _verdicts(gates, traces, proposals, progress) if gates else None
+            proposals |= dict.fromkeys(key._replace(proposal=None) for key in proposals)
+        verdicts = await _verdicts(evaluation.judges, traces, list(proposals), progress)
+        offers = [key for key in agent_proposals if key.proposal is not None]
+        gate_verdicts = await _verdicts(gates, traces, offers, progress) if gates else None
 
     threshold = gate_threshold(evaluation.cost_ratio)
     events = judge_events(traces, answers, verdicts, gate_verdicts, threshold)
@@ -90,7 +88,7 @@ async def carry_out(evaluation: Evaluation, folder: Path, progress: Progress) ->
         "judge": joint_record(evaluation.judges),
         "usage": {who: asdict(log.usage) | _cost(evaluation, log) for who, log in logs.items() if log.usage.requests},
         "unfinished": {who: collections.Counter(log.unfinished.values()) for who, log in logs.items()},
-        "baselines": {name: figures(judge_events(traces, one, verdicts)) for name, one in baselines.items()},
+        "baselines": {name: metrics_of(judge_events(traces, one, verdicts)) for name, one in baselines.items()},
         "gate": None,
     }
     if gates and gate_verdicts is not None:
@@ -99,8 +97,8 @@ async def carry_out(evaluation: Evaluation, folder: Path, progress: Progress) ->
             **joint_record(gates),
             "cost_ratio": evaluation.cost_ratio,
             "threshold": threshold,
-            "held_back": sum(bool(judgment.held_back) for event in events for judgment in event.judgments),
-            "without_gate": figures(ungated),
+            "held_back": sum(bool(candidate.held_back) for event in events for candidate in event.candidates),
+            "without_gate": metrics_of(ungated),
             "curve": gated(ungated, verdicts).curve(),
         }
     record["notes"] = notes(record)
@@ -128,14 +126,14 @@ async def _answers(agents: Mapping[str, Agent], traces: Sequence[Trace], progres
 
 
 async def _verdicts(
-    judges: Mapping[str, Judge], traces: Sequence[Trace], offers: Sequence[Offer], progress: Progress
+    judges: Mapping[str, Judge], traces: Sequence[Trace], proposals: Sequence[ProposalKey], progress: Progress
 ) -> Verdicts:
-    """The verdicts on all offers, each by the judge of its trace."""
-    found: dict[Offer, Verdict] = {}
-    with _counted(progress, judges[traces[0].name].describe().progress_label, len(offers)) as advance:
+    """The verdicts on all proposals, each by the judge of its trace."""
+    found: dict[ProposalKey, Verdict] = {}
+    with _counted(progress, judges[traces[0].name].describe().progress_label, len(proposals)) as advance:
         for judge, own in (judge_traces := group_traces(judges, traces)):
             by_name = {trace.name: trace for trace in own}
-            mine = [offer for offer in offers if offer.trace in by_name]
+            mine = [key for key in proposals if key.trace in by_name]
             pairs = [
                 Pair(by_name[name].history(step), proposal, f"{name}, event {step + 1}")
                 for name, step, proposal in mine
@@ -155,10 +153,10 @@ def _counted(progress: Progress, progress_label: str | None, total: int) -> Iter
         yield advance
 
 
-def _offers(several: Sequence[Answers]) -> dict[Offer, None]:
-    """All distinct offers, in the order of traces and events."""
+def _proposals(several: Sequence[Answers]) -> dict[ProposalKey, None]:
+    """All distinct proposals, in the order of traces and events."""
     return {
-        Offer(name, step, candidate.proposal): None
+        ProposalKey(name, step, candidate.proposal): None
         for answers in several
         for name, steps in answers.items()
         for step, candidates in enumerate(steps)

@@ -1,4 +1,4 @@
-"""report.html of an evaluation: metrics, plots, and every event with its offers and verdicts."""
+"""The page report.html of an evaluation: metrics, plots, and every event with its offers and verdicts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from models.reporting.plots import image, new_axes
 from models.reporting.templating import template_environment
 from models.reporting.timeline import OUTCOME_NAMES, ShownOffer, ShownStep, ShownTrace, outcomes_of, timelines
-from proactive.evaluation.judged_events import JudgedEvent, Judgment
+from proactive.evaluation.judged_events import JudgedCandidate, JudgedEvent
 
 COLORS = {"tp": "tab:green", "fp": "tab:orange", "tn": "tab:blue", "fn": "tab:red", "undecided": "tab:grey"}
 METRICS = ("recall", "precision", "accuracy", "false_alarm", "f1")
@@ -49,21 +49,21 @@ def shown_traces(events: Sequence[JudgedEvent]) -> list[ShownTrace]:
     steps: dict[str, list[ShownStep]] = {}
     traces = {event.trace.name: event.trace for event in events}
     for event in events:
-        offers = (_shown(judgment, place == event.deciding) for place, judgment in enumerate(event.judgments))
+        offers = (_shown(judged, place == event.deciding) for place, judged in enumerate(event.candidates))
         steps.setdefault(event.trace.name, []).append(ShownStep(tuple(offers), event.outcome))
     return [ShownTrace(name, trace.events, tuple(steps[name])) for name, trace in traces.items()]
 
 
-def _shown(judgment: Judgment, counts: bool) -> ShownOffer:
+def _shown(judged: JudgedCandidate, counts: bool) -> ShownOffer:
     return ShownOffer(
-        judgment.candidate.proposal,
-        judgment.candidate.parsed,
-        judgment.verdict.accepted,
-        judgment.verdict.probability,
-        judgment.gate_probability,
-        bool(judgment.held_back),
-        judgment.verdict.thought or "",
-        {title: str(text) for title, text in judgment.candidate.notes.items() if text},
+        judged.candidate.proposal,
+        judged.candidate.parsed,
+        judged.verdict.accepted,
+        judged.verdict.probability,
+        judged.gate_probability,
+        bool(judged.held_back),
+        judged.verdict.thought or "",
+        {title: str(text) for title, text in judged.candidate.notes.items() if text},
         counts,
     )
 

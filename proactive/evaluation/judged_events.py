@@ -1,8 +1,6 @@
-"""The result of an evaluation of an agent: judged events, metrics, notes, published layouts."""
+"""The result of an evaluation of an agent: judged events, and metrics over them."""
 
-import csv
-import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +9,9 @@ from torch import Tensor
 
 from datamodules.corpus.records import AnnotatedRow, TraceSplit
 from datamodules.corpus.sources import PUBLISHED_TRACES_DIGESTS
-from datamodules.corpus.traces import Answers, Candidate, Offer, Trace, judged_steps, traces_digest
-from datamodules.escaping import to_cell
+from datamodules.corpus.traces import Answers, Candidate, ProposalKey, Trace, traces_digest
 from models.judging.gate_curve import Gated
 from models.judging.judges import Verdict
-from models.learning.calibration import DECISION
 from models.learning.metrics import (
     BOOTSTRAP_RESAMPLES,
     NO_VERDICT,
@@ -23,39 +19,21 @@ from models.learning.metrics import (
     AgentMetrics,
     deciding_candidate,
 )
-from models.reporting.run_record import intervals_note, versions
+from models.reporting.run_record import versions
 from models.reporting.timeline import outcome
 
-PUBLISHED_COLUMNS = {
-    "Recall": "recall",
-    "Precision": "precision",
-    "Accuracy": "accuracy",
-    "False-Alarm": "false_alarm",
-    "F1-Score": "f1",
-    "Accept Rate": "accept_rate",
-    "Total Events": "events",
-}
-Verdicts = Mapping[Offer, Verdict]
-TRAINING_NOTES = {
-    "trained_on": "CONTAMINATED: the {who} was trained on {traces}",
-    "validated_on": "VALIDATED ON: {traces} chose the best weights of the {who} and calibrated them",
-    "validation_unknown": (
-        "VALIDATION UNKNOWN: an older checkpoint of the {who} does not say whether {traces} chose its best weights"
-    ),
-}
-ONE_SIDED_EFFECT = {
-    ("silences", "ACCEPTED"): "no need can count as missed",
-    ("silences", "REJECTED"): "each counts as a missed need",
-    ("offers", "ACCEPTED"): "none can count as a false alarm",
-    ("offers", "REJECTED"): "each counts as a false alarm",
-}
+Verdicts = Mapping[ProposalKey, Verdict]
 
 
 @dataclass(frozen=True)
-class Judgment:
+class JudgedCandidate:
     """A candidate with its verdict.
 
-    `held_back` is None for a candidate that no gate scored. The verdict of a held-back candidate is that on null.
+    Attributes:
+        candidate: The candidate.
+        verdict: The judge's verdict on it, or on null if the gate held it back.
+        gate_probability: The gate's P(accepted); None if no gate scored it.
+        held_back: Whether the gate held it back; None if no gate scored it.
     """
 
     candidate: Candidate
@@ -75,18 +53,18 @@ class Judgment:
 
 @dataclass(frozen=True)
 class JudgedEvent:
-    """An event with its candidates. `deciding` is the index of the candidate that counts."""
+    """An event with its candidates. `deciding` is the index of the candidate that counts in metrics."""
 
     trace: Trace
     step: int
-    judgments: tuple[Judgment, ...]
+    candidates: tuple[JudgedCandidate, ...]
     deciding: int
 
     @property
     def outcome(self) -> str:
         """tp, fp, tn, fn, or undecided."""
-        judgment = self.judgments[self.deciding]
-        return outcome(judgment.proposed, judgment.verdict.accepted)
+        candidate = self.candidates[self.deciding]
+        return outcome(candidate.proposed, candidate.verdict.accepted)
 
 
 def judge_events(
@@ -108,28 +86,28 @@ def judge_events(
     events = []
     for trace in traces:
         for step, candidates in enumerate(answers[trace.name]):
-            judgments = []
+            judged = []
             for candidate in candidates:
-                offer = Offer(trace.name, step, candidate.proposal)
-                probability, held = None, None
+                key = ProposalKey(trace.name, step, candidate.proposal)
+                probability, held_back = None, None
                 if gate is not None and candidate.proposal is not None:
-                    probability = gate[offer].probability
-                    held = probability is not None and probability < threshold
-                verdict = verdicts[offer._replace(proposal=None) if held else offer]
-                judgments.append(Judgment(candidate, verdict, probability, held))
-            deciding = deciding_candidate(torch.tensor([[judgment.accepted for judgment in judgments]]))
-            events.append(JudgedEvent(trace, step, tuple(judgments), int(deciding)))
+                    probability = gate[key].probability
+                    held_back = probability is not None and probability < threshold
+                verdict = verdicts[key._replace(proposal=None) if held_back else key]
+                judged.append(JudgedCandidate(candidate, verdict, probability, held_back))
+            deciding = deciding_candidate(torch.tensor([[one.accepted for one in judged]]))
+            events.append(JudgedEvent(trace, step, tuple(judged), int(deciding)))
     return events
 
 
-def figures(events: Sequence[JudgedEvent], bootstrap: int = BOOTSTRAP_RESAMPLES) -> dict[str, Any]:
-    """Metrics over all candidates, and under `at` over the first k of several candidates."""
+def metrics_of(events: Sequence[JudgedEvent], bootstrap: int = BOOTSTRAP_RESAMPLES) -> dict[str, Any]:
+    """Metrics of an agent on some events: over all candidates, and, in `at`, over the first k of several candidates."""
     metrics = AgentMetrics(bootstrap)
     metrics.update(*_tensors(events))
     values = {name: float(value) for name, value in metrics.compute().items()}
     found: dict[str, Any] = {name: value for name, value in values.items() if "@" not in name}
-    found["parse_failures"] = sum(not j.candidate.parsed for event in events for j in event.judgments)
-    most_candidates = max(len(event.judgments) for event in events)
+    found["parse_failures"] = sum(not j.candidate.parsed for event in events for j in event.candidates)
+    most_candidates = max(len(event.candidates) for event in events)
     if most_candidates > 1:
         found["at"] = {
             str(k): {name: values[f"{name}@{k}"] for name in found if f"{name}@{k}" in values}
@@ -139,19 +117,19 @@ def figures(events: Sequence[JudgedEvent], bootstrap: int = BOOTSTRAP_RESAMPLES)
 
 
 def gated(events: Sequence[JudgedEvent], verdicts: Verdicts) -> Gated:
-    """The inputs of a curve over all thresholds of the gate.
+    """The candidates and verdicts that a curve over all thresholds of the gate is computed from.
 
     Args:
         events: The events, judged with a threshold of 0.
         verdicts: The judge's verdicts, also on null after each event.
     """
     proposed_NK, accepted_NK, trace_N = _tensors(events)
-    null = [verdicts[Offer(event.trace.name, event.step, None)].accepted for event in events]
+    null = [verdicts[ProposalKey(event.trace.name, event.step, None)].accepted for event in events]
     null_N = torch.tensor([NO_VERDICT if accepted is None else int(accepted) for accepted in null])
     probability_NK = torch.zeros(proposed_NK.shape, dtype=torch.float64)
     for row, event in enumerate(events):
-        for column, judgment in enumerate(event.judgments):
-            probability_NK[row, column] = judgment.gate_probability or 0.0
+        for column, candidate in enumerate(event.candidates):
+            probability_NK[row, column] = candidate.gate_probability or 0.0
     return Gated(proposed_NK, accepted_NK, probability_NK, null_N, trace_N)
 
 
@@ -169,14 +147,14 @@ def evaluation_record(events: Sequence[JudgedEvent], splits: Mapping[str, TraceS
     complete = {name: split for name, split in splits.items() if split.files and set(split.files) <= set(by_trace)}
     return {
         "task": "agent",
-        "figures": figures(events),
+        "figures": metrics_of(events),
         "splits": {
             name: {"theme": split.theme, "traces": len(split.files)}
-            | {"figures": figures([event for file in split.files for event in by_trace[file]])}
+            | {"figures": metrics_of([event for file in split.files for event in by_trace[file]])}
             for name, split in complete.items()
         },
         "splits_left_out": sorted(set(splits) - set(complete)),
-        "per_trace": {name: figures(mine, bootstrap=0) for name, mine in by_trace.items()},
+        "per_trace": {name: metrics_of(mine, bootstrap=0) for name, mine in by_trace.items()},
         "published": PUBLISHED_AGENT_ROWS if traces_digest(traces) in PUBLISHED_TRACES_DIGESTS else {},
         "versions": versions(),
     }
@@ -202,131 +180,13 @@ def _acceptance(judged: Sequence[tuple[bool, bool]]) -> dict[str, dict[str, int]
     return {name: {"judged": len(of_kind), "accepted": sum(of_kind)} for name, of_kind in verdicts.items()}
 
 
-def _rates(counts: Mapping[str, Mapping[str, int]]) -> str:
-    return " and ".join(
-        f"{of_kind['accepted'] / max(of_kind['judged'], 1):.0%} of {of_kind['judged']} {kind}"
-        for kind, of_kind in counts.items()
-    )
-
-
-def notes(record: Mapping[str, Any]) -> list[str]:
-    """What a reader has to know about an agent's metrics, a sentence each. Warnings start with capitals."""
-    return [
-        *_training_notes(record),
-        *_judge_notes(record),
-        *_acceptance_notes(record["acceptance"]),
-        *_scope_notes(record),
-        *_answer_notes(record),
-    ]
-
-
-def _training_notes(record: Mapping[str, Any]) -> Iterator[str]:
-    """Which models trained or validated on the traces."""
-    for stamp, sentence in TRAINING_NOTES.items():
-        for who in ("agent", "judge", "gate"):
-            if names := record[f"{who}_{stamp}"]:
-                yield sentence.format(who=who, traces=f"{len(names)} of the {len(record['per_trace'])} traces")
-
-
-def _judge_notes(record: Mapping[str, Any]) -> Iterator[str]:
-    """What limits the judge's and the gate's verdicts."""
-    if record["gate_is_judge"]:
-        yield "THE GATE IS THE JUDGE: it holds back what it would reject itself"
-    for who in ("judge", "gate"):
-        for source, calibration in ((record[who] or {}).get("calibration") or {}).items():
-            if calibration is None:
-                yield f"NOT CALIBRATED: the {who} {source}; no validation ran after a training step"
-    if record["judge"]["judge"] == "reward classifier":
-        yield f"the judge accepts above {DECISION:g}, calibrated"
-
-
-def _acceptance_notes(acceptance: Mapping[str, Any]) -> Iterator[str]:
-    """Whether the judge accepts or rejects everything, and how often judge and people accept."""
-    judged, people = acceptance["judge"], acceptance["people"]
-    for kind, counts in judged.items():
-        if counts["judged"] and counts["accepted"] in (0, counts["judged"]):
-            how = "ACCEPTED" if counts["accepted"] else "REJECTED"
-            effect = ONE_SIDED_EFFECT[kind, how]
-            yield f"ALL {kind.upper()} ARE {how}: {counts['judged']} were judged, and {effect}"
-    yield f"acceptance: the judge {_rates(judged)}; people {_rates(people) if people else 'are not known'}"
-
-
-def _scope_notes(record: Mapping[str, Any]) -> Iterator[str]:
-    """Which traces the metrics and intervals are of."""
-    traces = int(record["figures"]["traces"])
-    if traces > 1:
-        yield intervals_note(traces, "traces")
-    if record["traces_left_out"]:
-        yield f"skipped, because the agent was trained on them: {', '.join(record['traces_left_out'])}"
-
-
-def _answer_notes(record: Mapping[str, Any]) -> Iterator[str]:
-    """Requests and truncated replies, held-back offers, missing baselines, and answers or events without a result."""
-    metrics = record["figures"]
-    for who, usage in record["usage"].items():
-        cost = f", cost {usage['cost']:.4g}" if "cost" in usage else ""
-        unreported = f"; {usage['unreported']} requests without reported tokens" if usage["unreported"] else ""
-        yield (
-            f"{who}: {usage['requests']} requests, {usage['prompt_tokens']:,} tokens in, "
-            f"{usage['completion_tokens']:,} out{cost}{unreported}"
-        )
-    for who, reasons in record["unfinished"].items():
-        if reasons:
-            counts = ", ".join(f"{number} {reason}" for reason, number in reasons.items())
-            note = f"incomplete replies of the {who}, which were not parsed: {counts}"
-            if "length" in reasons:
-                note += (
-                    "; --agent.answers.max_new_tokens, or max_tokens in --agent.extra or --judge.extra, gives more room"
-                )
-            yield note
-    if gate := record["gate"]:
-        yield (
-            f"gate: {gate['held_back']} proposals below P(accepted) {gate['threshold']:.3f} held back "
-            f"(cost ratio {gate['cost_ratio']:g})"
-        )
-    if record["judge"]["judge"] == "endpoint":
-        yield "the judge's training data are not known"
-    if not record["baselines"]:
-        recorded = record["judge"]["judge"] == "recorded"
-        reason = "recorded judgments do not cover them" if recorded else "else run one with --agent.baseline"
-        yield f"only a reward classifier as judge also judges the baselines; {reason}"
-    if metrics["parse_failures"]:
-        yield f"{metrics['parse_failures']} answers could not be parsed and count as null"
-    if metrics["undecided"]:
-        yield f"{int(metrics['undecided'])} events have no verdict and count in no metric"
-    if record["splits_left_out"]:
-        yield f"splits with missing traces: {', '.join(record['splits_left_out'])}"
-
-
-def figures_csv(record: Mapping[str, Any]) -> str:
-    """Metrics of each split in the layout of the published scoring."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)  # with \r\n line ends, so that the writer quotes a cell that contains either
-    writer.writerow(["Category", *PUBLISHED_COLUMNS])
-    for name, split in record["splits"].items():
-        values = [split["figures"][figure] for figure in PUBLISHED_COLUMNS.values()]
-        writer.writerow([to_cell(name), *values[:-1], int(values[-1])])
-    return text.getvalue()
-
-
-def judged_files(events: Sequence[JudgedEvent]) -> dict[str, list[dict[str, Any]]]:
-    """Each trace in the published judged layout, by name."""
-    decided: dict[str, list[tuple[Candidate, bool | None]]] = {}
-    traces = {event.trace.name: event.trace for event in events}
-    for event in events:
-        judgment = event.judgments[event.deciding]
-        candidate = judgment.candidate if judgment.proposed else Candidate(None, None, judgment.candidate.notes)
-        decided.setdefault(event.trace.name, []).append((candidate, judgment.verdict.accepted))
-    return {name: judged_steps(traces[name], steps) for name, steps in decided.items()}
-
-
 def _tensors(events: Sequence[JudgedEvent]) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs of `AgentMetrics`: proposed and accepted (N, K) int64, trace (N,) int64. Missing candidates are null."""
-    most_candidates = max(len(event.judgments) for event in events)
+    most_candidates = max(len(event.candidates) for event in events)
     proposed_NK = torch.zeros((len(events), most_candidates), dtype=torch.int64)
     accepted_NK = torch.full((len(events), most_candidates), NO_VERDICT)
     names = {name: number for number, name in enumerate(dict.fromkeys(event.trace.name for event in events))}
     for row, event in enumerate(events):
-        for column, judgment in enumerate(event.judgments):
-            proposed_NK[row, column], accepted_NK[row, column] = int(judgment.proposed), judgment.accepted
+        for column, candidate in enumerate(event.candidates):
+            proposed_NK[row, column], accepted_NK[row, column] = int(candidate.proposed), candidate.accepted
     return proposed_NK, accepted_NK, torch.tensor([names[event.trace.name] for event in events])

@@ -1,4 +1,4 @@
-"""Turns the options of `evaluate agent` into an `Evaluation`: checks everything and loads models and data."""
+"""Prepares the `Evaluation` that the options of `evaluate agent` describe: checks, and loads models and data."""
 
 import time
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""An evaluation of an agent with everything that it needs, checked and typed."""
+"""The record of a prepared evaluation: models, data and settings, checked and typed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +18,10 @@ STAMPS = {Exposure.TRAINED: "trained_on", Exposure.VALIDATED: "validated_on", Ex
 
 @dataclass(frozen=True)
 class Stamps:
-    """Marks that all outputs of an evaluation carry.
+    """Marks that all outputs of an evaluation carry: which models trained or validated on the traces.
 
     Attributes:
-        exposures: By role and name of a trace: whether the weights trained or validated on it.
+        exposures: By role and name of a trace, the exposure of the role's weights to the trace.
         traces_left_out: Names of traces that are skipped because the agent trained on them.
         gate_is_judge: Whether gate and judge have the same weights.
     """

@@ -1,4 +1,4 @@
-"""Asking a role until its answer is valid."""
+"""Asks a role until its answer is valid."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,14 +8,14 @@ from datamodules.errors import UserError
 from proactive.simulation.questions import Answer, InvalidAnswer, Item, Question, Role
 from proactive.simulation.simulation_log import SimulationLog
 
-TRIES = 3  # an invalid answer is sent back with its error twice
+TRIES = 3  # answers to one question; an invalid answer is sent back with its error
 
 
 class NoValidAnswerError(Exception):
     """A role gave only invalid answers to a question.
 
     Attributes:
-        cause: Role and kind of question.
+        cause: The role and the kind of question, such as "user, act".
     """
 
     def __init__(self, question: Question[Any], error: str) -> None:
@@ -30,14 +30,14 @@ async def ask(
     log: SimulationLog,
     check: Callable[[Answer], Any] = lambda answer: None,
 ) -> Answer:
-    """Return a role's first valid answer. It is on the disk before this returns.
+    """Return a role's first valid answer. It is in the log, on disk, before this returns.
 
     Args:
         role: The role to ask.
         question: The question.
         item: The work item that it belongs to.
         log: The log that the role adds its answers to.
-        check: Raises a UserError if an answer that matches the schema is invalid for another reason.
+        check: Checks an answer beyond its schema. Raises a UserError if it is invalid.
 
     Raises:
         NoValidAnswerError: Three answers were invalid.

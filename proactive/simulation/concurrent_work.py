@@ -1,4 +1,4 @@
-"""Doing work items concurrently. A failure of one does not stop the others, up to a limit."""
+"""Runs work items concurrently. If one fails, the others go on, up to a number of failures."""
 
 import asyncio
 import contextlib
@@ -22,16 +22,16 @@ Item = TypeVar("Item", bound=WorkItem)
 
 
 class StoppedError(UserError):
-    """Not all work items have ended, because of an endpoint or a limit. The next call continues."""
+    """The simulation stopped before all work items had ended. The same command with its folder continues."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How work items are done. It changes no result.
+    """How many work items run at once, and when all stop. These limits change no result.
 
     Attributes:
         at_once: Maximum number of concurrent items.
-        failures: How many items may fail, or be stopped by an endpoint, before all others are stopped.
+        failures: Number of items that may fail, or be stopped by an endpoint, before all others are stopped.
     """
 
     at_once: int
@@ -39,14 +39,14 @@ class Limits:
 
 
 @contextlib.asynccontextmanager
-async def continued(
+async def opened_folder(
     folder: Path, config: str, settings: dict[str, Any], log: SimulationLog, clients: Sequence[ChatClient], say: Say
 ) -> AsyncIterator[None]:
-    """Within this context, a folder's log and the clients are open.
+    """Open the output folder: within this context, its log and the clients are open.
 
     Args:
-        folder: The output folder, new or of a stopped call.
-        config: The options as YAML, which a new folder keeps.
+        folder: The output folder, new or of a stopped simulation.
+        config: The options as YAML, which are stored in a new folder.
         settings: Everything that determines the result.
         log: The log to open.
         clients: The clients of endpoints.
@@ -65,7 +65,7 @@ async def continued(
             yield
 
 
-async def do_all(
+async def run_all(
     items: Sequence[Item],
     do: Callable[[Item], Awaitable[dict[str, Any]]],
     what: str,
@@ -73,31 +73,31 @@ async def do_all(
     limits: Limits,
     say: Say,
 ) -> None:
-    """Do all work items that have not ended according to the log.
+    """Run all work items that the log does not list as ended.
 
     Args:
         items: The items.
-        do: Does one item, writes its file if it has one, and returns its outcome: the end, and any other content.
-        what: The plural of an item, for messages.
-        log: The open log. It receives the end of each item.
+        do: Runs one item, writes its file if it has one, and returns its outcome: how it ended, and further fields.
+        what: What the items are, in the plural, for messages.
+        log: The open log. It stores the outcome of each item.
         limits: The limits.
         say: Prints how each item ended.
 
     Raises:
         StoppedError: Too many items have failed, or an endpoint or a limit has stopped some.
     """
-    left = [item for item in items if log.outcome(item) is None]
-    if len(left) < len(items):
-        say(f"{len(items) - len(left)} of {len(items)} {what} have ended before")
+    remaining = [item for item in items if log.outcome(item) is None]
+    if len(remaining) < len(items):
+        say(f"{len(items) - len(remaining)} of {len(items)} {what} have ended before")
     stopped: list[UserError] = []
     limit_reached: list[UserError] = []
     failed = 0
 
-    async def one(item: Item) -> None:
+    async def run(item: Item) -> None:
         nonlocal failed
         try:
             outcome = await _outcome(item, do)
-            log.end(item, outcome)  # after the item's file: an item with an end is not done again
+            log.end(item, outcome)  # after the item's file, because an item with an outcome is not run again
             await log.synced()
             said = outcome["reason"] or outcome["end"]
             failed += outcome["end"] == FAILED
@@ -111,16 +111,16 @@ async def do_all(
                 f"Answers so far are kept in {LOG_FILE}. See --failures.",
             )
 
-    async def one_after_the_other() -> None:
+    async def worker() -> None:
         for item in waiting:
             if not limit_reached:
-                await one(item)
+                await run(item)
 
-    waiting = iter(left)  # shared, so the number of tasks does not depend on the number of items
+    waiting = iter(remaining)  # all workers take their next item from it
     try:
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(limits.at_once, len(left))):
-                group.create_task(one_after_the_other())
+            for _ in range(min(limits.at_once, len(remaining))):
+                group.create_task(worker())
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None  # the other tasks were cancelled
     for error in [*stopped, *limit_reached]:

@@ -1,4 +1,4 @@
-"""Example events of test traces: found, counted, and removed before a role sees them."""
+"""Finds example events that are in test traces, counts them, and removes them before a role sees them."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -18,7 +18,7 @@ from datamodules.prompting.chat_prompts import Messages
 from datamodules.ranges import Temperature
 from models.judging.budget import Price
 from models.judging.chat_client import ChatClient
-from proactive.simulation.questions import LONGEST, InvalidAnswer, Question, Role
+from proactive.simulation.questions import MAX_LENGTH, InvalidAnswer, Question, Role
 from proactive.simulation.work_items import RoleName, WorkItem
 
 PROMPTS = Path(__file__).with_name("prompts")
@@ -38,7 +38,7 @@ class RoleOptions:
     Args:
         url: The endpoint's address, for example http://localhost:8000/v1. Without it, the role is scripted.
         model: The model's name there.
-        key_variable: The environment variable that holds the endpoint's key, if it has one.
+        key_variable: The environment variable with the endpoint's key, if it has one.
         prompt: A prompt file. Start from one in proactive/simulation/prompts.
         temperature: Sampling temperature.
         extra: More fields of each request, such as {max_tokens: 512}.
@@ -118,6 +118,6 @@ class EndpointRole(Role[WorkItem]):
         asked = f"{self.prompt.questions[question.kind]}\n{json.dumps(facts, ensure_ascii=False)}"
         messages = [{"role": "system", "content": self.prompt.system}, {"role": "user", "content": asked}]
         for text, error in invalid:
-            messages.append({"role": "assistant", "content": shortened(text, LONGEST) or "-"})
+            messages.append({"role": "assistant", "content": shortened(text, MAX_LENGTH) or "-"})
             messages.append({"role": "user", "content": f"This answer is invalid: {error}. Answer again."})
         return messages

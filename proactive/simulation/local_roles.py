@@ -20,7 +20,7 @@ from proactive.simulation.questions import InvalidAnswer, JudgeAnswer, Question,
 from proactive.simulation.scenes import SimulatedSession
 from proactive.simulation.simulation_log import SimulationLog
 
-DIGITS = 4  # of P(accepted). Further digits depend on how many events one forward pass contains.
+DIGITS = 4  # of P(accepted); further digits depend on the number of events in a forward pass
 
 
 class TrainedRole(Role[SimulatedSession]):
@@ -65,8 +65,9 @@ class TrainedRole(Role[SimulatedSession]):
 class TrainedAssistant(TrainedRole):
     """A trained agent as the assistant.
 
-    Each session keeps its KV cache from event to event. A new proposal after a rejection is the agent's next candidate,
-    because agents are not trained on reasons. An unreadable answer is silence, as in `evaluate agent`.
+    Each session keeps its KV cache from event to event. After a rejection, the new proposal is the agent's next
+    candidate, because agents are not trained on reasons of rejections. An unreadable answer counts as silence, as in
+    `evaluate agent`.
     """
 
     def __init__(self, agent: LocalAgent, log: SimulationLog, thread: Executor) -> None:
@@ -96,7 +97,7 @@ class TrainedAssistant(TrainedRole):
 
 
 class TrainedJudge(TrainedRole):
-    """A reward classifier as the judge. It accepts if P(accepted) is above `DECISION`, and ignores nothing."""
+    """A reward classifier as the judge. It accepts if P(accepted) is above `DECISION`. It ignores no offer."""
 
     def __init__(self, judge: RewardJudge, log: SimulationLog, thread: Executor) -> None:
         super().__init__(log, thread)
@@ -122,7 +123,7 @@ class TrainedJudge(TrainedRole):
 
 
 class BaselineAssistant(Role[SimulatedSession]):
-    """An agent that does the same after every event."""
+    """A baseline as the assistant: it does the same after every event."""
 
     def __init__(self, agent: Agent, log: SimulationLog) -> None:
         self.agent = agent

@@ -1,7 +1,7 @@
 """Questions to roles, and the schemas of their answers.
 
-Each question contains everything that its answer depends on. What a role keeps between questions only saves time. So a
-resumed simulation can take answers from the log.
+Each question contains everything that its answer depends on, so a resumed simulation can take answers from the log. A
+role may keep something between questions, such as a KV cache, but only to save time.
 """
 
 from collections.abc import Sequence
@@ -19,18 +19,18 @@ from datamodules.ranges import FINITE
 from proactive.simulation.scenes import SimulatedSession
 from proactive.simulation.work_items import RoleName, WorkItem, digest
 
-Verdict = Literal["accepted", "rejected", "ignored"]
-MOST_EVENTS = 8  # after one act or one accepted offer
-MOST_CHANGES = 10  # of entities, by the same
-MOST_ENTITIES = 100
-MOST_EXAMPLES = 50  # operations or example events of one written scene
-LONGEST = 2000  # characters of one text in an answer
-EARLIER_ANSWERS = ("history", "rejected")  # facts
+Judgment = Literal["accepted", "rejected", "ignored"]
+MAX_EVENTS = 8  # after one act or one accepted offer
+MAX_CHANGES = 10  # of entities, after one act or one accepted offer
+MAX_ENTITIES = 100
+MAX_EXAMPLES = 50  # operations or example events of one written scene
+MAX_LENGTH = 2000  # characters of one text in an answer
+EARLIER_ANSWERS = ("history", "rejected")  # facts that consist of earlier answers
 
 
 def _not_long(text: str | None) -> str | None:
-    if text is not None and len(text) > LONGEST:
-        raise ValueError(f"expected at most {LONGEST} characters, got {len(text)}")
+    if text is not None and len(text) > MAX_LENGTH:
+        raise ValueError(f"expected at most {MAX_LENGTH} characters, got {len(text)}")
     return text
 
 
@@ -63,7 +63,7 @@ class EntityState(AnswerPart):
 class SetupAnswer(AnswerPart):
     """The environment's states of the entities before the first event."""
 
-    entities: list[EntityState] = Field(max_length=MOST_ENTITIES)
+    entities: list[EntityState] = Field(max_length=MAX_ENTITIES)
 
 
 class UserQuestion(AnswerPart):
@@ -96,8 +96,8 @@ class NewEvent(AnswerPart):
 class EventsAnswer(AnswerPart):
     """The events that follow an act or an accepted offer."""
 
-    events: list[NewEvent] = Field(min_length=1, max_length=MOST_EVENTS)
-    entities: list[EntityState] = Field(max_length=MOST_CHANGES)
+    events: list[NewEvent] = Field(min_length=1, max_length=MAX_EVENTS)
+    entities: list[EntityState] = Field(max_length=MAX_CHANGES)
 
 
 class AssistantAnswer(AnswerPart):
@@ -112,19 +112,19 @@ class AssistantAnswer(AnswerPart):
 class JudgeAnswer(AnswerPart):
     """The judgment on a proposal, and the reason. `probability` is P(accepted), from judges that compute it."""
 
-    judgment: Verdict
+    judgment: Judgment
     reason: Note
     probability: Annotated[float, Ge(0), Le(1)] | None = None
 
 
-Examples = Annotated[list[Short], Field(max_length=MOST_EXAMPLES), AfterValidator(_distinct)]
+Examples = Annotated[list[Short], Field(max_length=MAX_EXAMPLES), AfterValidator(_distinct)]
 
 
 class SceneEnvironment(AnswerPart):
     """The environment of a written scene."""
 
     description: Short
-    entities: Annotated[list[Short], AfterValidator(_distinct)] = Field(min_length=1, max_length=MOST_ENTITIES)
+    entities: Annotated[list[Short], AfterValidator(_distinct)] = Field(min_length=1, max_length=MAX_ENTITIES)
     agent_ops: Examples
     events_example: Examples
     theme: Short
@@ -153,7 +153,7 @@ class Question(Generic[Answer]):
 
     Attributes:
         role: The role that answers.
-        kind: The kind of question, one word. The role's prompt has a text for each kind.
+        kind: The kind of question, in one word. The prompt of a role has a text for each kind.
         facts: What the answer depends on, as plain JSON values, besides the facts of the work item.
         answer: The type of the answer.
     """
@@ -183,13 +183,13 @@ class Question(Generic[Answer]):
         return [name for name, field in self.answer.model_fields.items() if field.is_required()]
 
     def record(self) -> dict[str, Any]:
-        """Return the question for the log. Of facts that consist of earlier answers it has the length only."""
+        """Return the question for the log. Facts that consist of earlier answers are replaced by their length."""
         short = {name: len(value) if name in EARLIER_ANSWERS else value for name, value in self.facts.items()}
         return {"role": self.role, "kind": self.kind, "question": short}
 
 
 def _change_schema(schema: dict[str, Any], known: list[str]) -> dict[str, Any]:
-    """Return the JSON schema of the change of a known entity, or of the creation of another one."""
+    """Return the JSON schema of `EntityState`: a known entity changes, or an unknown one is created."""
 
     def with_fields(**fields: Any) -> dict[str, Any]:
         return {**schema, "properties": {**schema["properties"], **fields}}
@@ -212,7 +212,7 @@ Item = TypeVar("Item", bound=WorkItem, contravariant=True)
 
 
 class Role(Protocol[Item]):
-    """Answers questions about work items. A new kind of role is a new class with these methods."""
+    """Answers questions about work items. To add a kind of role, write a class with these methods."""
 
     def describe(self) -> dict[str, Any]:
         """Return all settings that determine its answers, in plain types."""

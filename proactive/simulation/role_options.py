@@ -20,7 +20,7 @@ from proactive.simulation.work_items import ROLE_NAMES, RoleName
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-KINDS = ("url", "checkpoint", "baseline")  # the options that select who plays a role
+KINDS = ("url", "checkpoint", "baseline")  # the options that select an implementation of a role
 ENDPOINT_ONLY = ("model", "key_variable", "prompt", "extra", "token_limit", "cost_limit")  # options
 
 
@@ -29,8 +29,8 @@ class SessionRoleOptions(RoleOptions):
     """A role of a session: a model behind an endpoint, or scripted.
 
     Args:
-        token_limit: Stop the simulation when this role has used so many tokens.
-        cost_limit: Stop the simulation when this role has cost so much, in the currency of the price.
+        token_limit: Stop the simulation when this role has used this number of tokens.
+        cost_limit: Stop the simulation when this role has cost this much, in the currency of the price.
     """
 
     token_limit: Count | None = None
@@ -83,14 +83,14 @@ def roles_of(options: "Namespace", log: SimulationLog) -> tuple[Roles, list[Chat
     """
     kinds = {role: kind_of(role, options[role]) for role in ROLE_NAMES}
     _refuse_equal_proposals(options, kinds["assistant"])
-    whole = Budget(options.budget_tokens, options.budget_cost, ("budget-tokens", "budget-cost"))
+    total = Budget(options.budget_tokens, options.budget_cost, ("budget-tokens", "budget-cost"))
     thread = ThreadPoolExecutor(1, "trained-models")
     roles: Roles = {}
     clients = []
     for role, kind in kinds.items():
         if kind == "url":
             limits = (options[role].token_limit, options[role].cost_limit)
-            budget = Budget(*limits, (f"{role}.token_limit", f"{role}.cost_limit"), whole)
+            budget = Budget(*limits, (f"{role}.token_limit", f"{role}.cost_limit"), total)
             roles[role], client = endpoint_role(role, options, log, budget)
             clients.append(client)
         else:

@@ -1,4 +1,4 @@
-"""`simulate scenes`: scene descriptions from seed tasks. One role, the writer, answers one question per scene."""
+"""Writes scene descriptions from seed tasks, for `simulate scenes`. The role writer gets one question per scene."""
 
 import json
 from collections.abc import Collection, Sequence
@@ -13,7 +13,7 @@ from datamodules.files.writing import write_atomically
 from models.judging.budget import Price
 from models.judging.chat_client import ChatClient
 from proactive.simulation.asking import ask
-from proactive.simulation.concurrent_work import Limits, Say, continued, do_all
+from proactive.simulation.concurrent_work import Limits, Say, opened_folder, run_all
 from proactive.simulation.questions import Question, Role, SceneAnswer
 from proactive.simulation.scenes import SCENES_FILE, SceneDescription, scenes_text
 from proactive.simulation.seed_tasks import Seeds, tasks_in_turn
@@ -22,7 +22,7 @@ from proactive.simulation.simulation_report import scenes_report
 from proactive.simulation.simulation_summary import SUMMARY_FILE, scenes_summary
 from proactive.simulation.work_items import RoleName, WorkItem, digest
 
-MOST_SAMPLES = 10  # sample events in one question
+MAX_SAMPLES = 10  # sample events in one question
 WRITTEN = "written"
 
 
@@ -44,22 +44,22 @@ class SceneDraft(WorkItem):
     def question(self, seeds: Seeds) -> Question[SceneAnswer]:
         """Return the question to the writer, with sample events of the kind, drawn at random."""
         events = list(dict.fromkeys(seeds[self.kind].sample_events))
-        drawn = self.random("samples").sample(events, min(MOST_SAMPLES, len(events)))
+        drawn = self.random("samples").sample(events, min(MAX_SAMPLES, len(events)))
         return Question("writer", "scene", {"kind": self.kind, "task": self.task, "sample_events": drawn}, SceneAnswer)
 
 
 @dataclass(frozen=True)
 class SceneWriting:
-    """What to write.
+    """The scenes to write, and the settings that determine them.
 
     Attributes:
         seeds: The seed tasks, with the sample events that the writer may see.
         samples: Counts of sample events: see `without_test_samples`.
         tested: The texts of all events in the data root's test traces.
-        count: Number of scenes; None for one per task.
+        count: Number of scenes; one per task if None.
         seed: Determines which sample events are drawn, and the random numbers of a scripted writer.
         limits: The limits of all scenes together.
-        config: The options as YAML, for the folder.
+        config: The options as YAML, which the folder stores.
     """
 
     seeds: Seeds
@@ -102,7 +102,7 @@ async def write_scenes(
     """Write all scenes that the folder's log does not contain.
 
     Args:
-        writing: What to write.
+        writing: The scenes to write.
         writer: The writer.
         clients: The client of a writer that is an endpoint.
         log: The log that the writer and its client write to.
@@ -120,8 +120,8 @@ async def write_scenes(
         shown = any(event in writing.tested for event in question.facts["sample_events"])
         return {"end": WRITTEN, "scene": {**answer.model_dump(), "contaminated": shown}}
 
-    async with continued(folder, writing.config, writing.settings(writer), log, clients, say):
-        await do_all(writing.drafts(), do, "scenes", log, writing.limits, say)
+    async with opened_folder(folder, writing.config, writing.settings(writer), log, clients, say):
+        await run_all(writing.drafts(), do, "scenes", log, writing.limits, say)
 
 
 def derive_scenes(
@@ -130,7 +130,7 @@ def derive_scenes(
     """Write scenes.yaml, summary and report from the log, and return the summary.
 
     Args:
-        writing: What was written.
+        writing: The scenes that were to be written.
         writer: The writer.
         price: The price of its tokens.
         log: The log, with all answers.

@@ -43,8 +43,8 @@ def scenes_parser() -> Parser:
     add("--seed", type=Seed, default=0, help="The seed of all random numbers.")
     parser.add_class_arguments(RoleOptions, "writer")
     parser.add_class_arguments(EndpointOptions, "endpoint", skip={"token_limit", "cost_limit", "time_limit"})
-    add("--budget-tokens", type=Count | None, help="Stop when the endpoint has used so many tokens.")
-    add("--budget-cost", type=Positive | None, help="Stop when it has cost so much, in the currency of the price.")
+    add("--budget-tokens", type=Count | None, help="Stop when the endpoint has used this number of tokens.")
+    add("--budget-cost", type=Positive | None, help="Stop when it has cost this much, in the currency of the price.")
     add("--failures", type=NonNegativeInt, default=10, help="Number of scenes that may fail before the others stop.")
     add("--data.root", type=str, default="embedded", help="Sample events that are in this root's test traces are "
         "removed, and example events of the scenes are compared with these traces.")  # fmt: skip

@@ -1,7 +1,7 @@
-"""Scripted roles: they follow the rules of the embedded simulator and need no model.
+"""Scripted roles, which follow the rules of the embedded simulator and need no model.
 
-The first two entities of a scene are its topic, the others its apps. The theme selects the domain of the simulator; for
-another theme the domain is drawn at random.
+The first two entities of a scene are its topic, the others its apps. The theme of a scene selects the domain of the
+simulator. If there is no such domain, one is drawn at random.
 """
 
 import json
@@ -57,7 +57,7 @@ def logged_answer(
     invalid: Sequence[InvalidAnswer],
     answer: Callable[[], Facts],
 ) -> str:
-    """Return the text of an answer from the log. If it is not there, make the answer and add it."""
+    """Return an answer from the log. If the log lacks it, make it with `answer` and add it."""
     key = log.key(item, question, len(invalid))
     if key not in log.texts:
         log.keep(item, question, len(invalid), json.dumps(answer(), ensure_ascii=False))

@@ -1,7 +1,7 @@
-"""The scripted writer: scenes that scripted roles can simulate, from a seed task alone.
+"""The scripted writer, which makes a scene for scripted roles from a seed task.
 
-A kind whose name begins like that of a domain of the embedded simulator selects this domain. For another kind the
-domain is drawn at random.
+If the name of a kind of work begins with the name of a domain of the embedded simulator, it selects this domain.
+Otherwise the domain is drawn at random.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Seed tasks, from which scene descriptions are written."""
+"""Seed tasks, from which scene descriptions are written. They have nothing to do with seeds of random numbers."""
 
 from collections.abc import Collection, Iterator, Mapping
 from itertools import zip_longest

@@ -1,4 +1,4 @@
-"""One session from its setup to its end: a strict sequence of questions."""
+"""Simulates one session: a fixed sequence of questions to the roles, from the setup to the end."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,9 +27,9 @@ from proactive.simulation.simulated_traces import Attempt, Step
 from proactive.simulation.simulation_log import SimulationLog
 from proactive.simulation.work_items import RoleName
 
-FIRST_START = 1_704_067_200  # 2024-01-01, UTC
-DAYS = 366  # in which sessions begin
-SHOWN_ENTITIES = 20  # in an error
+FIRST_START = 1_704_067_200  # 2024-01-01 in UTC, the earliest start of a session
+DAYS = 366  # sessions start within so many days
+SHOWN_ENTITIES = 20  # entities that an error lists
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class SessionLoop:
         log: The log that the roles add their answers to.
         options: The limits.
         steps: The events so far, each with the proposals after it.
-        entities: The state of each entity.
+        entities: The current state of each entity, by name.
         rejected: The rejected proposals so far, with reasons.
-        adaptation: The user's questions about the surroundings, with answers.
+        adaptation: The user's questions about the surroundings before the first act, with answers.
         state: The user's hidden state; None before the first act.
         helped: Whether an offer was accepted since the last act.
-        milliseconds: The time since 1970. It only increases.
+        milliseconds: The time of the latest event, in milliseconds since 1970.
     """
 
     session: SimulatedSession

@@ -1,4 +1,4 @@
-"""Simulated traces: steps with every attempt of the assistant, in the published layout."""
+"""Simulated traces in the published layout. Each step lists all proposals that the assistant made after its event."""
 
 import json
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def _tuple(value: Any) -> Any:
 
 
 class _Information(BaseModel):
-    """The fields of a simulated step that the published layout lacks."""
+    """The fields of a simulated step for which the published layout has no place of its own."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -75,7 +75,7 @@ class Step:
         return replace(self, task_status=True)
 
     def published(self) -> dict[str, Any]:
-        """Return the step in the published layout. Its field other_infomation has everything else."""
+        """Return the step in the published layout. Its field other_infomation contains what the others lack."""
         last = self.attempts[-1:]
         return {
             "observation": self.event.model_dump(),

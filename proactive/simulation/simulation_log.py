@@ -17,7 +17,7 @@ OUTCOME = "outcome"
 
 
 class SimulationLog(AnswerLog):
-    """A log that syncs its file once for all sessions that wait for it."""
+    """The log of a simulation. Sessions that wait for the disk at the same time share one sync of the file."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class SimulationLog(AnswerLog):
         return f"{item.name} {question.digest[:32]} {attempt}"
 
     def end(self, item: WorkItem, outcome: dict[str, Any]) -> None:
-        """Write how a work item ended. It will not be done again."""
+        """Store how a work item ended. It is not run again."""
         self.add(f"{OUTCOME} {item.name}", json.dumps(outcome), item.name, notes={"kind": OUTCOME})
 
     def outcome(self, item: WorkItem) -> dict[str, Any] | None:
@@ -69,7 +69,7 @@ class SimulationLog(AnswerLog):
 
 
 def entries(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the entries of a log, without the first line, which holds the settings.
+    """Yield the entries of a log. The first line is left out, because it contains the settings.
 
     Raises:
         UserError: It cannot be read, or a line is not JSON.

@@ -1,4 +1,4 @@
-"""report.html of simulated sessions, and of written scenes."""
+"""The pages report.html of simulated sessions and of written scenes."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from proactive.simulation.simulated_traces import Attempt, Step
 if TYPE_CHECKING:
     from jinja2 import Template
 
-SHOWN = 12  # traces
+SHOWN = 12  # traces on the page
 
 
 def report(record: Mapping[str, Any], traces: Mapping[str, list[Step]]) -> str:

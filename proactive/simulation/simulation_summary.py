@@ -21,13 +21,13 @@ from proactive.simulation.simulation_log import LOG_FILE, OUTCOME, entries
 from proactive.simulation.training_data import CONVERSATIONS_FILE, PREFERENCES_FILE, Records
 
 SUMMARY_FILE = "summary.json"
-SOURCES = ("url", "checkpoint", "baseline")  # options of a role
+SOURCES = ("url", "checkpoint", "baseline")  # options that name what implements a role
 ESTIMATED = ("answers", "prompt_tokens", "completion_tokens", "cost")
 
 
 @dataclass(frozen=True)
 class PlayedBy:
-    """Who played a role.
+    """What implemented a role.
 
     Attributes:
         source: The address of an endpoint, the path of a checkpoint, the name of a baseline, or "scripted".
@@ -39,7 +39,7 @@ class PlayedBy:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "PlayedBy":
-        """Return who plays the role that a group of options describes."""
+        """Return what implements the role that a group of options describes."""
         given = (options[name] for name in SOURCES if options.get(name))
         return cls(str(next(given, "scripted")), Price(**options["price"]))
 
@@ -62,7 +62,7 @@ def summary(
         traces: The finished traces by name.
         files: The training data.
         tested: The texts of all events of the data root's test traces.
-        played_by: Who played each role.
+        played_by: What implemented each role.
     """
     steps = [step for trace in traces.values() for step in trace]
     log = list(entries(folder / LOG_FILE))
@@ -149,9 +149,10 @@ def estimate(record: Mapping[str, Any], events: int) -> dict[str, dict[str, floa
 
 
 def near_duplicates(texts: Iterable[str]) -> dict[int, int]:
-    """Return the place of each text that has the same words as an earlier one, and the place of the first such text.
+    """Find texts with the same words as an earlier text. Order, numbers and punctuation do not count.
 
-    The order of words does not count, nor do numbers and signs.
+    Returns:
+        The index of each such text, with the index of the first text that has its words.
     """
     first: dict[frozenset[str], int] = {}
     words = [frozenset(re.findall(r"[^\W\d_]+", text.casefold())) for text in texts]
@@ -184,7 +185,7 @@ def _ends(outcomes: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _role(answers: Sequence[dict[str, Any]], price: Price) -> dict[str, Any]:
-    """Return answers, tokens, cost and seconds of one role.."""
+    """Return the number of answers, tokens, cost and seconds of one role."""
     used = sum((Usage.of(entry["usage"]) for entry in answers if "usage" in entry), Usage())
     return {
         "answers": len(answers),

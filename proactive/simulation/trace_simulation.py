@@ -1,4 +1,4 @@
-"""`simulate traces`: sessions of scenes, and the files that are derived from them."""
+"""Simulates the sessions of scenes, for `simulate traces`, and derives the other files from their traces."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from datamodules.files.run_folders import CONFIG_FILE, REPORT_FILE
 from datamodules.files.safe_yaml import NotYamlError, read_yaml
 from datamodules.files.writing import write_atomically
 from models.judging.chat_client import ChatClient
-from proactive.simulation.concurrent_work import Limits, Say, continued, do_all
+from proactive.simulation.concurrent_work import Limits, Say, opened_folder, run_all
 from proactive.simulation.contamination import events_of_test_traces
 from proactive.simulation.questions import Roles
 from proactive.simulation.scenes import (
@@ -36,16 +36,16 @@ from proactive.simulation.work_items import ROLE_NAMES
 
 @dataclass(frozen=True)
 class TraceSimulation:
-    """What to simulate.
+    """The sessions to simulate, and the settings that determine them.
 
     Attributes:
         scenes: The scenes as the roles see them.
         examples: Counts of example events: see `without_test_events`.
-        trials: Sessions per scene.
+        trials: Number of sessions per scene.
         seed: Determines start times and the random numbers of scripted roles.
         options: The limits of each session.
         limits: The limits of all sessions together.
-        config: The options as YAML, for the folder.
+        config: The options as YAML, which the folder stores.
     """
 
     scenes: Sequence[SceneDescription]
@@ -80,7 +80,7 @@ async def simulate(
     """Simulate all sessions that have not ended according to the folder's log.
 
     Args:
-        simulation: What to simulate.
+        simulation: The sessions to simulate.
         roles: The four roles.
         clients: The clients of roles that are endpoints.
         log: The log that the roles and clients write to.
@@ -102,10 +102,10 @@ async def simulate(
         write_trace(folder / TRACES / f"{session.name}.json", loop.steps)
         return {"end": end}
 
-    async with continued(folder, simulation.config, simulation.settings(roles), log, clients, say):
+    async with opened_folder(folder, simulation.config, simulation.settings(roles), log, clients, say):
         write_atomically(folder / SCENES_FILE, scenes_text(simulation.scenes))
         sessions = sessions_of(simulation.scenes, simulation.trials, simulation.seed)
-        await do_all(sessions, do, "sessions", log, simulation.limits, say)
+        await run_all(sessions, do, "sessions", log, simulation.limits, say)
 
 
 def derive(folder: Path) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def derive(folder: Path) -> dict[str, Any]:
 
 
 def _played_by(path: Path) -> dict[str, PlayedBy]:
-    """Return who played each role, and at what price, from a simulation's config."""
+    """Return what implemented each role, and at what price, from a simulation's config."""
     try:
         config = read_yaml(path)
         return {role: PlayedBy.of(config[role]) for role in ROLE_NAMES}

@@ -1,4 +1,4 @@
-"""Training data from simulated traces: annotated rows, conversations, preferences."""
+"""Makes training data from simulated traces: annotated rows, conversations and preferences."""
 
 import json
 from collections.abc import Iterator, Sequence

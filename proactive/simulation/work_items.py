@@ -1,4 +1,4 @@
-"""Work items: what a simulation does one by one. Each succeeds or fails on its own."""
+"""Work items: the sessions to simulate, or the scenes to write. Each succeeds or fails on its own."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ class WorkItem(ABC):
 
     Attributes:
         name: Identifies the item within its simulation.
-        seed: Hexadecimal digest of the simulation's seed, the name and the content, so it does not depend on the order
+        seed: Hexadecimal digest of the simulation's seed, the name and the content. So it does not depend on the order
             of items.
     """
 
@@ -29,7 +29,7 @@ class WorkItem(ABC):
         """Return what a role knows in every question about this item, in plain types."""
 
     def random(self, *purpose: Any) -> Random:
-        """Return the random numbers for one purpose. They do not depend on other draws."""
+        """Return a random number generator for one purpose. Its numbers do not depend on those for other purposes."""
         return Random(json.dumps([self.seed, *purpose]))
 
 

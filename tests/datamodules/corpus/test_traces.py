@@ -14,7 +14,7 @@ from datamodules.corpus.records import Event, PublishedStep, history_digest, sce
 from datamodules.corpus.sources import load_corpus
 from datamodules.corpus.traces import (
     Candidate,
-    Offer,
+    ProposalKey,
     Trace,
     judged_steps,
     read_recorded,
@@ -70,11 +70,11 @@ def test_recorded_traces_are_read_with_candidates_and_judgments(tmp_path: Path) 
         [operation, None, "x"],
     ]
     assert recorded.judgments == {
-        Offer("one.json", 0, "Help."): True,
-        Offer("one.json", 1, None): False,
-        Offer("one.json", 4, operation): False,
-        Offer("one.json", 4, None): True,
-        Offer("one.json", 4, "x"): True,
+        ProposalKey("one.json", 0, "Help."): True,
+        ProposalKey("one.json", 1, None): False,
+        ProposalKey("one.json", 4, operation): False,
+        ProposalKey("one.json", 4, None): True,
+        ProposalKey("one.json", 4, "x"): True,
     }
 
 
@@ -117,7 +117,7 @@ def test_judged_steps_have_the_published_fields(tmp_path: Path) -> None:
     assert all(validate(one, PublishedStep, "here") for one in steps)
     again = read_recorded(write(tmp_path, a=steps))
     assert [[c.written for c in step] for step in again.answers["a.json"]] == [["Help."], [None], [OPERATION]]
-    assert again.judgments == {Offer("a.json", 0, "Help."): True, Offer("a.json", 1, None): False}
+    assert again.judgments == {ProposalKey("a.json", 0, "Help."): True, ProposalKey("a.json", 1, None): False}
 
 
 def test_an_agents_answer_as_a_candidate() -> None:

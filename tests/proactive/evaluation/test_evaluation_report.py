@@ -7,17 +7,17 @@ import pytest
 
 from datamodules.corpus.records import Category, Event, TraceSplit
 from datamodules.corpus.sources import PUBLISHED_TRACES_DIGESTS, load_corpus
-from datamodules.corpus.traces import Candidate, Offer, Trace, read_recorded, root_traces, traces_digest
+from datamodules.corpus.traces import Candidate, ProposalKey, Trace, read_recorded, root_traces, traces_digest
 from models.judging.judges import Verdict
+from proactive.evaluation.evaluation_notes import notes
 from proactive.evaluation.evaluation_report import evaluation_report
 from proactive.evaluation.judged_events import (
     JudgedEvent,
     acceptance,
     evaluation_record,
-    figures,
     gated,
     judge_events,
-    notes,
+    metrics_of,
 )
 from tests.helpers import PROACTIVEBENCH, needs_proactivebench
 from tests.models.reporting.test_run_page import HOSTILE, Page, a_row
@@ -28,10 +28,10 @@ NAME = "$x_{1}$ <b>.json"  # neither a formula of the plot's nor a tag
 def judged(candidates: Sequence[Sequence[Candidate]], gate: float | None = None) -> list[JudgedEvent]:
     """One trace; text is accepted if it is short, silence always; the gate says 0.4 of everything."""
     trace = Trace(NAME, tuple(Event(time="1", event=f"{HOSTILE} {n}") for n in range(len(candidates))), (False,) * 9)
-    offers = {Offer(NAME, step, c.proposal) for step, several in enumerate(candidates) for c in several}
+    offers = {ProposalKey(NAME, step, c.proposal) for step, several in enumerate(candidates) for c in several}
     verdicts = {
         offer: Verdict(None if offer.proposal == "?" else len(offer.proposal or "") < 9, 0.25, HOSTILE)
-        for offer in offers | {Offer(NAME, step, None) for step in range(len(candidates))}
+        for offer in offers | {ProposalKey(NAME, step, None) for step in range(len(candidates))}
     }
     says = None if gate is None else dict.fromkeys(offers, Verdict(True, 0.4))
     return judge_events([trace], {NAME: candidates}, verdicts, says, gate or 0.0)
@@ -47,9 +47,9 @@ def record_of(events: list[JudgedEvent], **changes: Any) -> dict[str, Any]:
     stamps = ("trained_on", "validated_on", "validation_unknown")
     record |= {f"{who}_{stamp}": [] for who in ("agent", "judge", "gate") for stamp in stamps}
     offers = {
-        Offer(event.trace.name, event.step, j.candidate.proposal): j.verdict
+        ProposalKey(event.trace.name, event.step, j.candidate.proposal): j.verdict
         for event in events
-        for j in event.judgments
+        for j in event.candidates
     }
     record |= {"acceptance": acceptance(offers, None)} | changes
     return record | {"notes": notes(record)}
@@ -103,7 +103,9 @@ def test_constant_decisions_of_a_judge_are_flagged(candidates: list[list[Candida
 
 def test_the_acceptance_rates_of_judge_and_people_are_shown() -> None:
     people = [a_row(0, Category.FALSE_ALARM), a_row(1, Category.CORRECT_DETECTION), a_row(2, Category.NON_RESPONSE)]
-    verdicts = {Offer(NAME, step, "a"): Verdict(step < 3) for step in range(4)} | {Offer(NAME, 0, None): Verdict(None)}
+    verdicts = {ProposalKey(NAME, step, "a"): Verdict(step < 3) for step in range(4)} | {
+        ProposalKey(NAME, 0, None): Verdict(None)
+    }
     found = acceptance(verdicts, people)
     assert found["judge"] == {"offers": {"judged": 4, "accepted": 3}, "silences": {"judged": 0, "accepted": 0}}
     assert found["people"] == {"offers": {"judged": 2, "accepted": 1}, "silences": {"judged": 1, "accepted": 1}}
@@ -139,15 +141,15 @@ def test_all_candidates_are_shown_and_one_counts() -> None:
 def test_the_report_of_a_gate_has_its_curve_and_the_held_back_proposals(threshold: float) -> None:
     candidates = [[TEXT], [LONG], [NULL]]
     events = judged(candidates, threshold)
-    held = [bool(event.judgments[0].held_back) for event in events]
+    held = [bool(event.candidates[0].held_back) for event in events]
     assert held == [threshold > 0.4] * 2 + [False]
     assert [event.outcome for event in events] == (["tn"] * 3 if threshold > 0.4 else ["tp", "fp", "tn"])
     ungated = judged(candidates, 0.0)
-    null = {Offer(NAME, step, None): Verdict(True) for step in range(3)}
+    null = {ProposalKey(NAME, step, None): Verdict(True) for step in range(3)}
     curve = gated(ungated, null).curve()
     assert [point["tp"] + point["fp"] for point in curve] == [2, 0]
     gate = {"cost_ratio": 1.0, "threshold": threshold, "held_back": sum(held), "curve": curve}
-    record = record_of(events, gate=gate | {"without_gate": figures(ungated)}, gate_is_judge=True)
+    record = record_of(events, gate=gate | {"without_gate": metrics_of(ungated)}, gate_is_judge=True)
     page = Page(evaluation_report(record, events))
     assert "Trade-off of the gate" in page.text
     assert page.text.count("held back; silence") == sum(held)
