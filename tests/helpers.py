@@ -10,6 +10,7 @@ import tracemalloc
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from lightning.pytorch.callbacks import Callback
 
 from datamodules.corpus.records import AnnotatedRow
 from datamodules.corpus.simulator import simulate
+from tests.forking import Forked, run_module
 from tests.patience import HANG
 
 ROOT = Path(__file__).parents[1]
@@ -76,31 +78,33 @@ def no_more_memory_than(most: int) -> Iterator[None]:
 
 
 def command(module: str, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run `python -m module` to its end."""
+    """Run a module as a command to its end, in a forked process, which need not import the libraries."""
+    process = _fork(module, arguments, cwd, PIPE)
+    out, err = process.communicate(timeout=HANG)
+    assert process.returncode is not None
+    return subprocess.CompletedProcess([module, *map(str, arguments)], process.returncode, out, err)
+
+
+def start(module: str, *arguments: str | Path, cwd: Path) -> Forked:
+    """Start a module as a command in a forked process and leave it running; both streams are `stdout`."""
+    return _fork(module, arguments, cwd, STDOUT)
+
+
+def _fork(module: str, arguments: Sequence[str | Path], cwd: Path, stderr: int) -> Forked:
+    arguments = list(map(str, arguments))
+    return Forked(run_module, module, arguments, cwd=cwd, env=environment_of_commands(), stderr=stderr)
+
+
+def python_m(module: str, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run `python -m module` to its end, for what depends on how a process starts and imports."""
     return subprocess.run(
-        _command_line(module, arguments),
+        [sys.executable, "-m", module, *map(str, arguments)],
         cwd=cwd,
         env=environment_of_commands(),
         capture_output=True,
         text=True,
         timeout=HANG,
     )
-
-
-def start(module: str, *arguments: str | Path, cwd: Path) -> subprocess.Popen[str]:
-    """Start `python -m module` and leave it running."""
-    return subprocess.Popen(
-        _command_line(module, arguments),
-        cwd=cwd,
-        env=environment_of_commands(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def _command_line(module: str, arguments: Sequence[str | Path]) -> list[str]:
-    return [sys.executable, "-m", module, *map(str, arguments)]
 
 
 def environment_of_commands() -> dict[str, str]:

@@ -1,6 +1,5 @@
-"""Several ranks on one machine: processes that find each other over gloo, forked from one that has imported all."""
+"""Several ranks on one machine: processes that find each other over gloo."""
 
-import multiprocessing
 import os
 import socket
 import time
@@ -10,10 +9,28 @@ from typing import Any
 
 import torch
 
+from tests.forking import Forked
 from tests.patience import HANG
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.preloaded"])
+STDERR = 2
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def environment_of(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What Lightning's launcher leaves to its children."""
+    return {
+        "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0",
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PL_GLOBAL_SEED": "0",
+    }
 
 
 def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any, folder: Path) -> Any:
@@ -27,40 +44,34 @@ def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any, folder: 
     """
     folder.mkdir(parents=True, exist_ok=True)
     result = folder / f"{function.__name__}-{ranks}.pt"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
+    ranks_of_test = {"RANKS_OF_TEST": str(ranks)}  # WORLD_SIZE is gone after the first fit
     processes = [
-        CONTEXT.Process(target=_call, args=(rank, ranks, port, result, function, arguments)) for rank in range(ranks)
+        Forked(
+            _call,
+            *(rank, result, function, arguments),
+            cwd=Path.cwd(),
+            env={**os.environ, **environment_of(rank, ranks, port), **ranks_of_test},
+            stdout=STDERR,
+            stderr=STDERR,
+        )
+        for rank in range(ranks)
     ]
-    for process in processes:
-        process.start()
     end = time.monotonic() + HANG
     try:
-        while any(process.exitcode is None for process in processes):
+        while any(process.poll() is None for process in processes):
             assert time.monotonic() < end, f"{function.__name__} on {ranks} ranks did not end"
-            assert not any(process.exitcode for process in processes), "a rank failed; see its traceback"
+            assert not any(process.returncode for process in processes), "a rank failed; see its traceback"
             time.sleep(0.05)
-        assert not any(process.exitcode for process in processes), "a rank failed; see its traceback"
+        assert not any(process.returncode for process in processes), "a rank failed; see its traceback"
     finally:
         for process in processes:
             process.kill()
     return torch.load(result, weights_only=True)
 
 
-def _call(
-    rank: int, ranks: int, port: int, result: Path, function: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
+def _call(rank: int, result: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    os.environ |= {  # as Lightning's launcher leaves them to its children
-        "LOCAL_RANK": str(rank),
-        "NODE_RANK": "0",
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "PL_GLOBAL_SEED": "0",
-        "RANKS_OF_TEST": str(ranks),  # WORLD_SIZE is gone after the first fit
-    }
     returned = function(*arguments)
     if rank == 0:
         torch.save(returned, result)

@@ -13,6 +13,7 @@ tensor. On a GPU the update of a weight is one compiled kernel.
 Shape legend: G blocks, B values of a block.
 """
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from itertools import chain
@@ -93,7 +94,7 @@ class AdamW8bit(torch.optim.Optimizer):
             rows = {
                 name: local_shard(value).view(-1, 1 if "scale" in name else width).data for name, value in state.items()
             }
-            update = _compiled if part.device.type == "cuda" else _update
+            update = _compiled() if part.device.type == "cuda" else _update
             update(part.view(-1, width).data, gradient.reshape(-1, width).data, rows, scale, offset.data, factors)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -184,7 +185,10 @@ def _update(
     state["exp_avg_sq"].copy_(torch.where(root_GB > 0, code_GB.clamp(min=1), 0))
 
 
-_compiled = torch.compile(_update, dynamic=True)  # compiled at the first call
+@functools.cache
+def _compiled() -> Callable[..., None]:
+    """The update as one kernel, from the first step on. To import the compiler takes most of a second."""
+    return torch.compile(_update, dynamic=True)
 
 
 def _compress(value_GB: Tensor, scale_G1: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from proactive.terminal import run
-from tests.helpers import SMALL_RUN, command, small_root
+from tests.helpers import SMALL_RUN, python_m, small_root
 
 LOGGERS = ("proactive", "lightning", "lightning.pytorch", "lightning.fabric", "bitsandbytes")
 Main = Callable[[list[str]], None]
@@ -57,7 +57,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not said.exists():
             small_root(root)
-            ended = command("proactive.fit", *SMALL_RUN, f"--data.root={root}", cwd=place)
+            ended = python_m("proactive.fit", *SMALL_RUN, f"--data.root={root}", cwd=place)
             said.write_text(json.dumps([ended.returncode, ended.stdout, ended.stderr]), encoding="utf-8")
     code, out, err = json.loads(said.read_text(encoding="utf-8"))
     assert code == 0, err

@@ -12,7 +12,7 @@ import pytest
 import proactive
 from proactive import commands
 from proactive.commands import COMMANDS
-from tests.helpers import ROOT, command
+from tests.helpers import ROOT, python_m
 from tests.patience import HANG
 from tests.proactive.conftest import Ended
 
@@ -82,14 +82,14 @@ def test_each_command_refuses_a_rank_that_is_none_before_lightning_does(
 ) -> None:
     monkeypatch.setenv("RANK", "x")
     for module, arguments in ((f"proactive.{name}", []), ("proactive", [name])):
-        ended = command(module, *arguments, cwd=tmp_path)
+        ended = python_m(module, *arguments, cwd=tmp_path)
         assert (ended.returncode, ended.stdout) == (2, "")
         assert ended.stderr == "error: the environment variable RANK is not a number: 'x'\n  help: unset RANK\n"
 
 
 def test_help_names_the_command_as_it_was_started(tmp_path: Path) -> None:
-    by_module = command("proactive.inspect", "--help", cwd=tmp_path)
-    by_command = command("proactive", "inspect", "--help", cwd=tmp_path)
+    by_module = python_m("proactive.inspect", "--help", cwd=tmp_path)
+    by_command = python_m("proactive", "inspect", "--help", cwd=tmp_path)
     assert (by_module.returncode, by_command.returncode) == (0, 0)
     assert by_module.stdout.startswith("usage: python -m proactive.inspect [--root")
     assert by_command.stdout.startswith("usage: proactive inspect [--root")

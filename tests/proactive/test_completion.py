@@ -12,7 +12,7 @@ import pytest
 
 from proactive.commands import COMMANDS
 from proactive.recipes import recipe_names
-from tests.helpers import command
+from tests.helpers import python_m
 from tests.patience import HANG
 
 SETUP = {  # a shell without the person's own settings, and how it is told of the script
@@ -40,7 +40,7 @@ def shell(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if shutil.which(request.param) is None:
         pytest.skip(f"{request.param} is not installed")
     folder = tmp_path_factory.mktemp(request.param)
-    ended = command("proactive", "completion", request.param, cwd=folder)
+    ended = python_m("proactive", "completion", request.param, cwd=folder)
     assert (ended.returncode, ended.stderr) == (0, "")
     (folder / "_proactive").write_text(ended.stdout)
     arguments, setup = SETUP[request.param]

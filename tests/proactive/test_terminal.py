@@ -17,7 +17,7 @@ import torch
 from models.learning.training import BackboneModule
 from proactive import evaluate, fit, inspect
 from proactive.terminal import MISTAKE
-from tests.helpers import ROOT, SMALL_BACKBONE, SMALL_RUN, command, small_root
+from tests.helpers import ROOT, SMALL_BACKBONE, SMALL_RUN, command, python_m, small_root
 from tests.patience import HANG
 from tests.proactive.conftest import FinishedRun
 
@@ -231,11 +231,11 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 def test_a_mistake_in_a_process_ends_with_code_2(tmp_path: Path) -> None:
     """With all that libraries may add to standard error while a command starts and ends."""
-    ended = command("proactive.fit", *SMALL_RUN, "--data.root=nowhere", cwd=tmp_path)
+    ended = python_m("proactive.fit", *SMALL_RUN, "--data.root=nowhere", cwd=tmp_path)
     assert ended.returncode == MISTAKE
     assert_two_lines(ended.stderr, "nowhere")
     assert "Traceback" not in ended.stdout
-    ended = command("proactive.fit", "--data.rooot=x", cwd=tmp_path)
+    ended = python_m("proactive.fit", "--data.rooot=x", cwd=tmp_path)
     assert ended.returncode == MISTAKE
     assert_two_lines(ended.stderr, "--data.rooot")
     assert ended.stderr.splitlines()[1] == "  help: See python -m proactive.fit --help."

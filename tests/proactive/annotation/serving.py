@@ -3,7 +3,6 @@
 import contextlib
 import http.client
 import re
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from html import unescape
@@ -13,6 +12,7 @@ from urllib.parse import urlencode, urlsplit
 from datamodules.corpus.records import Event
 from datamodules.corpus.units import Unit
 from proactive.annotation.store import Store
+from tests.forking import Forked
 from tests.helpers import start
 from tests.patience import HANG
 
@@ -23,7 +23,7 @@ SAID = (("accepted", "1"), ("help", "yes"))
 class Served:
     """A server process and the links that it printed, by name."""
 
-    process: subprocess.Popen[str]
+    process: Forked
     links: dict[str, str]
 
 
@@ -39,7 +39,7 @@ def served(*arguments: str | Path, annotators: Sequence[str] = (), port: int = 0
         process.communicate(timeout=HANG)
 
 
-def _links(process: subprocess.Popen[str], count: int) -> dict[str, str]:
+def _links(process: Forked, count: int) -> dict[str, str]:
     assert process.stdout is not None
     links: dict[str, str] = {}
     while len(links) < count:
