@@ -92,6 +92,22 @@ def build_tree(order: PrefixOrder, rows: Sequence[int], answers: Sequence[Intege
         order: The order of all rows.
         rows: Indices of the rows to merge; they may repeat.
         answers: For each row of `order`, the positions of its answer tokens in the row. None if there are no answers.
+
+    Examples:
+        >>> order = PrefixOrder([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6]])
+        >>> tree = build_tree(order, [0, 1, 2])
+        >>> tree.input_ids.tolist()  # 1 2 3 4 of row 0, 6 of row 2, 5 of row 1
+        [1, 2, 3, 4, 6, 5]
+        >>> tree.position_ids.tolist()
+        [0, 1, 2, 3, 3, 2]
+        >>> q, k = np.ogrid[:6, :6]
+        >>> ((k <= q) & (q < tree.subtree_end)).astype(int)  # 1 where token q attends to token k
+        array([[1, 0, 0, 0, 0, 0],
+               [1, 1, 0, 0, 0, 0],
+               [1, 1, 1, 0, 0, 0],
+               [1, 1, 1, 1, 0, 0],
+               [1, 1, 1, 0, 1, 0],
+               [1, 1, 0, 0, 0, 1]])
     """
     ordered = order.sorted(rows)
     shared = order.shared(ordered)

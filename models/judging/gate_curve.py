@@ -24,6 +24,10 @@ def gate_threshold(cost_ratio: float) -> float:
 
     Args:
         cost_ratio: Cost of a false alarm divided by the cost of a missed need; 0 or more.
+
+    Examples:
+        >>> gate_threshold(1.0), gate_threshold(3.0)
+        (0.5, 0.75)
     """
     if not 0 <= cost_ratio < float("inf"):
         raise UserError(f"--cost-ratio: expected 0 or more, got {cost_ratio}", "1 weighs both mistakes equally.")

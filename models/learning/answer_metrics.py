@@ -65,7 +65,7 @@ def probed_rows(rows: dict[str, Tensor]) -> Tensor:
 def proposal_metrics(
     offers_N: Tensor, needed_N: Tensor, threshold: float = 0.5, scene_N: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """How well the decision to make an offer matches whether help was needed. Help needed is the positive class.
+    """How well decisions to make an offer match whether help was needed. Help needed is the positive class.
 
     Args:
         offers_N: (N,) floating, the probability of an offer.

@@ -1,4 +1,4 @@
-"""Calibration on validation rows or on a user's answers: a temperature, and the threshold with the greatest F1."""
+"""Calibration: a temperature, and the threshold with the greatest F1, fitted on validation rows or a user's answers."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,20 +9,19 @@ from torch import Tensor
 
 TEMPERATURE_RANGE = (0.05, 20.0)
 FittedOn = Literal["validation rows", "answers of the user"]
-DECISION = 0.5  # threshold of decisions for the positive class: accepted, or help needed
+DECISION = 0.5  # a probability above it decides for the positive class: accepted, or help needed
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was fitted on validation rows, or on the answers in live sessions.
+    """The calibration of a model, fitted on validation rows, or on the answers in live sessions.
 
     Attributes:
         temperature: The divisor of log-odds.
         f1_threshold: The threshold on the calibrated probability with the greatest F1. Its metrics are reported next to
-            those at `DECISION`. It decides nothing, because it accepts far more than people do if few proposals are
-            good.
+            those at `DECISION`. It makes no decisions: if few proposals are good, it accepts far more than people do.
         rows: The number of rows in the fit; None if an old checkpoint does not store it.
-        of_rows: The number of all rows. It is larger if trainer.limit_val_batches left rows out.
+        of_rows: The number of rows that could be fitted. It is larger if trainer.limit_val_batches excluded rows.
         fitted_on: What the rows are.
     """
 
@@ -90,15 +89,16 @@ def metrics_by_reading(
     metrics: Callable[[Tensor, float], dict[str, Tensor]],
     calibration: Calibration | None,
 ) -> dict[str, dict[str, Tensor]]:
-    """The metrics of a test in up to three readings of its probabilities.
+    """The metrics of a test in up to three variants, which metrics.json calls readings.
 
-    `raw` uses the uncalibrated probability and `calibrated` the calibrated one, both with the threshold `DECISION`.
-    `f1_optimal` uses the calibrated one with the calibration's `f1_threshold`.
+    - `raw`: the uncalibrated probability, with the threshold `DECISION`.
+    - `calibrated`: the calibrated probability, with the threshold `DECISION`.
+    - `f1_optimal`: the calibrated probability, with the calibration's `f1_threshold`.
 
     Args:
-        rows: Columns (N,), `probability` and `calibrated` among them.
+        rows: Columns (N,); `probability` and `calibrated` are used.
         metrics: Computes the metrics from probabilities (N,) and a threshold.
-        calibration: Without one there is only `raw`.
+        calibration: If None, there is only `raw`.
     """
     readings = {"raw": metrics(rows["probability"], DECISION)}
     if calibration is not None:
@@ -166,7 +166,7 @@ def fit_threshold(probability: Tensor, target: Tensor, weight: Tensor | None = N
     if not len(lower):
         return float(best) / 2
     middle = (best + lower.max()) / 2
-    return float(middle if middle < best else lower.max())  # there may be no number between them
+    return float(middle if middle < best else lower.max())  # rounding can make the middle equal to `best`
 
 
 def _refuse_nan(probability: Tensor) -> None:

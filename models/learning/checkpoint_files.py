@@ -59,8 +59,8 @@ def load_checkpoint(path: Path, *, checked: bool = False, whole: bool = True) ->
 
     Args:
         path: A checkpoint file, or the folder of a sharded checkpoint.
-        checked: Whether it is known to be undamaged.
-        whole: Whether to load and join the shards of a folder. Otherwise only its other values are loaded.
+        checked: Whether its checksums were verified before.
+        whole: Whether to load everything. If False, shards are not loaded, and a file is only mapped into memory.
 
     Raises:
         UserError: The checkpoint does not exist, is damaged, or contains more than weights and plain values.
@@ -114,7 +114,7 @@ def load_run(path: Path, kind: type[BackboneModule], **options: bool) -> dict[st
 
 
 def _load_run_of(path: Path, kinds: Sequence[type[Model]], **options: bool) -> tuple[type[Model], dict[str, Any]]:
-    """The class of a checkpoint's model, which is one of `kinds`, and the checkpoint."""
+    """Load a checkpoint, and return the class in `kinds` that its model has, and the checkpoint."""
     checkpoint = load_checkpoint(path, **options)
     found = checkpoint.get("task")
     kind = _kind_of_task(kinds, found, path) if isinstance(found, str) else kinds[0]
@@ -123,7 +123,7 @@ def _load_run_of(path: Path, kinds: Sequence[type[Model]], **options: bool) -> t
 
 
 def _kind_of_task(kinds: Sequence[type[Model]], task: str, path: Path) -> type[Model]:
-    """The class whose task a saved model has, else a UserError."""
+    """Return the class with the task of a saved model, or raise a UserError."""
     for kind in kinds:
         if kind.task == task:
             return kind
@@ -201,10 +201,10 @@ def _checkpoint_of(target: Path, option: str) -> Path:
 
 
 def checkpoint_problem(path: Path) -> str | None:
-    """Check a checkpoint for damage. It is read once, to compare checksums.
+    """Read a checkpoint once, and compare its checksums.
 
     Returns:
-        What is wrong, or None.
+        How it is damaged; None if it is not.
     """
     if shards.is_sharded(path):
         return _file_problem(path / shards.VALUES) or _shards_problem(path)
@@ -212,7 +212,7 @@ def checkpoint_problem(path: Path) -> str | None:
 
 
 def _shards_problem(folder: Path) -> str | None:
-    """The same for the files with shards, whose checksums values.pt has."""
+    """The same for the files with shards. Their checksums are in values.pt."""
     try:
         values = torch.load(folder / shards.VALUES, map_location="cpu", weights_only=True, mmap=True)
         expected = validate(values, ShardFiles, shards.VALUES).files

@@ -27,7 +27,7 @@ def not_finite_error(what: str, value: float, step: int) -> UserError:
 class FiniteCheck:
     """Copies a step's values to the CPU in the background, and checks them when they are needed.
 
-    Once a value is not finite, the check reports it always.
+    After the first value that is not finite, each call reports this value.
     """
 
     def __init__(self) -> None:

@@ -12,8 +12,8 @@ from models.learning.adamw_8bit import AdamW8bit
 
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 SHARDED = ("adamw", "adamw_8bit")  # their state can be sharded
-LOSES_NOTHING = ("adamw_8bit",)  # of updates smaller than half the last bit of a weight
-SAMPLE = 2**14  # weights of each tensor that `lost_updates` reads
+KEEPS_ALL_UPDATES = ("adamw_8bit",)  # also those smaller than half the last bit of a weight
+SAMPLED_WEIGHTS = 2**14  # weights of each tensor that `lost_updates` looks at
 FUSED = ("cpu", "cuda", "mps", "xpu")  # devices with PyTorch's fused AdamW
 ScheduleName = Literal["linear", "cosine"]
 
@@ -100,13 +100,13 @@ def _weight_decay(group: list[nn.Parameter], weight_decay: float) -> float:
 
 
 def lost_updates(parameters: Iterable[nn.Parameter], name: OptimizerName, learning_rate: float) -> float:
-    """The share of the trained weights, 0 to 1, that an update of the size of the learning rate does not change.
+    """The share of the trained weights, 0 to 1, that an update does not change, because rounding undoes it.
 
-    Adam changes a weight by about the learning rate. 16-bit weights are then rounded to the nearest number, so a change
-    of less than half the distance to the next number is lost. This distance is `eps` times the largest power of 2
-    below the weight.
+    Adam changes a weight by about the learning rate. A 16-bit weight is then rounded to the nearest number. So a change
+    that is smaller than half the distance between two such numbers is lost. This distance is `eps` times the largest
+    power of 2 that is at most the weight.
     """
-    if name in LOSES_NOTHING:
+    if name in KEEPS_ALL_UPDATES:
         return 0.0
     from torch.distributed.tensor import DTensor
 
@@ -117,7 +117,7 @@ def lost_updates(parameters: Iterable[nn.Parameter], name: OptimizerName, learni
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 weights: Any = parameter.detach()
                 flat = (weights.to_local() if isinstance(weights, DTensor) else weights).flatten()
-                sample = flat[:: max(len(flat) // SAMPLE, 1)].float()
+                sample = flat[:: max(len(flat) // SAMPLED_WEIGHTS, 1)].float()
                 power = torch.frexp(sample).exponent - 1
                 distance = torch.finfo(parameter.dtype).eps * torch.exp2(power.float())
                 lost += parameter.numel() * float((learning_rate < distance / 2).float().mean()) if len(flat) else 0.0

@@ -1,4 +1,4 @@
-"""PreferenceAgent: an agent that learns from judged proposals, accepted and rejected ones.
+"""PreferenceAgent: an agent that learns from accepted and rejected proposals, with DPO or KTO.
 
 Shape legend: R rows of a micro-batch, G groups of two rows, N rows of a split, P pairs.
 """

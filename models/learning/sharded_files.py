@@ -1,9 +1,9 @@
-"""Sharded checkpoints, which all ranks write together: a folder with each rank's shards, and one file with all else.
+"""Sharded checkpoints, which all ranks write together: a folder with each rank's shards, and one file with the rest.
 
     last.ckpt/
         weights/*.safetensors      written by PyTorch's distributed checkpointing, which also joins and reshards
         optimizer/*.safetensors    the same for the optimizer's state of each weight
-        values.pt                  all that is not sharded, as in a checkpoint file, and checksums of the other files
+        values.pt                  what is not sharded, as in a checkpoint file, and checksums of the other files
 
 The usual format of distributed checkpointing has a pickled index, which could run code when it is loaded. Safetensors
 files contain their own index. values.pt is loaded with weights_only.
@@ -50,8 +50,8 @@ def link(path: Path, other: Path) -> None:
 def put_in_place(new: Path, target: Path) -> None:
     """Replace a file or folder by a new one, and remove the old one.
 
-    At any moment there is the old one or the new one. If the system cannot exchange two folders in one step, a kill in
-    between can leave the old one under another name; `recover` then restores it.
+    At any moment the old one or the new one exists. If the system cannot exchange two folders in one step, a kill
+    between two steps can leave the old one under another name. `recover` then restores it.
     """
     replaced = _replaced(target)
     if target.exists() and (target.is_dir() or new.is_dir()):
@@ -73,7 +73,7 @@ def recover(path: Path) -> Path:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange the names of two files or folders in one step; False if the system or the disk cannot."""
+    """Exchange the names of two files or folders in one step; return False if the system or the disk cannot."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     paths = (AT_WORKING_DIRECTORY, os.fsencode(one), AT_WORKING_DIRECTORY, os.fsencode(other))
     return rename is not None and rename(*paths, EXCHANGE) == 0
@@ -92,7 +92,7 @@ def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def aliases(module: nn.Module) -> dict[str, str]:
-    """The further names of tied weights, each with the first name of the weight."""
+    """The names of tied weights except the first name of each weight, with that first name."""
     first: dict[int, str] = {}
     named = module.named_parameters(remove_duplicate=False)
     return {name: known for name, weight in named if (known := first.setdefault(id(weight), name)) != name}
@@ -138,14 +138,14 @@ def tensor_layouts(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
         metadata: Mapping[str, Any] = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
         found = {name: (tensor.size, tensor.properties.dtype) for name, tensor in metadata.items()}
         needed = sum(size.numel() * dtype.itemsize for size, dtype in found.values())
-        if needed > (there := sum(path.stat().st_size for path in folder.iterdir())):
-            raise ValueError(f"tensors of {needed:,} bytes cannot be in files of {there:,}")
+        if needed > (available := sum(path.stat().st_size for path in folder.iterdir())):
+            raise ValueError(f"tensors of {needed:,} bytes cannot be in files of {available:,}")
     return found
 
 
 @contextlib.contextmanager
 def _readable(folder: Path) -> Iterator[None]:
-    """Turn any error about files that are not shards of a checkpoint into a UserError."""
+    """Within this context, any error becomes a UserError that says that the folder contains no shards."""
     try:
         yield
     except Exception as error:  # a foreign or damaged file can cause errors of many types

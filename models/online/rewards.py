@@ -16,7 +16,7 @@ from models.judging.scorer import Scorer
 from models.judging.weights import load_weights
 from models.learning.reward_classifier import RewardClassifier
 
-TINY = 1e-6  # a smaller deviation of rewards is rounding
+MIN_DEVIATION = 1e-6  # a smaller standard deviation of rewards is due to rounding
 
 
 class JudgeReward:
@@ -39,17 +39,17 @@ class JudgeReward:
     def rewards(self, histories: Sequence[Sequence[Event]], answers: Sequence[Answer | None]) -> Tensor:
         """The reward of each answer after its history, (N,) float64.
 
-        An offer with P(accepted) p has the reward p - c (1 - p) for cost ratio c: its expected value. Silence has
-        P(null accepted). An unreadable answer has -c, the reward of an offer that is never accepted.
+        With cost ratio c, an offer with P(accepted) p has the reward p - c (1 - p), its expected value. Silence has the
+        reward P(null accepted). An unreadable answer has the reward -c, that of an offer that is never accepted.
         """
         pairs = [
             Pair(tuple(history), answer.proposal)
             for history, answer in zip(histories, answers, strict=True)
             if answer is not None
         ]
-        probability = iter(self._scorer.score(pairs))
-        found = [self._reward(answer, next(probability) if answer is not None else 0.0) for answer in answers]
-        return torch.tensor(found, dtype=torch.float64)
+        probabilities = iter(self._scorer.score(pairs))
+        rewards = [self._reward(answer, next(probabilities) if answer is not None else 0.0) for answer in answers]
+        return torch.tensor(rewards, dtype=torch.float64)
 
     def _reward(self, answer: Answer | None, probability: float) -> float:
         if answer is not None and answer.proposal is None:
@@ -58,10 +58,15 @@ class JudgeReward:
 
 
 def advantages(reward_HK: Tensor) -> Tensor:
-    """Rewards relative to the other answers to the same history, in standard deviations (arXiv 2402.03300): (H, K).
+    """Rewards relative to those of all answers to the same history, in standard deviations (arXiv 2402.03300): (H, K).
 
-    Answers with equal rewards have advantage 0.
+    If all rewards of a history are equal, the advantages are 0.
+
+    Examples:
+        >>> advantages(torch.tensor([[1.0, 0.0, -1.0], [0.5, 0.5, 0.5]]))
+        tensor([[ 1.,  0., -1.],
+                [ 0.,  0.,  0.]])
     """
     deviation_H1 = reward_HK.std(dim=1, keepdim=True)
     centered_HK = reward_HK - reward_HK.mean(dim=1, keepdim=True)
-    return torch.where(deviation_H1 > TINY, centered_HK / deviation_H1.clamp(min=TINY), 0.0)
+    return torch.where(deviation_H1 > MIN_DEVIATION, centered_HK / deviation_H1.clamp(min=MIN_DEVIATION), 0.0)

@@ -1,1 +1,1 @@
-"""The memory of a run, estimated without running it."""
+"""The memory of a run, estimated without running it, and changes that reduce it. Used by `proactive.planning`."""

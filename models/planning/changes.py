@@ -1,4 +1,4 @@
-"""Changes of settings that save memory, and the cheapest with which a run fits."""
+"""Changes of settings that save memory, and the choice of the cheapest ones with which a run fits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

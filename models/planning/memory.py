@@ -1,4 +1,4 @@
-"""Estimates the memory of a step without weights: it runs the network on shapes, and a tracker counts bytes."""
+"""Estimates the memory of a step without weights: the network runs on fake tensors, and a tracker counts bytes."""
 
 import contextlib
 import math
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 Sharing = Literal["one device", "replicated", "sharded"]
 MEASURED_LAYERS = (2, 4)  # numbers of layers that are run; each further layer adds the same
 STATE_BLOCK, MIN_8_BIT = 256, 4096  # of bitsandbytes: values per scale; smallest tensor with an 8-bit state
-CUDA_CONTEXT = 2**30  # bytes of a GPU for CUDA and its libraries; an assumption
+CUDA_CONTEXT = 2**30  # assumed bytes of a GPU that CUDA and its libraries take
 FAKE_TREE = ("input_ids", "position_ids", "subtree_end")  # tree fields with one entry per token
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What determines the memory, besides network and micro-batch."""
+    """The settings that determine the memory, together with the network and the micro-batch."""
 
     dtype: DtypeName
     precision: str  # of the trainer

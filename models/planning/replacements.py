@@ -1,4 +1,4 @@
-"""Replacements of quantized layers and adapters, whose libraries do not run on shapes without values."""
+"""Replacements of quantized layers and adapters. Their libraries do not run on tensors without values."""
 
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any

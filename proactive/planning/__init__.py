@@ -1,1 +1,1 @@
-"""Parts of `proactive.plan`: the estimate of memory and time."""
+"""The estimate of `proactive.plan`: memory, operations and time of a run."""

@@ -11,13 +11,17 @@ from tests.proactive.conftest import FinishedRun
 
 EXAMPLES = {
     "proactive.loading": ("load_judge", "load_agent"),
+    "datamodules.batching.prefix_tree": ("build_tree",),
     "datamodules.batching.reward_rows": ("RewardDataModule",),
     "datamodules.batching.answer_rows": ("AgentDataModule",),
     "models.learning.reward_classifier": ("RewardClassifier",),
     "models.learning.proactive_agent": ("ProactiveAgent",),
     "models.judging.agents": ("Agent",),
+    "models.judging.gate_curve": ("gate_threshold",),
     "models.judging.judges": ("Judge",),
     "models.judging.scorer": ("Scorer",),
+    "models.learning.preference_losses": ("dpo_losses",),
+    "models.online.rewards": ("advantages",),
 }
 
 
