@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from datamodules.corpus.columns import Columns
 from datamodules.corpus.sources import Corpus, load_corpus
 from datamodules.corpus.traces import Recorded
 from datamodules.errors import UserError
@@ -103,10 +104,10 @@ def root_corpus(root: str | None, states: Sequence[Mapping[str, Any]], needed: b
         states: The states of the weights' data modules.
         needed: Whether there must be one.
     """
-    seed = 0
+    seed, columns = 0, None
     if root is None and states:
         trained = states[0]["hyperparameters"]
-        root, seed = trained["root"], trained["seed"]
+        root, seed, columns = trained["root"], trained["seed"], trained.get("columns")
     if root is None and not needed:
         return None
-    return load_corpus(root or "embedded", seed)
+    return load_corpus(root or "embedded", seed, columns and Columns(**columns))

@@ -18,6 +18,7 @@ from callbacks.progress import progress_callback
 from callbacks.stopping import Interrupted, StopOnSignal
 from datamodules.batching.reward_rows import RewardDataModule
 from datamodules.batching.rows import LayoutName
+from datamodules.corpus.columns import Columns
 from datamodules.corpus.splits import SplitName
 from datamodules.errors import UserError
 from datamodules.files.writing import write_atomically
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 def evaluate_reward(
     checkpoint: Path,
     root: str | None = None,
+    columns: Columns | None = None,
     split: SplitName | None = None,
     folds: Folds | None = None,
     fold: NonNegativeInt | None = None,
@@ -51,7 +53,8 @@ def evaluate_reward(
 
     Args:
         checkpoint: A run folder (its best weights), a .ckpt file, or an export folder.
-        root: Source of the data: embedded, published, or a folder in the published layout.
+        root: Source of the data: embedded, published, a folder in the published layout, or a table.
+        columns: Which columns of the table hold the fields of a row.
         split: Which rows test: published or by_scene.
         folds: For by_scene: number of parts that the scenes are divided into.
         fold: For by_scene: index of the part that tests.
@@ -72,6 +75,7 @@ def evaluate_reward(
     data = RewardDataModule.from_state(
         state,
         root=root,
+        columns=columns,
         split=split,
         folds=folds,
         fold=fold,

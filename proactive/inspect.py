@@ -13,6 +13,7 @@ from typing import Any
 
 from datamodules.batching.prefix_tree import PrefixOrder
 from datamodules.corpus.agreement import agreement, interval
+from datamodules.corpus.columns import Columns
 from datamodules.corpus.records import AnnotatedRow, Category
 from datamodules.corpus.sources import Corpus, load_corpus
 from datamodules.corpus.splits import contamination, history_digests, split_by_scene
@@ -23,15 +24,23 @@ from datamodules.ranges import Folds, Seed
 from proactive.commands import program
 from proactive.parser import Parser
 from proactive.tables import Table, show
+from proactive.terminal import say
 
 VOCABULARY_SIZE = 4096
 
 
-def inspect_root(root: str = "embedded", folds: Folds = 5, tokenizer: str = SCRATCH, seed: Seed = 0) -> dict[str, Any]:
+def inspect_root(
+    root: str = "embedded",
+    columns: Columns | None = None,
+    folds: Folds = 5,
+    tokenizer: str = SCRATCH,
+    seed: Seed = 0,
+) -> dict[str, Any]:
     """Count rows, scenes, histories, tokens, agreement and contamination.
 
     Args:
-        root: Source of the data: embedded, published, or a folder in the published layout.
+        root: Source of the data: embedded, published, a folder in the published layout, or a table.
+        columns: Which columns of the table hold the fields of a row.
         folds: Number of parts that by_scene divides the scenes into.
         tokenizer: Tokenizer that counts tokens: a hub id or path, or "scratch" for one trained on the root's rows.
         seed: Seed of the embedded data and of the folds.
@@ -39,7 +48,7 @@ def inspect_root(root: str = "embedded", folds: Folds = 5, tokenizer: str = SCRA
     Raises:
         UserError: The data or the tokenizer cannot be read.
     """
-    corpus = load_corpus(root, seed)
+    corpus = load_corpus(root, seed, columns)
     template = RewardTemplate.read(DEFAULT_PROMPT)
     if tokenizer == SCRATCH:
         segmenter = SegmentTokenizer(train_tokenizer(training_text(template, corpus.train), VOCABULARY_SIZE))
@@ -48,6 +57,7 @@ def inspect_root(root: str = "embedded", folds: Folds = 5, tokenizer: str = SCRA
     files = {name: rows for name, rows in (("train", corpus.train), ("test", corpus.test)) if rows}
     return {
         "root": root,
+        "read": list(corpus.notes),
         "rows": {name: _row_counts(rows, template, segmenter) for name, rows in files.items()},
         "all": {
             "rows": len(corpus.rows),
@@ -67,10 +77,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="Print JSON instead of tables.")
     parser.with_output_options()
     options = parser.parse_args(arguments)
-    counts = inspect_root(options.root, options.folds, options.tokenizer, options.seed)
+    columns = options.columns and Columns(**options.columns.as_dict())
+    counts = inspect_root(options.root, columns, options.folds, options.tokenizer, options.seed)
     if options.json:
         print(json.dumps(counts, indent=2))
     elif not options.quiet:
+        for note in counts["read"]:
+            say(note)
         show(_rows_table(counts), _splits_table(counts))
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import overload
 
 from datamodules.corpus.answers import Answer
+from datamodules.corpus.columns import event_fields
 from datamodules.corpus.json_records import validate
 from datamodules.corpus.records import Event
 from datamodules.corpus.traces import Pair
@@ -146,19 +147,9 @@ def events_of(values: Iterable[EventLike]) -> tuple[Event, ...]:
 def _event(index: int, value: EventLike) -> Event:
     if isinstance(value, Event):
         return value
-    if isinstance(value, str):
-        value = {"time": str(index), "event": value}
-    elif isinstance(value, Sequence) and len(value) == 2:
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
         value = {"time": value[0], "event": value[1]}  # type: ignore[dict-item]
-    fields: object = value
-    if isinstance(value, Mapping):
-        numbers = {name: str(time) for name, time in value.items() if name == "time" and _is_number(time)}
-        fields = {**value, **numbers}
     try:
-        return validate(fields, Event, f"events, index {index}")
+        return validate(event_fields(index, value), Event, f"events, index {index}")
     except UserError as error:
         raise UserError(error.what, EVENTS_HINT) from error
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

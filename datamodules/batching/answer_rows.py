@@ -48,12 +48,13 @@ class AnswerKind(IntEnum):
 
 @dataclass(frozen=True)
 class Example:
-    """An answer to a history."""
+    """An answer to a history. `scene` names the scene of its row."""
 
     history: tuple[Event, ...]
     proposal: str | None
     kind: AnswerKind
     help_needed: bool | None
+    scene: str
 
 
 def _learned(rows: Sequence[AnnotatedRow]) -> list[Example]:
@@ -61,7 +62,9 @@ def _learned(rows: Sequence[AnnotatedRow]) -> list[Example]:
     kinds = {Category.CORRECT_DETECTION: AnswerKind.TEXT, Category.NON_RESPONSE: AnswerKind.NULL}
     right = [row for row in rows if row.category in kinds]
     examples = {
-        (row.history_digest, row.proposal): Example(row.history, row.proposal, kinds[row.category], row.help_needed)
+        (row.history_digest, row.proposal): Example(
+            row.history, row.proposal, kinds[row.category], row.help_needed, row.scene
+        )
         for row in right
     }
     return list(examples.values())
@@ -74,9 +77,8 @@ def probes(rows: Sequence[AnnotatedRow]) -> list[Example]:
     votes, an accepted proposal means that help was needed. A tie gives no probe.
     """
     votes: dict[int, Counter[bool]] = {}
-    histories: dict[int, tuple[Event, ...]] = {}
+    of_history = {row.history_digest: row for row in rows}
     for row in rows:
-        histories[row.history_digest] = row.history
         found = votes.setdefault(row.history_digest, Counter())
         if row.help_needed is not None or row.proposal is None:
             found[not row.accepted if row.help_needed is None else row.help_needed] += 1
@@ -84,7 +86,9 @@ def probes(rows: Sequence[AnnotatedRow]) -> list[Example]:
         if row.accepted and not votes[row.history_digest]:
             votes[row.history_digest][True] = 1
     return [
-        Example(histories[digest], None, AnswerKind.PROBE, found[True] > found[False])
+        Example(
+            of_history[digest].history, None, AnswerKind.PROBE, found[True] > found[False], of_history[digest].scene
+        )
         for digest, found in votes.items()
         if found[True] != found[False]
     ]
@@ -122,13 +126,14 @@ class AnswersDataModule(RowsDataModule):
         )
         if self.contamination_allowed:
             split = Split(split.train + split.test, split.validation, split.test)
-        sessions = [row.history for row in corpus.rows]
-        sessions += [tuple(step.observation for step in steps) for steps in corpus.traces.values() if steps]
+        sessions = [(row.scenes, row.history) for row in corpus.rows]
+        traces = (tuple(step.observation for step in steps) for steps in corpus.traces.values() if steps)
+        sessions += [({scene_of(trace)}, trace) for trace in traces]
         training = {row.scene for row in split.train}
-        self._scenes = sorted({scene_of(session) for session in sessions})
-        self.held_out_scenes = set(self._scenes) - training
-        held_out = (session for session in sessions if scene_of(session) in self.held_out_scenes)
-        self._held_out_events = sorted({event.event for session in held_out for event in session})
+        self._scenes = sorted(set().union(*(scenes for scenes, _ in sessions)))
+        held_out = [(scenes, session) for scenes, session in sessions if not scenes & training]
+        self.held_out_scenes = set().union(*(scenes for scenes, _ in held_out))
+        self._held_out_events = sorted({event.event for _, session in held_out for event in session})
         return split
 
     def training_text(self) -> list[str]:
@@ -178,7 +183,7 @@ class AnswersDataModule(RowsDataModule):
         columns = found.rows.with_format("numpy")
         input_ids: Any = list(columns["input_ids"][:])
         answers: Any = self._answer_positions(examples, input_ids, columns["last_segment"][:])
-        scenes = [scene_of(example.history) for example in examples]
+        scenes = [example.scene for example in examples]
         needed = [-1 if example.help_needed is None else int(example.help_needed) for example in examples]
         fields = {
             "kind": torch.tensor([int(example.kind) for example in examples], dtype=torch.int64),

@@ -32,8 +32,8 @@ class HistoryDataModule(AnswersDataModule):
         rows: list[AnnotatedRow] = getattr(self.split, stage)
         if stage != "train":
             return probes(rows)
-        histories = {row.history_digest: row.history for row in rows}
-        return [Example(history, None, AnswerKind.HISTORY, None) for history in histories.values()]
+        of_history = {row.history_digest: row for row in rows}
+        return [Example(row.history, None, AnswerKind.HISTORY, None, row.scene) for row in of_history.values()]
 
     def encode(self, stage: Stage) -> TokenizedSplit:
         return self.encode_answers(stage) if stage == "validation" else super().encode(stage)  # it has no answers

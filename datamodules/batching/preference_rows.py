@@ -145,7 +145,8 @@ class PreferenceDataModule(AnswersDataModule):
         judged = self._annotated(stage) + [proposal for line in self._lines(stage) for proposal in line.judged]
         for number, one in enumerate(judged):
             other = judged[(number + len(judged) // 2) % len(judged)]
-            yield _example(one), Example(one.history, other.proposal, AnswerKind.MISMATCHED, None), one.weight
+            mismatched = Example(one.history, other.proposal, AnswerKind.MISMATCHED, None, one.scene)
+            yield _example(one), mismatched, one.weight
 
     def _annotated(self, stage: Stage) -> list[JudgedProposal]:
         return judged_rows(getattr(self.split, stage)) if self.annotated or stage == "test" else []
@@ -175,4 +176,4 @@ class PreferenceDataModule(AnswersDataModule):
 
 def _example(one: JudgedProposal) -> Example:
     kind = AnswerKind.NULL if one.proposal is None else AnswerKind.TEXT
-    return Example(one.history, one.proposal, kind if one.accepted else AnswerKind.REJECTED, None)
+    return Example(one.history, one.proposal, kind if one.accepted else AnswerKind.REJECTED, None, one.scene)

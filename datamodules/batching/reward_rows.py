@@ -12,7 +12,7 @@ from datamodules.batching.prefix_tree import Integers
 from datamodules.batching.rows import RowsDataModule, log
 from datamodules.batching.tokenized_split import Stage, TokenizedSplit
 from datamodules.corpus.records import AnnotatedRow
-from datamodules.corpus.sources import PUBLISHED_TEST_DIGEST, Corpus, test_digest
+from datamodules.corpus.sources import PUBLISHED_TEST_DIGEST, Corpus, rows_digest
 from datamodules.corpus.splits import Split, split_by_scene, split_published
 from datamodules.prompting.segments import Segment
 from datamodules.prompting.templates import RewardTemplate, render_proposal, training_text
@@ -55,7 +55,7 @@ class RewardDataModule(RowsDataModule):
     @property
     def tests_published_rows(self) -> bool:  # type: ignore[override]
         """Whether the test rows are those of the published metrics."""
-        return self.split_name == "published" and test_digest(self.split.test) == PUBLISHED_TEST_DIGEST
+        return self.split_name == "published" and rows_digest(self.split.test) == PUBLISHED_TEST_DIGEST
 
     def training_text(self) -> list[str]:
         return training_text(self.template, self.split.train)

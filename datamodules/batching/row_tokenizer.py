@@ -1,13 +1,18 @@
-"""One row as token ids: instructions and events of its history, then its branch."""
+"""Rows as token ids: instructions and events of a history, then its branch."""
 
-from collections.abc import Sequence
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from datamodules.batching.token_cache import Columns
 from datamodules.corpus.records import Event
 from datamodules.errors import UserError
 from datamodules.prompting.segments import Segment, SegmentTokenizer, truncate
-from datamodules.prompting.templates import Template, render_history
+from datamodules.prompting.templates import Template, render_history, rendered_digest
 
+ROW_COLUMNS: Columns = {"input_ids": ["int32"], "last_segment": "int32"}  # of `RowTokenizer.encode_all`
 FIRST_EVENTS = 32  # rendered at once; doubled until they fill a row
 
 
@@ -37,6 +42,7 @@ class RowTokenizer:
         max_length: Maximum number of tokens of a row.
         branch_length: Number of tokens that every row reserves for its branch and `end`.
         branch_name: What a branch is, for messages: proposal or answer.
+        branch: Renders the branch of a row.
     """
 
     template: Template
@@ -45,6 +51,23 @@ class RowTokenizer:
     max_length: int
     branch_length: int
     branch_name: str
+    branch: Callable[[Any], list[Segment]]
+
+    def rendered_digest(self, rows: Sequence[Any]) -> str:
+        """Return a digest of the text of rows, as far as it can fit into `max_length` tokens."""
+        rendered = hashlib.sha256()
+        for row in rows:
+            # An event has at least one token, so older events than these never fit into a row.
+            rendered.update(rendered_digest(self.template, row.history[-self.max_length :]))
+            rendered.update(repr(self.branch(row)).encode())
+        return rendered.hexdigest()
+
+    def encode_all(self, rows: Sequence[Any], split: str, counts: Counter[str]) -> Iterator[Mapping[str, Any]]:
+        """Yield `ROW_COLUMNS` of the rows of a split, and count those that are truncated."""
+        for index, row in enumerate(rows):
+            found = self.encode(row.history, self.branch(row), f"row {index} of the {split} split")
+            counts["truncated"] += found.truncated
+            yield {"input_ids": found.input_ids, "last_segment": found.last_segment}
 
     def encode(self, history: Sequence[Event], branch: Sequence[Segment], where: str) -> RowIds:
         """Tokenize one row.

@@ -1,33 +1,28 @@
 """RowsDataModule: the base of both data modules, from the rows of a root to loaders of steps."""
 
-import hashlib
 import logging
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from datamodules.batching.bag_of_words import Decision, WordScores, word_scores
 from datamodules.batching.resume_checks import refuse_other_data
-from datamodules.batching.row_tokenizer import RowTokenizer
+from datamodules.batching.row_tokenizer import ROW_COLUMNS, RowTokenizer
 from datamodules.batching.step_data_module import LayoutName, StepDataModule
 from datamodules.batching.steps import refuse_unequal_parts
-from datamodules.batching.token_cache import CachedRows, Columns, TokenCache
+from datamodules.batching.token_cache import CachedRows, TokenCache
 from datamodules.batching.tokenized_split import Stage, TokenizedSplit
+from datamodules.corpus.columns import Columns
 from datamodules.corpus.records import AnnotatedRow
 from datamodules.corpus.sources import Corpus, load_corpus
 from datamodules.corpus.splits import Contamination, Split, SplitName, contamination, history_digests, seen_rows
+from datamodules.corpus.tables import is_hub_name
 from datamodules.errors import UserError
 from datamodules.prompting.segments import Segment, SegmentTokenizer
-from datamodules.prompting.templates import Template, rendered_digest
-from datamodules.prompting.tokenizers import (
-    SCRATCH,
-    load_tokenizer,
-    tokenizer_from_state,
-    tokenizer_state,
-    train_tokenizer,
-)
+from datamodules.prompting.templates import Template
+from datamodules.prompting.tokenizers import SCRATCH, make_tokenizer, tokenizer_from_state, tokenizer_state
 from datamodules.ranges import Count, Folds, FractionBelowOne, NonNegativeInt, Seed, Vocabulary, Workers, check_ranges
 
 if TYPE_CHECKING:
@@ -43,7 +38,9 @@ class RowsDataModule(StepDataModule):
 
     Args:
         root: Source of the data: "embedded" (simulated sessions), "published" (downloads the files of
-            ProactiveBench), or a directory with reward_data/ and test_data/.
+            ProactiveBench), a directory with reward_data/ and test_data/, or a table: a CSV, Parquet or JSONL file, a
+            folder of them, or the name of a dataset of the Hugging Face hub (org/name, which is downloaded).
+        columns: Which columns of a table hold the fields of a row.
         split: "by_scene" holds out whole scenes. "published" tests on the root's own test set, whose histories may
             also occur in its training rows.
         folds: With by_scene, number of folds. One is tested, the next one validates.
@@ -73,6 +70,7 @@ class RowsDataModule(StepDataModule):
     # Options that a resume may change: how a step is computed, and paths, because contents are compared.
     may_change: tuple[str, ...] = (
         "root",
+        "columns",
         "prompt",
         "tokenizer",
         "layout",
@@ -88,6 +86,7 @@ class RowsDataModule(StepDataModule):
     def __init__(
         self,
         root: str = "embedded",
+        columns: Columns | None = None,
         split: SplitName = "by_scene",
         folds: Folds = 5,
         fold: NonNegativeInt = 0,
@@ -108,7 +107,9 @@ class RowsDataModule(StepDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        check_ranges(type(self), self.hparams, "data")
+        self.columns = Columns(**columns) if isinstance(columns, dict) else columns  # a checkpoint has a dict
+        check_ranges(type(self), {**self.hparams, "columns": self.columns}, "data")
+        self.hparams["columns"] = None if self.columns is None else asdict(self.columns)
         self.root = root
         self.split_name = split
         self.folds = folds
@@ -128,6 +129,7 @@ class RowsDataModule(StepDataModule):
         self.cache = cache
         self.seed = seed
         self.truncated: dict[Stage, int] = {}
+        self.notes: tuple[str, ...] = ()  # see `Corpus`
         self._tokenizer: PreTrainedTokenizerFast | None = None
         self._saved: dict[str, Any] | None = None  # with `from_state`, the state in the checkpoint
         self._split: Split | None = None
@@ -211,7 +213,7 @@ class RowsDataModule(StepDataModule):
     def row_tokenizer(self) -> RowTokenizer:
         """Tokenizes rows."""
         return RowTokenizer(
-            self.template, self.segmenter, self.end, self.max_length, self.branch_length, self.branch_name
+            self.template, self.segmenter, self.end, self.max_length, self.branch_length, self.branch_name, self.branch
         )
 
     @cached_property
@@ -235,8 +237,10 @@ class RowsDataModule(StepDataModule):
         if self._saved is None:
             return self.split
         own = type(self)(**{**self._saved["hyperparameters"], "prompt": None})
+        if own.root != self.root and is_hub_name(own.root):  # nobody asked to download it
+            return None
         try:
-            split = own.divide(load_corpus(own.root, own.seed))
+            split = own.divide(own.load())
         except UserError:
             return None
         return split if history_digests(split.train) == self.seen.get("training_histories", []) else None
@@ -244,8 +248,7 @@ class RowsDataModule(StepDataModule):
     @cached_property
     def word_scores(self) -> WordScores | None:
         """The scores of a bag of words on this split; None if the model's training rows are no longer available."""
-        own = self.own_split
-        if own is None:
+        if (own := self.own_split) is None:
             return None
         return word_scores(*map(self.decisions, (own.train, own.validation, self.split.test)))
 
@@ -267,12 +270,22 @@ class RowsDataModule(StepDataModule):
             return f"{self.root}, published split"
         return f"{self.root}, by_scene split, fold {self.fold} of {self.folds}"
 
+    def load(self) -> Corpus:
+        """Load the root."""
+        return load_corpus(self.root, self.seed, self.columns)
+
     def setup(self, stage: str) -> None:
         """Load, split and tokenize the rows. `stage` is fit, validate or test, as Lightning gives it."""
         if self._split is None:
-            self._split = self.divide(load_corpus(self.root, self.seed))
+            corpus = self.load()
+            self.notes = corpus.notes
+            for note in corpus.notes:
+                log.info(f"data.root: {note}")
+            self._split = self.divide(corpus)
         if self._tokenizer is None:
-            self._tokenizer = self._make_tokenizer()
+            self._tokenizer = make_tokenizer(
+                self.tokenizer_name, self.training_text, self.vocabulary_size, self.trust_remote_code
+            )
         names = STAGES.get(stage, ("test",))
         for name in names:
             if name not in self.encoded:
@@ -305,13 +318,15 @@ class RowsDataModule(StepDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check that a resumed run has the data of the run that it resumes; see `refuse_other_data`."""
-        own_tokenizer = self.tokenizer_name == SCRATCH
-        refuse_other_data(state_dict, self.state_dict(), self.may_change, own_tokenizer=own_tokenizer)
+        scratch = self.tokenizer_name == SCRATCH
+        refuse_other_data(state_dict, self.state_dict(), self.may_change, own_tokenizer=scratch)
 
     @classmethod
     def from_state(cls, state: dict[str, Any], **overrides: Any) -> Self:
         """Return the data module of a checkpoint, for evaluation only; `overrides` replace options unless None."""
         given = {name: value for name, value in overrides.items() if value is not None}
+        if "root" in given:
+            given.setdefault("columns", None)  # the saved columns are those of the saved root
         data = cls(**{**state["hyperparameters"], "prompt": None, **given})
         if "prompt" not in given:
             data.template = cls.template_class.parse(state["prompt"], "the checkpoint")
@@ -319,22 +334,14 @@ class RowsDataModule(StepDataModule):
         data._saved = state
         return data
 
-    def _make_tokenizer(self) -> "PreTrainedTokenizerFast":
-        if self.tokenizer_name == SCRATCH:
-            return train_tokenizer(self.training_text(), self.vocabulary_size)
-        return load_tokenizer(self.tokenizer_name, self.trust_remote_code)
-
     def tokenize(self, stage: Stage, rows: Sequence[Any]) -> CachedRows:
         """Tokenize rows of a split: columns input_ids, and last_segment as in `RowIds`."""
-        rendered = hashlib.sha256()
-        for row in rows:
-            # An event has at least one token, so older events than these never fit into a row.
-            rendered.update(rendered_digest(self.template, row.history[-self.max_length :]))
-            rendered.update(repr(self.branch(row)).encode())
-        columns: Columns = {"input_ids": ["int32"], "last_segment": "int32"}
-        key = [rendered.hexdigest(), self.branch_length]
-        label = f"{stage} {self.branch_name}s"
-        found = self.token_cache.rows(key, lambda counts: self._tokenized(stage, rows, counts), columns, label)
+        found = self.token_cache.rows(
+            [self.row_tokenizer.rendered_digest(rows), self.branch_length],
+            lambda counts: self.row_tokenizer.encode_all(rows, stage, counts),
+            ROW_COLUMNS,
+            f"{stage} {self.branch_name}s",
+        )
         self.truncated[stage] = found.counts.get("truncated", 0)
         if self.truncated[stage]:
             log.info(
@@ -342,9 +349,3 @@ class RowsDataModule(StepDataModule):
                 f"{self.max_length}, of which {self.branch_length} are reserved for the {self.branch_name}"
             )
         return found
-
-    def _tokenized(self, stage: Stage, rows: Sequence[Any], counts: Counter[str]) -> Iterator[Mapping[str, Any]]:
-        for index, row in enumerate(rows):
-            found = self.row_tokenizer.encode(row.history, self.branch(row), f"row {index} of the {stage} split")
-            counts["truncated"] += found.truncated
-            yield {"input_ids": found.input_ids, "last_segment": found.last_segment}

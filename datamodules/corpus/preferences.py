@@ -13,7 +13,16 @@ from annotated_types import Gt, Le
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from datamodules.corpus.json_records import read_jsonl
-from datamodules.corpus.records import AnnotatedRow, Event, History, Judgment, Proposal, Unicode, history_digest
+from datamodules.corpus.records import (
+    AnnotatedRow,
+    Event,
+    History,
+    Judgment,
+    Proposal,
+    Unicode,
+    history_digest,
+    scene_of,
+)
 from datamodules.ranges import FINITE
 
 Weight = Annotated[float, Gt(0), Le(1000), FINITE]
@@ -21,12 +30,18 @@ Weight = Annotated[float, Gt(0), Le(1000), FINITE]
 
 @dataclass(frozen=True)
 class JudgedProposal:
-    """A proposal after a history, its judgment, and its weight in the mean loss."""
+    """A proposal after a history, its judgment, and its weight in the mean loss; `of_scene` is its row's scene."""
 
     history: tuple[Event, ...]
     proposal: str | None
     accepted: bool
     weight: float = 1.0
+    of_scene: str | None = None
+
+    @property
+    def scene(self) -> str:
+        """The name of its scene: that of its row, or else of its history."""
+        return self.of_scene or scene_of(self.history)
 
     @cached_property
     def history_digest(self) -> int:
@@ -91,7 +106,7 @@ def read_preferences(path: Path) -> list[PreferenceRecord]:
 
 def judged_rows(rows: Iterable[AnnotatedRow]) -> list[JudgedProposal]:
     """The judged proposals of annotated rows."""
-    return [JudgedProposal(row.history, row.proposal, row.accepted) for row in rows]
+    return [JudgedProposal(row.history, row.proposal, row.accepted, of_scene=row.scene) for row in rows]
 
 
 def preferences_of(proposals: Iterable[JudgedProposal]) -> list[Preference]:

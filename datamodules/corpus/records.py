@@ -176,7 +176,7 @@ class AnnotatedRow(_Record):
     """A history, a proposal after it, and its judgment.
 
     `annotation` holds the answers of the single annotators. `category` and `help_needed` are optional, and must agree
-    with the other fields.
+    with the other fields. `scene` is optional: the name of the session.
     """
 
     history: History = Field(validation_alias="obs")
@@ -187,6 +187,7 @@ class AnnotatedRow(_Record):
     stated_category: Annotated[Category | None, BeforeValidator(_category)] = Field(
         default=None, validation_alias="category"
     )
+    stated_scene: Text | None = Field(default=None, validation_alias="scene")
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
@@ -216,8 +217,13 @@ class AnnotatedRow(_Record):
 
     @cached_property
     def scene(self) -> str:
-        """See `scene_of`."""
-        return scene_of(self.history)
+        """The name of the row's scene: a digest of the stated name, 16 hexadecimal digits, else see `scene_of`."""
+        return scene_of(self.history) if self.stated_scene is None else _digest_of_name(self.stated_scene)
+
+    @property
+    def scenes(self) -> set[str]:
+        """The names of the row's scene: `scene`, and that of `scene_of`, by which traces and files recognize it."""
+        return {self.scene, scene_of(self.history)}
 
     def published(self) -> dict[str, Any]:
         """Return the row in the published layout."""
@@ -228,6 +234,7 @@ class AnnotatedRow(_Record):
             "help_needed": self.help_needed,
             "annotation": list(self.annotation),
             "category": _PUBLISHED_NAMES[self.category],
+            **({} if self.stated_scene is None else {"scene": self.stated_scene}),
         }
 
 
@@ -299,6 +306,10 @@ def running_digests(events: Iterable[Event]) -> Iterator[int]:
         ended = digest.copy()
         ended.update(b"]")
         yield int.from_bytes(ended.digest(), signed=True)
+
+
+def _digest_of_name(name: str) -> str:
+    return hashlib.blake2b(json.dumps(name).encode(), digest_size=8).hexdigest()
 
 
 def scene_of(events: Sequence[Event]) -> str:

@@ -1,4 +1,4 @@
-"""Sources of rows: the embedded simulator, a local directory, or a download of the published files."""
+"""Sources of rows: the embedded simulator, the published files, a folder in their layout, or tables."""
 
 import hashlib
 import json
@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from datamodules.corpus.columns import PAGE, Columns
 from datamodules.corpus.json_records import read_json_list, read_jsonl
 from datamodules.corpus.records import AnnotatedRow, TestStep
+from datamodules.corpus.tables import hub_tables, is_hub_name, is_table, open_table, read_tables, table_files
 from datamodules.errors import UserError
 from datamodules.escaping import error_text
 from datamodules.files.reading import open_file
@@ -32,7 +34,7 @@ PUBLISHED_SHA256 = {
     "test_data/writing_15.json": "5d5cfa5e45894469458614bb8b260458b84c07a67033082a667f7026e06b14ec",
     "test_data/writing_16.json": "0f97f544da9353e55fe17e7ea5e1cb6d27dd50f2ff1fd74a729a2782d879c213",
 }
-# `test_digest` of the rows of test_data.jsonl; `traces_digest` of the 12 test traces, in the test set and as recorded
+# `rows_digest` of the rows of test_data.jsonl; `traces_digest` of the 12 test traces, in the test set and as recorded
 # with the answers of agents.
 PUBLISHED_TEST_DIGEST = "cdeaba8419002d90"
 PUBLISHED_TRACES_DIGESTS = ("4345087ce462c492", "62505f22097c41fe")
@@ -46,7 +48,7 @@ SPLITS_FILE = "test_data/splits.json"
 class Corpus:
     """The contents of a root: annotated rows of two files, and the agent's test traces by file name.
 
-    `splits_file` names splits of the traces. It is not read here.
+    `splits_file` names splits of the traces. It is not read here. `notes` says how tables were read.
     """
 
     root: str
@@ -54,6 +56,7 @@ class Corpus:
     test: list[AnnotatedRow]
     traces: dict[str, list[TestStep]] = field(default_factory=dict)
     splits_file: Path | None = None
+    notes: tuple[str, ...] = ()
 
     @cached_property  # accessed thousands of times
     def rows(self) -> list[AnnotatedRow]:
@@ -61,37 +64,59 @@ class Corpus:
         return self.train + self.test
 
 
-def load_corpus(root: str, seed: int = 0) -> Corpus:
-    """Load the rows of `root`: "embedded", "published", or a directory in the published layout.
+def load_corpus(root: str, seed: int = 0, columns: Columns | None = None) -> Corpus:
+    """Load the rows of a root.
 
     Args:
-        root: Source of the data.
+        root: "embedded", "published", a folder in the published layout, a CSV, Parquet or JSONL file, a folder of such
+            files, or the name of a dataset of the Hugging Face hub, such as org/name or org/name@REVISION.
         seed: Seed of the embedded data; files do not depend on it.
+        columns: Which columns of a table hold the fields of a row; None for those with the names of the fields.
 
     Raises:
         UserError: A file is missing or a record does not fit.
     """
+    path = Path(root)
+    if root not in ("embedded", "published") and not Path(path, TRAIN_FILE).exists():
+        return _read_tables(root, columns or Columns())
+    if columns is not None:
+        raise UserError(f"data.columns: {root} is no table, and has fixed fields", "Leave data.columns out.")
     if root == "embedded":
         from datamodules.corpus.simulator import simulate
 
         return Corpus(root, *simulate(seed))
     if root == "published":
         return read_directory(download_published(), root)
-    if not Path(root).is_dir():
-        raise UserError(
-            f"data.root: {root} is not a directory",
-            f'Give "embedded", "published" or a directory with {TRAIN_FILE}.',
-        )
-    paths = {path.relative_to(root).as_posix(): path for path in sorted(Path(root).glob(f"{TRACES}/*.json"))}
-    paths |= {name: path for name in (TRAIN_FILE, TEST_FILE) if (path := Path(root, name)).exists()}
-    if TRAIN_FILE not in paths:
-        raise UserError(
-            f"data.root: {root} has no {TRAIN_FILE}", "Put the annotated rows there, one JSON object per line."
-        )
+    paths = {file.relative_to(path).as_posix(): file for file in sorted(path.glob(f"{TRACES}/*.json"))}
+    paths |= {name: path / name for name in (TRAIN_FILE, TEST_FILE) if (path / name).exists()}
     return read_directory(paths, root)
 
 
-def test_digest(rows: Sequence[AnnotatedRow]) -> str:
+def _read_tables(root: str, columns: Columns) -> Corpus:
+    path, read = Path(root), []
+    if path.is_dir():
+        files = table_files(path)
+        if not files:
+            raise UserError(
+                f"data.root: {root} has no {TRAIN_FILE}, and no CSV, Parquet or JSONL file",
+                f"Put the annotated rows there; {PAGE} shows the layouts.",
+            )
+        tables = {split: [open_table(file) for file in parts] for split, parts in files.items()}
+    elif is_table(path):
+        tables = {"train": [open_table(path)]}
+    elif is_hub_name(root):
+        tables, revision = hub_tables(root)
+        read = [f"{root}: revision {revision}"]
+    else:
+        raise UserError(
+            f"data.root: {root} is not a directory, and not a CSV, Parquet or JSONL file",
+            f'Give "embedded", "published", or one of the layouts in {PAGE}.',
+        )
+    train, test, notes = read_tables(tables, columns, root)
+    return Corpus(root, train, test, notes=(*read, *notes))
+
+
+def rows_digest(rows: Sequence[AnnotatedRow]) -> str:
     """Return a digest of annotated rows, 16 hexadecimal digits."""
     content = [[row.history_digest, row.proposal, row.accepted] for row in rows]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

@@ -63,8 +63,8 @@ def split_published(corpus: Corpus, validation_fraction: float, seed: int = 0) -
 
     if not corpus.test:
         raise UserError(
-            f"data.split: published needs {TEST_FILE}, and {corpus.root} has none",
-            "Add it, or use --data.split by_scene.",
+            f"data.split: published needs test rows, and {corpus.root} has none",
+            f"Add them in {TEST_FILE}, or for a table in test.csv, or use --data.split by_scene.",
         )
     categories = [row.category.value for row in corpus.train]
     try:
@@ -129,7 +129,7 @@ def split_by_scene(corpus: Corpus, folds: int, fold: int, seed: int = 0) -> Spli
     if not 3 <= folds <= len(set(scenes)):
         raise UserError(
             f"data.folds: {folds} folds of {len(set(scenes))} scenes",
-            "Use at least 3 folds, and at most as many as there are scenes.",
+            "Use at least 3 folds, and at most as many as there are scenes; the field scene may name the scenes.",
         )
     if not 0 <= fold < folds:
         raise UserError(f"data.fold: there is no fold {fold} of {folds}", f"Use 0 to {folds - 1}.")
@@ -165,13 +165,18 @@ def history_digests(rows: Iterable[AnnotatedRow]) -> list[int]:
     return sorted({row.history_digest for row in rows})
 
 
+def scenes_of(rows: Iterable[AnnotatedRow]) -> set[str]:
+    """Return the names of the scenes of some rows; see `AnnotatedRow.scenes`."""
+    return {scene for row in rows for scene in row.scenes}
+
+
 def seen_rows(split: Split) -> dict[str, list[Any]]:
     """Return the sorted digests of the histories, and the sorted scenes, that a model trained and validated on."""
     return {
         "training_histories": history_digests(split.train),
-        "training_scenes": sorted({row.scene for row in split.train}),
+        "training_scenes": sorted(scenes_of(split.train)),
         "validation_histories": history_digests(split.validation),
-        "validation_scenes": sorted({row.scene for row in split.validation}),
+        "validation_scenes": sorted(scenes_of(split.validation)),
     }
 
 

@@ -105,8 +105,13 @@ def read_text(path: Path, limit: int = MAX_TEXT_BYTES, option: str = "", hint: s
         raise not_utf8(f"{where}, line {line}") from error
 
 
-def text_lines(file: IO[bytes], path: Path) -> Iterator[tuple[str, str]]:
+def text_lines(file: IO[bytes], path: Path, *, keep_ends: bool = False) -> Iterator[tuple[str, str]]:
     """Yield the path and number of each line, for messages, and its text. Only line feeds end lines.
+
+    Args:
+        file: The file.
+        path: Its path.
+        keep_ends: Whether the text includes the end of its line.
 
     Raises:
         UserError: A line is too long, or not UTF-8.
@@ -118,7 +123,8 @@ def text_lines(file: IO[bytes], path: Path) -> Iterator[tuple[str, str]]:
         if len(line) > MAX_TEXT_BYTES:
             raise _too_long(where, "more", MAX_TEXT_BYTES)
         try:
-            yield where, (line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line).decode().rstrip("\r\n")
+            text = (line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line).decode()
+            yield where, text if keep_ends else text.rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise not_utf8(where) from error
 

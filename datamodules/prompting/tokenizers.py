@@ -1,7 +1,7 @@
 """Tokenizers: trained on the text of a run, loaded by name, or stored in a checkpoint as text."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,25 @@ if TYPE_CHECKING:
 # Training time is quadratic in the length of a word.
 _LONG_RUN = re.compile(r"(\S{1000}|\s{1000})")
 SCRATCH = "scratch"  # as name of a backbone: train the tokenizer, initialize the weights
+
+
+def make_tokenizer(
+    name: str, texts: Callable[[], Iterable[str]], vocabulary_size: int, trust_remote_code: bool = False
+) -> "PreTrainedTokenizerFast":
+    """Load a tokenizer, or train one if its name is `SCRATCH`.
+
+    Args:
+        name: Hub id, local path, or `SCRATCH`.
+        texts: Returns the texts to train on.
+        vocabulary_size: Maximum number of tokens of a trained tokenizer.
+        trust_remote_code: Whether a loaded tokenizer may run its own code.
+
+    Raises:
+        UserError: See `train_tokenizer` and `load_tokenizer`.
+    """
+    if name == SCRATCH:
+        return train_tokenizer(texts(), vocabulary_size)
+    return load_tokenizer(name, trust_remote_code)
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> "PreTrainedTokenizerFast":

@@ -12,6 +12,7 @@ from lightning import LightningModule, Trainer
 
 from datamodules.batching.rows import RowsDataModule
 from datamodules.corpus.records import Category
+from datamodules.corpus.sources import rows_digest
 from models.learning.calibration import DECISION, fit_threshold
 from models.learning.metrics import FEW_GROUPS, PUBLISHED_REWARD_ROWS
 from models.learning.sharded_files import content_digest
@@ -45,6 +46,10 @@ def run_record(model: BackboneModule, data: RowsDataModule, source: str) -> dict
         "weights": source,
         "backbone": model.hparams["backbone"],
         "split": data.description,
+        "data": {
+            "read": list(data.notes),
+            "digests": {name: rows_digest(getattr(data.split, name)) for name in rows},
+        },
         "rows": rows,
         "tested_rows": model.test_count,
         "truncated_rows": dict(data.truncated),

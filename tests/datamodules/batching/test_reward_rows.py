@@ -314,7 +314,7 @@ def test_second_tokenization_comes_from_the_cache(root: Path, tmp_path: Path, mo
         raise AssertionError("the cache was not used")
 
     with monkeypatch.context() as patch:
-        patch.setattr(RewardDataModule, "_tokenized", tokenizes_again)
+        patch.setattr(row_tokenizer_module.RowTokenizer, "encode_all", tokenizes_again)
         second = made(root, max_length=130)
     assert (second.truncated, ids_of(second, "train")) == (first.truncated, ids_of(first, "train"))
     assert sorted(tmp_path.rglob("*.arrow")) == files

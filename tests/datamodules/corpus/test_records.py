@@ -124,6 +124,7 @@ def test_reads_every_field_of_a_row(tmp_path: Path) -> None:
         "help_needed": True,
         "annotation": (True, True, False),
         "stated_category": Category.CORRECT_DETECTION,
+        "stated_scene": None,
     }
 
 

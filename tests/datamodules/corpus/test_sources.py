@@ -82,7 +82,7 @@ def test_missing_directory_and_missing_file_are_named(local: Path) -> None:
     with pytest.raises(UserError, match=r"data\.root: /no/such/place is not a directory"):
         load_corpus("/no/such/place")
     (local / "reward_data" / "train_data.jsonl").unlink()
-    with pytest.raises(UserError, match=r"data\.root: .*local has no reward_data/train_data\.jsonl"):
+    with pytest.raises(UserError, match=r"data\.root: .*local has no reward_data/train_data\.jsonl, and no CSV"):
         load_corpus(str(local))
 
 

@@ -110,7 +110,7 @@ def test_published_refuses_a_category_of_one_row_and_a_root_without_test_file() 
     rows = [*(row_of([str(number)]) for number in range(20)), row_of(["x"], None)]
     with pytest.raises(UserError, match=r"data\.validation_fraction: cannot hold out 0\.2 of 21 rows"):
         split_published(Corpus("here", rows, rows), 0.2)
-    with pytest.raises(UserError, match=r"data\.split: published needs reward_data/test_data\.jsonl, and here has"):
+    with pytest.raises(UserError, match=r"data\.split: published needs test rows, and here has"):
         split_published(Corpus("here", rows, []), 0.2)
 
 

@@ -129,6 +129,14 @@ SPLIT_FILES = {
     "a long name": (json.dumps({"x" * 1_000_000: {}}), "splits.json, xxx"),
     "deep": ('{"a": ' + "[" * 1000 + "]" * 1000 + "}", "at most 100 lists"),
 }
+COLUMNS = json.dumps({"history": "events", "proposal": "offer", "accepted": "ok"})
+TABLE = write("t.csv", 'events,offer,ok\n"[""opens""]",Help.,1\n')
+TABLES = {
+    "a bad history": (write("t.csv", "events,offer,ok\nopens,Help.,1\n"), "t.csv, line 2, field events"),
+    "a bad judgment": (write("t.csv", 'events,offer,ok\n"[""opens""]",Help.,yes\n'), "t.csv, line 2, field ok"),
+    "control characters": (write("t.csv", f'events,offer,ok\n"[""opens""]",Help.,"{ESCAPES}"\n'), "line 2, field ok"),
+    "no row": (write("t.csv", "events,offer,ok\n"), "t.csv holds no training row"),
+}
 BASELINE = ["agent", "--agent.baseline=never-propose", "--judge.url=http://127.0.0.1:9/v1", "--judge.model=m"]
 CASES = [
     *(Case(f"rows: {n}", "inspect", ["--root=r"], named, root(**{TRAIN: c})) for n, (c, named) in ROWS.items()),
@@ -168,5 +176,20 @@ CASES = [
     ),
     Case("a line without end", "inspect", ["--root=r"], "line 1: holds more", sparse(TRAIN, MAX_RECORDS_BYTES)),
     Case("splits beyond the limit", "evaluate", [*BASELINE, "--data.root=r"], "limit", sparse(SPLITS, 2**30)),
+    *(
+        Case(
+            f"a table for {command}: {name}",
+            command,
+            [f"--{prefix}root=t.csv", f"--{prefix}columns={COLUMNS}"],
+            named,
+            table,
+        )
+        for name, (table, named) in TABLES.items()
+        for command, prefix in (("inspect", ""), ("fit", "data."))
+    ),
+    Case("a table without columns", "fit", ["--data.root=t.csv"], "t.csv has no column history", TABLE),
+    Case("a column of another field", "fit", ["--data.columns.row=x"], "data.columns: Option 'row' is not accepted"),
+    Case("columns of the published layout", "fit", [f"--data.columns={COLUMNS}"], "data.columns: "),
+    Case("a dataset without a network", "inspect", ["--root=nobody/nothing"], "nobody/nothing is no folder, and it"),
     Case("a small root", "inspect", ["--root={root}"], "", accepted=True),
 ]
