@@ -126,3 +126,19 @@ def test_the_examples_of_the_page_run_as_written(finished_run: FinishedRun, agen
     )
     assert (ended.returncode, ended.stderr) == (0, "")
     assert re.search(r"^0\.\d+$", ended.stdout, re.MULTILINE)
+
+
+def test_the_python_examples_of_the_readme_run(finished_run: FinishedRun, tmp_path: Path) -> None:
+    """In one program, with the path of a run put in its place, and one training step instead of an epoch."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 2
+    code = "\n".join(blocks).replace('"runs/reward/0"', repr(str(finished_run.folder)))
+    assert "max_epochs=1" in code
+    (tmp_path / "readme.py").write_text(
+        code.replace("max_epochs=1", "max_steps=1, limit_val_batches=1"), encoding="utf-8"
+    )
+    command = [sys.executable, "readme.py"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment_of_commands())
+    assert ended.returncode == 0, ended.stderr
+    assert 0 < float(ended.stdout.splitlines()[0]) < 1
