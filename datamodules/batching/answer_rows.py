@@ -20,6 +20,7 @@ from datamodules.batching.rows import RowsDataModule, log
 from datamodules.batching.token_cache import CachedRows
 from datamodules.batching.tokenized_split import Stage, TokenizedSplit
 from datamodules.corpus.answers import Answer, write_answer
+from datamodules.corpus.conversation_formats import conversion_report, is_conversion_count
 from datamodules.corpus.conversations import read_conversations
 from datamodules.corpus.records import AnnotatedRow, Category, Event, scene_of
 from datamodules.corpus.sources import Corpus
@@ -264,9 +265,13 @@ class AgentDataModule(AnswersDataModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":
-            if left_out := [f"{n} {reason}" for reason, n in self.conversation_counts.items() if reason != REWRITTEN]:
+            counts = self.conversation_counts
+            for sentence in conversion_report(counts):
+                log.info(f"data.conversations: {sentence}")
+            reasons = [name for name in counts if name != REWRITTEN and not is_conversion_count(name)]
+            if left_out := [f"{counts[reason]} {reason}" for reason in reasons]:
                 log.info(f"conversations left out: {', '.join(left_out)}")
-            if rewritten := self.conversation_counts[REWRITTEN]:
+            if rewritten := counts[REWRITTEN]:
                 log.info(
                     f"conversations whose texts the chat format changes: {rewritten}; the changed texts are learned"
                 )

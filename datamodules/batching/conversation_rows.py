@@ -37,12 +37,13 @@ def conversation_rows(
         validation_fraction: Share of the conversations that validate. Conversations with the same beginning have the
             same scene, and so the same split.
         held_out_events: Conversations that contain one of these events are left out; None to leave none out.
-        counts: Counts the conversations that are left out, by reason, and those that are rewritten.
+        counts: Counts the conversations that are left out, by reason, and those that are rewritten. In training it
+            also counts what was converted, in both splits.
     """
     conversation_tokenizer = ConversationTokenizer(tokenizer, max_length)
     guard = None if held_out_events is None else event_pattern(held_out_events)
     for path in paths:
-        for conversation in read_conversations(path):
+        for conversation in read_conversations(path, None if validation else counts):  # both splits read all files
             if validates(conversation.scene, validation_fraction) is not validation:
                 continue
             if contains_event(conversation, guard):

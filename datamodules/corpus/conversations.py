@@ -1,13 +1,14 @@
-"""Conversation files in the published format, read one conversation at a time.
+"""Conversation files, read one conversation at a time.
 
-A file is a JSON list, or JSON lines, of {"conversations": [{"role": ..., "content": ...}, ...]}. The turns of the
-assistant are learned.
+A file is a JSON list, or JSON lines, of {"conversations": [{"role": ..., "content": ...}, ...]}, or of conversations in
+the formats of ShareGPT and OpenAI. The turns of the assistant are learned.
 """
 
 import hashlib
 import json
 import mmap
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, Annotated, Any, ClassVar, Literal
@@ -15,6 +16,7 @@ from typing import IO, Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, model_validator
 from pydantic_core import PydanticCustomError
 
+from datamodules.corpus.conversation_formats import converted
 from datamodules.corpus.json_records import parse_json, validate
 from datamodules.corpus.records import Text
 from datamodules.errors import UserError
@@ -29,7 +31,6 @@ _NOT_BLANK = re.compile(rb"\S")
 
 # Formats of other projects: the fields that identify each, its name, and how to convert it.
 OTHER_FORMATS: tuple[tuple[set[str], str, str], ...] = (
-    ({"messages"}, 'OpenAI\'s "messages"', "Rename it, as in jq -c '{conversations: .messages}'"),
     (
         {"instruction", "output"},
         'Alpaca\'s "instruction" and "output"',
@@ -92,11 +93,6 @@ class Conversation(BaseModel):
 
 def _refuse_other_turns(place: str, turn: dict[str, Any]) -> None:
     calls = [name for name in ("tool_calls", "function_call", "tool_call_id") if turn.get(name)]
-    if {"from", "value"} <= turn.keys():
-        raise _other_format(
-            f'{place}: expected "role" and "content", got ShareGPT\'s "from" and "value"',
-            "Rename these fields, human to user, and gpt to assistant",
-        )
     if calls or turn.get("role") in ("tool", "function"):
         raise _other_format(
             f"{place}: expected a turn of text, got a call of tools ({calls[0] if calls else turn['role']})",
@@ -110,8 +106,12 @@ def _other_format(what: str, hint: str) -> PydanticCustomError:
     return PydanticCustomError("other_format", what, {"hint": f"{hint}; {PAGE} shows the format."})
 
 
-def read_conversations(path: Path) -> Iterator[Conversation]:
+def read_conversations(path: Path, counts: Counter[str] | None = None) -> Iterator[Conversation]:
     """Yield the conversations of a file. Only one is in memory at a time.
+
+    Args:
+        path: The file.
+        counts: Counts what was converted; see `datamodules.corpus.conversation_formats`.
 
     Raises:
         UserError: The file cannot be read, or a record does not fit.
@@ -122,7 +122,9 @@ def read_conversations(path: Path) -> Iterator[Conversation]:
         is_list = start.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
         lines = ((where, line) for where, line in text_lines(file, path) if line.strip())
         for where, text in _items_of_list(path, file) if is_list else lines:
-            yield validate(parse_json(text, where), Conversation, where)
+            item = converted(parse_json(text, where), Counter() if counts is None else counts)
+            if item is not None:
+                yield validate(item, Conversation, where)
 
 
 def _items_of_list(path: Path, file: IO[bytes]) -> Iterator[tuple[str, str]]:

@@ -245,8 +245,6 @@ def test_22_and_32_learned_tokens_of_a_conversation(
     [
         ("24-half-surrogate/lines.jsonl", "line 1"),
         ("26-empty-answer/told.jsonl", "line"),
-        ("31-formats/openai.jsonl", "OpenAI"),
-        ("31-formats/sharegpt.jsonl", "ShareGPT"),
         ("31-formats/toolcalls.jsonl", "tool"),
     ],
 )

@@ -236,6 +236,31 @@ def test_texts_that_the_chat_format_changes_are_logged(
         assert int((data.encoded["train"].columns["kind"] == AnswerKind.CONVERSATION).sum()) == 2
 
 
+def test_what_was_converted_is_logged_for_both_splits_together(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    roles = ({"role": "user", "content": f"Talk {n}."} for n in range(20))
+    records = [{"messages": [one, {"role": "assistant", "content": "Fine."}]} for one in roles]
+    records.append({"messages": [{"role": "user", "content": "Talk."}, {"role": "tool", "content": "r"}]})
+    path = tmp_path / "told.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    for _ in range(2):  # also when the cache remembers
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="proactive"):
+            logging.getLogger("proactive").propagate = True
+            data = made(root, conversations=[str(path)], validation_fraction=0.4)
+        counts = [
+            int((data.encoded[s].columns["kind"] == AnswerKind.CONVERSATION).sum()) for s in ("train", "validation")
+        ]
+        assert sum(counts) == 20
+        assert all(counts)
+        assert (
+            "data.conversations: 21 conversations converted from OpenAI; 40 of 42 turns kept; "
+            "turns dropped: 1 that call a tool or answer a call; 1 conversations left out, because no answer is left\n"
+        ) in caplog.text
+        assert "conversations left out:" not in caplog.text
+
+
 @pytest.mark.parametrize("annotated", [True, False])
 def test_with_contamination_allowed_all_scenes_count_as_trained_on(root: Path, tmp_path: Path, annotated: bool) -> None:
     """Each scene is either kept out of the conversations, those of validation too, or named as trained on."""

@@ -319,8 +319,6 @@ CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{
 @pytest.mark.parametrize(
     ("record", "what", "to_do"),
     [
-        ({"id": "x1", "conversations": [{"from": "human", "value": "hi"}]}, "ShareGPT", "Rename these fields"),
-        ({"messages": written(TURNS)["conversations"]}, 'OpenAI\'s "messages"', "jq -c"),
         ({"instruction": "a", "input": "", "output": "b"}, "Alpaca", "Make a user turn"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, '"chosen" and "rejected"', "that were chosen"),
         ({"prompt": "a", "completion": "b"}, '"prompt" and "completion"', "Make a user turn"),
