@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from datamodules.errors import UserError
 from proactive import __version__
+from proactive.fitting.help import show_cached_help
 from proactive.parser import did_you_mean
 from proactive.terminal import run, say, set_up_messages
 
@@ -25,6 +26,7 @@ COMMANDS = {  # module name: description
     "gate": "calibrate a gate on the answers of its user",
     "completion": "print a script for completion of commands and options in bash or zsh",
 }
+HELP_IS_CACHED = ("fit", "plan")  # because their parsers import all libraries
 HELP = "\n".join(
     [
         "usage: proactive COMMAND [OPTION ...]",
@@ -56,6 +58,8 @@ def main(arguments: list[str]) -> None:
     elif name == "--version":
         say(f"proactive {__version__}")
     elif name in COMMANDS:
+        if name in HELP_IS_CACHED and show_cached_help(name, program(name), rest):
+            return
         command = importlib.import_module(f"proactive.{name}")
         set_up_messages(rest)  # again, for the libraries that were imported just now
         command.main(rest)

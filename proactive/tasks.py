@@ -61,4 +61,3 @@ TASKS = {
         Task(OnlineAgent, decision_tables, _agent_page, _sampled_answers),
     )
 }
-DEFAULT_TASK = RewardClassifier.task

@@ -19,7 +19,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 import proactive
-from proactive.commands import COMMANDS
+from proactive.commands import COMMANDS, HELP_IS_CACHED
 from tests.helpers import ROOT
 
 PAGES = [
@@ -93,7 +93,7 @@ def known_options(command: str) -> frozenset[str]:
     printed = io.StringIO()
     for arguments in HELPS.get(command, [[]]):
         with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
-            main([*arguments, "--help"])
+            main([*arguments, "--help=all" if command in HELP_IS_CACHED else "--help"])
     return frozenset(re.findall(OPTION, printed.getvalue()))
 
 

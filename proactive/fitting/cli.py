@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import SUPPRESS
 from lightning import LightningModule, Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import Callback, ProgressBar
@@ -41,12 +42,14 @@ from datamodules.files.writing import write_atomically
 from datamodules.ranges import Count, FolderName
 from models.learning.sharded_files import recover
 from proactive.commands import program
+from proactive.fitting.arguments import DEFAULT_TASK
 from proactive.fitting.configs import MergedConfigs, all_options
+from proactive.fitting.help import ALL, HelpAction
 from proactive.fitting.job import choose_folder, leads_job
 from proactive.fitting.resume import KeepOptions, checkpoint_to_resume, refuse_other_options, resumed_folder
-from proactive.fitting.trainer_options import TRAINER_DEFAULTS, refuse_impossible_options
+from proactive.fitting.trainer_options import REFUSED, TRAINER_DEFAULTS, refuse_impossible_options
 from proactive.parser import Parser, best_reason, did_you_mean
-from proactive.tasks import DEFAULT_TASK, TASKS
+from proactive.tasks import TASKS
 
 
 class FitParser(Parser, LightningArgumentParser):
@@ -83,7 +86,15 @@ class FitCLI(LightningCLI):
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = FitParser(**kwargs)
+        parser = FitParser(**kwargs, add_help=False)
+        parser.add_argument(
+            "-h",
+            "--help",
+            action=HelpAction,
+            command=self.command,
+            task=self.task.module.task,
+            help=f"Show the common options and those of this project, and exit. --help={ALL} shows all options.",
+        )
         parser.add_argument(
             "-c",
             "--config",
@@ -122,6 +133,9 @@ class FitCLI(LightningCLI):
         )
         parser.add_argument("--quiet", action="store_true", help="Print only the run folder.")
         parser.add_argument("--debug", action="store_true", help="Show tracebacks and messages of libraries.")
+        for action in parser._actions:
+            if action.dest.removeprefix("trainer.") in REFUSED:
+                action.help = SUPPRESS  # not in the help, and not completed
         for name, of_data in self.task.module.linked_options.items():
             parser.link_arguments(f"model.{name}", f"data.{of_data}")
 

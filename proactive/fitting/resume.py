@@ -17,6 +17,7 @@ from datamodules.files.run_folders import CHECKPOINTS, CONFIG_FILE, latest_run_f
 from models.learning.checkpoint_files import LAST, checkpoint_problem, load_run, refuse_damaged
 from models.learning.sharded_files import is_sharded, recover
 from models.learning.training import BackboneModule
+from proactive.fitting.trainer_options import REFUSED
 from proactive.terminal import say
 
 OPTIONS = "options"  # key of the options in a checkpoint
@@ -25,6 +26,7 @@ TRAINER_MAY_CHANGE = (
     *("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time"),  # when the run ends
     *("callbacks", "logger", "log_every_n_steps", "enable_progress_bar", "enable_model_summary"),  # what it shows
     *("profiler", "detect_anomaly", "deterministic"),
+    *REFUSED,  # they have one value only; checkpoints of earlier versions list it
 )
 NEEDED = ("loops", "callbacks", "optimizer_states", "lr_schedulers")  # Lightning's keys that a resume needs
 RUN_MAY_CHANGE = ("checkpoint_every_n_steps",)

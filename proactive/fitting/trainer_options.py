@@ -1,6 +1,6 @@
 """The Trainer's options: our defaults, their ranges, and combinations that cannot work."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from annotated_types import Ge, Le
 from jsonargparse import Namespace
@@ -14,8 +14,22 @@ TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # the data module's sampler divides rows among ranks
     "enable_model_summary": False,
 }
-# Options of Lightning that have no effect with manual optimization, with their defaults.
-WITHOUT_EFFECT = {"accumulate_grad_batches": 1, "gradient_clip_val": None, "gradient_clip_algorithm": None}
+MANUAL = (
+    "the model uses manual optimization",
+    "Use data.batch_size for the rows of a step, data.token_budget for the tokens of a micro-batch, and "
+    "model.gradient_clip_norm for the maximum gradient norm.",
+)
+NEEDED = ("a run needs its checkpoints and metrics", "Leave it out.")
+STEPS = ("a batch is a whole step", "Use trainer.limit_train_batches for a part of the steps.")
+# Options of Lightning that are refused: the value that is allowed, the reason, and what to do instead.
+REFUSED: dict[str, tuple[Any, str, str]] = {
+    "accumulate_grad_batches": (1, *MANUAL),
+    "gradient_clip_val": (None, *MANUAL),
+    "gradient_clip_algorithm": (None, *MANUAL),
+    "enable_checkpointing": (None, *NEEDED),
+    "barebones": (False, *NEEDED),
+    "overfit_batches": (0.0, *STEPS),
+}
 LIMIT = Annotated[int, Ge(-1), Le(2**31 - 1), FINITE]  # -1 for no limit
 # Ranges that Lightning's annotations leave open. A run ends with its test, so the test needs rows.
 TRAINER_RANGES = {
@@ -28,7 +42,6 @@ TRAINER_RANGES = {
     "limit_val_batches": NonNegativeInt | Fraction | None,
     "limit_test_batches": Count | PositiveFraction | None,
     "limit_predict_batches": NonNegativeInt | Fraction | None,
-    "overfit_batches": NonNegativeInt | Fraction,
     "check_val_every_n_epoch": Count | None,
     "num_sanity_val_steps": LIMIT | None,
     "log_every_n_steps": NonNegativeInt | None,
@@ -44,7 +57,7 @@ def refuse_impossible_options(config: Namespace) -> None:
         config: All options. Whole numbers that the parser read as floats become integers.
 
     Raises:
-        UserError: A value is out of range or has no effect, or the monitored metric is not computed.
+        UserError: A value is out of range or refused, or the monitored metric is not computed.
     """
     for name, value in config.trainer.as_dict().items():
         # Options that take a number of batches or a share of them: the parser may read 3 as 3.0.
@@ -57,10 +70,6 @@ def refuse_impossible_options(config: Namespace) -> None:
             "run.monitor: validation/json_validity needs sampled answers, but model.sampled_answers is 0",
             "Set model.sampled_answers, or monitor another metric.",
         )
-    for name, default in WITHOUT_EFFECT.items():
-        if (value := config.trainer[name]) != default:
-            raise UserError(
-                f"trainer.{name}: {value} would have no effect, because the model uses manual optimization",
-                "Use data.batch_size for the rows of a step, data.token_budget for the tokens of a micro-batch, and "
-                "model.gradient_clip_norm for the maximum gradient norm.",
-            )
+    for name, (allowed, reason, instead) in REFUSED.items():
+        if (value := config.trainer[name]) != allowed:
+            raise UserError(f"trainer.{name}: {value} is not possible, because {reason}", instead)

@@ -159,18 +159,6 @@ def test_an_error_of_a_class_about_its_options_is_one_line(call: Callable) -> No
         assert what.endswith(" `mode` can be min, max, got up")
 
 
-@pytest.mark.parametrize(
-    "option", ["accumulate_grad_batches=2", "gradient_clip_val=0.5", "gradient_clip_algorithm=value"]
-)
-def test_refused_lightning_options_name_the_ones_to_use(option: str, call: Callable) -> None:
-    ended = call(fit.main, f"--trainer.{option}")
-    assert ended.code == 2
-    what, hint = ended.err.splitlines()
-    assert option.split("=")[0] in what
-    for serves in ("data.batch_size", "data.token_budget", "model.gradient_clip_norm"):
-        assert serves in hint
-
-
 def test_no_library_warns_of_what_a_user_cannot_change(call: Callable, finished_run: FinishedRun) -> None:
     """The default run, tests and resumes are looked at elsewhere; these options each had a library warn."""
     options = [*SMALL_RUN, f"--data.root={finished_run.root}", "--trainer.max_steps=1"]
