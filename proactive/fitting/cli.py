@@ -47,6 +47,7 @@ from proactive.fitting.configs import MergedConfigs, all_options
 from proactive.fitting.help import ALL, HelpAction
 from proactive.fitting.job import choose_folder, leads_job
 from proactive.fitting.resume import KeepOptions, checkpoint_to_resume, refuse_other_options, resumed_folder
+from proactive.fitting.trackers import TrackerName, tracker_of
 from proactive.fitting.trainer_options import REFUSED, TRAINER_DEFAULTS, refuse_impossible_options
 from proactive.parser import Parser, best_reason, did_you_mean
 from proactive.tasks import TASKS
@@ -124,6 +125,13 @@ class FitCLI(LightningCLI):
             choices=monitors,
             default=monitors[0],
             help="The metric that selects the best weights: highest, or lowest for a loss.",
+        )
+        parser.add_argument(
+            "--run.tracker",
+            type=TrackerName,
+            default="none",
+            help="Where to log besides the run folder's own files. wandb works offline unless WANDB_MODE is set, "
+            "mlflow writes to mlflow.db in run.root unless MLFLOW_TRACKING_URI is set.",
         )
         parser.add_argument(
             "--ckpt_path",
@@ -222,7 +230,9 @@ class FitCLI(LightningCLI):
             )
         if isinstance(options.strategy, FullySharded) or options.strategy == "fully_sharded":
             given["inference_mode"] = False  # training continues with parameters that validation gathered
-        self.loggers = [CSVLogger(folder, "", LOGS), *self._other_loggers(options.logger)]  # the report reads CSV
+        self.trackers = tracker_of(settings.tracker, folder)
+        own = CSVLogger(folder, "", LOGS)  # the report reads it
+        self.loggers = [own, *self._given_loggers(options.logger), *self.trackers]
         given["logger"] = False  # `FirstFiles` sets the loggers, because Lightning lets them write before that
         if options.enable_progress_bar is None:
             given["enable_progress_bar"] = any(isinstance(callback, ProgressBar) for callback in callbacks)
@@ -234,11 +244,11 @@ class FitCLI(LightningCLI):
                 f"trainer: {reason}{_suggestion(reason)}", "Change the trainer's options; see --help."
             ) from error
 
-    def _other_loggers(self, given: Logger | Iterable[Logger] | bool | None) -> list[Logger]:
-        """The loggers that the user gave, else TensorBoard's."""
+    def _given_loggers(self, given: Logger | Iterable[Logger] | bool | None) -> list[Logger]:
+        """The loggers of --trainer.logger. True is TensorBoard's."""
         if isinstance(given, Logger):
             return [given]
-        if given is None or given is True:
+        if given is True:
             return [TensorBoardLogger(self.folder, "", LOGS)]
         return list(given or [])
 
@@ -261,6 +271,8 @@ class FirstFiles(Callback):
             if cli.guard is not None:
                 cli.guard.end()
         trainer.loggers = cli.loggers
+        for tracker in cli.trackers:  # Lightning logs the options of model and data
+            tracker.log_hyperparams({name: all_options(cli.parser, cli.config)[name] for name in ("trainer", "run")})
 
 
 def _suggestion(reason: str) -> str:

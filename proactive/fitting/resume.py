@@ -29,7 +29,7 @@ TRAINER_MAY_CHANGE = (
     *REFUSED,  # they have one value only; checkpoints of earlier versions list it
 )
 NEEDED = ("loops", "callbacks", "optimizer_states", "lr_schedulers")  # Lightning's keys that a resume needs
-RUN_MAY_CHANGE = ("checkpoint_every_n_steps",)
+RUN_MAY_CHANGE = ("checkpoint_every_n_steps", "tracker")
 ONLY_NEW_RUN = "Start a new run. The checkpoint can still be evaluated and exported."
 
 
