@@ -121,7 +121,7 @@ def test_a_logger_by_class_is_added_to_the_csv_file_of_the_report(
 
 @pytest.mark.parametrize(
     ("logger", "package"),
-    [("CometLogger", "comet-ml"), (f"{BY_CLASS}.NeptuneLogger", "neptune")],
+    [("CometLogger", "comet-ml"), (f"{BY_CLASS}.CometLogger", "comet-ml")],
 )
 def test_a_logger_whose_library_is_missing_says_what_to_install(
     logger: str, package: str, call: Callable, tmp_path: Path
