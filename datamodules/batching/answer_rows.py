@@ -194,7 +194,10 @@ class AnswersDataModule(RowsDataModule):
 
     def _answer_positions(self, examples: list[Example], input_ids: list[Integers], starts: Integers) -> list[Integers]:
         """Return the positions of each answer's tokens; of a probe, those after the choice of null or an offer."""
-        silence, offer = self.segmenter.encode([(Data(NULL_ANSWER),), (Data(OFFER_ANSWER),)])
+        silence, offer = (
+            self.segmenter.encode([(self.template.answer,), (Data(self.lead + text),)], continues=True)[1]
+            for text in (NULL_ANSWER, OFFER_ANSWER)
+        )
         choice = next(position for position, (a, b) in enumerate(zip(silence, offer, strict=False)) if a != b)
         return [
             np.arange(start + (choice if example.kind == AnswerKind.PROBE else 0), len(ids))
@@ -203,7 +206,7 @@ class AnswersDataModule(RowsDataModule):
 
     def opening(self) -> list[int]:
         """Return the token ids between the history and the answer."""
-        return self.segmenter.encode([(self.template.answer,)])[0]
+        return self.segmenter.encode([(self.template.answer,)], continues=True)[0]
 
     def segments(self, history: Sequence[Event]) -> list[list[int]]:
         """Return the token ids of the instructions, with the tokenizer's prefix, and of each event."""
@@ -216,11 +219,22 @@ class AnswersDataModule(RowsDataModule):
         return self.max_length - self.branch_length + len(self.opening())
 
     def branch(self, row: Example) -> list[Segment]:
-        return [(self.template.answer,), (Data(write_answer(Answer(proposal=row.proposal))),)]
+        return [(self.template.answer,), (Data(self.lead + write_answer(Answer(proposal=row.proposal))),)]
+
+    @property
+    def lead(self) -> str:
+        """White space that an answer begins with."""
+        return self.chat.lead if self.chat else ""
+
+    @property
+    def end_id(self) -> int:
+        """Id of the token that ends an answer."""
+        token = (self.chat and self.chat.end_token) or self.tokenizer.eos_token
+        return int(self.tokenizer.convert_tokens_to_ids(token))
 
     @property
     def end(self) -> list[int]:
-        return [self.tokenizer.eos_token_id]
+        return [self.end_id]
 
 
 class AgentDataModule(AnswersDataModule):

@@ -23,9 +23,9 @@ def refuse_other_data(
     """
     refuse_changes("data", saved["hyperparameters"], now["hyperparameters"], may_change)
     refuse_changes("", {"seed_everything": saved["order_seed"]}, {"seed_everything": now["order_seed"]}, ())
-    prompt = ("prompt", "the prompt differs from the one in", "data.prompt")
+    prompt = ("prompt", "the prompt or its format differs from the one in", "data.prompt and data.format")
     tokenizer = ("tokenizer", "the tokenizer, or its chat template, differs from the one in", "model.backbone")
     rows = ("training_rows", "the training rows differ from those of", "data.root and data.conversations")
-    for key, difference, option in (prompt, rows, tokenizer) if own_tokenizer else (prompt, tokenizer, rows):
+    for key, difference, option in (prompt, rows, tokenizer) if own_tokenizer else (tokenizer, prompt, rows):
         if saved[key] != now[key]:
             raise UserError(f"{difference} the checkpoint", f"Resume with the same {option}, or start a new run.")

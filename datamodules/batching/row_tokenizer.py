@@ -83,7 +83,7 @@ class RowTokenizer:
         prefix = self.segmenter.prefix
         room = self.max_length - len(prefix)
         recent, skipped = self._recent_segments(history, room)
-        *before, last = self.segmenter.encode(branch)
+        *before, last = self.segmenter.encode(branch, continues=True)
         tail = [token for segment in (*before, last, self.end) for token in segment]
         ids, dropped = truncate([*recent, tail], room, self.branch_length)
         ids = [*prefix, *ids]

@@ -20,6 +20,7 @@ from datamodules.corpus.sources import Corpus, load_corpus
 from datamodules.corpus.splits import Contamination, Split, SplitName, contamination, history_digests, seen_rows
 from datamodules.corpus.tables import is_hub_name
 from datamodules.errors import UserError
+from datamodules.prompting.chat_format import Chat, Format, formatted, saved_chat
 from datamodules.prompting.segments import Segment, SegmentTokenizer
 from datamodules.prompting.templates import Template
 from datamodules.prompting.tokenizers import SCRATCH, make_tokenizer, tokenizer_from_state, tokenizer_state
@@ -47,6 +48,8 @@ class RowsDataModule(StepDataModule):
         fold: With by_scene, index of the fold that is tested.
         validation_fraction: With published, share of the training rows that validate.
         prompt: Prompt file; by default the prompt of this project.
+        format: "chat" writes rows as messages with the chat template of the tokenizer, "plain" as text without turns.
+            "auto" is chat if the tokenizer has a chat template that can write the prompt.
         tokenizer: Hub id or path of a tokenizer, or "scratch" to train one. Set by model.backbone.
         trust_remote_code: Whether a tokenizer may run its own code. Set by model.trust_remote_code.
         vocabulary_size: Maximum number of tokens of a tokenizer from scratch.
@@ -72,6 +75,7 @@ class RowsDataModule(StepDataModule):
         "root",
         "columns",
         "prompt",
+        "format",
         "tokenizer",
         "layout",
         "token_budget",
@@ -92,6 +96,7 @@ class RowsDataModule(StepDataModule):
         fold: NonNegativeInt = 0,
         validation_fraction: FractionBelowOne = 0.1,
         prompt: str | None = None,
+        format: Format = "auto",
         tokenizer: str = SCRATCH,
         trust_remote_code: bool = False,
         vocabulary_size: Vocabulary = 4096,
@@ -117,6 +122,8 @@ class RowsDataModule(StepDataModule):
         self.validation_fraction = validation_fraction
         self.template = self.template_class.read(Path(prompt) if prompt else self.template_class.default)
         self.tokenizer_name = tokenizer
+        self.format = format
+        self.chat: Chat | None = None  # known after `setup`; None in plain format
         self.trust_remote_code = trust_remote_code
         self.vocabulary_size = vocabulary_size
         self.max_length = max_length
@@ -194,7 +201,7 @@ class RowsDataModule(StepDataModule):
     @cached_property
     def segmenter(self) -> SegmentTokenizer:
         """Tokenizes segments. Creating it is slow for a large vocabulary."""
-        return SegmentTokenizer(self.tokenizer)
+        return SegmentTokenizer(self.tokenizer, chat=self.chat is not None)
 
     @cached_property
     def branch_length(self) -> int:
@@ -206,7 +213,7 @@ class RowsDataModule(StepDataModule):
         if self._saved is not None:
             return self._saved.get("branch_length", 0)  # older checkpoints reserved no room
         branches = (self.branch(row) for stage in STAGES["fit"] for row in self.rows(stage))
-        lengths = (sum(map(len, self.segmenter.encode(branch))) for branch in branches)
+        lengths = (sum(map(len, self.segmenter.encode(branch, continues=True))) for branch in branches)
         return max(lengths, default=0) + len(self.end)
 
     @cached_property
@@ -286,6 +293,7 @@ class RowsDataModule(StepDataModule):
             self._tokenizer = make_tokenizer(
                 self.tokenizer_name, self.training_text, self.vocabulary_size, self.trust_remote_code
             )
+            self.template, self.chat = formatted(self.template, self._tokenizer, self.format)
         names = STAGES.get(stage, ("test",))
         for name in names:
             if name not in self.encoded:
@@ -300,6 +308,7 @@ class RowsDataModule(StepDataModule):
         return {
             "hyperparameters": {name: value for name, value in self.hparams.items() if not name.startswith("_")},
             "prompt": self.template.model_dump(),
+            "chat": None if self.chat is None else asdict(self.chat),
             "tokenizer": tokenizer_state(self.tokenizer),
             "branch_length": self.branch_length,
             **self.seen,
@@ -328,9 +337,14 @@ class RowsDataModule(StepDataModule):
         if "root" in given:
             given.setdefault("columns", None)  # the saved columns are those of the saved root
         data = cls(**{**state["hyperparameters"], "prompt": None, **given})
-        if "prompt" not in given:
-            data.template = cls.template_class.parse(state["prompt"], "the checkpoint")
         data._tokenizer = tokenizer_from_state(state["tokenizer"])
+        if "prompt" in given:
+            data.template, data.chat = formatted(
+                data.template, data._tokenizer, "chat" if state.get("chat") else "plain"
+            )
+        else:
+            data.template = cls.template_class.parse(state["prompt"], "the checkpoint")
+            data.chat = saved_chat(state, data._tokenizer)
         data._saved = state
         return data
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from datamodules.corpus.conversations import Conversation, Message
 from datamodules.errors import UserError
-from datamodules.escaping import error_text, on_one_line
+from datamodules.escaping import on_one_line
+from datamodules.prompting.chat_format import ChatTemplateError, render_chat
 from datamodules.prompting.segments import Data, SegmentTokenizer
 
 if TYPE_CHECKING:
@@ -33,9 +34,8 @@ class ConversationTokenizer:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.rewritten = 0
-        self._segmenter = SegmentTokenizer(tokenizer)
+        self._segmenter = SegmentTokenizer(tokenizer, chat=bool(tokenizer.chat_template))
         self._special = set(tokenizer.get_added_vocab().values())
-        self._prefix = [] if tokenizer.chat_template else self._segmenter.prefix  # a chat format contains its own
 
     def encode(self, conversation: Conversation) -> tuple[list[int], list[int]] | None:
         """Return token ids, and the positions of the learned ones. Turns after the last answer are left out.
@@ -65,9 +65,10 @@ class ConversationTokenizer:
     def _encode(self, messages: Sequence[Message]) -> tuple[list[int], list[int], list[int]]:
         """Return token ids of turns, the positions of the learned ones, and the position of each turn's text."""
         pieces, texts = self._format(messages)
-        *before, end = self._segmenter.encode([(piece,) for piece in pieces])
-        contents = self._segmenter.encode([(Data(text),) for text in texts])
-        ids = list(self._prefix)
+        alternating = [(piece, Data(text)) for piece, text in zip(pieces, texts, strict=False)]
+        *parts, end = self._segmenter.encode([*((part,) for pair in alternating for part in pair), (pieces[-1],)])
+        before, contents = parts[::2], parts[1::2]
+        ids = list(self._segmenter.prefix)
         learned: list[int] = []
         starts: list[int] = []
         follows_answer = False
@@ -121,11 +122,10 @@ class ConversationTokenizer:
     def _apply(self, messages: Sequence[Message], texts: Sequence[str]) -> str:
         turns = [{"role": turn.role, "content": text} for turn, text in zip(messages, texts, strict=True)]
         try:
-            return str(self.tokenizer.apply_chat_template(turns, tokenize=False))
-        except Exception as error:  # a template can raise anything
+            return render_chat(self.tokenizer, turns)
+        except ChatTemplateError as error:
             raise UserError(
-                f"data.conversations: the tokenizer's chat format refuses turns of {[m.role for m in messages]}: "
-                f"{error_text(error, 200)}",
+                f"data.conversations: the chat template {error}",
                 "Bring the conversations into an order that the backbone knows.",
             ) from error
 

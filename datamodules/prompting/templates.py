@@ -26,6 +26,7 @@ MAX_PROMPT_BYTES = 2**20  # bytes of a prompt file
 PROMPT_HINT = "Give the path of a prompt file."
 DEFAULT_PROMPT = Path(__file__).with_name("reward_prompt.yaml")
 DEFAULT_AGENT_PROMPT = Path(__file__).with_name("agent_prompt.yaml")
+FORMS = ("", "_json", "_stripped")  # endings of placeholders: text on one line, as JSON, or without white space around
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
@@ -35,6 +36,7 @@ class Template(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
     default: ClassVar[Path]
     placeholders: ClassVar[dict[str, set[str]]] = {"event": {"time", "event"}}
+    last_parts: ClassVar[tuple[str, ...]]  # what may follow the events
 
     instructions: Unicode
     event: Unicode
@@ -65,7 +67,7 @@ class Template(BaseModel):
             ) from error
         for part in cls.model_fields:
             names = cls.placeholders.get(part, set())
-            known = names | {f"{name}_json" for name in names}
+            known = {f"{name}{form}" for name in names for form in FORMS}
             found = set(_PLACEHOLDER.findall(getattr(template, part)))
             for name in sorted(found):
                 if name not in known:
@@ -73,7 +75,7 @@ class Template(BaseModel):
                         f"data.prompt: {where}, part {part}: unknown placeholder {{{name}}}",
                         f"Use {', '.join(f'{{{name}}}' for name in sorted(known)) or 'no placeholder'} there.",
                     )
-            if part in names and not found & {part, f"{part}_json"}:
+            if part in names and not found & {f"{part}{form}" for form in FORMS}:
                 raise UserError(
                     f"data.prompt: {where}, part {part}: does not say where the {part} stands",
                     f"Write {{{part}}} or {{{part}_json}} there.",
@@ -86,6 +88,7 @@ class RewardTemplate(Template):
 
     default = DEFAULT_PROMPT
     placeholders: ClassVar[dict[str, set[str]]] = {**Template.placeholders, "proposal": {"proposal"}}
+    last_parts = ("proposal", "no_proposal")
 
     proposal: Unicode
     no_proposal: Unicode
@@ -95,6 +98,7 @@ class AgentTemplate(Template):
     """Prompt of an agent; `agent_prompt.yaml` explains each part."""
 
     default = DEFAULT_AGENT_PROMPT
+    last_parts = ("answer",)
 
     answer: Unicode
 
@@ -143,9 +147,18 @@ def _fill(text: str, values: Mapping[str, str]) -> Segment:
         elif piece.endswith("_json"):
             quoted = json.dumps(values[piece.removesuffix("_json")], ensure_ascii=False)
             parts.append(Data(on_one_line(quoted)))
+        elif piece.endswith("_stripped"):
+            parts.append(Data(on_one_line(values[piece.removesuffix("_stripped")]).strip()))
         else:
             parts.append(Data(on_one_line(values[piece])))
     return tuple(part for part in parts if part)
+
+
+def stripped_placeholders(text: str) -> str:
+    """Return a part of a template in which data lose the white space around them; JSON keeps its quotes."""
+    return _PLACEHOLDER.sub(
+        lambda found: found[0] if found[1].endswith(FORMS[1:]) else f"{{{found[1]}_stripped}}", text
+    )
 
 
 def training_text(template: RewardTemplate, rows: Iterable[AnnotatedRow]) -> list[str]:

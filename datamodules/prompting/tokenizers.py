@@ -96,6 +96,8 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> "PreTrainedTok
     if tokenizer.pad_token is None:
         raise UserError(f"the tokenizer of {name} has neither a padding nor an end token", "Set its pad_token.")
     tokenizer.padding_side = "right"
+    if isinstance(tokenizer.chat_template, dict):  # several, of which others are for tools or documents
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
     return tokenizer
 
 

@@ -3,6 +3,7 @@
 Shape legend: N answers, V vocabulary size.
 """
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -30,12 +31,13 @@ class AnswerGrammar:
     Each unfinished answer has a matcher, which tracks what was generated and what may follow.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast", end_id: int) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", end_id: int, lead: str = "") -> None:
         """Prepare the vocabulary, which takes seconds for a large one; reuse the grammar.
 
         Args:
             tokenizer: A fast tokenizer, byte-level or with byte fallback.
             end_id: The token that ends an answer.
+            lead: White space that an answer begins with.
 
         Raises:
             UserError: The tokenizer's tokens cannot be converted to bytes.
@@ -44,6 +46,9 @@ class AnswerGrammar:
         from llguidance.hf import from_tokenizer
 
         grammar = LLMatcher.grammar_from_json_schema(ANSWER_SCHEMA, overrides=STYLE)
+        if lead:
+            schema = json.dumps({**ANSWER_SCHEMA, "x-guidance": STYLE})
+            grammar = LLMatcher.grammar_from_lark(f"start: {json.dumps(lead)} answer\nanswer: %json {schema}")
         try:
             self._tokenizer = from_tokenizer(tokenizer, eos_token=end_id)
         except ValueError as error:
@@ -55,7 +60,7 @@ class AnswerGrammar:
         self._blank = LLMatcher(self._tokenizer, grammar, log_level=0)
         if self._blank.is_error():
             raise RuntimeError(self._blank.get_error())
-        self._closings = [self._tokenizer.tokenize_str(closing) for closing in CLOSINGS]
+        self._closings = [self._tokenizer.tokenize_str(closing) for closing in (*CLOSINGS, lead + CLOSINGS[-1])]
 
     def start(self) -> "LLMatcher":
         """Return the matcher of a new answer."""

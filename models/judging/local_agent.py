@@ -157,8 +157,8 @@ class LocalAgent(Agent):
     @cached_property
     def writer(self) -> AnswerWriter:
         """The writer, which chooses tokens."""
-        end_id = self.data.tokenizer.eos_token_id
-        grammar = AnswerGrammar(self.data.tokenizer, end_id) if self.options.constrained else None
+        end_id = self.data.end_id
+        grammar = AnswerGrammar(self.data.tokenizer, end_id, self.data.lead) if self.options.constrained else None
         return AnswerWriter(end_id, self.options.max_new_tokens, self.temperature, self.seed, grammar)
 
     @cached_property

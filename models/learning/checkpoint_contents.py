@@ -96,6 +96,18 @@ class SavedTokenizer(Content):
     chat_template: str | None = None
 
 
+class SavedChat(Content):
+    """The fields of `datamodules.prompting.chat_format.Chat`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    system: str
+    user: str
+    after: str
+    end_token: str | None
+    lead: Annotated[str, Field(pattern=r"^\s*$")]
+
+
 class DataOptions(Content):
     """The options of a data module that other code reads."""
 
@@ -108,6 +120,7 @@ class SavedData(Content):
 
     hyperparameters: DataOptions
     prompt: Plain
+    chat: SavedChat | None = None  # older files have none, and their format is plain
     tokenizer: SavedTokenizer
     branch_length: Count = 0
     training_histories: list[Digest] = Field(min_length=1)

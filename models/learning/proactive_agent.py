@@ -157,7 +157,7 @@ class ProactiveAgent(BackboneModule):
             self.network,
             [data.segments(example.history) for example in chosen],
             data.opening(),
-            end_id=data.tokenizer.eos_token_id,
+            end_id=data.end_id,
             max_new_tokens=SAMPLED_TOKENS,
             max_length=max_length,
             branched=self._can_branch,

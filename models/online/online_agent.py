@@ -170,7 +170,7 @@ class OnlineAgent(ProactiveAgent):
         """
         assert self.network is not None
         data: HistoryDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
-        tokens, end_id = self.hparams["max_new_tokens"], data.tokenizer.eos_token_id
+        tokens, end_id = self.hparams["max_new_tokens"], data.end_id
         max_length = data.prompt_length + tokens
         if self._branched is None:
             self._branched = can_branch(self.network, max_length)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from datamodules.batching.answer_rows import AnswersDataModule
 from datamodules.batching.rows import RowsDataModule
 from datamodules.errors import UserError
 from datamodules.files.writing import Unfinished
@@ -75,12 +76,28 @@ def _write(
     data.tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(model_card(model, data, record), encoding="utf-8")
     content = export_state(folder)
-    content["around"] = {
+    content["around"] = {  # token ids around each row, and after what a text begins without a mark
         "before": data.segmenter.prefix,
         "after": data.end,
-    }  # token ids around each row
+        "unmarked": data.segmenter.unmarked,
+    }
+    if isinstance(data, AnswersDataModule) and data.chat:
+        _stop_at(folder, data.end_id)
     content[FILES] = sorted(path.name for path in folder.iterdir())
     (folder / EXPORT_STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def _stop_at(folder: Path, token: int) -> None:
+    """Make servers of an exported agent stop at the token that ends its answers."""
+    from transformers import GenerationConfig
+
+    if not (folder / "generation_config.json").is_file():
+        return  # an adapter, whose base has it
+    config = GenerationConfig.from_pretrained(folder)
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if token not in known:
+        config.eos_token_id = [token, *(other for other in known if other is not None)]
+        config.save_pretrained(folder)
 
 
 def refuse_other_folder(folder: Path) -> None:

@@ -36,6 +36,7 @@ def model_card(model: BackboneModule, data: RowsDataModule, record: dict[str, An
     # Markdown of metrics and of the run's own options, so nothing is escaped.
     environment = template_environment(autoescape=False, trim_blocks=True, lstrip_blocks=True)
     assert model.network is not None
+    lead = data.chat.lead if data.chat else ""
     backbone, split = str(model.hparams["backbone"]), data.description
     if record is not None:
         split = record["split"]
@@ -51,8 +52,9 @@ def model_card(model: BackboneModule, data: RowsDataModule, record: dict[str, An
         pad_token_id=data.tokenizer.pad_token_id,
         calibration=model.calibration,
         decision=DECISION,
-        silence=repr(NULL_ANSWER),
-        offer=repr(OFFER_ANSWER),
+        chat=data.chat,
+        silence=repr(lead + NULL_ANSWER),
+        offer=repr(lead + OFFER_ANSWER),
     )
 
 
