@@ -17,6 +17,7 @@ from datamodules.corpus.columns import Columns
 from datamodules.corpus.records import AnnotatedRow, Category
 from datamodules.corpus.sources import Corpus, load_corpus
 from datamodules.corpus.splits import contamination, history_digests, split_by_scene
+from datamodules.prompting.chat_format import Format, formatted
 from datamodules.prompting.segments import SegmentTokenizer
 from datamodules.prompting.templates import DEFAULT_PROMPT, RewardTemplate, render, training_text
 from datamodules.prompting.tokenizers import SCRATCH, load_tokenizer, train_tokenizer
@@ -34,6 +35,7 @@ def inspect_root(
     columns: Columns | None = None,
     folds: Folds = 5,
     tokenizer: str = SCRATCH,
+    format: Format = "auto",
     seed: Seed = 0,
 ) -> dict[str, Any]:
     """Count rows, scenes, histories, tokens, agreement and contamination.
@@ -43,6 +45,7 @@ def inspect_root(
         columns: Which columns of the table hold the fields of a row.
         folds: Number of parts that by_scene divides the scenes into.
         tokenizer: Tokenizer that counts tokens: a hub id or path, or "scratch" for one trained on the root's rows.
+        format: Format of the rows that are counted, as in data.format.
         seed: Seed of the embedded data and of the folds.
 
     Raises:
@@ -51,13 +54,16 @@ def inspect_root(
     corpus = load_corpus(root, seed, columns)
     template = RewardTemplate.read(DEFAULT_PROMPT)
     if tokenizer == SCRATCH:
-        segmenter = SegmentTokenizer(train_tokenizer(training_text(template, corpus.train), VOCABULARY_SIZE))
+        used = train_tokenizer(training_text(template, corpus.train), VOCABULARY_SIZE)
     else:
-        segmenter = SegmentTokenizer(load_tokenizer(tokenizer))
+        used = load_tokenizer(tokenizer)
+    template, chat, _ = formatted(template, used, format)
+    segmenter = SegmentTokenizer(used, chat=chat is not None)
     files = {name: rows for name, rows in (("train", corpus.train), ("test", corpus.test)) if rows}
     return {
         "root": root,
         "read": list(corpus.notes),
+        "format": "plain" if chat is None else "chat",
         "rows": {name: _row_counts(rows, template, segmenter) for name, rows in files.items()},
         "all": {
             "rows": len(corpus.rows),
@@ -78,7 +84,7 @@ def main(arguments: list[str]) -> None:
     parser.with_output_options()
     options = parser.parse_args(arguments)
     columns = options.columns and Columns(**options.columns.as_dict())
-    counts = inspect_root(options.root, columns, options.folds, options.tokenizer, options.seed)
+    counts = inspect_root(options.root, columns, options.folds, options.tokenizer, options.format, options.seed)
     if options.json:
         print(json.dumps(counts, indent=2))
     elif not options.quiet:
@@ -151,7 +157,7 @@ def _trace_counts(corpus: Corpus) -> dict[str, Any]:
 
 
 def _rows_table(counts: dict[str, Any]) -> Table:
-    table = Table(title=f"Annotated rows: {counts['root']}")
+    table = Table(title=f"Annotated rows: {counts['root']}, {counts['format']} format")
     table.add_column("")
     for name in counts["rows"]:
         table.add_column(name, justify="right")

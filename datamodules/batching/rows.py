@@ -293,7 +293,9 @@ class RowsDataModule(StepDataModule):
             self._tokenizer = make_tokenizer(
                 self.tokenizer_name, self.training_text, self.vocabulary_size, self.trust_remote_code
             )
-            self.template, self.chat = formatted(self.template, self._tokenizer, self.format)
+            self.template, self.chat, about = formatted(self.template, self._tokenizer, self.format)
+            if about:
+                log.info(f"data.format: {about}")
         names = STAGES.get(stage, ("test",))
         for name in names:
             if name not in self.encoded:
@@ -312,12 +314,9 @@ class RowsDataModule(StepDataModule):
             "tokenizer": tokenizer_state(self.tokenizer),
             "branch_length": self.branch_length,
             **self.seen,
-            "training_rows": self._training_digest(),
+            "training_rows": self.split_digest("train") if self._saved is None else str(self._saved["training_rows"]),
             "order_seed": self.order_seed,
         }
-
-    def _training_digest(self) -> str:
-        return str(self._saved["training_rows"]) if self._saved is not None else self.split_digest("train")
 
     def split_digest(self, stage: Stage) -> str:
         """Return the digest of the tokenized rows of a split; see `TokenizedSplit.digest`."""
@@ -339,9 +338,8 @@ class RowsDataModule(StepDataModule):
         data = cls(**{**state["hyperparameters"], "prompt": None, **given})
         data._tokenizer = tokenizer_from_state(state["tokenizer"])
         if "prompt" in given:
-            data.template, data.chat = formatted(
-                data.template, data._tokenizer, "chat" if state.get("chat") else "plain"
-            )
+            choice: Format = "chat" if state.get("chat") else "plain"
+            data.template, data.chat, _ = formatted(data.template, data._tokenizer, choice)
         else:
             data.template = cls.template_class.parse(state["prompt"], "the checkpoint")
             data.chat = saved_chat(state, data._tokenizer)

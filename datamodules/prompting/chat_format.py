@@ -11,7 +11,6 @@ rows of a trace share the tokens of their events, and a checkpoint can be used w
 
 import datetime
 import json
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 Format = Literal["auto", "chat", "plain"]
 AnyTemplate = TypeVar("AnyTemplate", bound=Template)
 DAY = datetime.date(2024, 7, 26)  # "today" in every chat template, so that a run can be resumed on another day
-log = logging.getLogger("proactive")  # commands print it on rank 0
 _NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _ROW, _ANSWER = "ROW-OF-PROMPT", "ANSWER-OF-PROMPT"  # in place of events and proposal, and of the answer
 _SAMPLE = '- The user\'s file "a.py" has {2} <b> errors, é.\nNow?'  # text as rows have it, which must stay as it is
@@ -78,8 +76,8 @@ def render_chat(
 
 def formatted(
     template: AnyTemplate, tokenizer: "PreTrainedTokenizerFast", choice: Format
-) -> tuple[AnyTemplate, Chat | None]:
-    """Bring a prompt template into a format, and log which one unless the tokenizer has no chat template.
+) -> tuple[AnyTemplate, Chat | None, str | None]:
+    """Bring a prompt template into a format.
 
     Args:
         template: The prompt template.
@@ -87,26 +85,23 @@ def formatted(
         choice: chat, plain, or auto: chat if the tokenizer has a chat template that can write the prompt.
 
     Returns:
-        The prompt template in that format, and what it consists of in chat format.
+        The prompt template in that format; what it consists of in chat format; and what a user should know: that it is
+        in chat format, or why "auto" is plain in spite of a chat template.
 
     Raises:
         UserError: The prompt cannot be written in the chosen format.
     """
     if choice == "plain" or (choice == "auto" and not tokenizer.chat_template):
-        return template, None
+        return template, None, None
     problem = _problem(template, tokenizer)
     if problem is None:
         try:
-            found = _in_chat_format(template, tokenizer)
+            return *_in_chat_format(template, tokenizer), "chat"
         except ChatTemplateError as error:
             problem = f"the chat template {error}"
-        else:
-            log.info("data.format: chat")
-            return found
     if choice == "chat":
         raise UserError(f"data.format: chat: {problem}", "Use --data.format plain, or another backbone or prompt.")
-    log.info(f"data.format: plain, because {problem}")
-    return template, None
+    return template, None, f"plain, because {problem}"
 
 
 def saved_chat(state: Mapping[str, Any], tokenizer: "PreTrainedTokenizerFast") -> Chat | None:

@@ -1,6 +1,5 @@
 """The chat format: the token ids that transformers gives for the same messages, however a tokenizer divides texts."""
 
-import logging
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -45,8 +44,8 @@ Format = tuple["PreTrainedTokenizerFast", RewardTemplate, AgentTemplate, Segment
 def in_format(style: str, kind: str) -> Format:
     """A tokenizer, both prompts in its chat format, and what tokenizes and describes them."""
     tokenizer = chat_tokenizer(style, kind, training_text(REWARD, load_corpus("embedded").train[:200]))
-    reward, _ = formatted(REWARD, tokenizer, "chat")
-    agent, chat = formatted(AGENT, tokenizer, "chat")
+    reward, *_ = formatted(REWARD, tokenizer, "chat")
+    agent, chat, _ = formatted(AGENT, tokenizer, "chat")
     assert chat is not None
     return tokenizer, reward, agent, SegmentTokenizer(tokenizer, chat=True), chat
 
@@ -139,7 +138,8 @@ def test_text_of_data_becomes_no_special_token(style: str, kind: str) -> None:
 
 def test_the_instructions_are_the_system_message_and_their_last_line_begins_the_user_message() -> None:
     tokenizer, _, _, segmenter, chat = in_format("ChatML", "GPT-2")
-    template, _ = formatted(AGENT, tokenizer, "auto")
+    template, _, note = formatted(AGENT, tokenizer, "auto")
+    assert note == "chat"
     ids = joined(segmenter.encode([*render_history(template, row_of(["one", "two"]).history), (template.answer,)]))
     *system, begin = AGENT.instructions.strip().split("\n")
     assert (chat.system, chat.user) == ("\n".join(system), f"{begin}\n")
@@ -152,7 +152,7 @@ def test_the_instructions_are_the_system_message_and_their_last_line_begins_the_
 def test_a_prompt_of_one_line_needs_no_system_message() -> None:
     tokenizer = in_format("Llama 3", "GPT-2")[0]
     one_line = RewardTemplate.parse({**REWARD.model_dump(), "instructions": "Judge these:"}, "here")
-    template, chat = formatted(one_line, tokenizer, "chat")
+    template, chat, _ = formatted(one_line, tokenizer, "chat")
     assert chat is not None
     assert (chat.system, chat.user) == ("", "Judge these:\n")
     assert template.instructions.endswith("<|end_header_id|>\n\nJudge these:\n")
@@ -160,9 +160,9 @@ def test_a_prompt_of_one_line_needs_no_system_message() -> None:
 
 def test_without_a_chat_template_nothing_changes() -> None:
     tokenizer = chat_tokenizer("ChatML", "GPT-2", ["a"])
-    assert formatted(REWARD, tokenizer, "plain") == (REWARD, None)
+    assert formatted(REWARD, tokenizer, "plain") == (REWARD, None, None)
     tokenizer.chat_template = None
-    assert formatted(REWARD, tokenizer, "auto") == (REWARD, None)
+    assert formatted(REWARD, tokenizer, "auto") == (REWARD, None, None)
     with pytest.raises(UserError, match=r"^data.format: chat: the tokenizer has no chat template\n"):
         formatted(REWARD, tokenizer, "chat")
 
@@ -189,16 +189,15 @@ def changed(prompt: RewardTemplate, **parts: str) -> RewardTemplate:
     ],
 )
 def test_a_prompt_that_a_chat_template_cannot_write_is_refused_or_stays_plain(
-    template: str, prompt: RewardTemplate, reason: str, caplog: pytest.LogCaptureFixture
+    template: str, prompt: RewardTemplate, reason: str
 ) -> None:
     tokenizer = chat_tokenizer("ChatML", "GPT-2", ["a"])
     tokenizer.chat_template = template
     with pytest.raises(UserError, match=reason) as refused:
         formatted(prompt, tokenizer, "chat")
     assert len(refused.value.what.splitlines()) == 1
-    with caplog.at_level(logging.INFO, "proactive"):
-        assert formatted(prompt, tokenizer, "auto") == (prompt, None)
-    assert caplog.messages == [f"data.format: plain, because {refused.value.what.removeprefix('data.format: chat: ')}"]
+    reason = refused.value.what.removeprefix("data.format: chat: ")
+    assert formatted(prompt, tokenizer, "auto") == (prompt, None, f"plain, because {reason}")
 
 
 @pytest.mark.parametrize(
