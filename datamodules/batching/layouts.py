@@ -32,7 +32,7 @@ class AnswerTokens(TypedDict):
 
 @dataclass(frozen=True)
 class LaidOut:
-    """The input for some items.
+    """The input of a backbone for some items, and what is needed to read its outputs.
 
     Attributes:
         rows: The rows in the order of outputs.
@@ -176,13 +176,13 @@ class TreeLayout:
 
 
 def ancestors(subtree_end: Tensor) -> Tensor:
-    """The attention mask of a tree: each token sees itself and its ancestors.
+    """The attention mask of a tree: each token attends to itself and its ancestors.
 
     Args:
         subtree_end: (T,) int64, see `Tree`.
 
     Returns:
-        (T, T) bool; entry (q, k) says whether query q sees key k.
+        (T, T) bool; entry (q, k) says whether query q attends to key k.
     """
     position = torch.arange(len(subtree_end), device=subtree_end.device)
     return (position[None, :] <= position[:, None]) & (position[:, None] < subtree_end[None, :])

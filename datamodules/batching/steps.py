@@ -1,4 +1,4 @@
-"""Steps and micro-batches: the rows of each step, their order, their rank and their layout."""
+"""Samplers of steps, and the dataset and loader that make their micro-batches."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,7 +66,7 @@ def refuse_unequal_parts(batch_size: int, scenes_per_step: int | None) -> None:
         return
     divisor = max(n for n in range(1, max(scenes_per_step, 1) + 1) if batch_size % n == 0)
     raise UserError(
-        f"data.scenes_per_step: {batch_size} rows a step cannot come in equal parts from {scenes_per_step} scenes",
+        f"data.scenes_per_step: {batch_size} rows of a step cannot come in equal parts from {scenes_per_step} scenes",
         f"Make data.batch_size a multiple of it, or give --data.scenes_per_step {divisor}.",
     )
 

@@ -1,4 +1,4 @@
-"""Files of adapters: which base they are for, how they are stored, and the merge of base and adapter."""
+"""Files of adapters: the description of their base, saving and loading, and the merge of base and adapter."""
 
 import hashlib
 import json
@@ -37,9 +37,9 @@ class AdapterBase:
 
     @classmethod
     def of(cls, network: "PreTrainedModel", head: Head, backbone: str) -> Self:
-        """The description of a network before adapters are added and layers are quantized.
+        """Describe a network before adapters are added and layers are quantized.
 
-        So the digest is the same on each device. A classifier's head does not enter it.
+        So the digest is the same on each device. A classifier's head is not part of it.
         """
         new = {id(p) for module in head_modules(network, head) for p in module.parameters()}
         digest = hashlib.sha256()

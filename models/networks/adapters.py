@@ -92,11 +92,11 @@ def add_adapter(
     quantization: Quantization = "none",
     device: torch.device | None = None,
 ) -> None:
-    """Freeze a network, quantize it, and insert adapters. Trained are the adapters and a classifier's head.
+    """Freeze a network, quantize it, and insert adapters. Only adapters and a classifier's head are trained.
 
     Args:
         network: Any network of transformers; changed in place.
-        head: The network's head. A classifier's is new, so it is trained with the adapters.
+        head: The network's head. The head of a classifier is new, so it is trained with the adapters.
         adapter: Options of the adapters.
         quantization: How the frozen linear layers are stored.
         device: The device of the quantized layers; their own if None.

@@ -1,8 +1,10 @@
-"""Attentions that skip most masked pairs of a prefix tree, or the copies of grouped keys, where torch has no kernel.
+"""Two attentions that save work where PyTorch has no kernel for it, and their registration with transformers.
 
-In a tree a token sees only its ancestors, so a block of neighbouring queries sees few of a large tree's keys. Scaled
-dot product attention also computes masked pairs. So `blockwise_attention` calls it once per block of queries, with the
-keys that the block sees. The result is the same up to rounding, forward and backward.
+- `blockwise_attention` is for prefix trees on a CPU. In a tree a token attends only to its ancestors, so a block of
+  neighbouring queries attends to few of a large tree's keys. Scaled dot product attention (SDPA) also computes masked
+  pairs. So it is called once per block of queries, with the keys that the block attends to. The result is the same up
+  to rounding, forward and backward.
+- `grouped_attention` is for generation with grouped-query attention. It does not copy keys and values.
 
 Shape legend: T tokens of a tree, Q queries of a block, K keys, H heads, D head size, B rows.
 """
@@ -16,25 +18,25 @@ from torch import Tensor
 BLOCKWISE = "sdpa_blockwise"  # the name of `blockwise_attention` in transformers
 GROUPED = "sdpa_grouped"  # the name of `grouped_attention` in transformers
 MASKED_ATTENTIONS = ("sdpa", "eager", BLOCKWISE, GROUPED)  # those that take any mask as a tensor
-FEW_QUERIES = 256  # per group of heads: with more, copying keys and values is the smaller cost
-QUERIES = 128  # per block. Smaller blocks waste less masked compute but need more kernel calls
+MAX_GROUPED_QUERIES = 256  # per group of heads; with more queries, copying keys and values costs less
+QUERY_BLOCK = 128  # queries per block. Smaller blocks waste less masked compute but need more kernel calls
 
 
 @dataclass(frozen=True)
 class QueryBlocks:
-    """Queries of a tree in blocks, and the keys that each block sees."""
+    """Queries of a tree in blocks, and the keys that each block attends to."""
 
     queries: Tensor  # int64, indices in the tree
     keys: Tensor  # int64, indices in the tree: the first block's keys, then the second's, ...
-    masks: list[Tensor]  # per block (1, 1, Q, K) bool, true where the query sees the key
+    masks: list[Tensor]  # per block (1, 1, Q, K) bool, true where the query attends to the key
 
 
 @dataclass(frozen=True)
 class TreeBlocks:
     """The blocks of a tree, computed once for all layers."""
 
-    every: QueryBlocks
-    read: QueryBlocks  # for the last layer: only these states are read
+    all_queries: QueryBlocks
+    read_queries: QueryBlocks  # for the last layer: only these positions are read out
 
 
 def tree_blocks(subtree_end_T: Tensor, read: Tensor) -> TreeBlocks:
@@ -44,17 +46,16 @@ def tree_blocks(subtree_end_T: Tensor, read: Tensor) -> TreeBlocks:
         subtree_end_T: (T,) int64, see `datamodules.batching.prefix_tree.Tree`.
         read: int64, the indices of the final hidden states that are read, each once and in order.
     """
-    every = torch.arange(len(subtree_end_T), device=subtree_end_T.device)
-    return TreeBlocks(_blocks(subtree_end_T, every), _blocks(subtree_end_T, read))
+    all_queries = torch.arange(len(subtree_end_T), device=subtree_end_T.device)
+    return TreeBlocks(_blocks(subtree_end_T, all_queries), _blocks(subtree_end_T, read))
 
 
 def _blocks(subtree_end_T: Tensor, queries: Tensor) -> QueryBlocks:
     keys, masks = [], []
-    for query_Q in queries.split(QUERIES):
-        seen_T = (torch.arange(len(subtree_end_T), device=query_Q.device) <= query_Q.max()) & (
-            subtree_end_T > query_Q.min()
-        )
-        key_K = seen_T.nonzero()[:, 0]
+    for query_Q in queries.split(QUERY_BLOCK):
+        position_T = torch.arange(len(subtree_end_T), device=query_Q.device)
+        attended_T = (position_T <= query_Q.max()) & (subtree_end_T > query_Q.min())
+        key_K = attended_T.nonzero()[:, 0]
         keys.append(key_K)
         masks.append(((key_K <= query_Q[:, None]) & (query_Q[:, None] < subtree_end_T[key_K]))[None, None])
     return QueryBlocks(queries, torch.cat(keys), masks)
@@ -99,7 +100,7 @@ def blockwise_attention(
     if tree_blocks is None:
         return sdpa(module, query, key, value, attention_mask, **options)
     is_last = getattr(module, "layer_idx", None) == module.config.num_hidden_layers - 1
-    blocks = tree_blocks.read if is_last else tree_blocks.every
+    blocks = tree_blocks.read_queries if is_last else tree_blocks.all_queries
     if is_last:
         query = query.index_select(2, blocks.queries)
     queries = [mask.shape[-2] for mask in blocks.masks]
@@ -120,8 +121,8 @@ def grouped_attention(
 ) -> tuple[Tensor, None]:
     """The sdpa attention of transformers, without copies of the keys and values that several heads share.
 
-    With a mask, transformers copies the keys and values of a group for each of its heads. If few tokens read a long
-    cache, this takes most of the time. Here the heads of a group are further queries to the same keys.
+    With a mask, transformers copies the keys and values of a group for each of its heads. If few queries attend to a
+    long cache, this takes most of the time. Here the heads of a group become further queries to the same keys.
 
     Args:
         module: A layer's attention.
@@ -138,8 +139,9 @@ def grouped_attention(
 
     rows, heads, tokens, size = query.shape
     group = heads // key.shape[1]
+    many_queries = group == 1 or group * tokens > MAX_GROUPED_QUERIES
     extra = options.get("position_bias") is not None or options.get("softcap") is not None or options.get("dropout")
-    if attention_mask is None or group == 1 or group * tokens > FEW_QUERIES or attention_mask.shape[1] > 1 or extra:
+    if attention_mask is None or attention_mask.shape[1] > 1 or many_queries or extra:
         return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **options)
     output = torch.nn.functional.scaled_dot_product_attention(
         query.reshape(rows, heads // group, group * tokens, size),

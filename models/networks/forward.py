@@ -1,4 +1,4 @@
-"""Functions that call inner modules of a network, run as the network's own forward."""
+"""A decorator for functions that call modules inside a network. It runs them as the network's own forward."""
 
 import types
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def as_forward(
     """Decorate a function that calls modules inside a network, so that it also works for a sharded network.
 
     FSDP gathers the parameters outside the blocks (embeddings, last norm, head) when the network's `forward` begins.
-    Without this decorator the inner modules would still have shards.
+    Without this decorator, the modules would compute with their shards.
     """
 
     @wraps(function)
@@ -30,7 +30,7 @@ def as_forward(
         try:
             return method(function, *arguments, **options)
         except Exception:
-            if hasattr(network, "reset_iter_state"):  # else FSDP takes the next forward for a part of this one
+            if hasattr(network, "reset_iter_state"):  # FSDP would take the next forward for a part of this one
                 network.reset_iter_state()
             raise
 

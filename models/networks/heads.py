@@ -1,4 +1,4 @@
-"""What a head computes from a backbone's hidden states: class logits, or the losses of tokens.
+"""The heads: class logits, or losses of tokens, computed from a backbone's hidden states.
 
 Shape legend: R rows, T tokens, D hidden size, C classes (rejected, accepted), L tokens to predict, V vocabulary.
 """
@@ -130,21 +130,21 @@ def language_problem(model: "PreTrainedModel") -> str | None:
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
 
         encoder = model.config.model_type in ENCODERS and getattr(model.config, "is_decoder", None) is False
-        return "it sees the tokens that it is to predict" if encoder else None
+        return "it attends to the tokens that it predicts" if encoder else None
     device = model.get_input_embeddings().weight.device
     row_1T = torch.arange(4, 12, device=device)[None]
     other_end_1T = torch.cat([row_1T[:, :-1], row_1T[:, :1]], dim=1)
     training = model.training
     model.eval()
     with torch.no_grad():
-        own_TV = model(input_ids=row_1T).logits[0].float()
+        expected_TV = model(input_ids=row_1T).logits[0].float()
         other_end_TV = model(input_ids=other_end_1T).logits[0].float()
         states_TD = model.base_model(input_ids=row_1T, use_cache=False).last_hidden_state[0]
         found_TV = language_logits(model, states_TD)
     model.train(training)
-    if float((own_TV[:-1] - other_end_TV[:-1]).norm() / own_TV.norm()) > EXACT_TOLERANCE:
-        return "it sees the tokens that it is to predict"
-    difference = float((found_TV - own_TV).norm() / own_TV.norm())
+    if float((expected_TV[:-1] - other_end_TV[:-1]).norm() / expected_TV.norm()) > EXACT_TOLERANCE:
+        return "it attends to the tokens that it predicts"
+    difference = float((found_TV - expected_TV).norm() / expected_TV.norm())
     if difference > tolerance(model, states_TD.dtype):
         return f"its logits are not those of its last layer alone (relative difference {difference:.1e})"
     return None

@@ -1,7 +1,7 @@
-"""Self-checks: before the first step, compute the same in two ways and compare.
+"""Self-checks: before the first step, compute the same in two ways, and compare the results.
 
-A backbone with random weights hardly depends on its input. So a check changes tokens that must not be seen, and
-requires that nothing changes at all. All other values must agree within the rounding of float32.
+A backbone with random weights hardly depends on its input. So a check changes tokens that are masked, and requires
+that no result changes. All other results must agree within the rounding of float32.
 
 Shape legend: N rows or tokens, R rows, D size of a hidden state or number of logits.
 """
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Accepted relative differences of hidden states, by the dtype of the computation. In float32, sums of 14,336 products
-# in another order differ by 1e-5 after a few dozen layers. A token that is seen but should not be changes more.
+# in another order differ by 1e-5 after a few dozen layers. A missing mask on one token makes a larger difference.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-EXACT_TOLERANCE = 1e-6  # accepted if the same is computed again and only hidden tokens differ
+EXACT_TOLERANCE = 1e-6  # accepted if only masked tokens differ between two computations
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 SHORT_LENGTH = 7  # tokens of a short row
 MIN_LONG_LENGTH = 16  # least number of tokens of a long row
@@ -40,22 +40,22 @@ def reading_problem(
     short_check: Callable[[], str | None],
     long_check: Callable[[], str | None],
 ) -> str | None:
-    """Check that a network reads something, such as trees, as it reads single rows.
+    """Check that a network gives the same results for an input, such as a tree, as for single rows.
 
-    The attention must take the masks, and its window must cover the longest row. Then a check with a few tokens runs,
-    and one with as many as the data have: a window under an unknown name, a choice of keys, and rotary factors that
-    depend on the length show only in long texts.
+    The attention must accept the masks, and its window must cover the longest row. Then a check with a few tokens runs,
+    and one with as many tokens as the data have. Only long texts show a window under an unknown name, an attention
+    that selects keys, and rotary factors that depend on the length.
 
     Args:
         model: A network of transformers. On the meta device only its configuration is checked.
-        what: The name of the input, for the message if the network refuses it.
-        attentions: The attentions that take the masks.
-        lengths: What the longest row consists of, for messages, and its number of tokens.
-        short_check: Returns what is wrong, or None.
-        long_check: Returns what is wrong, or None. It runs in float32 if the network can.
+        what: The name of the input, for the message if the network raises an error.
+        attentions: The attentions that accept the masks.
+        lengths: For messages, what has the greatest length, such as "rows"; and this length in tokens.
+        short_check: Returns the problem, or None.
+        long_check: Returns the problem, or None. It runs in float32 if the network can.
 
     Returns:
-        What is wrong, or None.
+        The problem; None if there is none.
     """
     attention = model.config._attn_implementation
     if attention not in attentions:
@@ -70,7 +70,7 @@ def reading_problem(
 
 
 def attention_window(config: Any) -> int | None:
-    """How many tokens back the layer with the smallest window sees; None if all layers see all tokens."""
+    """The smallest attention window of a layer, in tokens; None if all layers attend to all earlier tokens."""
     kinds = getattr(config, "layer_types", None)
     windows = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
     found = [getattr(config, name, None) for kind, name in windows.items() if kinds is None or kind in kinds]
@@ -82,11 +82,11 @@ def run_check(model: "PreTrainedModel", what: str, check: Callable[[], str | Non
 
     Args:
         model: The network.
-        what: The name of the input, for the message if the network refuses it.
-        check: Returns what is wrong, or None.
+        what: The name of the input, for the message if the network raises an error.
+        check: Returns the problem, or None.
 
     Returns:
-        What is wrong, such as an error that the network raised, or None.
+        The problem, such as an error that the network raised; None if there is none.
     """
     training = model.training
     model.eval()
@@ -115,8 +115,8 @@ def uncompiled(model: "PreTrainedModel") -> Iterator[None]:
 def run_in_float32(model: "PreTrainedModel", check: Callable[[], str | None]) -> str | None:
     """Run a check in float32, also for a network with 16-bit weights.
 
-    In 16 bits, rounding hides that a layer sees 4,000 tokens instead of 4,096. A network that cannot compute in
-    another dtype than its own, such as a sharded one, is checked in its own.
+    In 16 bits, rounding would hide that a layer attends to 4,000 tokens instead of 4,096. A network that can compute
+    only in its own dtype, such as a sharded one, is checked in this dtype.
     """
     with _without_flex_attention(model):
         if not any(parameter.dtype in HALF_PRECISION for parameter in model.parameters()):
@@ -154,7 +154,7 @@ def difference_problem(model: "PreTrainedModel", found_ND: Tensor, expected_ND: 
 
 
 def random_tokens(model: "PreTrainedModel", count: int, seed: int = 0) -> list[int]:
-    """Random token ids, at least 4 and less than the last id; callers mark rows with the ids left out."""
+    """Random token ids, except 0 to 3 and the last id, which callers use to tell rows apart."""
     last = model.config.get_text_config().vocab_size - 1
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(4, last, (count,), generator=generator, device="cpu").tolist()
@@ -218,7 +218,7 @@ def _full_float32_products() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_flex_attention(model: "PreTrainedModel") -> Iterator[None]:
-    """Use sdpa with the same mask instead of FlexAttention, which keeps all scores if it is not compiled."""
+    """Use sdpa with the same mask instead of FlexAttention, which stores all scores if it is not compiled."""
     own = model.config._attn_implementation
     if own == "flex_attention":
         with contextlib.suppress(ValueError):  # the backbone's attention has a part that sdpa lacks

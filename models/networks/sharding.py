@@ -59,7 +59,7 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor. If it is sharded, all ranks must call this."""
+    """The full tensor. If it is sharded, all ranks must call this."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -119,7 +119,7 @@ def first_index(tensor: Tensor) -> int:
 
 
 def zeros_as(like: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Zeros of a shape, on the device of another tensor and sharded like it. Both must have equally many rows."""
+    """Zeros on the device of another tensor, and sharded like it. Both must have the same number of rows."""
     from torch.distributed import tensor as distributed
 
     if not isinstance(like, distributed.DTensor):

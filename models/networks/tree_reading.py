@@ -96,7 +96,7 @@ def _last_feed_forward_at(model: "PreTrainedModel", indices: Tensor, tokens: int
 
 
 def tree_mask(subtree_end_T: Tensor, attention: str, dtype: torch.dtype) -> "Tensor | BlockMask":
-    """The attention mask of a tree: each token sees itself and its ancestors.
+    """The attention mask of a tree: each token attends to itself and its ancestors.
 
     Args:
         subtree_end_T: (T,) int64, see `datamodules.batching.prefix_tree.Tree`.
@@ -116,30 +116,30 @@ def tree_mask(subtree_end_T: Tensor, attention: str, dtype: torch.dtype) -> "Ten
 
 
 def choose_attention(model: "PreTrainedModel", device: str, longest: int, largest: int | None = None) -> str | None:
-    """Set the attention that computes fewest masked pairs of a tree, if the backbone supports it.
+    """Set the attention that computes the fewest masked pairs of a tree, if the backbone supports it.
 
     Args:
-        model: A network of transformers with transformers' default attention, which stays unless a better one works.
-        device: The type of its device. On other devices than cuda and cpu it keeps its attention.
+        model: A network of transformers with its default attention. It keeps this attention if no better one works.
+        device: The type of its device. On devices other than cuda and cpu it keeps its attention.
         longest: Tokens of the longest row.
         largest: Tokens of the largest tree.
 
     Returns:
-        The result of `tree_problem` with the attention that the network then has.
+        The result of `tree_problem` with the attention that was chosen.
     """
-    own = model.config._attn_implementation
-    better = own
-    if device == "cuda" and _head_size(model) >= MIN_HEAD_SIZE:  # smaller heads fail only when it is compiled
+    default = model.config._attn_implementation
+    better = default
+    if device == "cuda" and _head_size(model) >= MIN_HEAD_SIZE:  # smaller heads would fail, but only when compiled
         better = "flex_attention"
-    if device == "cpu" and own == "sdpa":  # other attentions have parts that sdpa lacks, such as a soft cap
+    if device == "cpu" and default == "sdpa":  # other attentions have features that sdpa lacks, such as a soft cap
         register()
         better = BLOCKWISE
-    if better != own:
+    if better != default:
         with contextlib.suppress(ValueError):  # the backbone does not support it
             model.set_attn_implementation(better)
             if tree_problem(model, longest, largest) is None:
                 return None
-            model.set_attn_implementation(own)
+            model.set_attn_implementation(default)
     return tree_problem(model, longest, largest)
 
 
@@ -188,8 +188,9 @@ def _short_tree_problem(model: "PreTrainedModel") -> str | None:
 def _long_tree_problem(model: "PreTrainedModel", longest: int, tokens: int) -> str | None:
     """Compare a tree of `tokens` tokens with three of its rows.
 
-    The first row is the longest. Filling branches follow, then a row that leaves the first one halfway, and one that
-    leaves it near the beginning. So the ends of these short branches are far from the tokens that they see.
+    The first row is the longest. In the tree, branches that only fill it follow, then a row that branches off from the
+    first one halfway, and one that branches off near the beginning. So the ends of the short rows are far from the
+    tokens that they attend to.
     """
     longest = max(longest, MIN_LONG_LENGTH)
     half = longest // 2

@@ -1,4 +1,4 @@
-"""Templates of pages and model cards."""
+"""The jinja2 environment of pages and model cards."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

@@ -1,6 +1,6 @@
-"""A trace as a person reads it: each event, what one or several sources offered, and what judges said of it.
+"""Timelines: the events of a trace, with the offers of one or several sources and the verdicts on them, for people.
 
-Reports of evaluations and the trace reader show these, by one template. An evaluation keeps them as JSON in its folder.
+Reports of evaluations and the trace reader show timelines with one template. An evaluation stores its own as JSON.
 """
 
 import re
@@ -26,7 +26,7 @@ OUTCOME_NAMES = {
 
 @dataclass(frozen=True)
 class ShownOffer:
-    """One candidate, as it is shown. `text` is None for silence; `verdict` is None where there is none."""
+    """One candidate, as it is shown. `text` is None for silence; `verdict` is None if there is no verdict."""
 
     text: str | None
     parsed: bool = True
@@ -46,14 +46,14 @@ class ShownOffer:
 
 @dataclass(frozen=True)
 class ShownStep:
-    """What one source offered after an event, and the outcome of it: a key of `OUTCOME_NAMES`."""
+    """The offers of one source after an event, and their outcome, a key of `OUTCOME_NAMES`."""
 
     offers: tuple[ShownOffer, ...]
     outcome: str
 
     @property
     def decision(self) -> str:
-        """What sources can differ in: the outcome, or, without a verdict, whether there is an offer."""
+        """The text by which sources are compared: the outcome, or, without a verdict, whether there is an offer."""
         silent = all(offer.text is None or offer.held_back for offer in self.offers)
         return self.outcome if self.outcome != "undecided" else f"no verdict, {'silent' if silent else 'an offer'}"
 
@@ -85,7 +85,7 @@ class Line:
 
     @property
     def words(self) -> str:
-        """All that a search looks through, in lower case."""
+        """The text that a search looks through, in lower case."""
         said = [self.moment.event]
         for offer in (offer for step in self.steps if step for offer in step.offers):
             said += [offer.text or "", *offer.asides.values()]
@@ -94,7 +94,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Timeline:
-    """One session, with the sources that have it side by side. Links name its events `anchor`-`number`."""
+    """One session, with its sources side by side. The link to an event ends with `anchor`-`number`."""
 
     name: str
     anchor: str
@@ -103,11 +103,11 @@ class Timeline:
 
 
 def timelines(sources: Sequence[Sequence[ShownTrace]], notes: Mapping[str, str] | None = None) -> list[Timeline]:
-    """Put sources side by side: traces of one name and the same events are one timeline.
+    """Put sources side by side: traces with the same name and the same events become one timeline.
 
     Args:
         sources: The traces of each source.
-        notes: What is said of a trace, by name.
+        notes: A note on each trace, by name.
     """
     found: dict[tuple[str, tuple[Event, ...]], list[ShownTrace | None]] = {}
     for place, traces in enumerate(sources):
@@ -116,7 +116,7 @@ def timelines(sources: Sequence[Sequence[ShownTrace]], notes: Mapping[str, str] 
     made: list[Timeline] = []
     for (name, events), shown in found.items():
         anchor = re.sub(r"[^\w.-]", "_", name)
-        if any(other.anchor == anchor for other in made):  # another cut of the session
+        if any(other.anchor == anchor for other in made):  # another excerpt of the session
             anchor = f"{anchor}.{len(made)}"
         columns = zip_longest(*(trace.steps if trace else () for trace in shown))
         numbered = enumerate(zip(moments(events), columns, strict=True), 1)
@@ -132,17 +132,17 @@ def outcomes_of(shown: Sequence[Timeline]) -> dict[str, str]:
 
 
 def outcome(proposed: bool, accepted: bool | None) -> str:
-    """The key in `OUTCOME_NAMES` of an offer, or of silence, with the verdict on it; None is no verdict."""
+    """The key in `OUTCOME_NAMES` of an offer or of silence, from the verdict on it, or None without a verdict."""
     if accepted is None:
         return "undecided"
     return ("tp" if accepted else "fp") if proposed else ("tn" if accepted else "fn")
 
 
 class ShownTraces(BaseModel):
-    """Traces as an evaluation keeps them in its folder."""
+    """The traces of an evaluation, as its folder stores them."""
 
     model_config = ConfigDict(extra="forbid")
     hint: ClassVar[str] = "Give a folder that `python -m proactive.evaluate agent` wrote."
 
-    notes: tuple[str, ...]  # what has to be known in order to read the outcomes
+    notes: tuple[str, ...]  # what a reader of the outcomes must know
     traces: tuple[ShownTrace, ...]

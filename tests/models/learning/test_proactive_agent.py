@@ -120,7 +120,7 @@ def test_chunks_give_the_plain_loss_and_gradients_with_few_logits_at_once(
 
 
 def test_an_encoder_is_detected() -> None:
-    assert language_problem(network("bert")) == "it sees the tokens that it is to predict"
+    assert language_problem(network("bert")) == "it attends to the tokens that it predicts"
 
 
 def test_a_backbone_that_changes_the_logits_after_its_last_layer_is_detected() -> None:

@@ -19,7 +19,7 @@ from datamodules.batching.reward_rows import RewardDataModule
 from datamodules.batching.steps import EncodedRows, StepSampler, micro_batches_of_rank
 from models.learning.reward_classifier import RewardClassifier
 from models.learning.training import BackboneModule
-from models.networks.attention import BLOCKWISE, QUERIES, tree_blocks
+from models.networks.attention import BLOCKWISE, QUERY_BLOCK, tree_blocks
 from models.networks.tree_reading import choose_attention, pair_cost, tree_mask, tree_problem
 from tests.helpers import PROACTIVEBENCH, SMALL_BACKBONE, needs_proactivebench
 from tests.models.small import EVERY_FAMILY, VOCABULARY, small_trainer
@@ -139,17 +139,17 @@ def test_a_tree_of_several_blocks_gives_equal_loss_and_gradients(family: str) ->
     """The trunk is longer than a block, and its branches take several more blocks."""
     backbone = network(family)
     assert backbone.config._attn_implementation == (BLOCKWISE if family != "gemma2" else "eager")
-    ids = branches(QUERIES + 20, 12, 20)
+    ids = branches(QUERY_BLOCK + 20, 12, 20)
     assert_tree_is_rows(classifier(backbone), ids, range(len(ids)))
 
 
 @pytest.mark.parametrize(
     "ids",
     [
-        branches(2 * QUERIES, 2, 1),  # the last block has one query
-        branches(10, 3 * QUERIES, 1),  # many tiny branches
-        branches(3, 5, QUERIES + 1, seed=1),  # no branch in one block
-        [[1, 2, *[3] * length] for length in range(QUERIES - 3, QUERIES + 3)],  # rows that begin the next ones
+        branches(2 * QUERY_BLOCK, 2, 1),  # the last block has one query
+        branches(10, 3 * QUERY_BLOCK, 1),  # many tiny branches
+        branches(3, 5, QUERY_BLOCK + 1, seed=1),  # no branch in one block
+        [[1, 2, *[3] * length] for length in range(QUERY_BLOCK - 3, QUERY_BLOCK + 3)],  # rows that begin the next ones
     ],
 )
 def test_blocks_of_any_shape_give_equal_loss_and_gradients(llama: RewardClassifier, ids: list[list[int]]) -> None:
@@ -157,18 +157,18 @@ def test_blocks_of_any_shape_give_equal_loss_and_gradients(llama: RewardClassifi
 
 
 def test_blocks_compute_the_mask_and_few_masked_pairs() -> None:
-    ids = branches(QUERIES + 20, 30, 20)
+    ids = branches(QUERY_BLOCK + 20, 30, 20)
     inputs = TreeLayout(ids, 4096).lay_out(range(len(ids))).inputs
     end, read = inputs["subtree_end"][0], inputs["read_out"]
     blocks = tree_blocks(end, read)
-    for part in (blocks.every, blocks.read):
+    for part in (blocks.all_queries, blocks.read_queries):
         visible = torch.zeros(len(end), len(end), dtype=torch.bool)
         keys = part.keys.split([mask.shape[-1] for mask in part.masks])
-        for query, key, mask in zip(part.queries.split(QUERIES), keys, part.masks, strict=True):
+        for query, key, mask in zip(part.queries.split(QUERY_BLOCK), keys, part.masks, strict=True):
             visible[query[:, None], key] = mask[0, 0]
             assert mask[0, 0].any(0).sum() >= len(key) - len(query)  # a key that none sees is one of the block's own
         assert torch.equal(visible[part.queries], ancestors(end)[part.queries])
-    assert sum(mask.numel() for mask in blocks.every.masks) < len(end) ** 2 / 2
+    assert sum(mask.numel() for mask in blocks.all_queries.masks) < len(end) ** 2 / 2
 
 
 def test_a_backbone_without_support_for_blocks_keeps_its_attention() -> None:
@@ -203,7 +203,7 @@ def test_category_weights_and_gradient_checkpointing_give_equal_loss_and_gradien
     backbone = network("llama")
     backbone.gradient_checkpointing_enable({"use_reentrant": False})
     model = classifier(backbone, category_weights={"missed_need": 2.0, "false_alarm": 0.25})
-    for ids in (CASES["a scene"], branches(QUERIES, 6, 20)):
+    for ids in (CASES["a scene"], branches(QUERY_BLOCK, 6, 20)):
         assert_tree_is_rows(model, ids, range(len(ids)))
 
 
