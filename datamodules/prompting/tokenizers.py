@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datamodules.backbones.packaged import backbone_source
 from datamodules.errors import UserError
 from datamodules.escaping import error_text
 from datamodules.files.reading import require_regular_files
@@ -73,17 +74,22 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> "PreTrainedTo
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerFast":
-    """Load the tokenizer of a hub id or a local path, with a padding token and padding on the right.
+    """Load the tokenizer of a backbone, with a padding token and padding on the right.
+
+    Args:
+        name: See `datamodules.backbones.packaged.backbone_source`.
+        trust_remote_code: Whether a tokenizer from the hub may run its own code.
 
     Raises:
         UserError: There is none, or it is not a fast tokenizer.
     """
     from transformers import AutoTokenizer
 
+    source = backbone_source(name)
     try:
-        if Path(name).is_dir():
-            require_regular_files(Path(name), "model.backbone")
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if Path(source).is_dir():
+            require_regular_files(Path(source), "model.backbone")
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(
             f"cannot load the tokenizer of {name}: {error_text(error, 200)}",

@@ -19,6 +19,7 @@ from models.networks.adapters import AdapterOptions, add_adapter, refuse_unfit_a
 from models.networks.building import build_network, fixed_seed
 from models.networks.configurations import max_positions, meta_network, network_config
 from models.networks.distributed_loading import build_sharded_network
+from models.networks.freezing import freeze_lowest, refuse_unfit_freezing
 from models.networks.heads import last_states
 from models.networks.network_options import Head, NetworkOptions
 from models.networks.self_checks import padding_problem
@@ -95,6 +96,12 @@ class NetworkModule(LightningModule):
         """
         refuse_unfit_adapter(self.adapter, self.hparams["quantization"], self.trainer.strategy)
         sharded = mesh_of(self.trainer) is not None
+        refuse_unfit_freezing(
+            self.hparams["freeze_layers"],
+            self.hparams["backbone"],
+            has_adapter=self.adapter is not None,
+            is_sharded=sharded,
+        )
         with torch.device("cpu"):
             is_new = self.network is None
             if is_new:
@@ -119,16 +126,18 @@ class NetworkModule(LightningModule):
         network = checked_meta_network(options, data.tokenizer, data.max_length)
         self.refuse_network(network)
         refuse_unsupported(network, options, self.adapter, self.hparams["gradient_checkpointing"])
+        self.freeze_layers(network)
         problem = self.tree_problem(network) or tree_problem(network, data.longest)
         if data.layout == "tree" and problem:
             data.choose_layout(problem)
 
     def _build(self) -> None:
-        """Build the network, with adapters if there are options for them."""
+        """Build the network, with adapters or frozen layers if there are options for them."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         has_adapter = self.adapter is not None
         self.network = build_for_trainer(self.network_options, data.tokenizer, self.trainer, has_adapter)
         self.insert_adapter(self.trainer.strategy.root_device)
+        self.freeze_layers(self.network)
         if self.hparams["gradient_checkpointing"]:
             self.network.gradient_checkpointing_enable({"use_reentrant": False})
         self.network.train()
@@ -145,6 +154,11 @@ class NetworkModule(LightningModule):
         self.base = AdapterBase.of(self.network, self.head, self.hparams["backbone"])
         add_adapter(self.network, self.head, self.adapter, self.hparams["quantization"], device)
         self.strict_loading = False  # a checkpoint contains only trained weights
+
+    def freeze_layers(self, network: "PreTrainedModel") -> None:
+        """Freeze the lowest layers if model.freeze_layers is not 0; see `freeze_lowest`."""
+        if self.hparams["freeze_layers"]:
+            freeze_lowest(network, self.hparams["freeze_layers"])
 
     def choose_layout(self, data: RowsDataModule, longest: int, largest: int) -> None:
         """Choose the layout and the attention with self-checks, and tell the data module. The network is on its device.

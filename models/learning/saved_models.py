@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from datamodules.backbones.packaged import backbone_source
+from datamodules.backbones.quiet import quiet_transformers
 from datamodules.corpus.json_records import read_json
 from datamodules.errors import UserError
 from models.learning.calibration import Calibration
@@ -20,7 +22,7 @@ from models.learning.training import BackboneModule
 from models.networks.adapter_files import ADAPTER_FILE, load_adapter, merged_state, save_adapter
 from models.networks.adapters import refuse_unfit_adapter
 from models.networks.building import base_from_config, load_network
-from models.networks.configurations import network_from_config, quiet_transformers, refuse_other_size
+from models.networks.configurations import network_from_config, refuse_other_size
 from models.networks.weight_files import weights_in
 
 if TYPE_CHECKING:
@@ -111,7 +113,7 @@ def export_weights(
         content["model"] = options | {"adapter": None, "quantization": "none"}
     else:
         assert model.base is not None
-        backbone = model.base.backbone
+        backbone = backbone_source(model.base.backbone)
         if Path(backbone).is_dir():
             backbone = str(Path(backbone).resolve())
         save_adapter(model.network, model.head, backbone, folder)

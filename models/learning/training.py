@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from datamodules.batching.rows import RowsDataModule, log
 from datamodules.errors import UserError
 from datamodules.prompting.tokenizers import SCRATCH
-from datamodules.ranges import Fraction, NonNegativeFloat, Positive, check_ranges
+from datamodules.ranges import Fraction, NonNegativeFloat, NonNegativeInt, Positive, check_ranges
 from models.learning.calibration import Calibration, calibrated, metrics_by_reading
 from models.learning.checkpoint_contents import CheckpointContent
 from models.learning.finite_check import FiniteCheck, not_finite_error
@@ -55,8 +55,9 @@ class BackboneModule(NetworkModule):
     """A backbone with a head, and its training. `configure_model` creates its weights.
 
     Args:
-        backbone: Hub id or local path of any Hugging Face backbone that supports the head, or "scratch" for a small
-            decoder with random weights and a tokenizer trained on the run's own text.
+        backbone: Hub id or local path of any Hugging Face backbone that supports the head, a GGUF file, or a name:
+            "smollm2" and "minilm" are in Python packages, "scratch" is a small decoder with random weights and a
+            tokenizer trained on the run's own text.
         scratch: For backbone "scratch": a transformers configuration with its model_type, instead of the
             project's small Llama-type one.
         dtype: The dtype in which weights are stored. The trainer's precision sets the dtype of computation.
@@ -79,6 +80,9 @@ class BackboneModule(NetworkModule):
         adapter: Train low-rank adapters (LoRA) instead of all weights. Checkpoints and exports contain only these.
         quantization: With an adapter: how the frozen linear layers are stored. nf4 (QLoRA) takes 4 bits per weight,
             int8 takes 8.
+        freeze_layers: Number of the lowest layers of a pretrained backbone that are not trained, counted from the
+            embeddings, which are not trained then either. No gradients are computed for them, so a step is faster.
+            With 0, all layers and the embeddings are trained.
     """
 
     # Options that may change on a resume. The optimizer's take effect in `on_train_start`.
@@ -125,6 +129,7 @@ class BackboneModule(NetworkModule):
         gradient_clip_norm: Positive | None = 1.0,
         adapter: AdapterOptions | None = None,
         quantization: Quantization = "none",
+        freeze_layers: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
         self.adapter = AdapterOptions(**adapter) if isinstance(adapter, dict) else adapter  # a checkpoint has a dict

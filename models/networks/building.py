@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from datamodules.backbones.packaged import backbone_source
+from datamodules.backbones.quiet import quiet_transformers
 from datamodules.corpus.json_records import read_json
 from datamodules.errors import UserError
 from datamodules.prompting.tokenizers import SCRATCH
@@ -19,7 +21,6 @@ from models.networks.configurations import (
     naming_backbone,
     network_config,
     network_from_config,
-    quiet_transformers,
     refuse_other_size,
 )
 from models.networks.network_options import Head, NetworkOptions
@@ -76,15 +77,16 @@ def pretrained_network(options: NetworkOptions, config: "PretrainedConfig") -> t
 
     head, backbone = options.head, options.backbone
     with naming_backbone(head, backbone), quiet_transformers():
-        if Path(backbone).is_dir():
-            safetensors_files(Path(backbone), SAFE_WEIGHTS_NAME)
-        is_text_part = PretrainedConfig.get_config_dict(backbone)[0].get("model_type") != config.model_type
+        source = backbone_source(backbone)
+        if Path(source).is_dir():
+            safetensors_files(Path(source), SAFE_WEIGHTS_NAME)
+        is_text_part = PretrainedConfig.get_config_dict(source)[0].get("model_type") != config.model_type
         key_mapping = None
         if is_text_part:
             prefix = auto_class(head)._model_mapping[type(config)].base_model_prefix
             key_mapping = {pattern: name.format(prefix) for pattern, name in TEXT_PART.items()}
         network, found = auto_class(head).from_pretrained(
-            backbone,
+            source,
             config=config,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # checked below

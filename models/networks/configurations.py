@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from datamodules.backbones.packaged import backbone_source
+from datamodules.backbones.quiet import quiet_transformers
 from datamodules.errors import UserError
 from datamodules.escaping import error_text
 from datamodules.files.reading import require_regular_files
@@ -51,9 +53,10 @@ def network_config(options: NetworkOptions, tokenizer: "PreTrainedTokenizerFast"
             settings = {"vocab_size": len(tokenizer), **(options.scratch or SCRATCH_CONFIG)}
             config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         else:
-            if Path(backbone).is_dir():
-                require_regular_files(Path(backbone), "model.backbone")
-            config = AutoConfig.from_pretrained(backbone, trust_remote_code=options.trust_remote_code)
+            source = backbone_source(backbone)
+            if Path(source).is_dir():
+                require_regular_files(Path(source), "model.backbone")
+            config = AutoConfig.from_pretrained(source, trust_remote_code=options.trust_remote_code)
         text = config.get_text_config()
         if not hasattr(text, "vocab_size"):
             raise UserError(f"model.backbone: {backbone} is not a text model", "Give an encoder or decoder of text.")
@@ -188,19 +191,3 @@ def naming_backbone(head: Head, name: str) -> Iterator[None]:
             f"model.backbone: cannot make a {head} of {name}: {error_text(error, 300)}",
             "Give a hub id that this machine can reach, or a folder that save_pretrained wrote as safetensors.",
         ) from error
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' notes on new heads and its progress bars, which appear at every start."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

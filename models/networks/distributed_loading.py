@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from datamodules.backbones.packaged import backbone_source
 from datamodules.errors import UserError
 from datamodules.prompting.tokenizers import SCRATCH
 from models.networks.building import build_network, pretrained_network, refuse_shape
@@ -168,16 +169,17 @@ def _file_of_each_tensor(backbone: str) -> dict[str, Path]:
     from transformers.utils.hub import cached_file
 
     optional = {"_raise_exceptions_for_missing_entries": False}
-    if index := cached_file(backbone, SAFE_WEIGHTS_INDEX_NAME, **optional):
+    source = backbone_source(backbone)
+    if index := cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **optional):
         names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        paths = {name: cached_file(backbone, name, **optional) for name in sorted(set(names.values()))}
+        paths = {name: cached_file(source, name, **optional) for name in sorted(set(names.values()))}
         if missing := [name for name, path in paths.items() if path is None]:
             raise UserError(
                 f"model.backbone: {backbone} has no {missing[0]}, which its index names",
                 "Fetch the backbone's files again.",
             )
         return {key: Path(paths[name]) for key, name in names.items()}
-    if single := cached_file(backbone, SAFE_WEIGHTS_NAME, **optional):
+    if single := cached_file(source, SAFE_WEIGHTS_NAME, **optional):
         with safe_open(single, framework="pt") as source:
             return dict.fromkeys(source.keys(), Path(single))
     raise UserError(

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from models.networks.freezing import lowest_frozen
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -74,7 +76,8 @@ class Operations:
     """The operations of a forward and a backward pass.
 
     A weight takes 2 operations per token in the forward pass. In the backward pass it takes 2 for the gradient of its
-    input and, if it is trained, 2 for its own. Attention takes 12 D operations per layer and visible pair of tokens.
+    input and, if it is trained, 2 for its own. Attention takes 12 D operations per layer and visible pair of tokens, a
+    third of them in the forward pass. The lowest layers take none in the backward pass if nothing is trained in them.
     The recomputation of gradient checkpointing is not counted, as usual for model FLOPs.
     """
 
@@ -89,13 +92,16 @@ class Operations:
         head = model.get_output_embeddings()
         layers = model.base_model
         looked_up = {id(p) for m in layers.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-        token = sum(_cost(p) for p in layers.parameters() if id(p) not in looked_up)
+        frozen = lowest_frozen(model)
+        forward_only = {id(p) for layer in frozen for p in layer.parameters()}
+        costs = ((p, 2 * _numel(p) if id(p) in forward_only else _cost(p)) for p in layers.parameters())
+        token = sum(cost for p, cost in costs if id(p) not in looked_up)
         width = config.num_attention_heads * (
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         )
         return cls(
             token,
-            12 * config.num_hidden_layers * width,
+            (12 * config.num_hidden_layers - 8 * len(frozen)) * width,
             0 if head is None else sum(_cost(p) for p in head.parameters()),
         )
 

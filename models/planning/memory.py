@@ -14,6 +14,7 @@ from models.learning.optimizers import OptimizerName
 from models.learning.training import BackboneModule
 from models.networks.adapters import AdapterOptions
 from models.networks.configurations import network_from_config
+from models.networks.freezing import freeze_lowest
 from models.networks.network_options import DtypeName, NetworkOptions
 from models.networks.quantization import Quantization
 from models.planning.replacements import insert_replacements
@@ -81,6 +82,7 @@ class MemoryPlan:
     ) -> None:
         self.attention = attention
         self.module = module
+        self.frozen_layers: int = module.hparams["freeze_layers"]
         self.config = config
         self.micro_batch = micro_batch
         self._activations: dict[Setting, int] = {}
@@ -102,6 +104,8 @@ class MemoryPlan:
             adapter_dtype = getattr(torch, compute_dtype(setting.precision) or "float32")
             has_new_head = self.module.head == "classifier"
             insert_replacements(network, has_new_head, setting.adapter, setting.quantization, adapter_dtype)
+        elif self.frozen_layers:
+            freeze_lowest(network, self.frozen_layers if layers is None else 0)
         return network
 
     def memory(self, setting: Setting) -> Memory:
@@ -131,7 +135,8 @@ class MemoryPlan:
                 few, more = MEASURED_LAYERS
                 bytes_few, bytes_more = self._tracked(setting, few), self._tracked(setting, more)
                 per_layer = (bytes_more - bytes_few) / (more - few)
-                self._activations[key] = round(bytes_few + per_layer * (layers - few))
+                with_gradients = layers if setting.adapter else layers - self.frozen_layers
+                self._activations[key] = round(bytes_few + per_layer * (with_gradients - few))
         return self._activations[key]
 
     def _tracked(self, setting: Setting, layers: int | None) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from datamodules.backbones.packaged import PACKAGED
 from datamodules.batching.answer_rows import NULL_ANSWER, OFFER_ANSWER
 from datamodules.batching.rows import RowsDataModule
 from datamodules.escaping import on_one_line
@@ -65,7 +66,9 @@ def shown_name(place: str) -> str:
 
 
 def hub_id(backbone: str) -> str | None:
-    """The hub id of a backbone; None for a folder outside the hub's cache."""
+    """The hub id of a backbone; None for a folder outside the hub's cache, and for a GGUF file."""
+    if backbone in PACKAGED:
+        return PACKAGED[backbone].hub_id
     if downloaded := DOWNLOADED.search(Path(backbone).as_posix()):
         return "/".join(downloaded.groups())
     if Path(backbone).exists() or not HUB_ID.fullmatch(backbone):
@@ -91,6 +94,8 @@ def _license(backbone: str, data: RowsDataModule) -> dict[str, str]:
     """The license of the backbone, from its model card."""
     if backbone == SCRATCH:
         return {"license": "apache-2.0" if data.root in OWN_DATA else "unknown"}
+    if backbone in PACKAGED:
+        return {"license": PACKAGED[backbone].license}
     found = _card_of(backbone)
     fields = {name: str(found[name]) for name in LICENSE_FIELDS if isinstance(found.get(name), str)}
     return fields if "license" in fields else {"license": "unknown"}

@@ -15,6 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
+from datamodules.backbones.quiet import quiet_transformers
 from datamodules.errors import UserError
 from datamodules.prompting.tokenizers import load_tokenizer
 from models.networks.building import base_from_config, build_network, load_network, pretrained_network
@@ -25,7 +26,6 @@ from models.networks.configurations import (
     meta_network,
     network_config,
     network_from_config,
-    quiet_transformers,
 )
 from models.networks.distributed_loading import WeightFiles
 from models.networks.heads import class_layer

@@ -17,6 +17,7 @@ import yaml
 from huggingface_hub import ModelCard
 from lightning import LightningDataModule
 
+from datamodules.backbones.quiet import quiet_transformers
 from datamodules.batching.answer_rows import AgentDataModule, AnswerKind
 from datamodules.batching.reward_rows import RewardDataModule
 from datamodules.escaping import on_one_line
@@ -24,7 +25,6 @@ from models.learning.proactive_agent import ProactiveAgent
 from models.learning.reward_classifier import RewardClassifier
 from models.learning.training import BackboneModule
 from models.networks.adapters import AdapterOptions
-from models.networks.configurations import quiet_transformers
 from models.networks.quantization import Quantization
 from models.reporting.export_folders import export_model
 from models.reporting.model_card import hub_id, model_card, shown_name

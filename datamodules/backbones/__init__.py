@@ -1,0 +1,1 @@
+"""Files of backbones: in installed Python packages, and in GGUF files."""
