@@ -147,7 +147,9 @@ def interval(values: Sequence[float]) -> str:
     return f"{low:.3f} to {high:.3f}"
 
 
-def main(root: str, backbone: str = "minilm", max_length: int = 512, states: Path | None = None, seed: int = 0) -> None:
+def main(
+    root: str = "embedded", backbone: str = "minilm", max_length: int = 512, states: Path | None = None, seed: int = 0
+) -> None:
     """Print a table of the pooled test rows.
 
     Args:

@@ -118,6 +118,23 @@ def test_a_plan_is_within_15_percent_of_a_fits_memory(root: Path, layout: str, o
     assert planned.peak == pytest.approx(found, rel=0.15)
 
 
+def test_frozen_layers_have_no_gradients_optimizer_state_and_activations(root: Path) -> None:
+    data = small_data(root, **SIZES, layout="tree")
+    data.setup("fit")
+    shape = SHAPE | {"vocab_size": len(data.tokenizer), "pad_token_id": data.tokenizer.pad_token_id, "num_labels": 2}
+    config = AutoConfig.for_model(shape.pop("model_type"), **shape)
+    largest = next(iter(data.epoch("tree")))[0]
+    setting = Setting(dtype="float32", precision="32-true", optimizer="adamw", accumulates=False)
+    plan = MemoryPlan(RewardClassifier(dropout=0.0, backbone="pretrained", freeze_layers=5), config, largest)
+    network, memory = plan.network(setting), plan.memory(setting)
+    upper = [*network.base_model.layers[5:], network.base_model.norm, network.score]
+    trained = sum(weight.numel() for module in upper for weight in module.parameters())
+    assert memory.weights == 4 * weight_count(network)
+    assert memory.gradients == 4 * trained
+    assert memory.optimizer == 8 * trained
+    assert memory.activations == pytest.approx(plan._tracked(setting, None), rel=0.05)  # without extrapolation
+
+
 def plan_8b(**options: Any) -> tuple[MemoryPlan, Setting]:
     tree = {name: torch.zeros(1, 8, dtype=torch.int64) for name in ("input_ids", "position_ids", "subtree_end")}
     rows = {name: torch.zeros(4, dtype=torch.int64) for name in ("label", "category", "row")}
