@@ -37,7 +37,7 @@ from models.decoding.grammar import AnswerGrammar
 
 BACKBONE = {**tree_batches.BACKBONE, "max_position_embeddings": 4096}
 INSTRUCTIONS = "You watch what somebody does at a computer. Offer a task that helps, or nothing.\n"
-OPENING = "Answer:\n"
+GENERATION_PROMPT = "Answer:\n"
 NO_END = -1  # a token that no network chooses
 
 
@@ -61,7 +61,7 @@ class TimedGrammar(AnswerGrammar):
 
 
 class Setting:
-    """The network, the traces and the opening, the same in every process.
+    """The network, the traces and the generation prompt, the same in every process.
 
     Args:
         root: A directory in the published layout.
@@ -92,7 +92,7 @@ class Setting:
             seen = [render_event(data.template, Event(**row["observation"])) for row in rows]
             ids = segments.encode([(INSTRUCTIONS,), *seen])
             self.traces.append([segments.prefix + ids[0], *ids[1:]])
-        self.opening = segments.encode([(OPENING,)])[0]
+        self.generation_prompt = segments.encode([(GENERATION_PROMPT,)])[0]
         settings = {
             "vocab_size": len(self.tokenizer),
             **(backbone or BACKBONE),
@@ -113,7 +113,7 @@ class Setting:
     def prompts(self) -> list[list[list[int]]]:
         """Of each trace, the prompt after each event."""
         return [
-            [[i for part in trace[: step + 1] for i in part] + self.opening for step in range(1, len(trace))]
+            [[i for part in trace[: step + 1] for i in part] + self.generation_prompt for step in range(1, len(trace))]
             for trace in self.traces
         ]
 
@@ -130,7 +130,7 @@ def ours(
     end_id = NO_END if grammar is None else setting.tokenizer.eos_token_id
     options: dict[str, Any] = {"end_id": end_id, "max_new_tokens": new, "batch_size": batch_size, "grammar": grammar}
     options["branched"] = branched
-    answers = generate_answers(setting.network, setting.traces[:first], setting.opening, **options)
+    answers = generate_answers(setting.network, setting.traces[:first], setting.generation_prompt, **options)
     return sorted(answers, key=lambda answer: (answer.trace, answer.step))
 
 

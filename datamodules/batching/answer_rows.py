@@ -204,7 +204,7 @@ class AnswersDataModule(RowsDataModule):
             for example, ids, start in zip(examples, input_ids, starts, strict=True)
         ]
 
-    def opening(self) -> list[int]:
+    def generation_prompt(self) -> list[int]:
         """Return the token ids between the history and the answer."""
         return self.segmenter.encode([(self.template.answer,)], continues=True)[0]
 
@@ -215,8 +215,8 @@ class AnswersDataModule(RowsDataModule):
 
     @property
     def prompt_length(self) -> int:
-        """Maximum number of tokens before an answer: those that training keeps of a history, and the opening."""
-        return self.max_length - self.branch_length + len(self.opening())
+        """Maximum number of tokens before an answer: those that training keeps of a history, and the prompt."""
+        return self.max_length - self.branch_length + len(self.generation_prompt())
 
     def branch(self, row: Example) -> list[Segment]:
         return [(self.template.answer,), (Data(self.lead + write_answer(Answer(proposal=row.proposal))),)]

@@ -42,8 +42,8 @@ class HistoryDataModule(AnswersDataModule):
     def branch_length(self) -> int:
         """Leaves room for an answer of `max_new_tokens`."""
         longest = super().branch_length
-        return longest if self._saved is not None else max(longest, len(self.opening()) + self.max_new_tokens)
+        return longest if self._saved is not None else max(longest, len(self.generation_prompt()) + self.max_new_tokens)
 
     def prompt(self, history: Sequence[Event]) -> list[int]:
         """Return the token ids before an answer, as generation has them."""
-        return truncate([*self.segments(history), self.opening()], self.prompt_length)[0]
+        return truncate([*self.segments(history), self.generation_prompt()], self.prompt_length)[0]

@@ -59,12 +59,12 @@ def _short_problem(network: "PreTrainedModel") -> str | None:
     """Compare the logits of branches and of whole prompts on a few tokens; None if they agree."""
     tokens = random_tokens(network, 16)
     first, left, other, right = (tokens[start : start + 4] for start in range(0, 16, 4))
-    trunk, opening = [*first, *left], first[:2]
+    trunk, generation_prompt = [*first, *left], first[:2]
 
     def read(event: list[int], beside: list[int]) -> Tensor:
         """The logits of a branch after `left`, with another event after it and another branch beside it."""
         reader = BranchReader(network)
-        reader.begin([[*trunk, *event], trunk[:5]], [[len(trunk), len(trunk) + len(event)], [5]], opening)
+        reader.begin([[*trunk, *event], trunk[:5]], [[len(trunk), len(trunk) + len(event)], [5]], generation_prompt)
         logits = []
         for mine, its in zip(right[:2], beside[:2], strict=True):
             reader.branch([[0, 1], [0]])
@@ -74,7 +74,9 @@ def _short_problem(network: "PreTrainedModel") -> str | None:
     found, beside_other = read(right, left), read(other, right)
     if relative_difference(found, beside_other) > EXACT_TOLERANCE:
         return "an answer depends on later events or on other answers"
-    return difference_problem(network, found, _last_logits(network, [*trunk, *opening, *right[:2]], 2), OTHER_LOGITS)
+    return difference_problem(
+        network, found, _last_logits(network, [*trunk, *generation_prompt, *right[:2]], 2), OTHER_LOGITS
+    )
 
 
 def _long_trunk_problem(network: "PreTrainedModel", longest: int) -> str | None:
@@ -92,10 +94,10 @@ def _many_branches_problem(network: "PreTrainedModel", longest: int) -> str | No
 
 
 def _branches_problem(network: "PreTrainedModel", trunk: list[int], ends: list[int], depth: int) -> str | None:
-    """Compare the first, a middle and the last branch, with openings of `depth` tokens."""
+    """Compare the first, a middle and the last branch, with generation prompts of `depth` tokens."""
     tokens, reader = random_tokens(network, depth + ANSWER_LENGTH, seed=1), BranchReader(network)
-    opening, answer = tokens[:depth], tokens[depth:]
-    found = [reader.begin([trunk], [ends], opening)]
+    generation_prompt, answer = tokens[:depth], tokens[depth:]
+    found = [reader.begin([trunk], [ends], generation_prompt)]
     for token in answer:
         reader.branch([range(len(ends))])
         found.append(reader.read([[token] * len(ends)]))

@@ -8,8 +8,8 @@ with a trunk of four tokens and two branches of two tokens, which start after tr
     a2            x x        x     x
     b2            x x x x       x     x
 
-Shape legend: B trunks in a batch, S steps per trunk, W branches per trunk, O tokens of an opening, T of a trunk,
-K tokens in the cache, Q query tokens, N answers, D hidden size, V vocabulary size.
+Shape legend: B trunks in a batch, S steps per trunk, W branches per trunk, O tokens of a generation prompt, T of a
+trunk, K tokens in the cache, Q query tokens, N answers, D hidden size, V vocabulary size.
 """
 
 import contextlib
@@ -85,28 +85,30 @@ class BranchReader:
         self._options = inspect.signature(network.forward).parameters
         self._cache_option = cache_option(network)
 
-    def begin(self, trunks: Sequence[Sequence[int]], ends: Sequence[Sequence[int]], opening: Sequence[int]) -> Tensor:
-        """Run trunks and the opening of each branch; return the logits (B, S, V) after each opening.
+    def begin(
+        self, trunks: Sequence[Sequence[int]], ends: Sequence[Sequence[int]], generation_prompt: Sequence[int]
+    ) -> Tensor:
+        """Run trunks and the generation prompt of each branch; return the logits (B, S, V) after the prompts.
 
-        The cache holds the trunk, then the first token of every opening, then the second token of every opening, ...
+        The cache holds the trunk, then the first token of each branch, then the second token of each branch, ...
 
         Args:
             trunks: Token ids of each trunk.
             ends: For each trunk, the number of trunk tokens that each branch attends to.
-            opening: Token ids. If empty, each branch repeats the last trunk token that it attends to.
+            generation_prompt: Token ids. If empty, each branch repeats the last trunk token that it attends to.
         """
-        length, width, depth = max(map(len, trunks)), max(map(len, ends)), max(len(opening), 1)
+        length, width, depth = max(map(len, trunks)), max(map(len, ends)), max(len(generation_prompt), 1)
         trunk_BT, end_BS = self._padded(trunks, length), self._padded(ends, width)
-        if opening:
-            opening_BSO = torch.tensor(opening, device=self.device).expand(*end_BS.shape, -1)
+        if generation_prompt:
+            prompt_BSO = torch.tensor(generation_prompt, device=self.device).expand(*end_BS.shape, -1)
         else:
             end_BS = (end_BS - 1).clamp(min=0)
-            opening_BSO = trunk_BT.gather(1, end_BS)[:, :, None]
+            prompt_BSO = trunk_BT.gather(1, end_BS)[:, :, None]
         position_BT = torch.arange(length, device=self.device).expand(len(trunks), -1)
         position_BOS = end_BS[:, None] + torch.arange(depth, device=self.device)[:, None]
-        visible_BQK = _openings_after_trunk(end_BS, length, depth)
+        visible_BQK = _prompts_after_trunk(end_BS, length, depth)
         self.visible_BWK, self.position_BW = visible_BQK[:, -width:], end_BS + depth
-        input_ids_BQ = torch.cat([trunk_BT, opening_BSO.transpose(1, 2).flatten(1)], 1)
+        input_ids_BQ = torch.cat([trunk_BT, prompt_BSO.transpose(1, 2).flatten(1)], 1)
         return self._forward(input_ids_BQ, torch.cat([position_BT, position_BOS.flatten(1)], 1), visible_BQK, width)
 
     def resume(self, known: int, tokens: Sequence[int]) -> Tensor:
@@ -178,13 +180,13 @@ class BranchReader:
         return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self.device)
 
 
-def _openings_after_trunk(end_BS: Tensor, length: int, depth: int) -> Tensor:
-    """The attention mask of trunks followed by their openings, (B, T + O S, T + O S) bool.
+def _prompts_after_trunk(end_BS: Tensor, length: int, depth: int) -> Tensor:
+    """The attention mask of trunks followed by their generation prompts, (B, T + O S, T + O S) bool.
 
     Args:
-        end_BS: The number of trunk tokens that each opening attends to.
+        end_BS: The number of trunk tokens that each generation prompt attends to.
         length: T. Shorter trunks are padded at the end, and no token attends to the padding.
-        depth: O. The first tokens of all openings come first, then the second tokens, ...
+        depth: O. The first tokens of all generation prompts come first, then the second tokens, ...
     """
     device, (rows, width) = end_BS.device, end_BS.shape
     trunk_TT = torch.ones(length, length, dtype=torch.bool, device=device).tril()

@@ -1,13 +1,13 @@
 """Generates an agent's answers after each event of a trace, in one pass over the trace.
 
 The tokens of a trace are the trunk. Their keys and values are computed once. Each answer is a branch: it attends to the
-trunk up to its event, to the opening (the tokens between the last event and the answer) and to itself. The branches of
-several trunks are extended together, one token per decoding step.
+trunk up to its event, to the generation prompt (the tokens between the last event and the answer, as chat templates
+add them) and to itself. The branches of several trunks are extended together, one token per decoding step.
 
     trunk      instructions  event 1  event 2  event 3
-    answer 1   instructions  event 1  opening  answer...
-    answer 2   instructions  event 1  event 2  opening  answer...
-    answer 3   instructions  event 1  event 2  event 3  opening  answer...
+    answer 1   instructions  event 1  generation prompt  answer...
+    answer 2   instructions  event 1  event 2  generation prompt  answer...
+    answer 3   instructions  event 1  event 2  event 3  generation prompt  answer...
 
 Shape legend: B trunks in a batch, S steps per trunk, W branches per trunk, T tokens of a prompt, N answers,
 V vocabulary size.
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 def generate_answers(
     network: "PreTrainedModel",
     traces: Sequence[TraceIds],
-    opening: Sequence[int],
+    generation_prompt: Sequence[int],
     *,
     end_id: int,
     max_new_tokens: int,
@@ -52,15 +52,15 @@ def generate_answers(
 ) -> Iterator[GeneratedAnswer]:
     """Generate the answers after the events of traces; yields each answer when it is done, in no fixed order.
 
-    The answers equal those of `network.generate` for each prompt (instructions, events and opening). A random number
-    depends only on the seed, the trace's stream, the step, the candidate and the token index. So an answer does not
-    depend on the other answers. The network is in evaluation mode until the last answer.
+    The answers equal those of `network.generate` for each prompt: instructions, events and generation prompt. A random
+    number depends only on the seed, the trace's stream, the step, the candidate and the token index. So an answer does
+    not depend on the other answers. The network is in evaluation mode until the last answer.
 
     Args:
         network: A causal language model of transformers.
         traces: For each trace, the token ids of the instructions (including the tokenizer's prefix) and of each
             event.
-        opening: Token ids between the last event and the answer.
+        generation_prompt: Token ids between the last event and the answer.
         end_id: Id of the token that ends an answer.
         max_new_tokens: Maximum number of tokens of an answer.
         batch_size: Number of traces per batch.
@@ -81,30 +81,32 @@ def generate_answers(
     refuse_equal_samples(candidates, temperature)
     writer = AnswerWriter(end_id, max_new_tokens, temperature, seed, grammar)
     room = max_positions(network.config) if max_length is None else max_length
-    trunks = trunks_of(traces, opening, wanted, room - max_new_tokens, streams)
-    return _generate_answers(network, trunks, opening, candidates, writer, batch_size, branched)
+    trunks = trunks_of(traces, generation_prompt, wanted, room - max_new_tokens, streams)
+    return _generate_answers(network, trunks, generation_prompt, candidates, writer, batch_size, branched)
 
 
 def _generate_answers(
     network: "PreTrainedModel",
     trunks: Sequence[Trunk],
-    opening: Sequence[int],
+    generation_prompt: Sequence[int],
     candidates: int,
     writer: AnswerWriter,
     batch_size: int,
     branched: bool | None,
 ) -> Iterator[GeneratedAnswer]:
-    longest = max((len(trunk.token_ids) for trunk in trunks), default=0) + len(opening) + writer.max_new_tokens
+    longest = (
+        max((len(trunk.token_ids) for trunk in trunks), default=0) + len(generation_prompt) + writer.max_new_tokens
+    )
     with reading_branches(network):
         if branched is None and trunks:
             branched = can_branch(network, longest)
         if branched:
             for start in range(0, len(trunks), batch_size):
                 yield from _generate_branched(
-                    network, trunks[start : start + batch_size], opening, range(candidates), writer
+                    network, trunks[start : start + batch_size], generation_prompt, range(candidates), writer
                 )
         else:
-            yield from _generate_prompt_by_prompt(network, trunks, opening, range(candidates), writer)
+            yield from _generate_prompt_by_prompt(network, trunks, generation_prompt, range(candidates), writer)
 
 
 class AnswerStream:
@@ -114,7 +116,7 @@ class AnswerStream:
 
     Args:
         network: A causal language model of transformers.
-        opening: Token ids between the last event and the answer.
+        generation_prompt: Token ids between the last event and the answer.
         writer: Chooses the tokens of answers.
         candidates: Number of answers per step.
         max_length: Maximum number of tokens of prompt and answer.
@@ -125,7 +127,7 @@ class AnswerStream:
     def __init__(
         self,
         network: "PreTrainedModel",
-        opening: Sequence[int],
+        generation_prompt: Sequence[int],
         writer: AnswerWriter,
         *,
         candidates: int,
@@ -135,7 +137,7 @@ class AnswerStream:
     ) -> None:
         refuse_equal_samples(candidates, writer.temperature)
         self.network = network
-        self.opening = opening
+        self.generation_prompt = generation_prompt
         self.writer = writer
         self.candidates = candidates
         self.max_length = max_length
@@ -154,15 +156,17 @@ class AnswerStream:
         step = len(segments) - 1
         chosen = range(self.candidates) if candidate_indices is None else candidate_indices
         limit = self.max_length - self.writer.max_new_tokens
-        (trunk,) = trunks_of([segments], self.opening, {(0, step)}, limit, [self.stream])
+        (trunk,) = trunks_of([segments], self.generation_prompt, {(0, step)}, limit, [self.stream])
         with reading_branches(self.network):
             if not self.branched:
-                return list(_generate_prompt_by_prompt(self.network, [trunk], self.opening, chosen, self.writer))
+                return list(
+                    _generate_prompt_by_prompt(self.network, [trunk], self.generation_prompt, chosen, self.writer)
+                )
             prompt = trunk.token_ids
-            # Without an opening, run the last token of the prompt again to get the logits after it.
-            last = 0 if self.opening else 1
+            # Without a generation prompt, run the last token of the prompt again to get the logits after it.
+            last = 0 if self.generation_prompt else 1
             known = min(common_prefix(self._cached_ids, prompt), len(prompt) - last)
-            logits_11V = self._reader.resume(known, [*prompt[known:], *self.opening])
+            logits_11V = self._reader.resume(known, [*prompt[known:], *self.generation_prompt])
             self._cached_ids = prompt
             answers = _extend_branches(self._reader, [trunk], chosen, self.writer, logits_11V)
             return sorted(answers, key=lambda answer: answer.candidate)
@@ -171,13 +175,13 @@ class AnswerStream:
 def _generate_branched(
     network: "PreTrainedModel",
     trunks: Sequence[Trunk],
-    opening: Sequence[int],
+    generation_prompt: Sequence[int],
     candidate_indices: Sequence[int],
     writer: AnswerWriter,
 ) -> Iterator[GeneratedAnswer]:
     """Generate the answers of a batch of trunks as branches of their caches."""
     reader = _reader(network)
-    logits_BSV = reader.begin([t.token_ids for t in trunks], [list(t.ends.values()) for t in trunks], opening)
+    logits_BSV = reader.begin([t.token_ids for t in trunks], [list(t.ends.values()) for t in trunks], generation_prompt)
     yield from _extend_branches(reader, trunks, candidate_indices, writer, logits_BSV)
 
 
@@ -188,7 +192,7 @@ def _extend_branches(
     writer: AnswerWriter,
     logits_BSV: Tensor,
 ) -> Iterator[GeneratedAnswer]:
-    """Generate candidates of a batch of trunks, starting from the logits (B, S, V) after the openings."""
+    """Generate candidates of a batch of trunks, starting from the logits (B, S, V) after the generation prompts."""
     # For each trunk: the unfinished answers, each with the index of its branch.
     unfinished = [
         [
@@ -223,7 +227,7 @@ def _reader(network: "PreTrainedModel") -> BranchReader:
 def _generate_prompt_by_prompt(
     network: "PreTrainedModel",
     trunks: Sequence[Trunk],
-    opening: Sequence[int],
+    generation_prompt: Sequence[int],
     candidate_indices: Sequence[int],
     writer: AnswerWriter,
 ) -> Iterator[GeneratedAnswer]:
@@ -232,12 +236,12 @@ def _generate_prompt_by_prompt(
         for step, end in trunk.ends.items():
             for candidate in candidate_indices:
                 answer = writer.start(trunk, step, candidate)
-                _generate_prompt(network, [*trunk.token_ids[:end], *opening], answer, writer)
+                _generate_one(network, [*trunk.token_ids[:end], *generation_prompt], answer, writer)
                 yield writer.result(answer)
 
 
 @torch.no_grad()
-def _generate_prompt(
+def _generate_one(
     network: "PreTrainedModel", prompt: list[int], answer: UnfinishedAnswer, writer: AnswerWriter
 ) -> None:
     """Generate one answer with `generate` of transformers; the writer chooses the tokens."""

@@ -30,7 +30,7 @@ class Trunk:
 
 def trunks_of(
     traces: Sequence[TraceIds],
-    opening: Sequence[int],
+    generation_prompt: Sequence[int],
     wanted: Collection[tuple[int, int]] | None,
     limit: int,
     streams: Sequence[int] | None = None,
@@ -41,7 +41,7 @@ def trunks_of(
     the same number of events.
 
     Args:
-        traces, opening, wanted, streams: As in `models.decoding.generation.generate_answers`.
+        traces, generation_prompt, wanted, streams: As in `models.decoding.generation.generate_answers`.
         limit: Maximum number of tokens of a prompt.
 
     Raises:
@@ -57,16 +57,17 @@ def trunks_of(
     trunks = []
     for trace, trace_steps in steps_of.items():
         instructions, *events = traces[trace]
-        if len(instructions) + len(opening) > limit:
+        shortest = len(instructions) + len(generation_prompt)
+        if shortest > limit:
             raise UserError(
-                f"max_length: instructions and opening have {len(instructions) + len(opening)} tokens, and {limit} "
-                "are left beside the answer",
+                f"max_length: instructions and generation prompt have {shortest} tokens, and {limit} are left beside "
+                "the answer",
                 "Raise max_length, or lower max_new_tokens.",
             )
         steps_by_dropped: dict[int, list[int]] = {}
         for step in trace_steps:
             too_old = max(step - limit, 0)  # events that cannot fit, because an event has at least one token
-            dropped = too_old + truncate([instructions, *events[too_old:step], opening], limit)[1]
+            dropped = too_old + truncate([instructions, *events[too_old:step], generation_prompt], limit)[1]
             steps_by_dropped.setdefault(dropped, []).append(step)
         for dropped, steps in steps_by_dropped.items():
             segments = [instructions, *events[dropped : steps[-1]]]

@@ -141,7 +141,7 @@ class LocalAgent(Agent):
         """Return the generator of answers for a new session."""
         return AnswerStream(
             self.network(),
-            self.data.opening(),
+            self.data.generation_prompt(),
             self.writer,
             candidates=self.candidates,
             max_length=self.max_length,
@@ -195,7 +195,7 @@ class LocalAgent(Agent):
         answers = generate_answers(
             self.network(),
             [self.data.segments(trace.events) for trace in traces],
-            self.data.opening(),
+            self.data.generation_prompt(),
             end_id=writer.end_id,
             max_new_tokens=writer.max_new_tokens,
             batch_size=self.options.traces_at_once,

@@ -156,7 +156,7 @@ class ProactiveAgent(BackboneModule):
         generated = generate_answers(
             self.network,
             [data.segments(example.history) for example in chosen],
-            data.opening(),
+            data.generation_prompt(),
             end_id=data.end_id,
             max_new_tokens=SAMPLED_TOKENS,
             max_length=max_length,

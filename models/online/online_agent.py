@@ -178,7 +178,7 @@ class OnlineAgent(ProactiveAgent):
         for one in generate_answers(
             self.network,
             [data.segments(example.history) for example in examples],
-            data.opening(),
+            data.generation_prompt(),
             end_id=end_id,
             max_new_tokens=tokens,
             candidates=count,

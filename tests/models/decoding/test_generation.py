@@ -25,7 +25,7 @@ from tests.models.networks.test_tree_reading import FAMILIES, SMALL
 VOCABULARY = 61
 END = 3
 NO_END = -1  # a token that is never chosen
-OPENING = [7, 8]
+GENERATION_PROMPT = [7, 8]
 NEW = 10
 Answers = dict[tuple[int, int, int], GeneratedAnswer]
 
@@ -54,8 +54,12 @@ def uneven_traces(seed: int = 1) -> list[list[list[int]]]:
     ]
 
 
-def generated(model: PreTrainedModel, traces: Any, opening: Sequence[int] = OPENING, **options: Any) -> Answers:
-    answers = list(generate_answers(model, traces, opening, **{"end_id": END, "max_new_tokens": NEW, **options}))
+def generated(
+    model: PreTrainedModel, traces: Any, generation_prompt: Sequence[int] = GENERATION_PROMPT, **options: Any
+) -> Answers:
+    answers = list(
+        generate_answers(model, traces, generation_prompt, **{"end_id": END, "max_new_tokens": NEW, **options})
+    )
     found = {(a.trace, a.step, a.candidate): a for a in answers}
     assert len(found) == len(answers)
     return found
@@ -80,7 +84,7 @@ def count_tokens(model: PreTrainedModel, traces: Any, **options: Any) -> int:
 def plain(
     model: PreTrainedModel,
     traces: Any,
-    opening: Sequence[int] = OPENING,
+    generation_prompt: Sequence[int] = GENERATION_PROMPT,
     *,
     new: int = NEW,
     limit: int = 10_000,
@@ -91,7 +95,7 @@ def plain(
     found = {}
     for number, (first, *events) in enumerate(traces):
         for step in range(1, len(events) + 1):
-            prompt = truncate([first, *events[:step], opening], limit)[0]
+            prompt = truncate([first, *events[:step], generation_prompt], limit)[0]
             given = torch.tensor([prompt])
             output = model.generate(
                 given,
@@ -164,7 +168,7 @@ def test_finished_answers_are_not_computed_further(
     read = [len(a.token_ids) - (not a.finished) for at, a in expected.items() if at[0] == 2]
     given = count_tokens(llama, [uneven_traces()[2]], end_id=end_id, max_new_tokens=24, branched=True)
     trunk = sum(map(len, uneven_traces()[2]))
-    assert given == trunk + sum(length + len(OPENING) for length in read)
+    assert given == trunk + sum(length + len(GENERATION_PROMPT) for length in read)
 
 
 @settings(max_examples=25)
@@ -178,11 +182,13 @@ def test_finished_answers_are_not_computed_further(
     st.integers(1, 6),
 )
 def test_random_traces_get_the_answers_of_generate(
-    llama: PreTrainedModel, traces: Any, opening: list[int], batch_size: int, end_id: int, new: int
+    llama: PreTrainedModel, traces: Any, generation_prompt: list[int], batch_size: int, end_id: int, new: int
 ) -> None:
-    """Openings may be empty, ends come early."""
+    """Generation prompts may be empty, and ends may come early."""
     options: Any = {"max_new_tokens": new, "batch_size": batch_size, "end_id": end_id, "branched": True}
-    assert generated(llama, traces, opening, **options) == plain(llama, traces, opening, new=new, end_id=end_id)
+    assert generated(llama, traces, generation_prompt, **options) == plain(
+        llama, traces, generation_prompt, new=new, end_id=end_id
+    )
 
 
 @pytest.mark.parametrize("new", [1, 5])
@@ -200,7 +206,7 @@ def test_positions_limit_the_prompt() -> None:
 
 
 def test_instructions_that_leave_no_room_are_refused(llama: PreTrainedModel) -> None:
-    with pytest.raises(UserError, match="max_length: instructions and opening have 6 tokens, and 5 are left"):
+    with pytest.raises(UserError, match="max_length: instructions and generation prompt have 6 tokens, and 5 are left"):
         generated(llama, [[[1, 2, 3, 4], [5]]], max_length=15)
 
 
@@ -221,12 +227,12 @@ def test_attentions_with_masks_give_equal_answers(attention: str) -> None:
 
 
 def test_each_token_of_a_trace_is_read_once(llama: PreTrainedModel) -> None:
-    """The trunk's tokens, the opening of each step, and each answer's tokens but the last."""
+    """The trunk's tokens, the generation prompt of each step, and each answer's tokens but the last."""
     traces = uneven_traces()
     given = count_tokens(llama, traces, batch_size=1, end_id=NO_END, branched=True)
     events = sum(len(trace) - 1 for trace in traces)
     trunks = sum(len(part) for trace in traces if len(trace) > 1 for part in trace)
-    assert given == trunks + events * (len(OPENING) + NEW - 1)
+    assert given == trunks + events * (len(GENERATION_PROMPT) + NEW - 1)
 
 
 @pytest.mark.parametrize("branched", [True, False])
@@ -269,7 +275,7 @@ def test_a_low_temperature_is_greedy(llama: PreTrainedModel) -> None:
 def test_tokens_are_sampled_with_their_probabilities(llama: PreTrainedModel) -> None:
     traces = [[[1, 2], [3, 4]]]
     with torch.no_grad():
-        logits = llama(input_ids=torch.tensor([[1, 2, 3, 4, *OPENING]])).logits[0, -1]
+        logits = llama(input_ids=torch.tensor([[1, 2, 3, 4, *GENERATION_PROMPT]])).logits[0, -1]
     expected = (logits / 2).softmax(-1)
     drawn = generated(llama, traces, candidates=4000, temperature=2.0, max_new_tokens=1, end_id=NO_END)
     tokens = torch.tensor([answer.token_ids[0] for answer in drawn.values()])
@@ -355,7 +361,9 @@ def test_the_backbones_generation_config_is_not_used() -> None:
 @pytest.mark.parametrize("branched", [True, False])
 def test_the_networks_mode_and_attention_are_restored(llama: PreTrainedModel, branched: bool) -> None:
     model = network("llama").train()
-    answers = generate_answers(model, uneven_traces(), OPENING, end_id=END, max_new_tokens=NEW, branched=branched)
+    answers = generate_answers(
+        model, uneven_traces(), GENERATION_PROMPT, end_id=END, max_new_tokens=NEW, branched=branched
+    )
     next(answers)
     assert not model.training
     assert torch.is_grad_enabled()
@@ -394,14 +402,16 @@ def test_constrained_answers_equal_those_of_constrained_generate() -> None:
         assert found == closed
 
 
-def followed(model: PreTrainedModel, traces: Any, opening: Sequence[int] = OPENING, **options: Any) -> Answers:
+def followed(
+    model: PreTrainedModel, traces: Any, generation_prompt: Sequence[int] = GENERATION_PROMPT, **options: Any
+) -> Answers:
     """The answers of streams that are fed event by event, all traces at the same time."""
     used = {"end_id": END, "new": NEW, "candidates": 1, "max_length": 10_000, "branched": True, **options}
     writer = AnswerWriter(used["end_id"], used["new"], used.get("temperature", 0.0), used.get("seed", 0))
     streams = [
         AnswerStream(
             model,
-            opening,
+            generation_prompt,
             writer,
             candidates=used["candidates"],
             max_length=used["max_length"],
@@ -422,15 +432,21 @@ def followed(model: PreTrainedModel, traces: Any, opening: Sequence[int] = OPENI
 
 @pytest.mark.parametrize("branched", [True, False])
 @pytest.mark.parametrize(
-    ("opening", "options"),
-    [(OPENING, {}), ([], {}), (OPENING, {"max_length": 31}), (OPENING, DRAWN), ([], {**DRAWN, "max_length": 31})],
+    ("generation_prompt", "options"),
+    [
+        (GENERATION_PROMPT, {}),
+        ([], {}),
+        (GENERATION_PROMPT, {"max_length": 31}),
+        (GENERATION_PROMPT, DRAWN),
+        ([], {**DRAWN, "max_length": 31}),
+    ],
 )
 def test_a_growing_history_gets_the_answers_of_the_whole_trace(
-    llama: PreTrainedModel, opening: list[int], options: dict[str, Any], branched: bool
+    llama: PreTrainedModel, generation_prompt: list[int], options: dict[str, Any], branched: bool
 ) -> None:
     traces = uneven_traces()
-    assert followed(llama, traces, opening, branched=branched, **options) == generated(
-        llama, traces, opening, **options
+    assert followed(llama, traces, generation_prompt, branched=branched, **options) == generated(
+        llama, traces, generation_prompt, **options
     )
 
 
@@ -450,13 +466,13 @@ def test_each_token_of_a_growing_history_is_computed_once(llama: PreTrainedModel
         followed(llama, [trace], end_id=NO_END)
     finally:
         handle.remove()
-    assert sum(given) == sum(map(len, trace)) + (len(trace) - 1) * (len(OPENING) + NEW - 1)
+    assert sum(given) == sum(map(len, trace)) + (len(trace) - 1) * (len(GENERATION_PROMPT) + NEW - 1)
 
 
 def test_another_history_and_a_repeated_one_get_the_right_answers(llama: PreTrainedModel) -> None:
     traces = uneven_traces()
     writer = AnswerWriter(END, NEW)
-    stream = AnswerStream(llama, OPENING, writer, candidates=1, max_length=10_000, stream=0, branched=True)
+    stream = AnswerStream(llama, GENERATION_PROMPT, writer, candidates=1, max_length=10_000, stream=0, branched=True)
     expected = generated(llama, traces)
     for number, step in ((2, 7), (2, 3), (2, 3), (0, 5), (2, 4)):
         (answer,) = stream.answer(traces[number][: step + 1])
@@ -468,8 +484,8 @@ def test_candidates_can_be_generated_one_after_the_other(llama: PreTrainedModel,
     trace = uneven_traces()[2]
     writer = AnswerWriter(END, NEW, DRAWN["temperature"], DRAWN["seed"])
     options: Any = {"candidates": 3, "max_length": 10_000, "stream": 0, "branched": branched}
-    together = AnswerStream(llama, OPENING, writer, **options)
-    stream = AnswerStream(llama, OPENING, writer, **options)
+    together = AnswerStream(llama, GENERATION_PROMPT, writer, **options)
+    stream = AnswerStream(llama, GENERATION_PROMPT, writer, **options)
     for step in (3, 5):
         segments = trace[: step + 1]
         alone = [stream.answer(segments, [number])[0].token_ids for number in range(3)]

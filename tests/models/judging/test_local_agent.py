@@ -150,7 +150,7 @@ def test_a_warm_up_changes_no_answer(folds: list[AgentWeights], traces: list[Tra
 
 
 def test_a_session_reads_each_event_once(folds: list[AgentWeights], traces: list[Trace]) -> None:
-    """The instructions, each event, and for each answer the opening and its tokens but the last."""
+    """The instructions, each event, and for each answer the generation prompt and its tokens but the last."""
     options = AnswerOptions(max_new_tokens=8, constrained=False)
     whole = replace(folds[0], state=_with_length(folds[0].state, 800))
     agents, (trace, *_) = agents_on([whole], traces, options=options)
@@ -166,7 +166,9 @@ def test_a_session_reads_each_event_once(folds: list[AgentWeights], traces: list
         handle.remove()
     data = agent.data
     trunk = sum(map(len, data.segments(trace.events)))
-    answers = len(trace.events) * (len(data.opening()) + options.max_new_tokens - 1)  # random weights find no end
+    answers = len(trace.events) * (
+        len(data.generation_prompt()) + options.max_new_tokens - 1
+    )  # random weights find no end
     assert sum(read) == trunk + answers
 
 
@@ -181,7 +183,7 @@ def test_an_answer_is_generated_after_the_prompt_of_training(folds: list[AgentWe
     network = folds[0].model.network
     assert network is not None
     for step in (0, len(held_out[0].events) - 1):
-        prompt = [t for segment in data.segments(held_out[0].history(step)) for t in segment] + data.opening()
+        prompt = [t for segment in data.segments(held_out[0].history(step)) for t in segment] + data.generation_prompt()
         ids = network.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),

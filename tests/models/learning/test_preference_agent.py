@@ -250,7 +250,7 @@ def test_a_checkpoint_keeps_the_reference_and_loads_as_an_agent(root: Path, tmp_
     export_weights(model, tmp_path / "export", trainer.datamodule.state_dict())
     exported, _, _ = load_trained(AGENTS, tmp_path / "export", "--agent.checkpoint")
     assert isinstance(exported, PreferenceAgent)
-    assert PreferenceDataModule.from_state(state).opening() == trainer.datamodule.opening()
+    assert PreferenceDataModule.from_state(state).generation_prompt() == trainer.datamodule.generation_prompt()
     with pytest.raises(UserError, match="is of task preference, not agent"):
         load_trained((ProactiveAgent,), path, "--agent.checkpoint")
 

@@ -199,7 +199,7 @@ def test_p_null_is_the_probability_of_the_tokens_that_distinguish_null(
     silence = data.tokenizer(write_answer(Answer(proposal=None)), add_special_tokens=False).input_ids
     for number in (0, len(probes) // 2, len(probes) - 1):
         example = probes[number]
-        ids = [t for segment in data.segments(example.history) for t in segment] + data.opening()
+        ids = [t for segment in data.segments(example.history) for t in segment] + data.generation_prompt()
         row = [*ids, *silence, data.tokenizer.eos_token_id]
         with torch.no_grad():
             log_p_TV = model.network(input_ids=torch.tensor([row])).logits[0].double().log_softmax(-1)

@@ -20,10 +20,10 @@ from tests.models.small import DECODERS, small_classifier, small_data
 
 ANSWERS = ("Help 1", "Help 2", "Help 3", None)
 STEPS = 80  # until most answers of a small agent end
-OPENING = "Answer: " * 6
-CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}\n{% endfor %}" + OPENING
+GENERATION_PROMPT = "Answer: " * 6
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}\n{% endfor %}" + GENERATION_PROMPT
 CHAT_ANSWER = '{"purpose": "", "thoughts": "", "proposal": "Help with it.", "response": ""}'
-# It attends to fewer tokens than the opening has, so that a chat before it does not matter.
+# It attends to fewer tokens than the generation prompt has, so that a chat before it does not matter.
 NEAR_SIGHTED = {"model_type": "mistral", **DECODERS["mistral"], "hidden_size": 32, "sliding_window": 16}
 
 
@@ -31,7 +31,7 @@ def export_agent(folder: Path) -> Path:
     """An agent that learned short answers, and draws them at random."""
     weights = weights_of(0)
     data = AgentDataModule.from_state(weights.state)
-    prompt = [*data.segments(())[0], *data.opening()]
+    prompt = [*data.segments(())[0], *data.generation_prompt()]
     answers = [_token_ids(data, write_answer(Answer(proposal=one))) for one in ANSWERS]
     _teach(weights, (([*prompt], answers[step % len(answers)]) for step in range(STEPS)))
     export_weights(weights.model, folder, weights.state)
@@ -42,8 +42,11 @@ def export_chat_agent(folder: Path) -> Path:
     """An agent with a chat template that learned to give `CHAT_ANSWER` to any chat."""
     weights = weights_of(0, NEAR_SIGHTED)
     data = AgentDataModule.from_state(weights.state)
-    answer, opening = _token_ids(data, CHAT_ANSWER), data.tokenizer(OPENING, add_special_tokens=False)["input_ids"]
-    _teach(weights, ((opening, answer) for _ in range(4 * STEPS)))
+    answer, generation_prompt = (
+        _token_ids(data, CHAT_ANSWER),
+        data.tokenizer(GENERATION_PROMPT, add_special_tokens=False)["input_ids"],
+    )
+    _teach(weights, ((generation_prompt, answer) for _ in range(4 * STEPS)))
     export_weights(weights.model, folder, weights.state)
     data.tokenizer.chat_template = CHAT_TEMPLATE
     data.tokenizer.save_pretrained(folder)
