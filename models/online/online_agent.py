@@ -35,12 +35,12 @@ from models.online.rewards import JudgeReward, advantages
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CONSTANT_STEPS = 20  # steps in a row with only offers, or none, after which a run ends
+MAX_CONSTANT_STEPS = 20  # a run ends after so many steps in a row with only offers, or with none
 Candidates = Annotated[int, Ge(2), Le(1024), FINITE]
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenAnswer:
     """An answer that the agent wrote.
 
     Attributes:
@@ -65,13 +65,13 @@ class OnlineAgent(ProactiveAgent):
     whose export is the backbone. It is also the reference, which the agent is kept close to.
 
     Args:
-        judge: The judge that rewards: a run, checkpoint or export of a reward classifier.
-        held_out_judge: Another judge, whose rewards are only logged. The difference shows how far the agent has
-            learned what is particular to its judge.
-        candidates: Answers after each history.
+        judge: The judge that rewards answers: a run, checkpoint or export of a reward classifier.
+        held_out_judge: Another judge, whose rewards are only logged. If they fall behind, the agent has learned to
+            exploit the mistakes of its judge (reward hacking).
+        candidates: Answers after each history, the group size of GRPO.
         max_new_tokens: Maximum number of tokens of an answer. A longer one is cut off and counts as unreadable.
         cost_ratio: Cost of a rejected offer relative to the value of an accepted one.
-        divergence_weight: Weight of the divergence from the reference.
+        divergence_weight: Weight of the KL divergence from the reference (beta in the paper).
         options: See ProactiveAgent. `null_weight` has no effect.
     """
 
@@ -131,7 +131,7 @@ class OnlineAgent(ProactiveAgent):
             raise UserError("model.held_out_judge: it is the judge that rewards", "Give another one.")
 
     def _refuse_judge(self, name: str, judge: JudgeReward) -> None:
-        """Raise a UserError if a judge is not that of the run so far, or trained on scenes of the test."""
+        """Raise a UserError if a judge is another one than before a resume, or was trained on scenes of the test."""
         if self.judge_digests.get(name, judge.digest) != judge.digest:
             raise UserError(f"model.{name}: it is another judge than that of the run so far", "Give the same one.")
         data: HistoryDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -159,14 +159,16 @@ class OnlineAgent(ProactiveAgent):
         weight_N = torch.tensor(shares).repeat_interleave(self.hparams["candidates"]) / self.hparams["candidates"]
         return self._micro_batches(histories, written, advantage_N.float(), weight_N)
 
-    def write(self, examples: Sequence[Example], count: int, temperature: float, rows: Sequence[int]) -> list[Written]:
+    def write(
+        self, examples: Sequence[Example], count: int, temperature: float, rows: Sequence[int]
+    ) -> list[WrittenAnswer]:
         """Write `count` answers after each history, without dropout and grammar.
 
         Args:
             examples: The histories.
             count: Number of answers after each.
             temperature: Sampling temperature; 0 is greedy.
-            rows: Indices of the histories in their split. With the seed of the run and the step they seed the samples.
+            rows: Indices of the histories in their split. With the run's seed and the step, they seed the samples.
         """
         assert self.network is not None
         data: HistoryDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -174,7 +176,7 @@ class OnlineAgent(ProactiveAgent):
         max_length = data.prompt_length + tokens
         if self._branched is None:
             self._branched = can_branch(self.network, max_length)
-        found: list[Written | None] = [None] * (len(examples) * count)
+        found: list[WrittenAnswer | None] = [None] * (len(examples) * count)
         for one in generate_answers(
             self.network,
             [data.segments(example.history) for example in examples],
@@ -191,18 +193,18 @@ class OnlineAgent(ProactiveAgent):
         ):
             answer = read_answer(data.tokenizer.decode(one.token_ids)) if one.finished else None
             ids = [*one.token_ids, end_id] if one.finished else one.token_ids
-            found[one.trace * count + one.candidate] = Written(ids, answer)
+            found[one.trace * count + one.candidate] = WrittenAnswer(ids, answer)
         self.train()
         return [one for one in found if one is not None]
 
-    def _rewards(self, judge: str, histories: Sequence[Example], written: Sequence[Written]) -> Tensor:
+    def _rewards(self, judge: str, histories: Sequence[Example], written: Sequence[WrittenAnswer]) -> Tensor:
         """The rewards of the answers after each history, (H, K) float64."""
         count = len(written) // len(histories)
         repeated = [example.history for example in histories for _ in range(count)]
         return self._judges[judge].rewards(repeated, [one.answer for one in written]).view(-1, count)
 
     def _micro_batches(
-        self, histories: Sequence[Example], written: Sequence[Written], advantage_N: Tensor, weight_N: Tensor
+        self, histories: Sequence[Example], written: Sequence[WrittenAnswer], advantage_N: Tensor, weight_N: Tensor
     ) -> list[Any]:
         """Lay the answers out like the rows of an agent, with the reference's losses of their tokens."""
         data: HistoryDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -229,15 +231,16 @@ class OnlineAgent(ProactiveAgent):
         difference_L = loss_L - batch["reference_loss"]  # log-probability under the reference minus that of the agent
         divergence_L = difference_L.exp() - difference_L - 1  # k3 of http://joschu.net/blog/kl-approx.html
         row_P, token_P = answers["pair_row"], answers["pair_token"]
-        # The answers are the agent's own, so their probability ratio is 1, and its gradient is that of the loss.
+        # Each answer was written by the current weights, so its probability ratio is 1, and the gradient of the ratio
+        # is that of the log-probability.
         weight_P = (batch["answer_weight"] / lengths_R)[row_P]  # of each token: a mean over tokens, then over answers
         divergence = (weight_P * divergence_L[token_P]).sum()
         self._divergence += divergence.detach()
-        gain = (weight_P * batch["advantage"][row_P] * loss_L[token_P]).sum()
-        return gain + self.hparams["divergence_weight"] * divergence
+        policy_loss = (weight_P * batch["advantage"][row_P] * loss_L[token_P]).sum()
+        return policy_loss + self.hparams["divergence_weight"] * divergence
 
-    def _log_step(self, written: Sequence[Written], reward_HK: Tensor) -> None:
-        """Log the answers of a step, over all ranks, and end a run whose agent decides always alike."""
+    def _log_step(self, written: Sequence[WrittenAnswer], reward_HK: Tensor) -> None:
+        """Log figures of a step's answers over all ranks, and end the run if all answers have long been of one kind."""
         figures = {
             "reward": float(reward_HK.mean()),
             "offer_rate": _offer_rate(written),
@@ -249,15 +252,15 @@ class OnlineAgent(ProactiveAgent):
         self.log_dict({f"train/{name}": mean for name, mean in means.items()})
         offer_rate = float(means["offer_rate"])
         self.constant_steps = self.constant_steps + 1 if offer_rate in (0.0, 1.0) else 0
-        if self.constant_steps >= CONSTANT_STEPS:
+        if self.constant_steps >= MAX_CONSTANT_STEPS:
             what = "offers only" if offer_rate else "no offer"
-            log.warning(f"the run ends: {what} in {CONSTANT_STEPS} steps in a row, so rewards teach no decision")
+            log.warning(f"the run ends: {what} in {MAX_CONSTANT_STEPS} steps in a row, so rewards teach no decision")
             self.trainer.should_stop = True
 
     # Validation and checkpoints
 
     def answer_metrics(self, rows: dict[str, Tensor], stage: Stage) -> dict[str, Tensor]:
-        """Also the judges' rewards of greedy answers after each probed history, and P(null)."""
+        """Add P(null), and the judges' rewards of greedy answers after each probed history."""
         data: HistoryDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         metrics = super().answer_metrics(rows, stage)
         offers_N, _ = decisions(rows)
@@ -290,7 +293,7 @@ class OnlineAgent(ProactiveAgent):
 
 
 def _rows_of(batch: Sequence[AgentBatch]) -> tuple[list[int], list[float]]:
-    """The rows of a step's micro-batches without fillers, and the share of each in the mean of the step."""
+    """The rows of a step's micro-batches, without fillers, and the weight of each row in the mean of the step."""
     rows: list[int] = []
     shares: list[float] = []
     for part in batch:
@@ -301,5 +304,5 @@ def _rows_of(batch: Sequence[AgentBatch]) -> tuple[list[int], list[float]]:
     return rows, shares
 
 
-def _offer_rate(written: Sequence[Written]) -> float:
+def _offer_rate(written: Sequence[WrittenAnswer]) -> float:
     return sum(one.is_offer for one in written) / len(written)

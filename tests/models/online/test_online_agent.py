@@ -18,7 +18,7 @@ from models.learning.proactive_agent import ProactiveAgent
 from models.learning.saved_models import export_weights
 from models.online import online_agent
 from models.online.agent_classes import AGENTS
-from models.online.online_agent import OnlineAgent, Written
+from models.online.online_agent import OnlineAgent, WrittenAnswer
 from tests.helpers import small_root
 from tests.models.networks.test_tree_reading import assert_same, result_of
 from tests.models.small import DECODERS, small_trainer
@@ -95,7 +95,7 @@ def fitted(root: Path, export: Path, steps: int, *callbacks: Any, **options: Any
     return model, trainer
 
 
-def low_tokens(written: Sequence[Written]) -> Tensor:
+def low_tokens(written: Sequence[WrittenAnswer]) -> Tensor:
     """The share of tokens below 200 in each answer."""
     return torch.tensor([sum(token < 200 for token in one.token_ids) / len(one.token_ids) for one in written])
 
@@ -104,7 +104,7 @@ def low_tokens(written: Sequence[Written]) -> Tensor:
 def test_answers_with_more_reward_become_more_likely(
     root: Path, export: Path, rewarded: Any, monkeypatch: pytest.MonkeyPatch, sign: int
 ) -> None:
-    def rewards(self: OnlineAgent, judge: str, histories: Sequence[Any], written: Sequence[Written]) -> Tensor:
+    def rewards(self: OnlineAgent, judge: str, histories: Sequence[Any], written: Sequence[WrittenAnswer]) -> Tensor:
         return sign * low_tokens(written).double().view(len(histories), -1)
 
     rewarded(silence)
@@ -176,7 +176,7 @@ def test_samples_depend_on_history_and_step_alone(root: Path, export: Path, rewa
     model, trainer = fitted(root, export, 0)
     examples = trainer.datamodule.rows("train")[:4]
 
-    def texts(numbers: list[int]) -> list[list[Written]]:
+    def texts(numbers: list[int]) -> list[list[WrittenAnswer]]:
         found = model.write([examples[n] for n in numbers], 2, 1.0, numbers)
         return [found[2 * place : 2 * place + 2] for place in range(len(numbers))]
 
@@ -189,8 +189,8 @@ def test_a_run_that_only_makes_offers_ends_and_says_so(
     root: Path, export: Path, rewarded: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     rewarded(silence)
-    monkeypatch.setattr(online_agent, "CONSTANT_STEPS", 2)
-    offer = Written([5, 6, 7], Answer(proposal="A"))
+    monkeypatch.setattr(online_agent, "MAX_CONSTANT_STEPS", 2)
+    offer = WrittenAnswer([5, 6, 7], Answer(proposal="A"))
     monkeypatch.setattr(OnlineAgent, "write", lambda self, examples, count, *rest: [offer] * len(examples) * count)
     _, trainer = fitted(root, export, 9)
     assert trainer.global_step == 2
