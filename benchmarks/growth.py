@@ -147,7 +147,7 @@ def _measured(part: Part, size: int, work: Path, models: dict[str, Path]) -> dic
         place = Path(folder)
         if PARTS[part] == "rows":
             root = write_root(place / "root", size)
-            inspect = ("proactive.inspect", f"--root={root}", "--folds=3", "--quiet")
+            inspect = ("proactive.inspect", f"--root={root}", "--folds=3", "--examples=0", "--quiet")
             step = ("proactive.fit", *SMALL, f"--data.root={root}", "--data.folds=3", "--data.cache=false")
             only = ("--trainer.max_steps=1", "--trainer.num_sanity_val_steps=0")
             return _run(*(inspect if part == "inspect" else (*step, *only)), cwd=place)

@@ -1,4 +1,4 @@
-"""`python -m proactive.inspect`: counts of a data root, and the contamination of its splits."""
+"""`python -m proactive.inspect`: counts of a data root, contamination of its splits, and examples of its rows."""
 
 if __name__ == "__main__":
     from proactive.commands import start
@@ -8,6 +8,7 @@ if __name__ == "__main__":
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from itertools import chain
 from typing import Any
 
@@ -23,6 +24,7 @@ from datamodules.prompting.templates import DEFAULT_PROMPT, RewardTemplate, rend
 from datamodules.prompting.tokenizers import SCRATCH, load_tokenizer, train_tokenizer
 from datamodules.ranges import Folds, Seed
 from proactive.commands import program
+from proactive.inspection.example_options import ExampleOptions
 from proactive.parser import Parser
 from proactive.tables import Table, show
 from proactive.terminal import say
@@ -37,19 +39,21 @@ def inspect_root(
     tokenizer: str = SCRATCH,
     format: Format = "auto",
     seed: Seed = 0,
+    examples: ExampleOptions | None = None,
 ) -> dict[str, Any]:
-    """Count rows, scenes, histories, tokens, agreement and contamination.
+    """Count rows, scenes, histories, tokens, agreement and contamination, and show examples.
 
     Args:
         root: Source of the data: embedded, published, a folder in the published layout, or a table.
         columns: Which columns of the table hold the fields of a row.
         folds: Number of parts that by_scene divides the scenes into.
         tokenizer: Tokenizer that counts tokens: a hub id or path, or "scratch" for one trained on the root's rows.
-        format: Format of the rows that are counted, as in data.format.
+        format: Format of the rows that are counted and shown, as in data.format.
         seed: Seed of the embedded data and of the folds.
+        examples: Which examples to render; None for none.
 
     Raises:
-        UserError: The data or the tokenizer cannot be read.
+        UserError: The data or the tokenizer cannot be read, or an option does not fit.
     """
     corpus = load_corpus(root, seed, columns)
     template = RewardTemplate.read(DEFAULT_PROMPT)
@@ -59,6 +63,11 @@ def inspect_root(
         used = load_tokenizer(tokenizer)
     template, chat, _ = formatted(template, used, format)
     segmenter = SegmentTokenizer(used, chat=chat is not None)
+    shown = None
+    if examples and examples.examples:
+        from proactive.inspection.examples import rendered_examples
+
+        shown = rendered_examples(corpus, examples, folds=folds, tokenizer=tokenizer, format=format, seed=seed)
     files = {name: rows for name, rows in (("train", corpus.train), ("test", corpus.test)) if rows}
     return {
         "root": root,
@@ -73,24 +82,33 @@ def inspect_root(
         },
         "contamination": _contamination(corpus, folds, seed),
         "traces": _trace_counts(corpus),
+        "examples": shown,
     }
 
 
 def main(arguments: list[str]) -> None:
     """Parse, count, print."""
     parser = Parser(prog=program("inspect"), description=inspect_root.__doc__)
-    parser.add_function_arguments(inspect_root, as_group=False)
+    parser.add_function_arguments(inspect_root, as_group=False, skip={"examples"})
+    parser.add_class_arguments(ExampleOptions, as_group=False)
     parser.add_argument("--json", action="store_true", help="Print JSON instead of tables.")
     parser.with_output_options()
     options = parser.parse_args(arguments)
     columns = options.columns and Columns(**options.columns.as_dict())
-    counts = inspect_root(options.root, columns, options.folds, options.tokenizer, options.format, options.seed)
+    examples = ExampleOptions(**{field.name: options[field.name] for field in fields(ExampleOptions)})
+    found = inspect_root(
+        options.root, columns, options.folds, options.tokenizer, options.format, options.seed, examples
+    )
     if options.json:
-        print(json.dumps(counts, indent=2))
+        print(json.dumps(found, indent=2))
     elif not options.quiet:
-        for note in counts["read"]:
+        for note in found["read"]:
             say(note)
-        show(_rows_table(counts), _splits_table(counts))
+        show(_rows_table(found), _splits_table(found))
+        if found["examples"]:
+            from proactive.inspection.examples import show_examples
+
+            show_examples(examples.task, found["examples"])
 
 
 def _row_counts(rows: Sequence[AnnotatedRow], template: RewardTemplate, segmenter: SegmentTokenizer) -> dict[str, Any]:

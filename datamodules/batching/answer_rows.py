@@ -279,16 +279,22 @@ class AgentDataModule(AnswersDataModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":
-            counts = self.conversation_counts
-            for sentence in conversion_report(counts):
-                log.info(f"data.conversations: {sentence}")
-            reasons = [name for name in counts if name != REWRITTEN and not is_conversion_count(name)]
-            if left_out := [f"{counts[reason]} {reason}" for reason in reasons]:
-                log.info(f"conversations left out: {', '.join(left_out)}")
-            if rewritten := counts[REWRITTEN]:
-                log.info(
-                    f"conversations whose texts the chat format changes: {rewritten}; the changed texts are learned"
-                )
+            for sentence in self.conversation_notes:
+                log.info(sentence)
+
+    @property
+    def conversation_notes(self) -> list[str]:
+        """What was converted, left out and rewritten, in sentences."""
+        counts = self.conversation_counts
+        notes = [f"data.conversations: {sentence}" for sentence in conversion_report(counts)]
+        reasons = [name for name in counts if name != REWRITTEN and not is_conversion_count(name)]
+        if left_out := [f"{counts[reason]} {reason}" for reason in reasons]:
+            notes.append(f"conversations left out: {', '.join(left_out)}")
+        if rewritten := counts[REWRITTEN]:
+            notes.append(
+                f"conversations whose texts the chat format changes: {rewritten}; the changed texts are learned"
+            )
+        return notes
 
     def rows(self, stage: Stage) -> list[Example]:
         """Return the answers to learn, and for validation and test also the probes; without conversations."""

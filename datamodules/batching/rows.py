@@ -281,8 +281,9 @@ class RowsDataModule(StepDataModule):
         """Load the root."""
         return load_corpus(self.root, self.seed, self.columns)
 
-    def setup(self, stage: str) -> None:
-        """Load, split and tokenize the rows. `stage` is fit, validate or test, as Lightning gives it."""
+    def prepare(self, split: Split | None = None) -> None:
+        """Load and divide the root, unless a split of it is given, and make the tokenizer."""
+        self._split = split or self._split
         if self._split is None:
             corpus = self.load()
             self.notes = corpus.notes
@@ -296,6 +297,10 @@ class RowsDataModule(StepDataModule):
             self.template, self.chat, about = formatted(self.template, self._tokenizer, self.format)
             if about:
                 log.info(f"data.format: {about}")
+
+    def setup(self, stage: str) -> None:
+        """Load, split and tokenize the rows. `stage` is fit, validate or test, as Lightning gives it."""
+        self.prepare()
         names = STAGES.get(stage, ("test",))
         for name in names:
             if name not in self.encoded:
