@@ -1,5 +1,6 @@
 """Optimizers and learning rate schedules by name."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -8,14 +9,24 @@ from torch import Tensor, nn
 
 from datamodules.errors import UserError
 from datamodules.escaping import error_text
+from datamodules.prompting.tokenizers import SCRATCH
 from models.learning.adamw_8bit import AdamW8bit
 
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 SHARDED = ("adamw", "adamw_8bit")  # their state can be sharded
 KEEPS_ALL_UPDATES = ("adamw_8bit",)  # also those smaller than half the last bit of a weight
 SAMPLED_WEIGHTS = 2**14  # weights of each tensor that `lost_updates` looks at
+MAX_LOST = 0.05  # a run warns if rounding loses a larger share of the updates
 FUSED = ("cpu", "cuda", "mps", "xpu")  # devices with PyTorch's fused AdamW
 ScheduleName = Literal["linear", "cosine"]
+log = logging.getLogger("proactive")
+
+
+def default_learning_rate(backbone: str, adapter: Any | None) -> tuple[float, str]:
+    """The peak learning rate if none is given, and the kind of training that it is the default for."""
+    if adapter is not None:
+        return 1e-4, "an adapter"
+    return (1e-3, "a backbone from scratch") if backbone == SCRATCH else (2e-5, "a pretrained backbone")
 
 
 def optimizer_class(name: OptimizerName) -> type[torch.optim.Optimizer] | Callable[..., torch.optim.Optimizer]:
@@ -122,6 +133,17 @@ def lost_updates(parameters: Iterable[nn.Parameter], name: OptimizerName, learni
                 distance = torch.finfo(parameter.dtype).eps * torch.exp2(power.float())
                 lost += parameter.numel() * float((learning_rate < distance / 2).float().mean()) if len(flat) else 0.0
     return lost / total if total else 0.0
+
+
+def warn_of_lost_updates(parameters: Iterable[nn.Parameter], name: OptimizerName, learning_rate: float) -> None:
+    """Log a warning if rounding loses more than `MAX_LOST` of the updates; see `lost_updates`."""
+    lost = lost_updates(parameters, name, learning_rate)
+    if lost > MAX_LOST:
+        log.warning(
+            f"model.learning_rate: rounding to 16 bits undoes steps of {learning_rate:g} in {lost:.0%} of the weights; "
+            "use --model.optimizer adamw_8bit, which loses none, or --model.dtype float32 with --trainer.precision "
+            "bf16-mixed"
+        )
 
 
 def clip(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], max_norm: float, norm: Tensor) -> None:

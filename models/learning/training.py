@@ -26,9 +26,10 @@ from models.learning.optimizers import (
     build_optimizer,
     build_schedule,
     clip,
-    lost_updates,
+    default_learning_rate,
     optimizer_class,
     set_options,
+    warn_of_lost_updates,
 )
 from models.learning.run_length import total_steps
 from models.networks.adapter_files import AdapterBase, trained_names
@@ -40,15 +41,6 @@ from models.networks.weight_files import naming_file, refuse_other_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-LOST_UPDATES_WARNING = 0.05  # a run warns if rounding loses a larger fraction of the updates
-
-
-def default_learning_rate(backbone: str, adapter: Any | None) -> tuple[float, str]:
-    """The peak learning rate if none is given, and the kind of training that it is the default for."""
-    if adapter is not None:
-        return 1e-4, "an adapter"
-    return (1e-3, "a backbone from scratch") if backbone == SCRATCH else (2e-5, "a pretrained backbone")
 
 
 class BackboneModule(NetworkModule):
@@ -191,13 +183,7 @@ class BackboneModule(NetworkModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         options = self.hparams
-        lost = lost_updates(self.parameters(), options["optimizer"], options["learning_rate"])
-        if lost > LOST_UPDATES_WARNING:
-            log.warning(
-                f"model.learning_rate: steps of {options['learning_rate']:g} leave {lost:.0%} of the weights as they "
-                "are, because 16 bits round them away; use --model.optimizer adamw_8bit, which loses none, or "
-                "--model.dtype float32 with --trainer.precision bf16-mixed"
-            )
+        warn_of_lost_updates(self.parameters(), options["optimizer"], options["learning_rate"])
         optimizer = build_optimizer(
             self.parameters(),
             options["optimizer"],
