@@ -114,8 +114,11 @@ def mean_score(*scores: Scorer) -> Scorer:
     return lambda rows: 1 / (1 + np.exp(-np.mean([log_odds(score(rows)) for score in scores], axis=0)))
 
 
-def of_fold(rows: Rows, folds: Sequence[Numbers], fold: int) -> dict[str, tuple[Scorer, Numbers]]:
-    """The scorers of a fold, each with its validation rows; the next fold validates, as in by_scene."""
+def of_fold(rows: Rows, folds: Sequence[Numbers], fold: int) -> dict[str, tuple[Scorer, Numbers | None]]:
+    """The scorers of a fold, each with its validation rows; the next fold validates, as in by_scene.
+
+    The mean of models that were validated on different folds has no validation rows: each is trained on the others'.
+    """
     others = [part for number, part in enumerate(folds) if number != fold]
     validation = folds[(fold + 1) % len(folds)]
     train = np.concatenate([part for part in others if part is not validation])
@@ -136,10 +139,10 @@ def of_fold(rows: Rows, folds: Sequence[Numbers], fold: int) -> dict[str, tuple[
         "states, C chosen, class weights": chosen(choices(lambda s: s[1] and s[2] is None), train, validation),
         "states, C chosen, 32 components": chosen(choices(lambda s: not s[1] and s[2] == 32), train, validation),
         "states, all of it chosen": best,
-        "four of these, validated on different folds": mean_score(*each),
         "states and bag of words": mean_score(best, bag),
     }
-    return {name: (score, validation) for name, score in found.items()}
+    averaged = {"four of these, validated on different folds": (mean_score(*each), None)}
+    return {name: (score, validation) for name, score in found.items()} | averaged
 
 
 def interval(values: Sequence[float]) -> str:
@@ -178,8 +181,10 @@ def main(
     raw: dict[str, Numbers] = {}
     for fold, test in enumerate(folds):
         for name, (score, validation) in of_fold(rows, folds, fold).items():
-            validated.setdefault(name, []).append(rows.auroc(score, validation))
-            temperature = fit_temperature(*map(torch.tensor, (score(validation), rows.labels[validation])))
+            temperature = 1.0
+            if validation is not None:
+                validated.setdefault(name, []).append(rows.auroc(score, validation))
+                temperature = fit_temperature(*map(torch.tensor, (score(validation), rows.labels[validation])))
             raw.setdefault(name, np.zeros(len(rows.labels)))[test] = score(test)
             given = calibrated(torch.tensor(score(test)), temperature).numpy()
             tested.setdefault(name, np.zeros(len(rows.labels)))[test] = given
@@ -218,7 +223,7 @@ def show(
         differences = [one - other for one, other in zip(drawn, bars, strict=True)]
         table.add_row(
             name,
-            f"{np.mean(validated[name]):.3f}",
+            f"{np.mean(validated[name]):.3f}" if name in validated else "",
             f"{auroc:.3f} ({interval(drawn)})",
             f"{auroc - roc_auc_score(rows.labels, bar):+.3f} ({interval(differences)})",
             f"{accuracy_score(rows.labels, scores > 0.5):.3f}",

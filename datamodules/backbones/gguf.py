@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import logging
 import tempfile
 from functools import cache
@@ -16,7 +17,7 @@ from datamodules.backbones.quiet import quiet_transformers
 from datamodules.errors import UserError
 from datamodules.escaping import error_text
 from datamodules.files.reading import open_file, require_regular
-from datamodules.files.writing import Unfinished, checksum, remove
+from datamodules.files.writing import Unfinished, checksum, disk_full, remove
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -95,11 +96,11 @@ def _write(file: Path, folder: Path) -> None:
                 tokenizer, network = _read(file)
                 network.save_pretrained(unfinished.path)
                 tokenizer.save_pretrained(unfinished.path)
-        except UserError:
-            raise
-        except OSError:
+        except (UserError, MemoryError):
             raise
         except Exception as error:  # a damaged or unknown file can cause any error in the libraries
+            if disk_full(error):
+                raise
             raise UserError(
                 f"model.backbone: {file} cannot be read as a GGUF file: {error_text(error, 300)}",
                 "Give a GGUF file of a language model of which transformers knows the architecture.",
@@ -121,9 +122,7 @@ def _read(file: Path) -> tuple["PreTrainedTokenizerFast", "PreTrainedModel"]:
         place: dict[str, Any] = {"pretrained_model_name_or_path": folder, "gguf_file": link.name}
         config = AutoConfig.from_pretrained(**place)
         _refuse_other_size(file, config)
-        tokenizer = AutoTokenizer.from_pretrained(**place)
-        tokenizer.backend_tokenizer.pre_tokenizer = _pre_tokenizer(link, tokenizer.backend_tokenizer)
-        tokenizer.model_max_length = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+        tokenizer = _tokenizer(link, AutoTokenizer.from_pretrained(**place))
         read, found = AutoModelForCausalLM.from_pretrained(
             **place,
             dtype=torch.float32,
@@ -137,6 +136,21 @@ def _read(file: Path) -> tuple["PreTrainedTokenizerFast", "PreTrainedModel"]:
             "Fetch the file again, or give another one.",
         )
     return tokenizer, _plain(read)
+
+
+def _tokenizer(file: Path, read: "PreTrainedTokenizerFast") -> "PreTrainedTokenizerFast":
+    """The tokenizer of a file without the special tokens that transformers adds, for which there are no embeddings."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    content = json.loads(read.backend_tokenizer.to_str())
+    size = len(content["model"]["vocab"])
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < size]
+    own = Tokenizer.from_str(json.dumps(content))
+    own.pre_tokenizer = _pre_tokenizer(file, own)
+    special = {name: token for name, token in read.special_tokens_map.items() if isinstance(token, str)}
+    known = {name: token for name, token in special.items() if own.token_to_id(token) is not None}
+    return PreTrainedTokenizerFast(tokenizer_object=own, chat_template=read.chat_template, **known)
 
 
 def _plain(read: "PreTrainedModel") -> "PreTrainedModel":

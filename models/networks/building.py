@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from datamodules.backbones.packaged import backbone_source
+from datamodules.backbones.packaged import PACKAGED, backbone_source
 from datamodules.backbones.quiet import quiet_transformers
 from datamodules.corpus.json_records import read_json
 from datamodules.errors import UserError
@@ -182,9 +182,10 @@ def base_from_config(options: NetworkOptions, config: dict[str, Any]) -> "PreTra
     try:
         return pretrained_network(safe, AutoConfig.for_model(**config))[0]
     except UserError as error:
+        way = error.hint if options.backbone in PACKAGED else f"Put {options.backbone} back where it was"
         raise UserError(
             f"only the weights of an adapter are stored, and its base is missing: {error.what}",
-            f"Put {options.backbone} back where it was, or use an export with model.adapter.merge true.",
+            f"{way}, or use an export with model.adapter.merge true.",
         ) from error
 
 

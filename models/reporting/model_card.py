@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from datamodules.backbones.packaged import PACKAGED
+from datamodules.backbones.packaged import GGUF_SUFFIX, PACKAGED
 from datamodules.batching.answer_rows import NULL_ANSWER, OFFER_ANSWER
 from datamodules.batching.rows import RowsDataModule
 from datamodules.escaping import on_one_line
@@ -71,7 +71,7 @@ def hub_id(backbone: str) -> str | None:
         return PACKAGED[backbone].hub_id
     if downloaded := DOWNLOADED.search(Path(backbone).as_posix()):
         return "/".join(downloaded.groups())
-    if Path(backbone).exists() or not HUB_ID.fullmatch(backbone):
+    if Path(backbone).exists() or backbone.endswith(GGUF_SUFFIX) or not HUB_ID.fullmatch(backbone):
         return None
     return backbone
 
