@@ -1,12 +1,12 @@
-"""Everything that a GPU has to show, in one command of under 8 minutes: is it right, how fast, in how much memory.
+"""Checks this project on a GPU, in one command of under 8 minutes: correctness, speed and memory.
 
     python benchmarks/gpu_check.py --root DIR                          one GPU; needs the extras torchao and adapters
     python benchmarks/gpu_check.py --root DIR --only '[full, qlora]'   some parts of it
-    python benchmarks/gpu_check.py --root DIR --devices 8              what several GPUs show, in 10 minutes
+    python benchmarks/gpu_check.py --root DIR --devices 8              the checks for several GPUs, in 10 minutes
 
-Each part runs in a process of its own with a limit of its own; when one fails, the others go on. Figures are written to
-gpu_check.json after each part, and shown in one table at the end, with the targets that they are held to. The exit code
-is 1 if a part failed; a target that is missed is shown, and fails nothing. `--small true` tries all of it on a CPU.
+Each part runs in its own process with its own time limit. If one fails, the others still run. Figures are written to
+gpu_check.json after each part, and shown in a table at the end, next to their targets. The exit code is 1 if a part
+failed. A missed target is shown, but does not change the exit code. `--small true` runs everything on a CPU.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ PACKAGES = ("torch", "transformers", "lightning", "triton", "bitsandbytes", "tor
 GIB = 2**30
 TAIL = 4000  # characters of a failed part's output that are kept
 STEPS = 20  # of a recipe that are timed
-SMALL_PATIENCE = 10  # by how much limits are longer on a CPU
+SMALL_PATIENCE = 10  # factor on time limits on a CPU
 Figures = dict[str, Any]
 
 

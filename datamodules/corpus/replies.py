@@ -48,9 +48,8 @@ _THOUGHT_ENDS = re.compile(_CLOSE, re.IGNORECASE)
 _MARKS = re.compile(rf"(?P<object>\{{)|(?P<close>{_CLOSE})|(?P<open>{_OPEN})", re.IGNORECASE)
 # Allowed around an answer on its lines: fences, emphasis, tags, special tokens.
 _MARKUP = re.compile(r"(?:\s|`++\w*+|</?\w++>|<\|\w++\|>|[*_.])*+")
-_TAIL = re.compile(
-    r"[\w.+-]*\s*"
-)  # rest of a text that was truncated within a number, true, false or null, or before a bracket or comma
+# The rest of a text that was truncated within a number, true, false or null, or before a bracket or comma.
+_TAIL = re.compile(r"[\w.+-]*\s*")
 _DESCRIPTION = re.compile(r"""^[\s{*-]*["'`]?(\w[\w ]*?)["'`]?\s*:\s*["'`]?(.+?)["'`]?,?[\s}]*$""", re.MULTILINE)
 
 

@@ -118,7 +118,7 @@ def read_recorded(folder: Path) -> Recorded:
     """
     files = [path for path in sorted(folder.glob("*.json")) if path.name != Path(SPLITS_FILE).name]
     if not files:
-        raise UserError(f"{folder} holds no recorded traces", "Give a folder of JSON files, one a trace.")
+        raise UserError(f"{folder} holds no recorded traces", "Give a folder of JSON files, one per trace.")
     recorded = Recorded([], {}, {})
     for path in files:
         recorded.add(path.name, read_json_list(path, PublishedStep))
@@ -137,7 +137,7 @@ def trace_files(path: Path) -> list[Path]:
     found = (file for pattern in ("*.json", "*/*.json") for file in path.glob(pattern))
     files = sorted(file for file in found if file.name != Path(SPLITS_FILE).name and not file.name.startswith("."))
     if not files:
-        raise UserError(f"{path} holds no traces", "Give a JSON file, or a folder of JSON files, one a trace.")
+        raise UserError(f"{path} holds no traces", "Give a JSON file, or a folder of JSON files, one per trace.")
     return files
 
 

@@ -42,7 +42,8 @@ class SegmentTokenizer:
     Attributes:
         prefix: Token ids that the tokenizer adds before a text: [CLS], a beginning-of-text token, or none.
         suffix: Token ids that it adds after a text: [SEP], or none.
-        unmarked: After what a text has no mark although a text alone has one: after other "text", a special "token".
+        unmarked: Kinds of neighbours, "text" or a special "token". A text that follows such a neighbour gets no
+            beginning-of-text mark, although a text alone gets one.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", *, chat: bool = False) -> None:
@@ -77,7 +78,7 @@ class SegmentTokenizer:
 
         Args:
             segments: Consecutive segments.
-            continues: Whether other segments stand before them. If not, the first one begins a row.
+            continues: Whether they follow other segments. If not, the first one begins a row.
         """
         row: list[list[tuple[str, bool] | int]] = []
         before = "text" if continues else None
@@ -135,9 +136,7 @@ class SegmentTokenizer:
         taken = [span for token, span in spans if self._is_control(token, text[slice(*span)])]
         if not taken:
             return [token for token, _ in spans]
-        single_characters = {
-            begin: end for begin, end in taken if end - begin == 1
-        }  # single characters, which cannot be split
+        single_characters = {begin: end for begin, end in taken if end - begin == 1}  # they cannot be split
         cuts = sorted({0, len(text), *single_characters.values(), *((begin + end) // 2 for begin, end in taken)})
         parts = [_escaped(text[a:b]) if a in single_characters else text[a:b] for a, b in pairwise(cuts)]
         return [token for ids in self._tokenize(parts, within) for token in ids]

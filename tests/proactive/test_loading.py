@@ -93,9 +93,7 @@ def test_an_agent_answers_and_says_nothing_where_it_was_cut_off(agent_export: Pa
     assert cut.answer(TEXTS) is None
 
 
-def test_what_is_not_there_or_no_such_model_is_said(
-    finished_run: FinishedRun, agent_export: Path, tmp_path: Path
-) -> None:
+def test_a_path_without_such_a_model_is_refused(finished_run: FinishedRun, agent_export: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="load_judge: there is no"):
         proactive.load_judge(tmp_path / "nowhere")
     with pytest.raises(UserError, match="task agent, not reward"):

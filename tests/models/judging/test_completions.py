@@ -12,7 +12,7 @@ from models.judging.completions import duration, error_of, retry_after
 from tests.datamodules.conftest import few_examples
 
 
-def test_retry_after_as_seconds_as_a_date_and_as_neither() -> None:
+def test_retry_after_is_read_as_seconds_or_as_a_date() -> None:
     assert retry_after("7") == 7
     assert retry_after(formatdate(0, usegmt=True)) == 0
     assert 50 < (retry_after(formatdate(time.time() + 60, usegmt=True)) or 0) <= 60

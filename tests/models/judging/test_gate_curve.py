@@ -19,7 +19,7 @@ def test_the_threshold_minimizes_the_expected_cost(cost_ratio: float, probabilit
         assert (probability >= gate_threshold(cost_ratio)) is (offering < holding_back)
 
 
-def test_known_thresholds_and_an_invalid_ratio() -> None:
+def test_thresholds_follow_from_cost_ratios_and_an_invalid_ratio_is_refused() -> None:
     assert [gate_threshold(ratio) for ratio in (0, 1, 3)] == [0, 0.5, 0.75]
     for ratio in (-1, float("inf"), float("nan")):
         with pytest.raises(UserError, match="--cost-ratio: expected 0 or more"):
@@ -45,7 +45,7 @@ def test_held_back_proposals_count_as_null() -> None:
     assert proposed.tolist() == [[1], [1], [0]]
 
 
-def test_the_curve_by_hand() -> None:
+def test_the_curve_equals_one_computed_by_hand() -> None:
     curve = by_hand().curve()
     counts = [tuple(int(point[name]) for name in ("tp", "fp", "tn", "fn")) for point in curve]
     assert counts == [(1, 1, 1, 0), (1, 0, 2, 0), (0, 0, 2, 1)]

@@ -65,8 +65,8 @@ def test_the_state_names_the_scenes_of_the_training_rows(trained: tuple[Weights[
         assert old.exposure(trace, None) is (Exposure.TRAINED if exposure is Exposure.TRAINED else Exposure.UNKNOWN)
 
 
-def test_weights_with_the_weakest_tie_come_first_then_the_given_order() -> None:
-    class Tied:
+def test_weights_with_the_least_exposure_are_assigned_then_the_first_given() -> None:
+    class Exposed:
         """Weights in name only."""
 
         def __init__(self, digest: str, **exposures: Exposure) -> None:
@@ -77,8 +77,8 @@ def test_weights_with_the_weakest_tie_come_first_then_the_given_order() -> None:
 
     trained, validated, unknown, clean = Exposure.TRAINED, Exposure.VALIDATED, Exposure.UNKNOWN, Exposure.NONE
     candidates: list[Any] = [
-        Tied("first", a=validated, b=validated, c=clean, d=validated),
-        Tied("second", a=clean, b=unknown, c=clean, d=trained),
+        Exposed("first", a=validated, b=validated, c=clean, d=validated),
+        Exposed("second", a=clean, b=unknown, c=clean, d=trained),
     ]
     traces = [Trace(name, (), ()) for name in ("a", "b", "c", "d")]
     assigned, exposures = assign(candidates, traces, {}, "--judge")

@@ -64,7 +64,7 @@ def one_by_one(scorer: Scorer, pairs: list[Pair]) -> list[float]:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "bert", "modernbert"])
 @pytest.mark.parametrize("max_length", [160, 500])  # with the oldest events dropped, and without
-def test_one_history_and_many_give_what_each_row_gives_by_itself(
+def test_scores_of_one_and_of_many_histories_equal_those_of_single_rows(
     family: str, max_length: int, scorer: Callable[..., Scorer]
 ) -> None:
     mine = scorer(family, max_length=max_length)

@@ -46,7 +46,7 @@ def test_published_counts_give_published_rows(name: str) -> None:
 @pytest.mark.parametrize(
     ("counts", "f1"), [((111, 112, 4, 0), 66.47), ((80, 144, 2, 1), 52.46), ((95, 67, 50, 15), 69.85)]
 )
-def test_f1_of_known_counts(counts: tuple[int, int, int, int], f1: float) -> None:
+def test_f1_follows_from_the_counts(counts: tuple[int, int, int, int], f1: float) -> None:
     metrics = AgentMetrics()
     metrics.update(*events(*counts))
     found = metrics.compute()
@@ -79,7 +79,7 @@ def test_metrics_equal_their_definitions(counts: list[int]) -> None:
     assert found["f1"] == pytest.approx(share(2 * tp, 2 * tp + fp + fn))
 
 
-def test_candidates_by_hand() -> None:
+def test_metrics_of_candidates_equal_values_computed_by_hand() -> None:
     """An event with a rejected, then two accepted candidates; one with none accepted; one without a verdict."""
     proposed = torch.tensor([[1, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
     accepted = torch.tensor([[0, 1, 1], [0, 0, 0], [NO_VERDICT, 0, 1], [NO_VERDICT] * 3])

@@ -204,7 +204,7 @@ def test_equal_log_ratios_lose_ln_2_and_one_half() -> None:
     assert kto_losses(ratio, accepted, torch.tensor(0.0), 0.1, 2.0).tolist() == [0.5, 1.0, 0.5, 1.0]
 
 
-def test_metrics_of_pairs() -> None:
+def test_metrics_of_pairs_equal_values_computed_by_hand() -> None:
     chosen, rejected = torch.tensor([1.0, 0.0, 2.0, 0.0]), torch.tensor([0.0, 1.0, 1.0, 0.0])
     found = preference_metrics(chosen, rejected, 0.5, torch.tensor([0, 0, 1, 1]))
     assert float(found["preference_accuracy"]) == 0.5

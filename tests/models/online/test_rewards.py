@@ -30,7 +30,7 @@ def reward(cost_ratio: float, *probabilities: float) -> JudgeReward:
     return made
 
 
-def test_an_offer_costs_what_its_rejection_costs_and_silence_is_worth_its_acceptance() -> None:
+def test_offers_and_silence_have_their_expected_value_as_reward() -> None:
     judge = reward(2.0, 0.9, 0.25, 0.6)
     answers = [Answer(proposal="A"), Answer(proposal="B"), Answer(proposal=None), None]
     found = judge.rewards([HISTORY] * 4, answers)

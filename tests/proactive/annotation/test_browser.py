@@ -110,7 +110,7 @@ def test_a_unit_takes_two_keystrokes(page: Any, file: Path) -> None:
     assert page.text_content("[role=status]") == "Saved."
 
 
-def test_keys_toggle_and_exclude(page: Any, file: Path) -> None:
+def test_keys_choose_offers_and_zero_chooses_none(page: Any, file: Path) -> None:
     one, two = (key_of(page, text) for text in PROPOSALS[:2])
     press(page, "h", one, two, one, "Enter")
     press(page, "1", "0", "n")
@@ -121,7 +121,7 @@ def test_keys_toggle_and_exclude(page: Any, file: Path) -> None:
     assert sum(found[3][0]) == 1
 
 
-def test_take_back_skip_and_arrows(page: Any, file: Path) -> None:
+def test_a_label_is_taken_back_a_unit_is_skipped_and_arrows_go_back(page: Any, file: Path) -> None:
     press(page, "0", "n")
     press(page, "1", "h")
     assert unit(page) == 3

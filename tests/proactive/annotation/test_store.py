@@ -145,7 +145,7 @@ def test_skipped_units_come_last(store: Store, clock: Clock) -> None:
     assert store.claim(one) == 2
 
 
-def test_states_progress_and_pace(store: Store, clock: Clock) -> None:
+def test_states_progress_and_pace_are_counted(store: Store, clock: Clock) -> None:
     one, two = people(store, 2)
     assert store.states() == {"open": 3, "claimed": 0, "labelled": 0, "complete": 0, "adjudicated": 0}
     store.claim(one)

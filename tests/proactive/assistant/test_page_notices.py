@@ -73,7 +73,7 @@ def test_an_offer_is_shown_answered_once_and_its_draft_follows(capsys: pytest.Ca
     asyncio.run(session())
 
 
-def test_others_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_requests_without_the_token_or_of_other_sites_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     async def session() -> None:
         async with served(capsys) as page:
             await page.notices.show(Offer(1, "x"))

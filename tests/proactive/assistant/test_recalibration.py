@@ -48,7 +48,7 @@ def users(count: int, scale: float, seed: int = 0) -> list[tuple[float, bool]]:
 
 
 @pytest.mark.parametrize("before", [1.0, 2.0])
-def test_the_temperature_recovers_how_sure_the_gate_should_be(before: float, tmp_path: Path) -> None:
+def test_the_temperature_corrects_an_overconfident_gate(before: float, tmp_path: Path) -> None:
     """The log has calibrated probabilities; the temperature is for the network's own."""
     found = users(3000, 3.0)
     answered = [

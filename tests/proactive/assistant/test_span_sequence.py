@@ -92,7 +92,7 @@ def test_a_private_title_is_not_reported_of_a_browser_that_is_not_known_as_one()
     assert lines(found) == [(163.0, "The user works in 'Unknown' with 'News - Unknown'.")]
 
 
-def test_away_and_back() -> None:
+def test_going_away_and_coming_back_are_reported() -> None:
     here = [Span(0, 100, Status(False)), Span(100, 1000, Status(True)), Span(1000, 1010, Status(False))]
     whole = [(280.0, True), (1000, False), (1000, "The user returns after 15 minutes.")]
     assert lines(recording(here=here)) == whole

@@ -58,7 +58,7 @@ def test_private_tabs_have_no_address_and_an_unclear_mark_counts_as_private() ->
     assert contents(TAB, event(0, 1, url="https://a.example/netbanking", title="A")) == [Tab("A", None, True)]
 
 
-def test_of_equal_starts_the_longest_counts_and_order_is_that_of_starts() -> None:
+def test_spans_are_sorted_by_start_and_the_longest_of_one_start_counts() -> None:
     found = spans(
         WINDOW,
         [event(5, 1, app="Late"), event(0, 2, app="Short"), event(0, 4, app="Long"), event(0, 3, app="Middle")],

@@ -352,7 +352,9 @@ def by_hand() -> tuple[int, ...]:
     return tuple(found.values())
 
 
-def test_agent_and_judge_behind_endpoints(call: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_can_have_agent_and_judge_behind_endpoints(
+    call: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MY_KEY", KEY)
 
     def answer(body: Body, before: int) -> Reply:
