@@ -150,7 +150,7 @@ def _update(
     """
     blocked = "exp_avg_scale" in state
     assert not blocked or weight_GB.shape[1] == BLOCK  # a constant width, so that all is one compiled kernel
-    rate, decay, correction, keep_first, keep_second, eps = factors.unbind()
+    rate, decay, correction, beta_1, beta_2, eps = factors.unbind()
     bits_GB = _random_bits(weight_GB.shape, offset)
     gradient_GB = gradient_GB.float() * scale
     first_GB, root_GB = state["exp_avg"], state["exp_avg_sq"]
@@ -158,8 +158,8 @@ def _update(
         first_GB = _expand(first_GB, SIGNED) * state["exp_avg_scale"]
         root_GB = _expand(root_GB, UNSIGNED) * state["exp_avg_sq_scale"]
     second_GB = root_GB * root_GB if blocked else root_GB
-    first_GB = first_GB * keep_first + gradient_GB * (1 - keep_first)
-    second_GB = second_GB * keep_second + gradient_GB * gradient_GB * (1 - keep_second)
+    first_GB = first_GB * beta_1 + gradient_GB * (1 - beta_1)
+    second_GB = second_GB * beta_2 + gradient_GB * gradient_GB * (1 - beta_2)
 
     if "remainder" not in state:
         weight_GB.copy_(weight_GB * decay - rate * first_GB / ((second_GB / correction).sqrt() + eps))
@@ -233,14 +233,14 @@ def _random_bits(shape: torch.Size, offset: Tensor) -> Tensor:
 
 def _factors(group: dict[str, Any], device: torch.device) -> Tensor:
     """The factors of all updates of a step, (6,), in one copy to the device: see `_update`."""
-    (keep_first, keep_second), rate, step = group["betas"], group["lr"], group["step"]
+    (beta_1, beta_2), rate, step = group["betas"], group["lr"], group["step"]
     factors = torch.tensor(
         [
-            rate / (1 - keep_first**step),
+            rate / (1 - beta_1**step),
             1 - rate * group["weight_decay"],
-            1 - keep_second**step,
-            keep_first,
-            keep_second,
+            1 - beta_2**step,
+            beta_1,
+            beta_2,
             group["eps"],
         ],
         dtype=torch.float32,  # the trainer may have set another default
