@@ -69,6 +69,15 @@ class RowTokenizer:
             counts["truncated"] += found.truncated
             yield {"input_ids": found.input_ids, "last_segment": found.last_segment}
 
+    def divided_otherwise(self, rows: Sequence[Any]) -> int:
+        """Count rows whose text has other token ids as a whole than in segments."""
+        found = 0
+        for row in rows:
+            segments = [*render_history(self.template, row.history[-FIRST_EVENTS:]), *self.branch(row)]
+            whole = self.segmenter.encode([tuple(part for segment in segments for part in segment)])[0]
+            found += whole != [token for ids in self.segmenter.encode(segments) for token in ids]
+        return found
+
     def encode(self, history: Sequence[Event], branch: Sequence[Segment], where: str) -> RowIds:
         """Tokenize one row.
 

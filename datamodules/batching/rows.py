@@ -11,15 +11,14 @@ from datamodules.batching.bag_of_words import Decision, WordScores, word_scores
 from datamodules.batching.resume_checks import refuse_other_data
 from datamodules.batching.row_tokenizer import ROW_COLUMNS, RowTokenizer
 from datamodules.batching.step_data_module import LayoutName, StepDataModule
-from datamodules.batching.steps import refuse_unequal_parts
+from datamodules.batching.steps import refuse_small_budget, refuse_unequal_parts
 from datamodules.batching.token_cache import CachedRows, TokenCache
 from datamodules.batching.tokenized_split import Stage, TokenizedSplit
+from datamodules.batching.training_split import split_of_training
 from datamodules.corpus.columns import Columns
 from datamodules.corpus.records import AnnotatedRow
 from datamodules.corpus.sources import Corpus, load_corpus
-from datamodules.corpus.splits import Contamination, Split, SplitName, contamination, history_digests, seen_rows
-from datamodules.corpus.tables import is_hub_name
-from datamodules.errors import UserError
+from datamodules.corpus.splits import Contamination, Split, SplitName, contamination, seen_rows
 from datamodules.prompting.chat_format import Chat, Format, formatted, saved_chat
 from datamodules.prompting.segments import Segment, SegmentTokenizer
 from datamodules.prompting.templates import Template
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 
 STAGES: dict[str, tuple[Stage, ...]] = {"fit": ("train", "validation", "test"), "validate": ("validation",)}
 SEEN = ("training_histories", "training_scenes", "validation_histories", "validation_scenes")  # see `seen_rows`
+CHECKED_ROWS = 32  # whose token ids in segments are compared with those of the whole text
 log = logging.getLogger("proactive")  # commands print it on rank 0
 
 
@@ -141,11 +141,7 @@ class RowsDataModule(StepDataModule):
         self._saved: dict[str, Any] | None = None  # with `from_state`, the state in the checkpoint
         self._split: Split | None = None
         refuse_unequal_parts(batch_size, scenes_per_step)
-        if token_budget < max_length:
-            raise UserError(
-                f"data.token_budget: {token_budget} is less than the maximum length of a row",
-                f"Make it at least data.max_length, {max_length}.",
-            )
+        refuse_small_budget(token_budget, max_length)
 
     # Subclasses define these.
 
@@ -239,25 +235,10 @@ class RowsDataModule(StepDataModule):
         return seen_rows(self.split)
 
     @cached_property
-    def own_split(self) -> Split | None:
-        """The split that the model was trained with; None if its rows are no longer available."""
-        if self._saved is None:
-            return self.split
-        own = type(self)(**{**self._saved["hyperparameters"], "prompt": None})
-        if own.root != self.root and is_hub_name(own.root):  # nobody asked to download it
-            return None
-        try:
-            split = own.divide(own.load())
-        except UserError:
-            return None
-        return split if history_digests(split.train) == self.seen.get("training_histories", []) else None
-
-    @cached_property
     def word_scores(self) -> WordScores | None:
         """The scores of a bag of words on this split; None if the model's training rows are no longer available."""
-        if (own := self.own_split) is None:
-            return None
-        return word_scores(*map(self.decisions, (own.train, own.validation, self.split.test)))
+        own = self.split if self._saved is None else split_of_training(self, self._saved)
+        return None if own is None else word_scores(*map(self.decisions, (own.train, own.validation, self.split.test)))
 
     @property
     def row_counts(self) -> dict[Stage, int]:
@@ -354,11 +335,13 @@ class RowsDataModule(StepDataModule):
     def tokenize(self, stage: Stage, rows: Sequence[Any]) -> CachedRows:
         """Tokenize rows of a split: columns input_ids, and last_segment as in `RowIds`."""
         found = self.token_cache.rows(
-            [self.row_tokenizer.rendered_digest(rows), self.branch_length],
+            [self.row_tokenizer.rendered_digest(rows), self.branch_length, self.chat is not None],
             lambda counts: self.row_tokenizer.encode_all(rows, stage, counts),
             ROW_COLUMNS,
             f"{stage} {self.branch_name}s",
         )
+        if stage == "train" and self.chat and (count := self.row_tokenizer.divided_otherwise(rows[:CHECKED_ROWS])):
+            log.info(f"data.format: {count} of {CHECKED_ROWS} rows have other token ids than apply_chat_template gives")
         self.truncated[stage] = found.counts.get("truncated", 0)
         if self.truncated[stage]:
             log.info(

@@ -60,6 +60,15 @@ class MicroBatch:
 Step = tuple[MicroBatch, ...]  # one rank's micro-batches of an optimizer step
 
 
+def refuse_small_budget(token_budget: int, max_length: int) -> None:
+    """Raise a UserError if a row may have more tokens than a tree."""
+    if token_budget < max_length:
+        raise UserError(
+            f"data.token_budget: {token_budget} is less than the maximum length of a row",
+            f"Make it at least data.max_length, {max_length}.",
+        )
+
+
 def refuse_unequal_parts(batch_size: int, scenes_per_step: int | None) -> None:
     """Raise a UserError unless `scenes_per_step` divides `batch_size`."""
     if scenes_per_step is None or (scenes_per_step > 0 and batch_size % scenes_per_step == 0):

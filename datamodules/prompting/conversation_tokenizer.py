@@ -65,7 +65,11 @@ class ConversationTokenizer:
     def _encode(self, messages: Sequence[Message]) -> tuple[list[int], list[int], list[int]]:
         """Return token ids of turns, the positions of the learned ones, and the position of each turn's text."""
         pieces, texts = self._format(messages)
-        alternating = [(piece, Data(text)) for piece, text in zip(pieces, texts, strict=False)]
+        if self.tokenizer.chat_template:  # a space belongs to the word behind it
+            kept = [piece.rstrip(" ") for piece in pieces[:-1]]
+            texts = [piece[len(k) :] + text for piece, k, text in zip(pieces[:-1], kept, texts, strict=True)]
+            pieces = [*kept, pieces[-1]]
+        alternating = [(piece, Data(text)) for piece, text in zip(pieces[:-1], texts, strict=True)]
         *parts, end = self._segmenter.encode([*((part,) for pair in alternating for part in pair), (pieces[-1],)])
         before, contents = parts[::2], parts[1::2]
         ids = list(self._segmenter.prefix)

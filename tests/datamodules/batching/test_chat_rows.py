@@ -41,7 +41,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made(kind: type[Any], root: Path, backbone: Path, **options: Any) -> Any:
-    data = kind(root=str(root), tokenizer=str(backbone), cache=False, folds=3, batch_size=8, **options)
+    data = kind(root=str(root), tokenizer=str(backbone), folds=3, batch_size=8, **{"cache": False, **options})
     data.setup("fit")
     return data
 
@@ -150,3 +150,40 @@ def test_an_agent_in_chat_format_also_learns_conversations(root: Path, backbone:
     begin = data.tokenizer.convert_tokens_to_ids(["<s>", "<|start_header_id|>"])
     assert len(rows) > len(data.rows("train"))
     assert all(list(ids[:2]) == begin for ids in rows)
+
+
+def test_a_run_says_if_its_tokens_are_not_those_of_the_whole_text(
+    root: Path, backbone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a tokenizer that joins the end of a line and the beginning of the next one."""
+    lines = ["\n".join(f"- {event.event}" for event in row.history) for row in load_corpus(str(root)).rows[:100]]
+    chat_tokenizer("ChatML", "whole", ["\n- "] * 5000 + lines).save_pretrained(tmp_path)
+    notes = {}
+    for folder in (backbone, tmp_path):
+        caplog.clear()
+        with caplog.at_level("INFO", "proactive"):
+            made(RewardDataModule, root, folder)
+        notes[folder] = [line for line in caplog.messages if line.startswith("data.format")]
+    assert notes[backbone] == ["data.format: chat"]
+    assert notes[tmp_path] == [
+        "data.format: chat",
+        "data.format: 32 of 32 rows have other token ids than apply_chat_template gives",
+    ]
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_equal_texts_of_both_formats_are_cached_apart(
+    root: Path, backbone: Path, tmp_path: Path, answers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt file that spells the chat format is plain: a token that begins a text stands before it."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    kind = AgentDataModule if answers else RewardDataModule
+    chat = made(kind, root, backbone, cache=True)
+    (tmp_path / "own.yaml").write_text(json.dumps(chat.template.model_dump()))
+    plain = made(kind, root, backbone, cache=True, prompt=str(tmp_path / "own.yaml"))
+    assert plain.chat is None
+    assert plain.template == chat.template
+    expected = made(kind, root, backbone, prompt=str(tmp_path / "own.yaml"))
+    assert plain.encoded["train"].token_digest == expected.encoded["train"].token_digest

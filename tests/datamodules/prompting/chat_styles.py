@@ -75,7 +75,8 @@ def chat_tokenizer(style: str, kind: str, texts: Sequence[str]) -> "PreTrainedTo
         style: One of `STYLES`.
         kind: How texts are divided: as GPT-2 or as Llama 3 does; or white space is part of the words behind it, as in
             Gemma, where line breaks are tokens of their own. "marked": the beginning of a text has a mark, either only
-            that of the whole text, or also that behind each special token.
+            that of the whole text, or also that behind each special token. "whole": words are not divided, also not at
+            line breaks.
         texts: The texts.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -84,12 +85,12 @@ def chat_tokenizer(style: str, kind: str, texts: Sequence[str]) -> "PreTrainedTo
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     template, added = STYLES[style]
     control = list(special.values())
-    if kind in ("GPT-2", "Llama 3"):
+    if kind in ("GPT-2", "Llama 3", "whole"):
         tokenizer = Tokenizer(models.BPE())
         by_words = pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated")
         tokenizer.pre_tokenizer = (
-            pre_tokenizers.ByteLevel(add_prefix_space=False)
-            if kind == "GPT-2"
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "GPT-2")
+            if kind != "Llama 3"
             else pre_tokenizers.Sequence([by_words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
         )
         tokenizer.decoder = decoders.ByteLevel()
@@ -101,6 +102,7 @@ def chat_tokenizer(style: str, kind: str, texts: Sequence[str]) -> "PreTrainedTo
         else:
             mark = [normalizers.Prepend("▁")] if kind == "marked always" else []
             tokenizer.normalizer = normalizers.Sequence([*mark, normalizers.Replace(" ", "▁")])
+            tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # while it is trained
         tokenizer.decoder = decoders.Sequence(
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         )
@@ -114,6 +116,7 @@ def chat_tokenizer(style: str, kind: str, texts: Sequence[str]) -> "PreTrainedTo
     tokenizer.train_from_iterator(lines, trainer)
     plain = json.loads(tokenizer.to_str())  # bytes are words of the vocabulary, not added tokens
     plain["added_tokens"] = [token for token in plain["added_tokens"] if not token["content"].startswith("<0x")]
+    plain["pre_tokenizer"] = plain["pre_tokenizer"] if kind not in ("Gemma", "marked always") else None
     tokenizer = Tokenizer.from_str(json.dumps(plain))
     found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     takes_space = style == "Phi 3"

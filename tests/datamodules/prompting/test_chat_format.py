@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from datamodules.corpus.conversations import Conversation
 from datamodules.corpus.records import AnnotatedRow
 from datamodules.corpus.sources import load_corpus
 from datamodules.errors import UserError
 from datamodules.prompting.chat_format import Chat, formatted, render_chat, saved_chat
+from datamodules.prompting.conversation_tokenizer import ConversationTokenizer
 from datamodules.prompting.segments import Data, SegmentTokenizer
 from datamodules.prompting.templates import (
     DEFAULT_AGENT_PROMPT,
@@ -134,6 +136,18 @@ def test_text_of_data_becomes_no_special_token(style: str, kind: str) -> None:
         turns = messages(style, REWARD.instructions, reward_lines(row))
         sanitized = ids_of_transformers(tokenizer, turns, add_generation_prompt=True, sanitize_control_tokens=True)
         assert ids == sanitized
+
+
+@pytest.mark.parametrize(("style", "kind"), EVERY)
+def test_a_conversation_has_the_token_ids_of_its_messages(style: str, kind: str) -> None:
+    """Up to the token that ends its last answer."""
+    tokenizer = in_format(style, kind)[0]
+    said = [("user", "I open a.py."), ("assistant", "Shall I read it?"), ("user", "Yes"), ("assistant", "It fails.")]
+    turns = [{"role": role, "content": content} for role, content in said]
+    encoded = ConversationTokenizer(tokenizer, 1000).encode(Conversation.model_validate({"conversations": turns}))
+    assert encoded is not None
+    assert encoded[0] == ids_of_transformers(tokenizer, turns)[: len(encoded[0])]
+    assert tokenizer.decode(encoded[0][encoded[1][-1]]) in (*STYLES[style][1], "</s>")
 
 
 def test_the_instructions_are_the_system_message_and_their_last_line_begins_the_user_message() -> None:

@@ -86,6 +86,17 @@ def _saved(folder: Path, **special: str) -> str:
     return str(folder)
 
 
+def test_of_several_chat_templates_the_default_one_is_used(tmp_path: Path) -> None:
+    """A checkpoint contains this one."""
+    from transformers import AutoTokenizer
+
+    saved = AutoTokenizer.from_pretrained(_saved(tmp_path, eos_token="<eos>"))
+    saved.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools }}"}
+    saved.save_pretrained(tmp_path)
+    assert isinstance(AutoTokenizer.from_pretrained(tmp_path).chat_template, dict)
+    assert tokenizer_state(load_tokenizer(str(tmp_path)))["chat_template"] == "{{ messages[0].content }}"
+
+
 def test_without_a_padding_token_the_end_token_pads(tmp_path: Path) -> None:
     loaded = load_tokenizer(_saved(tmp_path, eos_token="<eos>"))
     assert (loaded.pad_token, loaded.padding_side) == ("<eos>", "right")

@@ -49,6 +49,7 @@ def with_spaces_for_words() -> PreTrainedTokenizerFast:
 
 TOKENIZERS = {"byte-level": byte_level(), "with spaces for words": with_spaces_for_words()}
 GRAMMARS = {name: AnswerGrammar(made, made.eos_token_id) for name, made in TOKENIZERS.items()}
+LED = {name: AnswerGrammar(made, made.eos_token_id, " ") for name, made in TOKENIZERS.items()}
 both = pytest.mark.parametrize("kind", TOKENIZERS)
 
 
@@ -78,6 +79,25 @@ def test_the_grammar_allows_what_write_answer_writes(kind: str) -> None:
             assert grammar.allowed([matcher], len(tokenizer))[0, token]
             whole.append(grammar.advance(matcher, token))
         assert whole.index(True) == len(whole) - 1
+
+
+@both
+@settings(max_examples=20)
+@given(seed=st.integers(0, 10**6))
+def test_answers_can_begin_with_white_space(kind: str, seed: int) -> None:
+    """Also those that are cut off."""
+    grammar, tokenizer = LED[kind], TOKENIZERS[kind]
+    random, matcher, written = np.random.default_rng(seed), grammar.start(), list[int]()
+    for _ in range(int(random.integers(0, 60))):
+        allowed = grammar.allowed([matcher], len(tokenizer))[0]
+        allowed[tokenizer.eos_token_id] = False
+        written.append(int(random.choice(torch.nonzero(allowed)[:, 0].numpy())))
+        if grammar.advance(matcher, written[-1]):
+            break
+    closed = grammar.close(written)
+    text = grammar._tokenizer.decode_str(closed)
+    assert text.startswith(" {")
+    assert_answer(text[1:])
 
 
 @both

@@ -115,6 +115,7 @@ def other_pickle(place: Place) -> None:
 
 
 TOKENIZER = (DATA, "tokenizer")
+CHAT = {"system": "", "user": "", "after": "", "end_token": None, "lead": ""}
 # What is wrong, what the message names, and how a checkpoint comes to be so: whatever reads it refuses it.
 WRONG: list[tuple[str, str, Edit]] = [
     *(
@@ -157,6 +158,10 @@ WRONG: list[tuple[str, str, Edit]] = [
     ("root as a number", "root", put(DATA, "hyperparameters", "root", value=3)),
     ("no prompt", "prompt", take(DATA, "prompt")),
     ("prompt as text", "prompt", put(DATA, "prompt", value="Well?")),
+    ("chat as text", "chat", put(DATA, "chat", value="on")),
+    ("chat without its parts", "system", put(DATA, "chat", value={})),
+    ("a chat's part of nobody", "evil", put(DATA, "chat", value={**CHAT, "evil": "x"})),
+    ("a chat's answers begin with text", "lead", put(DATA, "chat", value={**CHAT, "lead": "x"})),
     ("tokenizer of nothing", "tokenizer", put(*TOKENIZER, value={})),
     ("tokenizer as text", "tokenizer", put(*TOKENIZER, value="bpe")),
     ("no special tokens", "special", take(*TOKENIZER, "special")),
@@ -212,6 +217,8 @@ UNUSABLE: list[tuple[str, str, Edit]] = [
     ("a batch of none", "batch_size", put(DATA, "hyperparameters", "batch_size", value=0)),
     ("a prompt without its parts", "prompt", put(DATA, "prompt", value={})),
     ("a prompt with an unknown place", "prompt", put(DATA, "prompt", "event", value="{event} {secret}")),
+    ("a format of nobody", "format", put(DATA, "hyperparameters", "format", value="loud")),
+    ("a chat that ends in no token", "<end>", put(DATA, "chat", value={**CHAT, "end_token": "<end>"})),
     ("a tokenizer of no JSON", "tokenizer", put(*TOKENIZER, "json", value="{")),
     ("a tokenizer of nothing inside", "tokenizer", put(*TOKENIZER, "json", value="{}")),
     ("a padding token that is none", "<nothing>", put(*TOKENIZER, "special", "pad_token", value="<nothing>")),

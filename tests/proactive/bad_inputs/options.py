@@ -22,6 +22,7 @@ NUMBERS = {  # option of fit: values that it must refuse
         "-1",
     ],
     "data.num_workers": ["-1", "4097"],
+    "data.format": ["chat", "loud"],
     "data.seed": ["-1", "4294967296", "1.5"],
     "seed_everything": ["-1", "4294967296", "99999999999999999999"],
     "run.checkpoint_every_n_steps": ["0", "-1", "nan"],
