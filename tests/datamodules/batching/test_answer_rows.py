@@ -379,8 +379,8 @@ def test_a_resumed_run_holds_out_the_same_conversations(root: Path, tmp_path: Pa
     made(root, conversations=[str(moved)]).load_state_dict(state)
 
 
-def test_rows_begin_with_the_segments_of_the_history_and_the_opening(root: Path) -> None:
+def test_rows_begin_with_the_segments_of_the_history_and_the_generation_prompt(root: Path) -> None:
     data = made(root)
     for example, ids in zip(data.rows("train"), data.encoded["train"].input_ids, strict=True):
-        prompt = [token for segment in data.segments(example.history) for token in segment] + data.opening()
+        prompt = [token for segment in data.segments(example.history) for token in segment] + data.generation_prompt()
         assert ids[: len(prompt)].tolist() == prompt

@@ -132,10 +132,14 @@ def test_agents_of_all_trainings_are_asked_alike(root: Path, backbone: Path) -> 
         made(kind, root, backbone) for kind in (AgentDataModule, PreferenceDataModule, HistoryDataModule)
     )
     example = agent.rows("train")[0]
-    prompt = [token for segment in agent.segments(example.history) for token in segment] + agent.opening()
+    prompt = [token for segment in agent.segments(example.history) for token in segment] + agent.generation_prompt()
     assert online.prompt(example.history) == prompt
     assert preference.segments(example.history) == agent.segments(example.history)
-    assert (preference.opening(), preference.end) == (agent.opening(), agent.end) == (online.opening(), online.end)
+    assert (
+        (preference.generation_prompt(), preference.end)
+        == (agent.generation_prompt(), agent.end)
+        == (online.generation_prompt(), online.end)
+    )
     ids = agent.encoded["train"].input_ids[0]
     assert ids[: len(prompt)].tolist() == prompt
 

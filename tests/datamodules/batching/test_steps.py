@@ -167,7 +167,7 @@ def test_sampling_weights_determine_how_often_a_row_is_drawn(world_size: int) ->
 
 @pytest.mark.parametrize(("batch_size", "scenes_per_step"), [(8, 3), (2, 4), (8, 0), (8, -2)])
 def test_scenes_that_do_not_divide_a_step_are_refused(batch_size: int, scenes_per_step: int) -> None:
-    with pytest.raises(UserError, match=f"data.scenes_per_step: {batch_size} rows a step") as caught:
+    with pytest.raises(UserError, match=f"data.scenes_per_step: {batch_size} rows of a step") as caught:
         StepSampler(layout_of([1] * 9), ["a"] * 9, batch_size, scenes_per_step)
     assert f"from {scenes_per_step} scenes" in caught.value.what
 
