@@ -69,7 +69,7 @@ def load_corpus(root: str, seed: int = 0, columns: Columns | None = None) -> Cor
 
     Args:
         root: "embedded", "published", a folder in the published layout, a CSV, Parquet or JSONL file, a folder of such
-            files, or the name of a dataset of the Hugging Face hub, such as org/name or org/name@REVISION.
+            files, or the name of a dataset of the Hugging Face hub; see `hub_tables`.
         seed: Seed of the embedded data; files do not depend on it.
         columns: Which columns of a table hold the fields of a row; None for those with the names of the fields.
 

@@ -15,7 +15,11 @@ from datamodules.files.reading import MAX_RECORDS_BYTES, MAX_TEXT_BYTES, open_fi
 
 BATCH = 1000  # rows of a Parquet file or a dataset that are converted at once
 SPLITS = {"train": "train", "validation": "train", "valid": "train", "val": "train", "dev": "train", "test": "test"}
-_HUB_NAME = re.compile(r"(?P<owner>[A-Za-z0-9][\w.-]*)/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", re.ASCII)
+_HUB_NAME = re.compile(
+    r"(?P<repository>(?P<owner>[A-Za-z0-9][\w.-]*)/[A-Za-z0-9][\w.-]*)"
+    r"(:(?P<configuration>[\w.-]+))?(@(?P<revision>[\w./-]+))?",
+    re.ASCII,
+)
 Cells = Iterator[tuple[str, Mapping[str, Any]]]  # of each row: its place, for messages, and its cells
 
 
@@ -208,7 +212,7 @@ def hub_tables(name: str) -> tuple[dict[str, list[Table]], str]:
     """Load a dataset of the Hugging Face hub through the cache of `datasets`, which runs no code of a dataset.
 
     Args:
-        name: Such as org/name, or org/name@REVISION.
+        name: Such as org/name, org/name:CONFIGURATION or org/name@REVISION; see `is_hub_name`.
 
     Returns:
         The tables by the name of their split, and the revision.
@@ -222,18 +226,23 @@ def hub_tables(name: str) -> tuple[dict[str, list[Table]], str]:
 
     set_verbosity_error()
     hub_logging.set_verbosity_error()  # it tells of each retry
-    repository, _, revision = name.partition("@")
+    found = _HUB_NAME.fullmatch(name)
+    assert found is not None
     try:
-        builder = datasets.load_dataset_builder(repository, revision=revision or None)
+        builder = datasets.load_dataset_builder(found["repository"], found["configuration"], revision=found["revision"])
         builder.download_and_prepare()
         splits = builder.as_dataset()
     except Exception as error:  # `datasets` does not wrap the errors of its HTTP client, nor those of its readers
+        said = error_text(error, 300) or type(error).__name__
+        hint = "Check the name and the network, or give a folder, or a CSV, Parquet or JSONL file."
+        if choices := re.search(r"available configs: (\[[^\]]*\])", said):
+            said = f"it has several configurations: {choices[1]}"
+            hint = f"Name one: {found['repository']}:CONFIGURATION."
         raise UserError(
-            f"data.root: {name} is no folder, and it cannot be loaded as a dataset of the Hugging Face hub: "
-            f"{error_text(error, 300) or type(error).__name__}",
-            "Check the name and the network, or give a folder, or a CSV, Parquet or JSONL file.",
+            f"data.root: {name} is no folder, and it cannot be loaded as a dataset of the Hugging Face hub: {said}",
+            hint,
         ) from error
-    return {split: [_hub_table(repository, split, part)] for split, part in splits.items()}, str(builder.hash)
+    return {split: [_hub_table(name, split, part)] for split, part in splits.items()}, str(builder.hash)
 
 
 def _hub_table(name: str, split: str, part: Any) -> Table:

@@ -64,13 +64,28 @@ def test_a_dataset_gives_the_rows_of_its_files_also_from_the_cache(tmp_path: Pat
         first, again, unknown = loaded(home, "org/name", pinned, "org/nothing", url=server.url)
     assert first[:2] == [rows_digest(local.train), rows_digest(local.test)]
     assert first[2][:2] == [f"org/name: revision {REVISION}", "org/name, split train: 3 rows"]
-    assert again == [*first[:2], [f"{pinned}: revision {REVISION}", *first[2][1:]]]
+    assert again == [*first[:2], [note.replace("org/name", pinned) for note in first[2]]]
     assert unknown.startswith("data.root: org/nothing is no folder, and it cannot be loaded as a dataset")
     assert "Check the name and the network" in unknown
     cached, missing = loaded(home, "org/name", "org/other", offline=True)
     assert cached == first
     assert missing.startswith("data.root: org/other is no folder, and it cannot be loaded as a dataset")
     assert "offline" in missing.lower()
+
+
+def test_one_of_several_configurations_is_named(tmp_path: Path) -> None:
+    card = (
+        "---\nconfigs:\n- config_name: a\n  data_files: a/train.csv\n- config_name: b\n  data_files: b/train.csv\n---\n"
+    )
+    files = {"README.md": card.encode()}
+    for name, rows in (("a", ROWS), ("b", ROWS[:1])):
+        (tmp_path / name).mkdir()
+        files[f"{name}/train.csv"] = Path(written(tmp_path / name, "csv", rows, "train")).read_bytes()
+    with served("org/name", files) as server:
+        neither, one, unknown = loaded(tmp_path, "org/name", "org/name:b", "org/name:c", url=server.url)
+    assert "it has several configurations: ['a', 'b']\nName one: org/name:CONFIGURATION." in neither
+    assert one[2][1] == "org/name:b, split train: 1 rows"
+    assert unknown.startswith("data.root: org/name:c is no folder, and it cannot be loaded as a dataset")
 
 
 def test_nothing_is_asked_for_a_path_in_a_folder(tmp_path: Path) -> None:
