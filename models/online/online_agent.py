@@ -18,7 +18,6 @@ from datamodules.batching.history_rows import HistoryDataModule
 from datamodules.batching.rows import Stage, log
 from datamodules.batching.steps import AgentBatch, EncodedRows, MicroBatch
 from datamodules.corpus.answers import Answer, read_answer
-from datamodules.corpus.splits import scenes_of
 from datamodules.errors import UserError
 from datamodules.prompting.tokenizers import SCRATCH
 from datamodules.ranges import FINITE, Count, NonNegativeFloat
@@ -135,7 +134,8 @@ class OnlineAgent(ProactiveAgent):
         if self.judge_digests.get(name, judge.digest) != judge.digest:
             raise UserError(f"model.{name}: it is another judge than that of the run so far", "Give the same one.")
         data: HistoryDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
-        if judge.scenes & scenes_of(data.split.test) and not data.contamination_allowed:
+        tested = any(row.scene in judge.scenes or row.history_digest in judge.histories for row in data.split.test)
+        if tested and not data.contamination_allowed:
             raise UserError(
                 f"model.{name}: it was trained on scenes of the agent's test",
                 "Give a judge of the same fold, or --data.allow_contamination, which marks the run.",

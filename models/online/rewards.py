@@ -33,6 +33,7 @@ class JudgeReward:
         weights = load_weights((RewardClassifier,), Path(path), option)
         self.digest = weights.digest
         self.scenes = set(weights.state.get("training_scenes", ()))
+        self.histories = set(weights.state["training_histories"])
         self.cost_ratio = cost_ratio
         self._scorer = Scorer(weights, device)
 

@@ -58,6 +58,7 @@ class RewardOf:
 
     digest = "function"
     scenes: frozenset[str] = frozenset()
+    histories: frozenset[int] = frozenset()
 
     def __init__(self, function: Callable[[Any], float]) -> None:
         self.function = function
@@ -236,10 +237,12 @@ def test_what_cannot_be_trained_online_is_refused(root: Path, export: Path, monk
     known = Knows(silence)
     data = HistoryDataModule(root=str(root), tokenizer=str(export), **OPTIONS)
     data.setup("fit")
-    known.scenes = frozenset(row.scene for row in data.split.test)
     monkeypatch.setattr(online_agent, "JudgeReward", lambda *arguments: known)
-    with pytest.raises(UserError, match=r"model\.judge: it was trained on scenes of the agent's test"):
-        fitted(root, export, 1)
+    row = data.split.test[0]
+    for scenes, histories in (({row.scene}, set()), (set(), {row.history_digest})):
+        known.scenes, known.histories = frozenset(scenes), frozenset(histories)
+        with pytest.raises(UserError, match=r"model\.judge: it was trained on scenes of the agent's test"):
+            fitted(root, export, 1)
 
 
 def test_a_resume_with_another_judge_is_refused(root: Path, export: Path, rewarded: Any) -> None:
