@@ -7,6 +7,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from callbacks.run_facts import RunFacts
 from datamodules.batching.rows import RowsDataModule
 from datamodules.files.run_folders import REPORT_FILE
 from datamodules.files.writing import write_atomically
@@ -22,16 +23,19 @@ class HtmlReport(Callback):
     Args:
         folder: The run folder.
         page: Returns the page as HTML.
+        facts: What the report states about the run besides its metrics.
     """
 
-    def __init__(self, folder: Path, page: Page) -> None:
+    def __init__(self, folder: Path, page: Page, facts: RunFacts) -> None:
         self.folder = folder
         self.page = page
+        self.facts = facts
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
         assert isinstance(pl_module, BackboneModule)
         data = trainer.datamodule  # type: ignore[attr-defined]
-        page = self.page(tested_record(trainer, pl_module), pl_module, data, self.folder)
+        record = tested_record(trainer, pl_module) | {"run": self.facts.record()}
+        page = self.page(record, pl_module, data, self.folder)
         write_atomically(self.folder / REPORT_FILE, page)

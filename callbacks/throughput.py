@@ -50,6 +50,7 @@ class ThroughputLog(Callback):
         assert isinstance(pl_module, BackboneModule)
         assert pl_module.network is not None
         self._operations = Operations.of(pl_module.network)
+        self._forward = Operations.of(pl_module.network, backward=False)
         self._since = time.perf_counter()  # a run resumed within an epoch does not call on_train_epoch_start
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -69,7 +70,9 @@ class ThroughputLog(Callback):
         now = time.perf_counter()
         self._seconds, self._since = self._seconds + now - self._since, now
         totals: dict[str, Any] = {"time": self._seconds, "batches": self._steps, "samples": self._done.rows}
-        operations = self._operations.count(step.unpadded_tokens, step.pairs, step.targets)
+        assert isinstance(pl_module, BackboneModule)
+        counts = step.unpadded_tokens, step.pairs, step.targets
+        operations = self._operations.count(*counts) + pl_module.extra_forward_passes * self._forward.count(*counts)
         self._computed.update(**totals, lengths=self._done.tokens, flops=operations)
         self._effective.update(**totals, lengths=self._done.effective_tokens)
         if found := self._rates(trainer.world_size):

@@ -19,12 +19,13 @@ from datamodules.escaping import printable
 PERIOD = 0.5  # seconds between checks
 GRACE = 10.0  # seconds for rank 0 to raise an error that all ranks raise
 PATIENCE = 20.0  # seconds that a rank waits for the end of the job after it lost another rank
+PARENT_VARIABLE = "PROACTIVE_PARENT"  # the id of the process that runs all folds, in the environment of each
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_PROCID")  # variables of launchers that watch the ranks themselves
 FAILED = 1  # exit code
 
 
 class WatchRanks(Callback):
-    """Watches the processes that rank 0 started on its machine. `following_parent` watches rank 0 from them.
+    """Watches the processes that rank 0 started on its machine. `following` watches rank 0 from them.
 
     Lightning's observer ends a job without a message, and a rank may wait half an hour for a dead one. torchrun and
     SLURM watch the ranks that they start.
@@ -87,17 +88,20 @@ class WatchRanks(Callback):
 
 
 @contextlib.contextmanager
-def following_parent() -> Iterator[None]:
-    """Within this context, end this process when rank 0, which started it, has ended."""
-    parent, done = os.getppid(), threading.Event()
+def following(parent: int, who: str) -> Iterator[None]:
+    """Within this context, end this process when its parent has ended.
+
+    Args:
+        parent: The id of the parent's process.
+        who: What the parent is, for the message.
+    """
+    done = threading.Event()
 
     def watch() -> None:
         while not done.wait(PERIOD):
             if os.getppid() != parent:
-                rank = os.environ.get("LOCAL_RANK")
-                print(
-                    f"error: rank 0 (process {parent}) has ended, so rank {rank} ends too", file=sys.stderr, flush=True
-                )
+                rank = f"rank {os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "this run"
+                print(f"error: {who} (process {parent}) has ended, so {rank} ends too", file=sys.stderr, flush=True)
                 os._exit(FAILED)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -16,6 +16,7 @@ from proactive.terminal import run, say, set_up_messages
 COMMANDS = {  # module name: description
     "fit": "train a reward classifier or an agent, and test it",
     "evaluate": "measure trained and recorded models, next to published metrics",
+    "compare": "compare runs and evaluations on the rows that they have all tested",
     "inspect": "print statistics of data, and how contaminated its splits are",
     "plan": "estimate the memory and time of a run, without running it",
     "export": "write the weights of a run as a folder that transformers loads",

@@ -6,13 +6,15 @@ if __name__ == "__main__":
     start("fit")
 
 import contextlib
+import os
 import shlex
 
 from callbacks.stopping import Interrupted
-from callbacks.watch_ranks import following_parent
+from callbacks.watch_ranks import PARENT_VARIABLE, following
 from datamodules.files.run_folders import CHECKPOINTS, EXPORT, METRICS_FILE, REPORT_FILE
 from models.learning.checkpoint_files import BEST, LAST
 from models.reporting.run_record import tested_record
+from proactive.fitting.arguments import trains_folds
 from proactive.fitting.cli import FitCLI
 from proactive.fitting.configs import task_of, with_config_of_resumed_run
 from proactive.fitting.job import folder_for_children, folder_from_rank_0
@@ -23,11 +25,24 @@ from proactive.terminal import say
 
 def main(arguments: list[str]) -> None:
     """Parse, fit, test, and print the run folder."""
-    with following_parent() if folder_from_rank_0() else contextlib.nullcontext():
+    with _following_parent():
         arguments = with_config_of_resumed_run(arguments)
+        if trains_folds(arguments):
+            from proactive.fitting.folds import cross_validate
+
+            cross_validate(arguments)
+            return
         cli = FitCLI(task_of(arguments), arguments)
         with cli.without_empty_folder(), folder_for_children(cli.folder):
             _fit_and_test(cli)
+
+
+def _following_parent() -> contextlib.AbstractContextManager[None]:
+    """End with the process that started this one, if that is rank 0 or the process of all folds."""
+    if folder_from_rank_0():
+        return following(os.getppid(), "rank 0")
+    parent = os.environ.get(PARENT_VARIABLE, "")
+    return following(int(parent), "the process of all folds") if parent.isdecimal() else contextlib.nullcontext()
 
 
 def _fit_and_test(cli: FitCLI) -> None:

@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
     if not cli.task.module.plannable:
         raise UserError(
             f"--task {cli.task.module.task}: its rows are written while it trains, so they cannot be counted before",
-            "Plan a run of task agent with the same model, and add the time to write answers.",
+            "For its memory plan task agent with the same model; for its time measure --trainer.max_steps 5.",
         )
     found = plan_run(cli)
     if cli.config.output:

@@ -32,6 +32,7 @@ PREFERENCE_COLUMNS = {
     "reward_rejected": "rejected",
 }
 AGENT_COLUMNS = ("recall", "precision", "accuracy", "false_alarm", "f1")
+BEFORE = "before preference training"
 WITHOUT_TERMINAL = 160  # characters in a line, where output goes to no terminal
 
 
@@ -111,6 +112,8 @@ def decision_tables(record: Record) -> list[Table]:
 
     for reading, label in record["readings"].items():
         add(f"this model, {label}", record["test"][reading])
+    if record["before"]:
+        add(BEFORE, record["before"])
     table.add_section()
     for label, metrics in record["baselines"].items():
         add(label, metrics)
@@ -122,9 +125,12 @@ def preference_tables(record: Record) -> list[Table]:
     found = record["test"]["raw"]
     pairs = int(found.get("pairs", 0))
     table = Table(title=f"Implicit rewards of {pairs} test pairs of an accepted and a rejected proposal")
+    table.add_column("agent")
     for name in PREFERENCE_COLUMNS.values():
         table.add_column(name, justify="right")
-    table.add_row(*(_cell(found, name) for name in PREFERENCE_COLUMNS))
+    table.add_row("this model", *(_cell(found, name) for name in PREFERENCE_COLUMNS))
+    if record["before"]:
+        table.add_row(BEFORE, *(_cell(record["before"], name) for name in PREFERENCE_COLUMNS))
     return [*decision_tables(record), *([table] if pairs else [])]
 
 

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 import tracemalloc
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from callbacks.stopping import StopOnSignal
 from datamodules.corpus.records import AnnotatedRow
 from datamodules.corpus.simulator import simulate
 from tests.forking import Forked, run_module
@@ -167,3 +169,15 @@ def full_disk(room: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+class SignalParentAtStep(SignalAtStep):
+    """Sends a signal to the process that started this one, in the middle of an optimizer step, and waits for it."""
+
+    def on_before_optimizer_step(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        self.seen += 1
+        if self.seen == self.step:
+            os.kill(os.getppid(), self.number)
+            stop = next(callback for callback in trainer.callbacks if isinstance(callback, StopOnSignal))
+            while not stop._signal:  # passed on by the parent; after its kill, this process ends here
+                time.sleep(0.01)

@@ -17,8 +17,11 @@ CHECKPOINTS = "checkpoints"
 LOGS = "logs"
 EXPORT = "export"
 CONFIG_FILE = "config.yaml"
+FOLDS_FILE = "folds.yaml"
+FOLD_PLACEHOLDER = "{fold}"  # in the value of an option, the number of the fold takes its place
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"
+DECISIONS_FILE = "decisions.jsonl"
 LOCK = ".lock"
 RANKS_TIMEOUT = 120  # seconds: maximum time between the starts of a job's first and last rank
 
@@ -60,6 +63,11 @@ def output_folder(output: Path | None, name: str, log: str) -> Path:
     if output.is_dir() and any(output.iterdir()) and not (output / log).exists():
         raise UserError(f"--output: {output} holds other things than `{name}` wrote", "Give the path of a new folder.")
     return output
+
+
+def holds_folds(folder: Path) -> bool:
+    """Return whether a folder is that of a cross-validation: it holds a folder for each fold."""
+    return (folder / FOLDS_FILE).is_file()
 
 
 def missing_folders(folder: Path) -> list[Path]:

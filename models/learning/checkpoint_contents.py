@@ -180,6 +180,13 @@ class RunOptions(Content):
     run: Plain
 
 
+class RunTime(Content):
+    """When a run started, in ISO format with its time zone, and how many seconds it has trained."""
+
+    started: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$")
+    seconds: float = Field(ge=0, allow_inf_nan=False)
+
+
 class CheckpointContent(Content):
     """The content of a checkpoint file, and of values.pt in a sharded checkpoint."""
 
@@ -193,6 +200,7 @@ class CheckpointContent(Content):
     calibration: FittedCalibration | None
     base: SavedBase | None = None
     options: RunOptions | None = None
+    run_time: RunTime | None = None
     loops: dict[str, State] = {}
     callbacks: dict[str, State] = {}
     optimizer_states: list[OptimizerContent] = []

@@ -316,15 +316,33 @@ def group_intervals(counts_G4: Tensor, resamples: int, seed: int = 0) -> dict[st
     """
     if len(counts_G4) < 2:
         return {}
-    generator = torch.Generator().manual_seed(seed)
-    groups_RG = torch.randint(len(counts_G4), (resamples, len(counts_G4)), generator=generator).to(counts_G4.device)
-    counts_R4 = torch.cat([counts_G4[part].sum(1) for part in groups_RG.split(100)])  # in parts, to save memory
-    bounds = torch.tensor([0.025, 0.975], dtype=torch.float64, device=counts_G4.device)
+    drawn_RG = group_draws(len(counts_G4), resamples, seed).to(counts_G4.device)
     intervals: dict[str, Tensor] = {}
-    for name, values_R in confusion_metrics(counts_R4).items():
-        low, high = torch.quantile(values_R, bounds)
+    for name, values_R in confusion_metrics(drawn_RG @ counts_G4.double()).items():
+        low, high = percentile_interval(values_R)
         intervals |= {f"{name}_low": low, f"{name}_high": high}
     return intervals
+
+
+def group_draws(groups: int, resamples: int, seed: int = 0) -> Tensor:
+    """How often each resample has drawn each group, (R, G) float64: G draws with replacement.
+
+    Args:
+        groups: The number of groups, at least 1.
+        resamples: The number of resamples.
+        seed: The same seed gives the same draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    groups_RG = torch.randint(groups, (resamples, groups), generator=generator)
+    return torch.zeros(resamples, groups, dtype=torch.float64).scatter_add_(
+        1, groups_RG, torch.ones((), dtype=torch.float64).expand(resamples, groups)
+    )
+
+
+def percentile_interval(values_R: Tensor) -> tuple[Tensor, Tensor]:
+    """The bounds of the 95% interval of resampled values (R,) float64: their 2.5th and 97.5th percentiles."""
+    low, high = torch.quantile(values_R, torch.tensor([0.025, 0.975], dtype=torch.float64, device=values_R.device))
+    return low, high
 
 
 PUBLISHED_AGENT_ROWS: dict[str, dict[str, float]] = {

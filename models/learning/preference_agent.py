@@ -14,6 +14,7 @@ from datamodules.batching.rows import Stage, log
 from datamodules.batching.steps import PreferenceBatch
 from datamodules.errors import UserError
 from datamodules.ranges import BelowHalf, NonNegativeFloat, Positive
+from models.learning.answer_metrics import decisions, probed_rows, proposal_metrics
 from models.learning.checkpoint_contents import PreferenceCheckpoint
 from models.learning.preference_losses import dpo_losses, kto_losses, preference_metrics
 from models.learning.proactive_agent import ProactiveAgent, answer_lengths
@@ -94,6 +95,10 @@ class PreferenceAgent(ProactiveAgent):
 
     # Training
 
+    @property
+    def extra_forward_passes(self) -> int:
+        return int(self.hparams["objective"] == "kto")
+
     def prepare_step(self, batch: list[PreferenceBatch]) -> list[PreferenceBatch]:
         """With kto, estimate the divergence from the reference on the step's mismatched proposals, of all ranks."""
         if self.hparams["objective"] != "kto":
@@ -136,18 +141,40 @@ class PreferenceAgent(ProactiveAgent):
     def answer_metrics(self, rows: dict[str, Tensor], stage: Stage) -> dict[str, Tensor]:
         """Also the metrics of the pairs of a split, as far as both of their rows were read."""
         metrics = super().answer_metrics(rows, stage)
-        data: PreferenceDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
-        if stage not in self.reference or self.reference[stage]["rows"] != data.split_digest(stage):
+        reference_N = self._reference_of(stage)
+        if reference_N is None:
             return metrics
-        device = rows["loss"].device
-        reference_N = self.reference[stage]["log_probability"].to(device)
+        data: PreferenceDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         ratio_N = torch.full_like(reference_N, torch.nan)
         ratio_N[rows["row"]] = -rows["loss"] - reference_N[rows["row"]]
-        pair_P2 = torch.from_numpy(data.pairs(stage)).to(device)
+        pair_P2 = torch.from_numpy(data.pairs(stage)).to(ratio_N.device)
         pair_P2 = pair_P2[ratio_N[pair_P2].isfinite().all(1)]
         chosen_P, rejected_P = ratio_N[pair_P2].unbind(1)
         scene_P = self.scenes_of(stage, pair_P2[:, 0]) if stage == "test" else None
         return metrics | preference_metrics(chosen_P, rejected_P, self.hparams["beta"], scene_P)
+
+    def on_test_epoch_end(self) -> None:
+        """Also store the metrics of the reference on the same rows in `before_metrics`."""
+        super().on_test_epoch_end()
+        reference_N = self._reference_of("test")
+        if reference_N is None:
+            return
+        rows = self.answers.rows()
+        before = rows | {"loss": -reference_N[rows["row"]]}
+        metrics = self.answer_metrics(before, "test")
+        scene_N = self.scenes_of("test", probed_rows(before))
+        metrics |= proposal_metrics(*decisions(before), scene_N=scene_N)
+        # No reward of the reference is above another one: all are 0.
+        self.before_metrics = {
+            name: float(value) for name, value in metrics.items() if not name.startswith("preference_accuracy")
+        }
+
+    def _reference_of(self, stage: Stage) -> Tensor | None:
+        """The log-probabilities of a split under the reference, (N,) float64; None if they are of other rows."""
+        data: PreferenceDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        if stage not in self.reference or self.reference[stage]["rows"] != data.split_digest(stage):
+            return None
+        return self.reference[stage]["log_probability"].to(self.device)
 
     # Checkpoints
 

@@ -102,6 +102,7 @@ class BackboneModule(NetworkModule):
     test_rows: dict[str, Tensor]  # columns of the rows of the last test, see `record_test`
     test_metrics: dict[str, dict[str, float]]  # metrics of the last test, see `record_test`
     test_count: int  # rows of the test split that the last test used
+    before_metrics: dict[str, float]  # metrics of the reference on the same rows; empty for a task without one
 
     def __init__(
         self,
@@ -140,10 +141,16 @@ class BackboneModule(NetworkModule):
         self.test_rows = {}
         self.test_metrics = {}
         self.test_count = 0
+        self.before_metrics = {}
         self._finite = FiniteCheck()
         self._checked_values: dict[str, Tensor] = {}  # of the current step, by name
 
     # What subclasses define
+
+    @property
+    def extra_forward_passes(self) -> int:
+        """How often `prepare_step` reads each micro-batch, without gradients."""
+        return 0
 
     def prepare_step(self, batch: list[Any]) -> list[Any]:
         """Return the micro-batches of a step, after computing what their losses need; by default they are `batch`."""

@@ -73,11 +73,11 @@ def embedding_count(model: "PreTrainedModel") -> int:
 
 @dataclass(frozen=True)
 class Operations:
-    """The operations of a forward and a backward pass.
+    """The operations of a forward and a backward pass, or of a forward pass alone.
 
     A weight takes 2 operations per token in the forward pass. In the backward pass it takes 2 for the gradient of its
-    input and, if it is trained, 2 for its own. Attention takes 12 D operations per layer and visible pair of tokens, a
-    third of them in the forward pass. The lowest layers take none in the backward pass if nothing is trained in them.
+    input and, if it is trained, 2 for its own. Attention takes 12 D operations per layer and visible pair of tokens,
+    4 D of them in the forward pass. The lowest layers take none in the backward pass if nothing is trained in them.
     The recomputation of gradient checkpointing is not counted, as usual for model FLOPs.
     """
 
@@ -86,23 +86,23 @@ class Operations:
     target: int  # operations per token to predict, in a language model's head
 
     @classmethod
-    def of(cls, model: "PreTrainedModel") -> "Operations":
-        """The operations of a network of transformers."""
+    def of(cls, model: "PreTrainedModel", backward: bool = True) -> "Operations":
+        """The operations of a network of transformers, with those of the backward pass if `backward`."""
         config = model.config.get_text_config()
         head = model.get_output_embeddings()
         layers = model.base_model
         looked_up = {id(p) for m in layers.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
         frozen = lowest_frozen(model)
         forward_only = {id(p) for layer in frozen for p in layer.parameters()}
-        costs = ((p, 2 * _numel(p) if id(p) in forward_only else _cost(p)) for p in layers.parameters())
+        costs = ((p, _cost(p, backward and id(p) not in forward_only)) for p in layers.parameters())
         token = sum(cost for p, cost in costs if id(p) not in looked_up)
         width = config.num_attention_heads * (
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         )
         return cls(
             token,
-            (12 * config.num_hidden_layers - 8 * len(frozen)) * width,
-            0 if head is None else sum(_cost(p) for p in head.parameters()),
+            (12 * config.num_hidden_layers - 8 * len(frozen) if backward else 4 * config.num_hidden_layers) * width,
+            0 if head is None else sum(_cost(p, backward) for p in head.parameters()),
         )
 
     def count(self, tokens: int, pairs: int, targets: int = 0) -> int:
@@ -110,5 +110,5 @@ class Operations:
         return self.token * tokens + self.pair * pairs + self.target * targets
 
 
-def _cost(parameter: nn.Parameter) -> int:
-    return (6 if parameter.requires_grad else 4) * _numel(parameter)
+def _cost(parameter: nn.Parameter, backward: bool) -> int:
+    return (2 if not backward else 6 if parameter.requires_grad else 4) * _numel(parameter)

@@ -17,6 +17,7 @@ from models.learning.calibration import DECISION, fit_threshold
 from models.learning.metrics import FEW_GROUPS, PUBLISHED_REWARD_ROWS
 from models.learning.sharded_files import content_digest
 from models.learning.training import BackboneModule
+from models.reporting.decided_rows import scored_by_words
 
 RECORDED_PACKAGES = (
     "proactive",
@@ -63,6 +64,7 @@ def run_record(model: BackboneModule, data: RowsDataModule, source: str) -> dict
         "calibration": None if model.calibration is None else asdict(model.calibration),
         "readings": _readings(model),
         "test": model.test_metrics,
+        "before": model.before_metrics,
         "baselines": _baselines(model, data),
         "published": PUBLISHED_REWARD_ROWS if published else {},
         "versions": versions(),
@@ -147,8 +149,8 @@ def _baselines(model: BackboneModule, data: RowsDataModule) -> dict[str, dict[st
     scores, rows = data.word_scores, model.test_rows
     if scores is None:
         return {}
-    index_N = rows["row"] - (data.row_counts["test"] - data.decision_count("test"))
-    words_N = scores.test[index_N]
+    words_N, _ = scored_by_words(data, rows["row"])
+    assert words_N is not None
     threshold = fit_threshold(scores.validation, scores.validation_target) if len(scores.validation) else DECISION
     always, never = model.constant_decisions
     judges = {

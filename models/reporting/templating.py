@@ -19,4 +19,15 @@ def template_environment(*folders: Path, **options: Any) -> "Environment":
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     settings: dict[str, Any] = {"undefined": StrictUndefined, "autoescape": True, **options}
-    return Environment(loader=FileSystemLoader([*folders, TEMPLATES]), **settings)  # noqa: S701 - escapes by default
+    made = Environment(loader=FileSystemLoader([*folders, TEMPLATES]), **settings)  # noqa: S701 - escapes by default
+    made.globals["duration"] = duration
+    return made
+
+
+def duration(seconds: float) -> str:
+    """A number of seconds in words, such as 2 h 5 min or 41 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

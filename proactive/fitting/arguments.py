@@ -11,6 +11,7 @@ from proactive.fitting.foreign import GROUPS
 from proactive.recipes import config_file, recipe_names
 
 DEFAULT_TASK = "reward"
+FOLDS = "folds"
 
 
 def named_task(arguments: list[str]) -> Any:
@@ -27,11 +28,20 @@ def named_task(arguments: list[str]) -> Any:
     return found.task or next((task for task in reversed(named) if task), DEFAULT_TASK)
 
 
+def trains_folds(arguments: list[str]) -> bool:
+    """Whether --folds is given, on the command line or else by the last configuration that names it."""
+    found = scan(arguments)
+    named = [content[FOLDS] for config in found.config if FOLDS in (content := read_config(config))]
+    given = found.folds if found.folds is not None else (named[-1] if named else None)
+    return given not in (None, "null", "")
+
+
 def scan(arguments: list[str]) -> argparse.Namespace:
     """Parse only the options that determine which other options there are."""
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     scan.add_argument("--task")
     scan.add_argument("--ckpt_path")
+    scan.add_argument("--folds")
     scan.add_argument("--config", "-c", action="append", default=[])
     scan.add_argument("--run.root", dest="root", default="runs")
     scan.add_argument("--run.name", dest="name")

@@ -22,6 +22,7 @@ from callbacks.fully_sharded import FullySharded
 from callbacks.html_report import HtmlReport
 from callbacks.metrics_file import MetricsFile
 from callbacks.progress import progress_callback
+from callbacks.run_facts import RunFacts
 from callbacks.saving import BestCheckpoint, LastCheckpoint
 from callbacks.seeding import SeedEachStep
 from callbacks.stopping import StopOnSignal
@@ -33,8 +34,10 @@ from datamodules.files.run_folders import (
     CHECKPOINTS,
     CONFIG_FILE,
     LOGS,
+    METRICS_FILE,
     EmptyFolderGuard,
     RunLock,
+    holds_folds,
     missing_folders,
     remove_empty,
 )
@@ -42,8 +45,8 @@ from datamodules.files.writing import write_atomically
 from datamodules.ranges import Count, FolderName
 from models.learning.sharded_files import recover
 from proactive.commands import program
-from proactive.fitting.arguments import DEFAULT_TASK
-from proactive.fitting.configs import MergedConfigs, all_options
+from proactive.fitting.arguments import DEFAULT_TASK, FOLDS
+from proactive.fitting.configs import MergedConfigs, all_options, changed_options
 from proactive.fitting.help import ALL, HelpAction
 from proactive.fitting.job import choose_folder, leads_job
 from proactive.fitting.resume import KeepOptions, checkpoint_to_resume, refuse_other_options, resumed_folder
@@ -73,6 +76,7 @@ class FitCLI(LightningCLI):
     def __init__(self, task: str, arguments: list[str]) -> None:
         self.task = TASKS[task]
         self.kept_options = KeepOptions()
+        self.facts: RunFacts | None = None
         super().__init__(
             self.task.module,
             self.task.data,
@@ -139,6 +143,12 @@ class FitCLI(LightningCLI):
             default=None,
             help='Resume from a checkpoint, or from "last", that of the newest run.',
         )
+        parser.add_argument(
+            f"--{FOLDS}",
+            type=str,
+            default=None,
+            help="Cross-validate: a run for each fold, all or some such as 0,2,4, and their comparison.",
+        )
         parser.add_argument("--quiet", action="store_true", help="Print only the run folder.")
         parser.add_argument("--debug", action="store_true", help="Show tracebacks and messages of libraries.")
         for action in parser._actions:
@@ -155,6 +165,11 @@ class FitCLI(LightningCLI):
         """Find the checkpoint to resume, and take the run folder."""
         settings = self.config.run
         resumed = resumed_folder(settings.root, settings.name, self.config.ckpt_path)
+        if resumed is not None and holds_folds(resumed):
+            raise UserError(
+                f"--ckpt_path: {resumed} holds the runs of several folds",
+                "Go on with all of them: leave --config out, or give --folds all.",
+            )
         self.checkpoint = checkpoint_to_resume(self.config.ckpt_path, resumed)
         self.resumed_after = 0  # optimizer steps
         if self.checkpoint is not None:
@@ -179,6 +194,9 @@ class FitCLI(LightningCLI):
             self.datamodule.order_seed = self.run_seed
             self.config.model.learning_rate = self.model.hparams["learning_rate"]  # its default depends on others
             self.kept_options.options = all_options(self.parser, self.config)
+            if self.facts is not None:
+                defaults = all_options(self.parser, self.parser.get_defaults())
+                self.facts.options = changed_options(self.kept_options.options, defaults)
 
     @contextlib.contextmanager
     def without_empty_folder(self) -> Iterator[None]:
@@ -202,19 +220,21 @@ class FitCLI(LightningCLI):
         options = self.config_init["trainer"]
         settings, folder = self.config_init["run"], self.folder
         stop = StopOnSignal()
+        self.facts = RunFacts(folder)
         callbacks = [
             FirstFiles(self),
             *(options.callbacks or []),
             WatchRanks(folder),
             self.kept_options,
+            self.facts,
             SeedEachStep(self.run_seed),
             stop,
             ThroughputLog(),  # before the callbacks that save: their time counts as part of the next step
             BestCheckpoint(folder / CHECKPOINTS, settings.monitor),
             LastCheckpoint(folder / CHECKPOINTS, settings.checkpoint_every_n_steps, stop),
-            MetricsFile(folder),
             ExportModel(folder),
-            HtmlReport(folder, self.task.page),
+            HtmlReport(folder, self.task.page, self.facts),
+            MetricsFile(folder, self.facts),  # last, because a run with metrics.json counts as finished
             *self.task.callbacks(folder),
         ]
         if progress := progress_callback(self.config.quiet):
@@ -267,6 +287,7 @@ class FirstFiles(Callback):
         if trainer.is_global_zero:
             options = all_options(cli.parser, cli.config)
             write_atomically(cli.folder / CONFIG_FILE, yaml.safe_dump(options, sort_keys=False))
+            (cli.folder / METRICS_FILE).unlink(missing_ok=True)  # a run that goes on is unfinished
             _keep_earlier_curves(cli.folder / LOGS / "metrics.csv")
             if cli.guard is not None:
                 cli.guard.end()

@@ -1,5 +1,6 @@
 """Configurations: files, recipes, and the config.yaml of a run that is resumed."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -7,16 +8,16 @@ from jsonargparse import ActionConfigFile, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from datamodules.errors import UserError
-from datamodules.files.run_folders import CONFIG_FILE
+from datamodules.files.run_folders import CONFIG_FILE, FOLDS_FILE
 from datamodules.files.safe_yaml import parse_yaml
-from proactive.fitting.arguments import DEFAULT_TASK, named_task, read_config, scan
-from proactive.fitting.foreign import refuse_foreign
+from proactive.fitting.arguments import DEFAULT_TASK, FOLDS, named_task, read_config, scan
+from proactive.fitting.foreign import GROUPS, refuse_foreign
 from proactive.fitting.resume import resumed_folder
 from proactive.parser import did_you_mean
 from proactive.recipes import config_file
 from proactive.tasks import TASKS
 
-NOT_IN_CONFIG = ("config", "ckpt_path", "quiet", "debug")  # options of one call, not of the run
+NOT_IN_CONFIG = (FOLDS, "config", "ckpt_path", "quiet", "debug")  # options of one call, not of the run
 
 
 class MergedConfigs(ActionConfigFile):
@@ -63,8 +64,9 @@ def with_config_of_resumed_run(arguments: list[str]) -> list[str]:
     if found.ckpt_path is None or found.config:
         return arguments
     folder = resumed_folder(found.root, found.name or found.task or DEFAULT_TASK, found.ckpt_path)
-    config = folder / CONFIG_FILE if folder else None
-    if config is None or not config.is_file():
+    files = [folder / name for name in (CONFIG_FILE, FOLDS_FILE)] if folder else []
+    config = next((path for path in files if path.is_file()), None)
+    if config is None:
         return arguments
     content = refuse_foreign(config, read_config(str(config)), arguments)
     return ["--config", yaml.safe_dump(content, sort_keys=False), *arguments]
@@ -74,3 +76,16 @@ def all_options(parser: LightningArgumentParser, config: Namespace) -> dict[str,
     """All options of a run as plain values, with their defaults."""
     content = parse_yaml(parser.dump(config, skip_unset=False, skip_validation=True))
     return {key: value for key, value in content.items() if key not in NOT_IN_CONFIG}
+
+
+def changed_options(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that differ from their defaults, by full name, such as model.dropout. Groups are mappings."""
+    changed: dict[str, Any] = {}
+    for name, value in options.items():
+        default = defaults.get(name)
+        if name in GROUPS:
+            inner = changed_options(value, default or {})
+            changed |= {f"{name}.{one}": given for one, given in inner.items()}
+        elif value != default:
+            changed[name] = value
+    return changed

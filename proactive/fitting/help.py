@@ -26,7 +26,7 @@ ALL = "all"
 LIBRARIES = ("lightning", "torch", "transformers", "jsonargparse")
 PACKAGES = ("proactive", "callbacks", "models", "datamodules")
 COMMON = (
-    *("help", "config", "task", "data.root", "data.split", "data.fold", "data.max_length", "data.batch_size"),
+    *("help", "config", "task", "data.root", "data.split", "data.fold", "folds", "data.max_length", "data.batch_size"),
     *("model.backbone", "model.dtype", "model.learning_rate", "model.adapter"),
     *("trainer.max_epochs", "trainer.max_steps", "trainer.accelerator", "trainer.devices", "trainer.strategy"),
     *("trainer.precision", "run.name", "ckpt_path", "devices", "device", "memory"),

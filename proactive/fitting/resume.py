@@ -13,7 +13,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from datamodules.errors import UserError, refuse_changes
-from datamodules.files.run_folders import CHECKPOINTS, CONFIG_FILE, latest_run_folder
+from datamodules.files.run_folders import CHECKPOINTS, CONFIG_FILE, holds_folds, latest_run_folder
 from models.learning.checkpoint_files import LAST, checkpoint_problem, load_run, refuse_damaged
 from models.learning.sharded_files import is_sharded, recover
 from models.learning.training import BackboneModule
@@ -34,7 +34,9 @@ ONLY_NEW_RUN = "Start a new run. The checkpoint can still be evaluated and expor
 
 
 def resumed_folder(root: str, name: str, ckpt_path: str | None) -> Path | None:
-    """The run folder that contains `ckpt_path`; None without a resume, or if no run folder contains the checkpoint.
+    """The run folder that contains `ckpt_path`, or the folder of a cross-validation that it is.
+
+    None without a resume, or if no run folder contains the checkpoint.
 
     Args:
         root: Folder of all runs.
@@ -48,9 +50,14 @@ def resumed_folder(root: str, name: str, ckpt_path: str | None) -> Path | None:
         return None
     if ckpt_path == "last":
         return latest_run_folder(Path(root), name)
+    if holds_folds(Path(ckpt_path)):
+        return Path(ckpt_path)
     path = recover(Path(ckpt_path))
     if not path.is_file() and not is_sharded(path):
-        raise UserError(f"--ckpt_path: there is no checkpoint {path}", "Give a .ckpt file or folder, or last.")
+        raise UserError(
+            f"--ckpt_path: there is no checkpoint {path}",
+            "Give a checkpoint, the folder of a cross-validation, or last.",
+        )
     folder = path.parent.parent
     return folder if (folder / CONFIG_FILE).is_file() else None
 
@@ -101,6 +108,29 @@ def refuse_other_options(
     Raises:
         UserError: The checkpoint cannot be read or contains no options, or an option differs that may not change.
     """
+    try:
+        checkpoint = load_run(path, kind, checked=True, whole=False)  # its checksums are verified with the weights
+        if OPTIONS not in checkpoint:
+            raise UserError(
+                f"{path} does not contain the options of its run, because an earlier version wrote it", ONLY_NEW_RUN
+            )
+        if missing := [name for name in NEEDED if name not in checkpoint]:
+            raise UserError(f"{path} lacks {', '.join(missing)}, which a resume needs", ONLY_NEW_RUN)
+        refuse_changed_options(checkpoint[OPTIONS], options, kind, run_folder)
+    except UserError:
+        refuse_damaged(path, checkpoint_problem(path))
+        raise
+    return int(checkpoint["global_step"])
+
+
+def refuse_changed_options(
+    before: Mapping[str, Any], options: Mapping[str, Any], kind: type[BackboneModule], run_folder: Path | None
+) -> None:
+    """Compare options with those that a run began with; see `refuse_other_options` for arguments.
+
+    Raises:
+        UserError: An option differs that may not change.
+    """
     run_may_change = set(RUN_MAY_CHANGE)
     if run_folder is None:
         run_may_change |= {"root", "name"}
@@ -112,23 +142,10 @@ def refuse_other_options(
         "trainer": TRAINER_MAY_CHANGE,
         "run": run_may_change,
     }
-    try:
-        checkpoint = load_run(path, kind, checked=True, whole=False)  # its checksums are verified with the weights
-        if OPTIONS not in checkpoint:
-            raise UserError(
-                f"{path} does not contain the options of its run, because an earlier version wrote it", ONLY_NEW_RUN
-            )
-        if missing := [name for name in NEEDED if name not in checkpoint]:
-            raise UserError(f"{path} lacks {', '.join(missing)}, which a resume needs", ONLY_NEW_RUN)
-        before = checkpoint[OPTIONS]
-        seed_before, seed_now = ({"seed_everything": each["seed_everything"]} for each in (before, options))
-        refuse_changes("", seed_before, seed_now, ())
-        for group, names in may_change.items():
-            refuse_changes(group, before[group], options[group], names)
-    except UserError:
-        refuse_damaged(path, checkpoint_problem(path))
-        raise
-    return int(checkpoint["global_step"])
+    seed_before, seed_now = ({"seed_everything": each["seed_everything"]} for each in (before, options))
+    refuse_changes("", seed_before, seed_now, ())
+    for group, names in may_change.items():
+        refuse_changes(group, before[group], options[group], names)
 
 
 def nothing_left(trainer: Trainer, step: int) -> str | None:

@@ -99,11 +99,13 @@ def plan_run(cli: FitCLI) -> dict[str, Any]:
         change = cheapest_fit(plan, setting, longest, room)
 
     size = epoch.size
-    operations = Operations.of(network).count(size.unpadded_tokens, size.pairs, size.targets)
+    counts = size.unpadded_tokens, size.pairs, size.targets
+    trained = Operations.of(network).count(*counts)
+    prepared = model.extra_forward_passes * Operations.of(network, backward=False).count(*counts)
     utilization, utilization_source = _utilization(options.utilization, device, setting, layout)
     seconds = None
     if device:
-        computed = operations * (CHECKPOINTING_FACTOR if setting.checkpointing else 1)
+        computed = prepared + trained * (CHECKPOINTING_FACTOR if setting.checkpointing else 1)
         seconds = computed / (setting.devices * device.peak * utilization)
     return {
         "backbone": backbone_source,
@@ -123,7 +125,7 @@ def plan_run(cli: FitCLI) -> dict[str, Any]:
             for name, one in epochs.items()
         },
         "effective_tokens": size.effective_tokens,
-        "operations_an_epoch": operations,
+        "operations_an_epoch": trained + prepared,
         "utilization": utilization,
         "utilization_is": utilization_source,
         "seconds_an_epoch": seconds,

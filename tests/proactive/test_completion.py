@@ -29,7 +29,7 @@ TYPED = {  # what is typed, and what the command is given; in the working folder
     "fit --config reward/ti\t": "fit --config reward/tiny",
     "plan -c mi\t": "plan -c mine.yaml",
     "exp\t--checkpoint ru\t": "export --checkpoint runs/",
-    "comp\tz\t": "completion zsh",
+    "compl\tz\t": "completion zsh",
     "ann\texp\t": "annotate export",
 }
 

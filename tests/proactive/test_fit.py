@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import yaml
 
 from datamodules.batching.reward_rows import RewardDataModule
 from datamodules.batching.rows import RowsDataModule
+from datamodules.corpus.json_records import read_jsonl
 from datamodules.corpus.sources import load_corpus
 from datamodules.corpus.splits import split_by_scene
 from datamodules.prompting.tokenizers import tokenizer_from_state
@@ -23,8 +25,10 @@ from models.learning.checkpoint_files import load_checkpoint
 from models.learning.reward_classifier import RewardClassifier
 from models.learning.saved_models import model_from_checkpoint
 from models.learning.training import BackboneModule
+from models.reporting.decided_rows import DecidedRow
 from proactive import fit
 from tests.helpers import ROOT, SMALL_RUN
+from tests.models.reporting.test_run_page import Page
 from tests.patience import HANG
 from tests.proactive.conftest import FinishedRun
 
@@ -44,6 +48,7 @@ def test_the_run_folder_is_complete_and_nothing_else(finished_run: FinishedRun) 
     assert names == {
         ".lock",
         "config.yaml",
+        "decisions.jsonl",
         "metrics.json",
         "report.html",
         "checkpoints/best.ckpt",
@@ -119,6 +124,34 @@ def test_the_model_card_states_metrics_split_and_contamination(finished_run: Fin
     assert "0 of 38" in card
     metadata = yaml.safe_load(card.split("---")[1])
     assert metadata["library_name"] == "transformers"
+
+
+def test_the_report_states_when_and_how_the_run_was_trained(finished_run: FinishedRun) -> None:
+    facts = json.loads((finished_run.folder / "metrics.json").read_text(encoding="utf-8"))["run"]
+    assert facts["seconds"] > 0
+    assert datetime.fromisoformat(facts["started"]) < datetime.now(UTC)
+    assert facts["options"].keys() == {
+        *("model.scratch", "model.learning_rate", "data.root", "data.vocabulary_size", "data.folds", "data.batch_size"),
+        *("data.micro_batch_size", "trainer.max_epochs", "trainer.accelerator", "run.checkpoint_every_n_steps"),
+    }
+    page = Page((finished_run.folder / "report.html").read_text(encoding="utf-8"))
+    for text in (
+        f"torch {torch.__version__}",
+        "CPU",
+        "data.vocabulary_size",
+        "python -m proactive.compare runs/reward/*",
+    ):
+        assert text in page.text
+
+
+def test_each_test_row_is_kept_without_its_text(finished_run: FinishedRun) -> None:
+    record = json.loads((finished_run.folder / "metrics.json").read_text(encoding="utf-8"))
+    rows = read_jsonl(finished_run.folder / "decisions.jsonl", DecidedRow)
+    assert len({row.row for row in rows}) == len(rows) == record["rows"]["test"]
+    right = sum((row.probability > 0.5) == bool(row.target) for row in rows)
+    assert right / len(rows) == pytest.approx(record["test"]["raw"]["accuracy"])
+    by_words = sum((row.bag_of_words > 0.5) == bool(row.target) for row in rows if row.bag_of_words is not None)
+    assert by_words / len(rows) == pytest.approx(record["baselines"]["bag of words"]["accuracy"])
 
 
 def test_config_yaml_has_all_options(finished_run: FinishedRun) -> None:

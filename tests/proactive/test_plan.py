@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from callbacks.fully_sharded import FullySharded
+from models.learning.preference_agent import PreferenceAgent
 from proactive import plan
 from proactive.planning import estimate
 from tests.helpers import ROOT, SMALL_RUN
@@ -40,11 +41,18 @@ def test_plan_leaves_no_files(planned: Callable, tmp_path: Path, monkeypatch: An
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
-def test_preference_training_is_planned(planned: Callable, objective: str) -> None:
+def test_preference_training_is_planned_with_the_second_forward_pass_of_kto(
+    planned: Callable, objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = [*SMALL_RUN, "--task=preference", f"--model.objective={objective}", "--model.supervised_weight=0.1"]
-    found = planned(*options)
+    found = planned(*options, "--device=l4")
     assert found["memory"]["activations"] > 0
     assert found["epoch"]["tree"]["tokens"] < found["epoch"]["rows"]["tokens"]
+    if objective == "kto":
+        monkeypatch.setattr(PreferenceAgent, "extra_forward_passes", 0)
+        once = planned(*options, "--device=l4")
+        for name in ("operations_an_epoch", "seconds_an_epoch"):  # of 6 operations with a trained weight, 2 are forward
+            assert found[name] == pytest.approx(once[name] * 4 / 3)
 
 
 def test_online_training_is_not_planned(call: Callable, tmp_path: Path) -> None:

@@ -230,12 +230,16 @@ def test_a_fit_separates_accepted_from_rejected_proposals(root: Path, objective:
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
 def test_without_learning_the_loss_stays_and_nothing_diverges(root: Path, objective: str) -> None:
-    _, _, logged = fitted(root, epochs=1, learning_rate=0.0, objective=objective)
+    model, trainer, logged = fitted(root, epochs=1, learning_rate=0.0, objective=objective)
     assert float(logged["train/loss"]) == pytest.approx(math.log(2) if objective == "dpo" else 0.5, abs=1e-6)
     assert float(logged["validation/preference_loss"]) == pytest.approx(math.log(2), abs=1e-6)
     assert float(logged["validation/reward_margin"]) == pytest.approx(0, abs=1e-5)
     if objective == "kto":
         assert float(logged["train/divergence"]) == pytest.approx(0, abs=1e-5)
+    trainer.test(model, trainer.datamodule, verbose=False)
+    raw, before = model.test_metrics["raw"], model.before_metrics
+    assert set(raw) - set(before) == {name for name in raw if name.startswith("preference_accuracy")}
+    assert before == pytest.approx({name: raw[name] for name in before}, abs=1e-6)
 
 
 def test_a_checkpoint_keeps_the_reference_and_loads_as_an_agent(root: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from callbacks.metrics_file import MetricsFile
+from callbacks.run_facts import RunFacts
 from datamodules.batching.bag_of_words import bag_of_words, marked_words
 from datamodules.batching.reward_rows import RewardDataModule
 from datamodules.corpus.records import Category
@@ -94,7 +95,8 @@ def test_a_partial_test_is_marked_everywhere(run: Run, tmp_path: Any) -> None:
     from callbacks.export_model import ExportModel
     from callbacks.html_report import HtmlReport
 
-    callbacks = (MetricsFile(tmp_path), HtmlReport(tmp_path, TASKS["reward"].page), ExportModel(tmp_path))
+    facts, page = RunFacts(tmp_path), TASKS["reward"].page
+    callbacks = (MetricsFile(tmp_path, facts), HtmlReport(tmp_path, page, facts), ExportModel(tmp_path))
     model = model_from_export(RewardClassifier, run.folder / "export")[0]
     small_trainer(*callbacks, limit_test_batches=1).test(model, run.data, verbose=False)
     record = json.loads((tmp_path / "metrics.json").read_text())
@@ -155,5 +157,5 @@ def test_the_record_names_the_tested_weights(run: Run, record: dict[str, Any]) -
 
 def test_a_second_test_replaces_the_file(run: Run, tmp_path: Any) -> None:
     (tmp_path / "metrics.json").write_text("former")
-    small_trainer(MetricsFile(tmp_path)).test(run.classifier, run.data, verbose=False)
+    small_trainer(MetricsFile(tmp_path, RunFacts(tmp_path))).test(run.classifier, run.data, verbose=False)
     assert json.loads((tmp_path / "metrics.json").read_text())["test"] == run.classifier.test_metrics
