@@ -1,1 +1,1 @@
-"""Parts of `proactive.fit`: options, configurations, the run folder, resume."""
+"""Parts of `proactive.fit`: options, configurations, the run folder, resume, the runs of all folds."""
