@@ -53,7 +53,9 @@ Scorer = Callable[[Numbers], Numbers]  # from row numbers to P(accepted)
 @torch.no_grad()
 def states_of(backbone: str, corpus: Corpus, max_length: int) -> Numbers:
     """The frozen states (N, D) of the rows of a root, in the order of its files."""
-    data = RewardDataModule(root=corpus.root, tokenizer=backbone, max_length=max_length, token_budget=4096)
+    data = RewardDataModule(
+        root=corpus.root, tokenizer=backbone, format="plain", max_length=max_length, token_budget=4096, cache=False
+    )
     data._split = Split(train=[], validation=corpus.rows, test=[])
     data.setup("validate")
     network = build_network(NetworkOptions("classifier", backbone), data.tokenizer).eval()
