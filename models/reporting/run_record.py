@@ -14,7 +14,8 @@ from datamodules.batching.rows import RowsDataModule
 from datamodules.corpus.records import Category
 from datamodules.corpus.sources import rows_digest
 from models.learning.calibration import DECISION, fit_threshold
-from models.learning.metrics import FEW_GROUPS, PUBLISHED_REWARD_ROWS
+from models.learning.metrics import FEW_GROUPS
+from models.learning.published_metrics import PUBLISHED_REWARD_ROWS
 from models.learning.sharded_files import content_digest
 from models.learning.training import BackboneModule
 from models.reporting.decided_rows import scored_by_words

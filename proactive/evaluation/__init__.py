@@ -1,8 +1,8 @@
 """The evaluation of agents, `proactive.evaluate agent`.
 
-agent_command      options, and what it prints
-prepare, specification      turn options into a checked `Evaluation`, with models and data loaded
-carry_out      asks the agents, then the judges, and writes the folder
-judged_events, evaluation_notes      metrics, and what a reader must know about them
-evaluation_report, published_layouts      the page, and files in the layouts of ProactiveBench
+- agent_command: options, and what it prints
+- prepare, specification: turn options into a checked `Evaluation`, with models and data loaded
+- carry_out: asks the agents, then the judges, and writes the folder
+- judged_events, evaluation_notes: metrics, and what a reader must know about them
+- evaluation_report, published_layouts: the page, and files in the layouts of ProactiveBench
 """

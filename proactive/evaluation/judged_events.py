@@ -15,10 +15,10 @@ from models.judging.judges import Verdict
 from models.learning.metrics import (
     BOOTSTRAP_RESAMPLES,
     NO_VERDICT,
-    PUBLISHED_AGENT_ROWS,
     AgentMetrics,
     deciding_candidate,
 )
+from models.learning.published_metrics import PUBLISHED_AGENT_ROWS
 from models.reporting.run_record import versions
 from models.reporting.timeline import outcome
 

@@ -11,7 +11,7 @@ import pytest
 from datamodules.corpus.records import AnnotatedRow
 from datamodules.corpus.sources import load_corpus
 from datamodules.corpus.splits import split_by_scene
-from models.learning.metrics import PUBLISHED_REWARD_ROWS
+from models.learning.published_metrics import PUBLISHED_REWARD_ROWS
 from proactive import evaluate
 from tests.helpers import command, small_root
 from tests.proactive.conftest import FinishedRun

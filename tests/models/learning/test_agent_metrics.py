@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.learning.metrics import NO_VERDICT, PUBLISHED_AGENT_ROWS, AgentMetrics, agent_metrics, deciding_candidate
+from models.learning.metrics import NO_VERDICT, AgentMetrics, agent_metrics, deciding_candidate
+from models.learning.published_metrics import PUBLISHED_AGENT_ROWS
 from tests.datamodules.conftest import few_examples
 
 # Row real_average of eval/results/*.csv in thunlp/ProactiveAgent: recall, precision, accuracy, false alarm, F1, accept

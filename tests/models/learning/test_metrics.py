@@ -15,12 +15,12 @@ from torch import Tensor
 
 from datamodules.corpus.records import Category
 from models.learning.metrics import (
-    PUBLISHED_REWARD_ROWS,
     RewardMetrics,
     decision_intervals,
     group_intervals,
     reward_metrics,
 )
+from models.learning.published_metrics import PUBLISHED_REWARD_ROWS
 
 Row = tuple[float, bool, int]  # P(accepted), accepted, category's number
 # Centred in hundredths: no draw lies on an edge of a calibration bin, where the reading of "in" may differ.
