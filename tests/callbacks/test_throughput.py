@@ -41,7 +41,9 @@ def test_operations_per_token_are_six_per_trained_weight_and_four_per_frozen_one
     assert network is not None
     weights = weight_count(network.base_model) - weight_count(network.get_input_embeddings())
     assert Operations.of(network) == Operations(6 * weights, 12 * 2 * 16, 0)
+    assert Operations.of(network, backward=False) == Operations(2 * weights, 4 * 2 * 16, 0)
     network.requires_grad_(False)
+    network.get_input_embeddings().requires_grad_(True)  # so that gradients pass through the frozen layers
     assert Operations.of(network).count(tokens=10, pairs=3) == 4 * weights * 10 + 12 * 2 * 16 * 3
 
 
