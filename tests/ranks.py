@@ -2,35 +2,47 @@
 
 import os
 import socket
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore
 
-from tests.forking import Forked
+from tests.forking import Forked, run_module
+from tests.helpers import environment_of_commands
 from tests.patience import HANG
 
 STDERR = 2
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def environment_of(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """What Lightning's launcher leaves to its children."""
-    return {
-        "LOCAL_RANK": str(rank),
-        "NODE_RANK": "0",
+def command_on_ranks(ranks: int, module: str, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a module as a command on each rank, as torchrun starts them, and return how rank 0 ended."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {
         "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "GROUP_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "PL_GLOBAL_SEED": "0",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_RUN_ID": "none",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
+    line = list(map(str, arguments))
+    processes = [
+        Forked(
+            *(run_module, module, line),
+            cwd=cwd,
+            env={**environment_of_commands(), **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(ranks)
+    ]
+    (out, err), *_ = [process.communicate(timeout=HANG) for process in processes]
+    assert not any(process.returncode for process in processes[1:]), "a rank failed"
+    return subprocess.CompletedProcess([module, *line], processes[0].wait(), out, err)
 
 
 def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any, folder: Path) -> Any:
@@ -44,14 +56,23 @@ def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any, folder: 
     """
     folder.mkdir(parents=True, exist_ok=True)
     result = folder / f"{function.__name__}-{ranks}.pt"
-    port = free_port()
-    ranks_of_test = {"RANKS_OF_TEST": str(ranks)}  # WORLD_SIZE is gone after the first fit
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {  # as Lightning's launcher leaves it to its children
+        "NODE_RANK": "0",
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PL_GLOBAL_SEED": "0",
+        "RANKS_OF_TEST": str(ranks),  # WORLD_SIZE is gone after the first fit
+    }
     processes = [
         Forked(
             _call,
             *(rank, result, function, arguments),
             cwd=Path.cwd(),
-            env={**os.environ, **environment_of(rank, ranks, port), **ranks_of_test},
+            env={**os.environ, **environment, "LOCAL_RANK": str(rank)},
             stdout=STDERR,
             stderr=STDERR,
         )

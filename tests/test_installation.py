@@ -31,6 +31,25 @@ QUICK = [
     "--trainer.limit_test_batches=2",
     "--quiet",
 ]
+# Runs modules with their arguments, each in a process that has imported the libraries, and nothing of ours. Prints how
+# they ended.
+FORKED = """
+import json, os, runpy, sys, tempfile
+import lightning, transformers
+ended = []
+for line in sys.argv[1:]:
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        if not (pid := os.fork()):
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            module, *sys.argv[1:] = line.split()
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+            raise SystemExit("the command did not exit")
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        ended.append([code, *((file.seek(0), file.read())[1] for file in (out, err))])
+print(json.dumps(ended))
+"""
+Helps = dict[str, tuple[int, str, str]]
 
 
 @dataclass(frozen=True)
@@ -79,16 +98,20 @@ def installation(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(params=["packages", "folders", "files"])
 def in_the_way(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A working folder with other things by the names of our packages; all of them raise when they are imported."""
+    put_in_the_way(request.param, tmp_path)
+    return tmp_path
+
+
+def put_in_the_way(kind: str, folder: Path) -> None:
+    """Make a working folder have other things by the names of our packages, which raise when they are imported."""
     for name in ("callbacks", "models", "datamodules", "configs"):
-        if request.param == "files":
-            (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong one')\n")
+        if kind == "files":
+            (folder / f"{name}.py").write_text("raise SystemExit('the wrong one')\n")
             continue
         for path in (ROOT / name).glob("*.py"):
-            (tmp_path / name).mkdir(exist_ok=True)
-            if path.name != "__init__.py" or request.param == "packages":
-                (tmp_path / name / path.name).write_text("raise SystemExit('the wrong one')\n")
-    return tmp_path
+            (folder / name).mkdir(exist_ok=True)
+            if path.name != "__init__.py" or kind == "packages":
+                (folder / name / path.name).write_text("raise SystemExit('the wrong one')\n")
 
 
 def test_folders_named_like_our_packages_break_no_command(installation: Installation, in_the_way: Path) -> None:
@@ -96,12 +119,22 @@ def test_folders_named_like_our_packages_break_no_command(installation: Installa
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("in_the_way", ["packages"], indirect=True)
-@pytest.mark.parametrize("name", COMMANDS)
-def test_each_command_finds_our_packages(name: str, installation: Installation, in_the_way: Path) -> None:
-    ended = installation.run(*installation.started(name), "--help", cwd=in_the_way)
+@pytest.fixture(scope="module")
+def helps(installation: Installation, tmp_path_factory: pytest.TempPathFactory) -> Helps:
+    """Exit code, output and errors of each command's help, in a folder with other packages by our names."""
+    folder = tmp_path_factory.mktemp("in the way")
+    put_in_the_way("packages", folder)
+    started = [" ".join([*installation.started(name)[2:], "--help"]) for name in COMMANDS]
+    ended = installation.run("python", "-c", FORKED, *started, cwd=folder)
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout.startswith("usage: ")
+    return dict(zip(COMMANDS, json.loads(ended.stdout), strict=True))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_finds_our_packages(name: str, helps: Helps) -> None:
+    code, out, err = helps[name]
+    assert (code, err) == (0, "")
+    assert out.startswith("usage: ")
 
 
 @pytest.mark.parametrize("in_the_way", ["packages"], indirect=True)

@@ -10,6 +10,7 @@ from tests.helpers import SMALL_RUN, command, small_root
 from tests.proactive.fitting.test_resume import NO_CALLBACKS, assert_same_tensors, kill_at, last, load
 from tests.proactive.test_metrics_page import NO_METRICS, page_metrics
 from tests.proactive.test_ranks import NO_DROPOUT, assert_near
+from tests.ranks import command_on_ranks
 
 FOLDER = Path("runs", "online", "0")
 
@@ -65,10 +66,10 @@ def test_a_killed_run_goes_on_bit_for_bit(options: list[str], tmp_path: Path) ->
 
 
 def test_ranks_write_and_learn_the_same_answers(options: list[str], tmp_path: Path) -> None:
-    for name, more in (("alone", []), ("shared", ["--trainer.devices=2", "--trainer.strategy=ddp"])):
+    for ranks, name, more in ((1, "alone", []), (2, "shared", ["--trainer.devices=2", "--trainer.strategy=ddp"])):
         (tmp_path / name).mkdir()
         steps = ["--trainer.max_steps=3", "--trainer.callbacks+=tests.helpers.KeepFirstGradient"]
-        ended = command("proactive.fit", *options, *steps, *more, "--quiet", cwd=tmp_path / name)
+        ended = command_on_ranks(ranks, "proactive.fit", *options, *steps, *more, "--quiet", cwd=tmp_path / name)
         assert (ended.returncode, ended.stdout) == (0, f"{FOLDER}\n"), ended.stderr
     alone, shared = (tmp_path / name for name in ("alone", "shared"))
     assert_near(load(shared / "first_gradient.pt"), load(alone / "first_gradient.pt"), 1e-5)
