@@ -7,12 +7,36 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.helpers import small_root
+from tests.helpers import ROOT, small_root
 
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read once, when `datasets` is imported; commands set it first
 settings.register_profile("untimed", deadline=None)  # tests never assert time
 settings.load_profile("untimed")
 torch.set_num_threads(1)  # two workers share two cores
+
+# The files that take longest. They start first, so that none runs alone while a worker has nothing to do.
+SLOWEST = (
+    "test_installation.py",
+    "proactive/fitting/test_resume.py",
+    "proactive/test_fit_online.py",
+    "proactive/test_terminal.py",
+    "proactive/test_sharded_fit.py",
+    "benchmarks/test_gpu_check.py",
+    "proactive/test_fit_agent.py",
+    "proactive/test_ranks.py",
+    "callbacks/test_sharded_checkpoints.py",
+    "models/reporting/test_model_card.py",
+    "models/networks/test_tree_reading.py",
+    "models/decoding/test_generation.py",
+    "models/planning/test_memory.py",
+    "proactive/test_agent_end_to_end.py",
+    "proactive/test_live.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {ROOT / "tests" / name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: places.get(item.path, len(SLOWEST)))
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 PRELOADED = (
     *("bitsandbytes", "datasets", "peft", "sklearn.model_selection", "torch.utils.tensorboard"),
     *("transformers", "transformers.models.llama.modeling_llama"),
-    *("callbacks.export_model", "models.judging.scorer", "proactive.fitting.cli", "proactive.tables"),
+    *("callbacks.export_model", "models.judging.scorer", "proactive.fitting.cli", "proactive.tables", "tests.helpers"),
 )
 
 

@@ -5,12 +5,13 @@ import pkgutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 
 from proactive import evaluate, export, fit, inspect, plan
-from tests.helpers import SMALL_RUN, command
+from tests.helpers import SMALL_RUN, command, python_m
 from tests.proactive import bad_inputs
 from tests.proactive.bad_inputs.case import Case, Outcome, Place, arguments_of, carried_out, files, outcome
 from tests.proactive.conftest import Ended, FinishedRun
@@ -50,18 +51,28 @@ def test_each_bad_input_is_refused_in_two_lines(
     assert not wrong, "\n".join([str(dict(counts)), *wrong])
 
 
+def assert_refused_by_process(run: Callable[..., CompletedProcess[str]], case: Case, place: Place) -> None:
+    if case.prepare:
+        case.prepare(place)
+    before = files(place.folder)
+    ended = run(f"proactive.{case.command}", *arguments_of(case, place), cwd=place.folder)
+    found = outcome(case, Ended(ended.returncode, ended.stdout, ended.stderr), before, files(place.folder))
+    assert found == Outcome.RIGHT, f"{case.name}: {ended.stderr}"
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_some_bad_inputs_of_each_group_as_processes(group: str, places: Callable[[], Place]) -> None:
-    """With all that libraries add to standard error while a process starts and ends."""
+    """With all that libraries add to standard error while a process ends."""
     cases = GROUPS[group]
     for case in cases[:: -(-len(cases) // IN_A_PROCESS)]:
-        place = places()
-        if case.prepare:
-            case.prepare(place)
-        before = files(place.folder)
-        ended = command(f"proactive.{case.command}", *arguments_of(case, place), cwd=place.folder)
-        found = outcome(case, Ended(ended.returncode, ended.stdout, ended.stderr), before, files(place.folder))
-        assert found == Outcome.RIGHT, f"{case.name}: {ended.stderr}"
+        assert_refused_by_process(command, case, places())
+
+
+@pytest.mark.parametrize("name", MAINS)
+def test_a_bad_input_of_each_command_as_a_new_process(name: str, places: Callable[[], Place]) -> None:
+    """With all that libraries add to standard error while a process starts, too."""
+    case = next(case for cases in GROUPS.values() for case in cases if case.command == name)
+    assert_refused_by_process(python_m, case, places())
 
 
 def test_bad_inputs_have_unique_names() -> None:
