@@ -196,12 +196,20 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _tracker() -> Any:
-    """PyTorch's memory tracker without hooks on gradients, which frozen weights cannot have."""
+    """PyTorch's memory tracker without hooks on gradients, which frozen weights cannot have, and peaks of modules."""
     from torch.distributed._tools.mem_tracker import MemTracker
 
     class Tracker(MemTracker):
         def _track_module_params_and_buffers(self, module: nn.Module, install_grad_hooks: bool = True) -> Any:
             return super()._track_module_params_and_buffers(module, install_grad_hooks=False)
+
+        def _update_peak_stats(self, peak_state: Any) -> None:
+            """Called after each operation; for the peak of each module, it would visit all modules."""
+            modules, self.memory_tracking = self.memory_tracking, type(self.memory_tracking)()
+            try:
+                super()._update_peak_stats(peak_state)
+            finally:
+                self.memory_tracking = modules
 
     return Tracker()
 
