@@ -6,6 +6,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from datamodules.files.run_folders import EXPORT
+from models.learning.saved_models import ExportDtype
 from models.learning.training import BackboneModule
 from models.networks.sharding import gather
 from models.reporting.export_folders import export_model, refuse_other_folder
@@ -17,10 +18,12 @@ class ExportModel(Callback):
 
     Args:
         folder: The run folder.
+        dtype: The dtype of the weights; that of the network if None.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: ExportDtype | None = None) -> None:
         self.folder = folder
+        self.dtype = dtype
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         refuse_other_folder(self.folder / EXPORT)  # before training, not after it
@@ -32,4 +35,4 @@ class ExportModel(Callback):
         if trainer.is_global_zero:
             data = trainer.datamodule  # type: ignore[attr-defined]
             record = tested_record(trainer, pl_module)
-            export_model(pl_module, data, record, self.folder / EXPORT, weights)
+            export_model(pl_module, data, record, self.folder / EXPORT, weights, self.dtype)

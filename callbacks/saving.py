@@ -117,12 +117,14 @@ class BestCheckpoint(ModelCheckpoint):
     Args:
         folder: Folder of `best.ckpt`.
         monitor: The logged metric. Lower is better if its name ends in loss or error, else higher.
+        resumable: Whether to save the optimizer's state too, so that a run can resume from it.
     """
 
-    def __init__(self, folder: Path, monitor: str) -> None:
+    def __init__(self, folder: Path, monitor: str, resumable: bool = False) -> None:
         mode = "min" if monitor.endswith(("loss", "error")) else "max"
         # Saves at the end of validation, before `LastCheckpoint`, whose checkpoint then stores the best value.
         options: dict[str, Any] = {"save_on_train_epoch_end": False, "enable_version_counter": False}
+        options["save_weights_only"] = not resumable
         super().__init__(folder, Path(BEST).stem, monitor=monitor, mode=mode, **options)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

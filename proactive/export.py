@@ -11,32 +11,49 @@ from typing import Any
 
 from datamodules.files.run_folders import METRICS_FILE
 from models.learning.checkpoint_files import checkpoint_task, load_trained
+from models.learning.saved_models import ExportDtype
 from models.learning.sharded_files import content_digest
 from models.reporting.export_folders import export_model, is_export, refuse_other_folder
+from models.reporting.hub import push as hub_push
+from models.reporting.hub import refuse_push
 from proactive.commands import program
 from proactive.parser import Parser
 from proactive.tasks import TASKS
 from proactive.terminal import say
 
 
-def export(checkpoint: Path, output: Path) -> Path:
+def export(
+    checkpoint: Path,
+    output: Path,
+    dtype: ExportDtype | None = None,
+    push: str | None = None,
+    public: bool = False,
+) -> tuple[Path, str | None]:
     """Write weights, configuration, tokenizer and model card to a folder.
 
     Args:
         checkpoint: A run folder (its best weights) or a checkpoint, sharded or not.
         output: The folder to write. An earlier export there is replaced; other files in the folder stay.
+        dtype: Dtype of the weights, to which they are rounded. If null, the dtype in which the run stored them.
+        push: Also push the export to this repository of the Hugging Face hub, ORGANIZATION/NAME. The token is read from
+            the environment variable HF_TOKEN, the address of another hub from HF_ENDPOINT. Rows of data and paths of
+            this machine are not pushed.
+        public: Whether a new repository is public. By default it is private.
 
     Returns:
-        The checkpoint that the weights came from.
+        The checkpoint that the weights came from, and the address of the repository.
 
     Raises:
-        UserError: The checkpoint cannot be read, or the folder contains something other than an export.
+        UserError: The checkpoint cannot be read, the folder contains something other than an export, or the hub
+            refuses the push.
     """
+    if push is not None:
+        refuse_push(push)
     refuse_other_folder(output)
     kind = TASKS[checkpoint_task(checkpoint, "--checkpoint", TASKS)].module
     model, state, source = load_trained((kind,), checkpoint, "--checkpoint")
-    export_model(model, kind.data_class.from_state(state), _record(source), output)
-    return source
+    export_model(model, kind.data_class.from_state(state), _record(source), output, dtype=dtype)
+    return source, None if push is None else hub_push(output, push, public)
 
 
 def _record(source: Path) -> dict[str, Any] | None:
@@ -55,5 +72,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--quiet", action="store_true", help="Print only the folder.")
     parser.add_argument("--debug", action="store_true", help="Show tracebacks and messages of libraries.")
     options = parser.parse_args(arguments)
-    source = export(options.checkpoint, options.output)
+    source, pushed = export(options.checkpoint, options.output, options.dtype, options.push, options.public)
+    if pushed is not None:
+        say(f"pushed to {pushed}", to_stderr=options.quiet)
     say(options.output if options.quiet else f"{options.output} contains the weights of {source}")

@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> None:
     if cli.config.output:
         write_atomically(cli.config.output, json.dumps(found, indent=2) + "\n")
     if not cli.config.quiet:
-        show(_memory_table(found), _run_table(found))
+        show(_memory_table(found), _file_table(found), _run_table(found))
 
 
 def _memory_table(found: dict[str, Any]) -> Table:
@@ -73,6 +73,15 @@ def _memory_table(found: dict[str, Any]) -> Table:
         if name == "peak":
             table.add_section()
         table.add_row(name, f"{size / GIB:.2f}")
+    return table
+
+
+def _file_table(found: dict[str, Any]) -> Table:
+    table = Table(title="Files of the run")
+    table.add_column("file")
+    table.add_column("GiB", justify="right")
+    for name, size in found["file_sizes"].items():
+        table.add_row(name, f"{size / GIB:.3f}")
     return table
 
 

@@ -47,11 +47,23 @@ def refuse_damaged(path: Path, problem: str | None) -> None:
     if not problem:
         return
     others = [p for p in path.parent.glob("*.ckpt") if p != path and checkpoint_problem(p) is None]
-    newest = max(others, key=lambda p: p.stat().st_mtime, default=None)
+    others.sort(key=lambda p: p.stat().st_mtime)
     hint = "There is no good checkpoint in this folder; start a new run."
-    if newest:
-        hint = f"The newest good one is {newest}: give it as --ckpt_path or --checkpoint."
+    if others:
+        hint = f"The newest good one is {others[-1]}: give it as --ckpt_path or --checkpoint."
+        if not _has_optimizer_state(others[-1]):
+            whole = next(filter(_has_optimizer_state, reversed(others)), None)
+            resume = f"resume from {whole}" if whole else "no run can resume from it"
+            hint = f"The newest good one is {others[-1]}, with weights alone: give it as --checkpoint; {resume}."
     raise UserError(f"{path}: {problem}", hint)
+
+
+def _has_optimizer_state(path: Path) -> bool:
+    """Whether a run can resume from a good checkpoint."""
+    try:
+        return bool(load_checkpoint(path, checked=True, whole=False).get("optimizer_states"))
+    except UserError:
+        return False  # it is not one of this project
 
 
 def load_checkpoint(path: Path, *, checked: bool = False, whole: bool = True) -> dict[str, Any]:

@@ -7,7 +7,7 @@ the calibration and the state of the data module.
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from datamodules.errors import UserError
 from models.learning.calibration import Calibration
 from models.learning.checkpoint_contents import ExportContent, refuse_options
 from models.learning.training import BackboneModule
-from models.networks.adapter_files import ADAPTER_FILE, load_adapter, merged_state, save_adapter
+from models.networks.adapter_files import ADAPTER_FILE, load_adapter, merged_state, rounded, save_adapter
 from models.networks.adapters import refuse_unfit_adapter
 from models.networks.building import base_from_config, load_network
 from models.networks.configurations import network_from_config, refuse_other_size
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EXPORT_STATE = "proactive.json"
+ExportDtype = Literal["float32", "bfloat16"]
 LARGEST_STATE = 2**30  # bytes: it contains the tokenizer and a digest of each training history
 
 Model = TypeVar("Model", bound=BackboneModule)
@@ -92,7 +93,11 @@ def _build_for_weights(model: BackboneModule, config: dict[str, Any]) -> None:
 
 
 def export_weights(
-    model: BackboneModule, folder: Path, state: dict[str, Any], weights: dict[str, Tensor] | None = None
+    model: BackboneModule,
+    folder: Path,
+    state: dict[str, Any],
+    weights: dict[str, Tensor] | None = None,
+    dtype: ExportDtype | None = None,
 ) -> None:
     """Write weights, configuration and `proactive.json`.
 
@@ -101,36 +106,42 @@ def export_weights(
         folder: Created if missing.
         state: The state of its data module.
         weights: All weights, if the network is sharded; see `models.networks.sharding.gather`.
+        dtype: The dtype of the weights, to which they are rounded; that of the network if None.
     """
     assert model.network is not None, "configure_model builds the network"
     options = {name: value for name, value in model.hparams.items() if not name.startswith("_")}
+    options["dtype"] = dtype or options["dtype"]
     content = {"task": model.task, "model": options, "calibration": model.saved_calibration, "data": state}
-    if model.adapter is None:
-        with quiet_transformers():
-            model.network.save_pretrained(folder, state_dict=weights)
-    elif not model.exports_adapter:
-        _merged(model).save_pretrained(folder)
-        content["model"] = options | {"adapter": None, "quantization": "none"}
-    else:
+    if model.exports_adapter:
         assert model.base is not None
         backbone = backbone_source(model.base.backbone)
         if Path(backbone).is_dir():
             backbone = str(Path(backbone).resolve())
-        save_adapter(model.network, model.head, backbone, folder)
+        save_adapter(model.network, model.head, backbone, folder, dtype)
         content |= {"base": asdict(model.base), "backbone_config": model.network.config.to_dict()}
+    else:
+        network = model.network
+        if model.adapter is not None:
+            weights = merged_state(network, model.hparams["quantization"])
+            content["model"] = options | {"adapter": None, "quantization": "none"}
+        if dtype is not None:
+            weights = rounded(weights or network.state_dict(), dtype)
+        if model.adapter is not None or dtype is not None:
+            network, weights = _plain_network(model, weights or {}), None
+        with quiet_transformers():
+            network.save_pretrained(folder, state_dict=weights)
     (folder / EXPORT_STATE).write_text(json.dumps(content, indent=1))
 
 
-def _merged(model: BackboneModule) -> "PreTrainedModel":
-    """Base and adapter as one plain network."""
+def _plain_network(model: BackboneModule, state: dict[str, Tensor]) -> "PreTrainedModel":
+    """A network of transformers without adapters, with these weights."""
     assert model.network is not None
-    state = merged_state(model.network, model.hparams["quantization"])
     config = json.loads(model.network.config.to_json_string(use_diff=False))
     with torch.device("meta"):
-        merged = network_from_config(model.network_options, config)
-    merged.load_state_dict(state, assign=True)
-    merged.tie_weights()
-    return merged
+        network = network_from_config(model.network_options, config)
+    network.load_state_dict(state, assign=True)
+    network.tie_weights()
+    return network
 
 
 def export_state(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from datamodules.errors import UserError
@@ -18,7 +19,7 @@ from models.networks.weight_files import naming_file, refuse_other_tensors
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ADAPTER_FILE = "adapter_model.safetensors"  # peft's file name
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's file names
 PREFIX = "base_model.model."  # peft's prefix of weight names in files
 SAMPLE = 256  # values of each tensor that enter a base's digest
 
@@ -72,7 +73,7 @@ def trained_names(module: nn.Module) -> set[str]:
     return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def save_adapter(network: "PreTrainedModel", head: Head, base: str, folder: Path) -> None:
+def save_adapter(network: "PreTrainedModel", head: Head, base: str, folder: Path, dtype: str | None = None) -> None:
     """Write adapters, and a classifier's head, in the format of `PeftModel.from_pretrained`.
 
     Args:
@@ -80,12 +81,14 @@ def save_adapter(network: "PreTrainedModel", head: Head, base: str, folder: Path
         head: The network's head.
         base: The hub id or path of its base.
         folder: Created if missing.
+        dtype: The dtype of the weights; their own if None.
     """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     trained = trained_names(network)
     state = {name: weight for name, weight in network.state_dict().items() if name in trained}
+    state = state if dtype is None else rounded(state, dtype)
     renamed = {_name_in_file(name): weight.contiguous().cpu() for name, weight in state.items()}
     save_file(renamed, folder / ADAPTER_FILE, metadata={"format": "pt"})
     config = network.peft_config[NAME]
@@ -93,6 +96,15 @@ def save_adapter(network: "PreTrainedModel", head: Head, base: str, folder: Path
     heads = [module for module in head_modules(network, head) if list(module.parameters())]
     config.modules_to_save = [name for name, module in network.named_children() if module in heads] or None
     config.save_pretrained(folder)
+
+
+def rounded(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """The weights of a state dict, rounded to a dtype and on the CPU. Tied weights stay one tensor."""
+    found: dict[Any, Tensor] = {}
+    for weight in state.values():
+        if (place := (weight.data_ptr(), weight.shape)) not in found:
+            found[place] = weight.to("cpu", getattr(torch, dtype) if weight.is_floating_point() else weight.dtype)
+    return {name: found[weight.data_ptr(), weight.shape] for name, weight in state.items()}
 
 
 def load_adapter(network: "PreTrainedModel", folder: Path) -> None:

@@ -12,7 +12,7 @@ from datamodules.batching.answer_rows import AnswersDataModule
 from datamodules.batching.rows import RowsDataModule
 from datamodules.errors import UserError
 from datamodules.files.writing import Unfinished
-from models.learning.saved_models import EXPORT_STATE, export_state, export_weights
+from models.learning.saved_models import EXPORT_STATE, ExportDtype, export_state, export_weights
 from models.learning.sharded_files import put_in_place, recover
 from models.learning.training import BackboneModule
 from models.reporting.model_card import model_card
@@ -39,6 +39,7 @@ def export_model(
     record: dict[str, Any] | None,
     folder: Path,
     weights: dict[str, Tensor] | None = None,
+    dtype: ExportDtype | None = None,
 ) -> None:
     """Write weights, configuration, tokenizer and model card to a folder.
 
@@ -50,6 +51,7 @@ def export_model(
         record: The `run_record` of its test; without one the model card has no metrics.
         folder: The folder to write.
         weights: See `models.learning.saved_models.export_weights`.
+        dtype: The dtype of the weights; that of the network if None.
 
     Raises:
         UserError: The folder contains something other than an export, or it cannot be written.
@@ -57,7 +59,7 @@ def export_model(
     folder = folder.resolve()
     refuse_other_folder(folder)
     with Unfinished(folder, folder=True) as unfinished:
-        _write(model, data, record, unfinished.path, weights)
+        _write(model, data, record, unfinished.path, weights, dtype)
         for path in _foreign(folder):
             taken = (unfinished.path / path.name).exists()
             _link(path, unfinished.path / (f"{path.name}{KEPT}" if taken else path.name))
@@ -70,11 +72,12 @@ def _write(
     record: dict[str, Any] | None,
     folder: Path,
     weights: dict[str, Tensor] | None,
+    dtype: ExportDtype | None,
 ) -> None:
     """Write all files of an export."""
-    export_weights(model, folder, data.state_dict(), weights)
+    export_weights(model, folder, data.state_dict(), weights, dtype)
     data.tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(model_card(model, data, record), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(model, data, record, dtype), encoding="utf-8")
     content = export_state(folder)
     content["around"] = {  # token ids around each row, and after what a text begins without a mark
         "before": data.segmenter.prefix,

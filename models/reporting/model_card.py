@@ -26,13 +26,16 @@ OWN_DATA = ("embedded", "published")  # under the Apache License 2.0
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 
 
-def model_card(model: BackboneModule, data: RowsDataModule, record: dict[str, Any] | None) -> str:
+def model_card(
+    model: BackboneModule, data: RowsDataModule, record: dict[str, Any] | None, dtype: str | None = None
+) -> str:
     """A model card in the format of model hubs. It contains no path of this machine.
 
     Args:
         model: The exported model.
         data: The data of its training.
         record: The `run_record` of its test; None without a test.
+        dtype: The dtype to which the export rounds the weights; None if it does not round them.
     """
     # Markdown of metrics and of the run's own options, so nothing is escaped.
     environment = template_environment(autoescape=False, trim_blocks=True, lstrip_blocks=True)
@@ -44,7 +47,8 @@ def model_card(model: BackboneModule, data: RowsDataModule, record: dict[str, An
     return environment.get_template(model.card_template).render(
         metadata=yaml.safe_dump(_metadata(model, data), sort_keys=False, allow_unicode=True, width=LONG_LINE),
         record=record,
-        options=model.hparams,
+        options={**model.hparams, "dtype": dtype or model.hparams["dtype"]},
+        rounded_to=dtype if dtype != model.hparams["dtype"] else None,
         backbone=shown_name(backbone),
         is_folder=backbone != SCRATCH and hub_id(backbone) is None,
         split=shown_name(data.root) + split.removeprefix(data.root) if split.startswith(data.root) else split,

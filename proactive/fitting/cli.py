@@ -43,6 +43,7 @@ from datamodules.files.run_folders import (
 )
 from datamodules.files.writing import write_atomically
 from datamodules.ranges import Count, FolderName
+from models.learning.saved_models import ExportDtype
 from models.learning.sharded_files import recover
 from proactive.commands import program
 from proactive.fitting.arguments import DEFAULT_TASK, FOLDS
@@ -129,6 +130,18 @@ class FitCLI(LightningCLI):
             choices=monitors,
             default=monitors[0],
             help="The metric that selects the best weights: highest, or lowest for a loss.",
+        )
+        parser.add_argument(
+            "--run.resumable_best",
+            type=bool,
+            default=False,
+            help="Whether best.ckpt contains the optimizer's state too, so that a run can resume from it.",
+        )
+        parser.add_argument(
+            "--run.export_dtype",
+            type=ExportDtype | None,
+            default=None,
+            help="Dtype of the export's weights. If null, the dtype in which the run stores them.",
         )
         parser.add_argument(
             "--run.tracker",
@@ -230,9 +243,9 @@ class FitCLI(LightningCLI):
             SeedEachStep(self.run_seed),
             stop,
             ThroughputLog(),  # before the callbacks that save: their time counts as part of the next step
-            BestCheckpoint(folder / CHECKPOINTS, settings.monitor),
+            BestCheckpoint(folder / CHECKPOINTS, settings.monitor, settings.resumable_best),
             LastCheckpoint(folder / CHECKPOINTS, settings.checkpoint_every_n_steps, stop),
-            ExportModel(folder),
+            ExportModel(folder, settings.export_dtype),
             HtmlReport(folder, self.task.page, self.facts),
             MetricsFile(folder, self.facts),  # last, because a run with metrics.json counts as finished
             *self.task.callbacks(folder),

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
-from jsonargparse._link_arguments import ActionLink
 from pydantic import BaseModel
 
 from datamodules.errors import UserError
@@ -136,7 +135,7 @@ def _groups(parser: ArgumentParser, everything: bool) -> list[HelpGroup]:
         action.dest: (group.title or "", action)
         for group in parser._action_groups
         for action in group._group_actions
-        if action.help != argparse.SUPPRESS and not isinstance(action, ActionLink)
+        if action.help != argparse.SUPPRESS and all(name.startswith("-") for name in action.option_strings)  # no links
     }
     found = {COMMON_TITLE: [actions[name][1] for name in COMMON if name in actions]}
     for name, (title, action) in actions.items():

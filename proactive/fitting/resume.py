@@ -29,7 +29,7 @@ TRAINER_MAY_CHANGE = (
     *REFUSED,  # they have one value only; checkpoints of earlier versions list it
 )
 NEEDED = ("loops", "callbacks", "optimizer_states", "lr_schedulers")  # Lightning's keys that a resume needs
-RUN_MAY_CHANGE = ("checkpoint_every_n_steps", "tracker")
+RUN_MAY_CHANGE = ("checkpoint_every_n_steps", "tracker", "resumable_best", "export_dtype")
 ONLY_NEW_RUN = "Start a new run. The checkpoint can still be evaluated and exported."
 
 
@@ -110,6 +110,12 @@ def refuse_other_options(
     """
     try:
         checkpoint = load_run(path, kind, checked=True, whole=False)  # its checksums are verified with the weights
+        if not checkpoint.get("optimizer_states"):
+            last = path.with_name(LAST)
+            raise UserError(
+                f"{path} contains weights alone, and a resume needs the optimizer's state",
+                f"Resume from {last}." if last.exists() and last != path else ONLY_NEW_RUN,
+            )
         if OPTIONS not in checkpoint:
             raise UserError(
                 f"{path} does not contain the options of its run, because an earlier version wrote it", ONLY_NEW_RUN

@@ -32,6 +32,7 @@ from models.planning.changes import Change, cheapest_fit
 from models.planning.memory import Memory, MemoryPlan, Setting, Sharing
 from proactive.fitting.cli import FitCLI
 from proactive.parser import did_you_mean
+from proactive.planning.file_sizes import file_sizes
 
 STEPS_COUNTED = 200  # at most; the size of a longer epoch is extrapolated
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -114,6 +115,7 @@ def plan_run(cli: FitCLI) -> dict[str, Any]:
         "devices": setting.devices,
         "sharing": setting.sharing,
         "memory": asdict(memory) | {"peak": memory.peak},
+        "file_sizes": file_sizes(model, data, plan, setting, options.run.resumable_best, options.run.export_dtype),
         "tokens_at_once": setting.tokens or epoch.largest_tokens,
         "room": room,
         "fits": fits,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from callbacks.checkpoint_io import SafeCheckpointIO
-from callbacks.saving import LastCheckpoint
+from callbacks.saving import BestCheckpoint, LastCheckpoint
 from callbacks.stopping import Interrupted, StopOnSignal
 from models.learning.checkpoint_files import load_checkpoint
 from tests.helpers import SignalAtStep
@@ -47,6 +47,15 @@ def test_last_is_saved_every_few_steps_and_at_the_end(root: Path, tmp_path: Path
     for step, batch in saves.places:
         assert batch == step
     assert not (tmp_path / "previous.ckpt").exists(), "kept until the next step was good, and no longer"
+
+
+@pytest.mark.parametrize("resumable", [False, True])
+def test_best_has_the_state_of_the_optimizer_if_asked(root: Path, tmp_path: Path, resumable: bool) -> None:
+    best = BestCheckpoint(tmp_path, "validation/loss", resumable)
+    fit(small_classifier(), small_data(root), best, enable_checkpointing=True)
+    checkpoint = load_checkpoint(tmp_path / "best.ckpt")
+    assert checkpoint["state_dict"]
+    assert ("optimizer_states" in checkpoint) == resumable
 
 
 def test_last_is_current_at_the_end_of_a_run_without_validation(root: Path, tmp_path: Path) -> None:

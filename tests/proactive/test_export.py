@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from callbacks.checkpoint_io import SafeCheckpointIO
 from models.learning.checkpoint_files import load_checkpoint
 from models.learning.reward_classifier import RewardClassifier
 from models.learning.saved_models import EXPORT_STATE
-from proactive import export
+from proactive import export, load_judge
 from tests.proactive.conftest import FinishedRun
 
 
@@ -37,6 +38,22 @@ def test_export_writes_the_export_of_the_run(
     assert state == own_state
     for name in expected:
         assert found[name] == expected[name], name
+
+
+def test_weights_are_rounded_to_bfloat16_if_asked(finished_run: FinishedRun, call: Callable, tmp_path: Path) -> None:
+    ended = call(export.main, "--checkpoint", finished_run.folder, "--output", "out", "--dtype=bfloat16")
+    assert (ended.code, ended.err) == (0, "")
+    folders = tmp_path / "out", finished_run.folder / "export"
+    found, exact = map(AutoModelForSequenceClassification.from_pretrained, folders)
+    assert (found.dtype, found.config.dtype) == (torch.bfloat16, torch.bfloat16)
+    for name, weight in exact.state_dict().items():
+        assert torch.equal(found.state_dict()[name], weight.bfloat16()), name
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in folders]
+    assert sizes[0] < 0.55 * sizes[1]
+    assert "rounded to bfloat16" in (tmp_path / "out" / "README.md").read_text()
+    event = ["The user opens parse_rows.py."]
+    scores = [load_judge(folder).score(event, "Explain it.") for folder in ("out", finished_run.folder)]
+    assert scores[0] == pytest.approx(scores[1], abs=0.02)
 
 
 def test_other_weights_under_the_same_name_do_not_get_the_metrics(

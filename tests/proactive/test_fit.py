@@ -168,6 +168,8 @@ def test_config_yaml_has_all_options(finished_run: FinishedRun) -> None:
         "checkpoint_every_n_steps": 3,
         "monitor": "validation/auroc",
         "tracker": "none",
+        "resumable_best": False,
+        "export_dtype": None,
     }
     assert config["seed_everything"] == 0
     assert (config["data"]["root"], config["data"]["batch_size"]) == (str(finished_run.root), 8)

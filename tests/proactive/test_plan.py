@@ -12,15 +12,16 @@ from models.learning.preference_agent import PreferenceAgent
 from proactive import plan
 from proactive.planning import estimate
 from tests.helpers import ROOT, SMALL_RUN
+from tests.proactive.conftest import FinishedRun
 
 SHAPE = ROOT / "benchmarks" / "shapes" / "llama_3_1_8b.yaml"
 
 
 @pytest.fixture
 def planned(call: Callable, root: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    def get(*arguments: Any) -> dict[str, Any]:
+    def get(*arguments: Any, rows: Path | None = None) -> dict[str, Any]:
         output = tmp_path / "plan.json"
-        ended = call(plan.main, *arguments, "--data.root", root, "--output", output, "--data.cache=false")
+        ended = call(plan.main, *arguments, "--data.root", rows or root, "--output", output, "--data.cache=false")
         assert ended.code == 0, ended.err
         assert "What it takes" in ended.out
         return json.loads(output.read_text())
@@ -38,6 +39,18 @@ def test_plan_leaves_no_files(planned: Callable, tmp_path: Path, monkeypatch: An
     assert (found["layout"], found["fits"], found["seconds_an_epoch"]) == ("tree", None, None)
     assert found["epoch"]["tree"]["tokens"] < found["effective_tokens"] < found["epoch"]["rows"]["tokens"]
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_sizes_of_files_are_those_that_a_run_writes(planned: Callable, finished_run: FinishedRun) -> None:
+    found = planned(*SMALL_RUN, rows=finished_run.root)["file_sizes"]
+    checkpoints, export = finished_run.folder / "checkpoints", finished_run.folder / "export"
+    written = {path.name: path.stat().st_size for path in checkpoints.iterdir()}
+    written["export"] = sum(path.stat().st_size for path in export.iterdir())
+    assert found == {name: pytest.approx(size, rel=0.2) for name, size in written.items()}
+    options = ("--run.resumable_best=true", "--run.export_dtype=bfloat16")
+    other = planned(*SMALL_RUN, *options, rows=finished_run.root)["file_sizes"]
+    assert other["best.ckpt"] == found["last.ckpt"]
+    assert found["export"] - other["export"] == (found["last.ckpt"] - found["best.ckpt"]) / 4  # of 8 bytes per weight
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])

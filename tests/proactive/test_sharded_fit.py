@@ -55,6 +55,8 @@ def test_a_killed_rank_ends_the_job_and_the_resumed_job_trains_like_one_device(t
     assert call(evaluate.main, "reward", "--checkpoint", two, "--output", "found.json").code == 0
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     assert Path(found["weights"]) == two / "checkpoints" / "best.ckpt"
+    parts = [{path.name for path in (two / "checkpoints" / name).iterdir()} for name in ("last.ckpt", "best.ckpt")]
+    assert parts == [{"weights", "optimizer", "values.pt"}, {"weights", "values.pt"}]
     assert found["test"]["raw"] == pytest.approx(figures(two), abs=1e-5)
     for checkpoint, output in ((two, "of ranks"), (one, "of one")):
         ended = call(export.main, "--checkpoint", checkpoint, "--output", output)

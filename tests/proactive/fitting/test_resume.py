@@ -177,23 +177,40 @@ def copied_run(finished_run: FinishedRun, tmp_path: Path) -> Path:
 def test_a_damaged_last_checkpoint_is_refused_and_a_good_one_is_offered(
     finished_run: FinishedRun, copied_run: Path, tmp_path: Path
 ) -> None:
+    """Of the two good ones, the older one has the state of the optimizer."""
+    older, best = copied_run / "checkpoints" / "older.ckpt", copied_run / "checkpoints" / "best.ckpt"
     content = last(copied_run).read_bytes()
+    older.write_bytes(content)
+    os.utime(older, (1_000, 1_000))
     last(copied_run).write_bytes(content[: len(content) // 2])
     ended = command("proactive.fit", "--ckpt_path=last", cwd=tmp_path)
     assert ended.returncode == 2
     what, hint = ended.stderr.splitlines()
     assert what.startswith("error: ")
     assert "runs/reward/0/checkpoints/last.ckpt" in what
-    assert hint.startswith("  help: ")
-    assert "runs/reward/0/checkpoints/best.ckpt" in hint
-    offered = hint.split(" is ")[1].split(":")[0]
+    here = [path.relative_to(tmp_path) for path in (best, older)]
+    offer = "The newest good one is {}, with weights alone: give it as --checkpoint; resume from {}."
+    assert hint == f"  help: {offer.format(*here)}"
     (copied_run / "metrics.json").unlink()
-    ended = command("proactive.fit", f"--ckpt_path={offered}", cwd=tmp_path)
+    ended = command("proactive.fit", f"--ckpt_path={here[1]}", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     figures = [
         json.loads((at / "metrics.json").read_text(encoding="utf-8")) for at in (copied_run, finished_run.folder)
     ]
     assert figures[0]["test"] == figures[1]["test"]
+
+
+def test_a_resume_from_weights_alone_is_refused_and_names_last(copied_run: Path, call: Callable) -> None:
+    best = copied_run / "checkpoints" / "best.ckpt"
+    assert not load(best).keys() & {"optimizer_states", "lr_schedulers", "callbacks"}
+    ended = call(fit.main, f"--ckpt_path={best}")
+    assert (ended.code, ended.err.splitlines()) == (
+        2,
+        [
+            f"error: {best} contains weights alone, and a resume needs the optimizer's state",
+            f"  help: Resume from {last(copied_run)}.",
+        ],
+    )
 
 
 def flip_a_bit(content: bytes) -> bytes:
