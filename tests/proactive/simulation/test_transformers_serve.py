@@ -1,8 +1,12 @@
-"""A real server: an export served by `transformers serve`, which ignores response_format, is the assistant."""
+"""A real server: an export served by `transformers serve`, which ignores response_format, is the assistant.
+
+Both are started as docs/how-to/serve.md says.
+"""
 
 import importlib.util
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from proactive import simulate
-from tests.helpers import environment_of_commands
+from tests.helpers import ROOT, environment_of_commands
 from tests.patience import HANG
 from tests.proactive.conftest import Ended
 from tests.proactive.simulation.trained import CHAT_ANSWER, export_chat_agent
@@ -24,23 +28,32 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"transformers serve needs
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """The address of the server, and the export."""
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
+    """The port of the server, and the export."""
     export = export_chat_agent(tmp_path_factory.mktemp("served") / "export")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     code = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
-    options = ["serve", str(export), "--host=127.0.0.1", f"--port={port}", "--device=cpu"]
+    options = [*page_options("transformers serve", export, port), "--device=cpu"]
     environment = environment_of_commands() | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     with (export.parent / "server.log").open("w+") as log:
-        server = subprocess.Popen([sys.executable, "-c", code, *options], env=environment, stdout=log, stderr=log)
+        server = subprocess.Popen(
+            [sys.executable, "-c", code, "serve", *options], env=environment, stdout=log, stderr=log
+        )
         try:
             _wait_for(server, f"http://127.0.0.1:{port}/health", export.parent / "server.log")
-            yield f"http://127.0.0.1:{port}/v1", export
+            yield port, export
         finally:
             server.terminate()
             server.wait(HANG)
+
+
+def page_options(command: str, export: Path, port: int) -> list[str]:
+    """What the page gives a command, with another export and port."""
+    page = (ROOT / "docs" / "how-to" / "serve.md").read_text(encoding="utf-8")
+    (options,) = re.findall(rf"^{re.escape(command)} (.*)$", page, re.MULTILINE)
+    return options.replace("8000", str(port)).replace("runs/agent/0/export", str(export)).split()
 
 
 def _wait_for(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
@@ -56,13 +69,13 @@ def _wait_for(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
 
 
 def test_an_export_behind_transformers_serve_is_the_assistant_of_whole_sessions(
-    served: tuple[str, Path], call: Callable[..., Ended]
+    served: tuple[int, Path], call: Callable[..., Ended]
 ) -> None:
-    url, export = served
-    assistant = [f"--assistant.url={url}", f"--assistant.model={export}", "--assistant.temperature=0"]
+    port, export = served
+    given = page_options("python -m proactive.simulate", export, port)
     bounds = ["--max_acts=1", "--new_proposals=0", f"--endpoint.timeout={HANG}"]
     limit = "--assistant.extra={max_tokens: 120}"
-    ended = call(simulate.main, "traces", "--output=out", *assistant, limit, *bounds)
+    ended = call(simulate.main, *given, "--output=out", "--assistant.temperature=0", limit, *bounds)
     assert (ended.code, ended.err) == (0, "")
     record = json.loads(Path("out/summary.json").read_text())
     assert set(record["sessions"]["ends"]) <= {"act limit", "goal reached"}
