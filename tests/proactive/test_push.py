@@ -10,8 +10,8 @@ import pytest
 from datamodules.corpus.sources import load_corpus
 from models.reporting.hub import push
 from proactive import export
-from tests.push_server import PushServer, push_server
 from tests.proactive.conftest import FinishedRun
+from tests.push_server import PushServer, push_server
 
 TOKEN = "hf_of_this_test"
 
