@@ -198,7 +198,7 @@ def test_18_an_adapter_of_an_encoder_loads_as_peft_does(
     AutoModelForSequenceClassification.from_config(config).save_pretrained("encoder")
     tokenizer.save_pretrained("encoder")
     options = ["--model.backbone=encoder", "--model.adapter.rank=4", "--model.learning_rate=1e-3", "--run.name=a"]
-    ended = call(fit.main, "--data.root=root", *options, *SMALL, "--data.max_length=128", "--trainer.max_epochs=1")
+    ended = call(fit.main, "--data.root=root", *options, *SMALL, "--data.max_length=160", "--trainer.max_epochs=1")
     assert ended.code == 0, ended.err
     saved = json.loads(Path("runs/a/0/export/adapter_config.json").read_text())["modules_to_save"]
     assert "dropout" not in saved
