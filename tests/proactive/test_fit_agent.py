@@ -125,7 +125,7 @@ def test_a_contaminated_run_is_marked_everywhere(root: Path, call: Callable[...,
         (["--task=agent", "--model.null_weight=-1"], "null_weight"),
         (
             ["--task=agent", "--model.scratch={model_type: bert}", "--data.max_length=512"],
-            "sees the tokens that it is to",
+            "it attends to the tokens that it predicts",
         ),
     ],
     ids=lambda value: str(value)[:40],
