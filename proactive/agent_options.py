@@ -1,4 +1,4 @@
-"""The agent, the weights and the data root that options describe, in every command that has such options."""
+"""The agent, the gate, the weights and the data root that options describe, in every command that has such options."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from datamodules.corpus.sources import Corpus, load_corpus
 from datamodules.corpus.traces import Recorded
 from datamodules.errors import UserError
 from datamodules.prompting.chat_prompts import AGENT_PROMPT, ChatPrompt
-from datamodules.ranges import Seed, Temperature
+from datamodules.ranges import NonNegativeFloat, Seed, Temperature
 from models.judging.agents import Agent, AlwaysPropose, NeverPropose, RecordedAgent
 from models.judging.answer_log import AnswerLog
 from models.judging.chat_client import ChatClient
@@ -40,6 +40,14 @@ def add_agent_options(parser: Parser) -> None:
     add("--agent.baseline", type=Literal["always-propose", "never-propose"], help="Agent: a baseline.")
     add("--temperature", type=Temperature, default=0.0, help="Sampling temperature of the agent.")
     add("--seed", type=Seed, default=0, help="Seed of sampling; each request adds the index of its candidate.")
+
+
+def add_gate_options(parser: Parser, choice: str) -> None:
+    """Add the options of a gate; `choice` says which of several checkpoints is used."""
+    add = parser.add_argument
+    add("--gate", type=Path, nargs="+", help=f"A reward classifier that holds back offers below a threshold. {choice}")
+    add("--cost-ratio", type=NonNegativeFloat | None, help="For the gate: cost of a false alarm relative to a missed "
+        "need; default 1.")  # fmt: skip
 
 
 def trained_agent(

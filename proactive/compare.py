@@ -17,7 +17,6 @@ from proactive.comparing.output import (
     comparison_tables,
     write_comparison,
 )
-from proactive.comparing.page import comparison_page
 from proactive.parser import Parser
 from proactive.tables import show
 from proactive.terminal import say
@@ -35,7 +34,7 @@ def main(arguments: list[str]) -> None:
     options = parser.with_output_options().parse_args(arguments)
     record, settings = compare(options.folders, options.contaminated)
     folder = output_folder(options.output, "compare", COMPARISON_FILE)
-    write_comparison(record, comparison_page(record, settings, folder), folder)
+    write_comparison(record, settings, folder)
     if not options.quiet:
         show(*comparison_tables(record))
         say(f"{COMPARISON_FILE}, {REPORT_FILE}, {METRICS_TABLE} and {DIFFERENCES_FILE} are in:")

@@ -1,7 +1,6 @@
 """GGUF files as backbones: converted once to safetensors, with tokenizer and configuration, into a cache."""
 
 import fcntl
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -16,7 +15,7 @@ from pydantic import BaseModel
 from datamodules.backbones.quiet import quiet_transformers
 from datamodules.errors import UserError
 from datamodules.escaping import error_text
-from datamodules.files.reading import open_file, require_regular
+from datamodules.files.reading import file_digest, require_regular
 from datamodules.files.writing import Unfinished, checksum, disk_full, remove
 
 if TYPE_CHECKING:
@@ -39,26 +38,29 @@ class ConversionNote(BaseModel):
     checksums: dict[str, int]
 
 
-def converted(file: Path) -> Path:
+def converted(file: Path, digest: str | None = None) -> Path:
     """The folder with the conversion of a GGUF file, as `save_pretrained` writes it. It is converted at the first call.
 
     The folder is in the cache of Hugging Face (HF_HOME). Its name contains the SHA-256 of the GGUF file and the version
     of transformers, which converts it. The weights are float32, so they are exactly those of the file.
+
+    Args:
+        file: The GGUF file.
+        digest: Its SHA-256, if it is known.
 
     Raises:
         UserError: The file cannot be read as a GGUF file of a language model, or a library is missing.
     """
     require_regular(file, "model.backbone")
     found = file.stat()
-    return _converted(file.resolve(), found.st_size, found.st_mtime_ns)
+    return _converted(file.resolve(), found.st_size, found.st_mtime_ns, digest)
 
 
 @cache  # the digest and the checksums are computed once per process
-def _converted(file: Path, size: int, modified: int) -> Path:
+def _converted(file: Path, size: int, modified: int, digest: str | None) -> Path:
     from huggingface_hub.constants import HF_HOME
 
-    with open_file(file, None, "model.backbone") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    digest = digest or file_digest(file, "model.backbone")
     name = f"{digest[:32]}-transformers-{importlib.metadata.version('transformers')}"
     folder = Path(HF_HOME, "proactive", "backbones", name)
     folder.parent.mkdir(parents=True, exist_ok=True)

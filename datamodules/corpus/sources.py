@@ -13,7 +13,7 @@ from datamodules.corpus.records import AnnotatedRow, TestStep
 from datamodules.corpus.tables import hub_tables, is_hub_name, is_table, open_table, read_tables, table_files
 from datamodules.errors import UserError
 from datamodules.escaping import error_text
-from datamodules.files.reading import open_file
+from datamodules.files.reading import file_digest
 
 PUBLISHED_COMMIT = "86383616ee530e9bcd1e9fe2269703ef3e3d8478"
 PUBLISHED_URL = f"https://raw.githubusercontent.com/thunlp/ProactiveAgent/{PUBLISHED_COMMIT}/dataset"
@@ -174,8 +174,7 @@ def download_published(
             "Check the network, or give --data.root a directory that holds reward_data/ and test_data/.",
         ) from error
     for name, path in paths.items():
-        with open_file(path, None) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = file_digest(path)
         if digest != sha256[name]:
             raise UserError(
                 f"{url}/{name} has SHA-256 {digest}, expected {sha256[name]}: it is not the published file",

@@ -1,5 +1,6 @@
 """Reading foreign files: regular files of limited size, UTF-8 text, JSON of limited depth."""
 
+import hashlib
 import re
 import stat
 from collections.abc import Iterator
@@ -85,6 +86,12 @@ def open_file(
         return path.open("rb")
     except OSError as error:
         raise UserError(f"{where}: {error.strerror or error}", hint) from error
+
+
+def file_digest(path: Path, option: str = "", hint: str = PATH_HINT) -> str:
+    """Return the SHA-256 of a regular file of any size, in hexadecimal; see `open_file` for arguments and errors."""
+    with open_file(path, None, option, hint) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_text(path: Path, limit: int = MAX_TEXT_BYTES, option: str = "", hint: str = PATH_HINT) -> str:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from datamodules.batching.rows import RowsDataModule
 from datamodules.corpus.records import Event, history_digest, scene_of
+from datamodules.ranges import Fraction
 from models.learning.training import BackboneModule
 
-Probability = Annotated[float, Ge(0), Le(1), Field(allow_inf_nan=False)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}(\.\d+)?$")]
 
 
@@ -40,9 +40,9 @@ class DecidedRow(BaseModel):
     row: Digest
     scene: Digest
     target: Annotated[int, Ge(0), Le(1)]
-    probability: Probability
-    calibrated: Probability
-    bag_of_words: Probability | None
+    probability: Fraction
+    calibrated: Fraction
+    bag_of_words: Fraction | None
     majority: Annotated[int, Ge(0), Le(1)] | None
 
 

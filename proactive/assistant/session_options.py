@@ -5,7 +5,7 @@ from typing import Literal
 
 from datamodules.ranges import Count, Fraction, NonNegativeFloat, Port
 from models.judging.endpoint import EndpointOptions
-from proactive.agent_options import add_agent_options
+from proactive.agent_options import add_agent_options, add_gate_options
 from proactive.assistant.deciding import Policy
 from proactive.assistant.privacy import PrivacyOptions
 from proactive.assistant.rewriting import REWRITING_PROMPT
@@ -26,13 +26,10 @@ def session_parser(prog: str) -> Parser:
         "have about so many tokens.")  # fmt: skip
     add("--data.root", type=str, help="Root whose traces count as the same session if they have the same file name: "
         "embedded, published or a folder. Default: the root that gate or agent trained on.")  # fmt: skip
-    add("--gate", type=Path, nargs="+", help="A reward classifier that holds back offers below a threshold. Of "
-        "several, the one that knows the trace least. Default without a source: the newest run in runs/reward; if "
-        "there is none, it is trained first, in about a minute.")  # fmt: skip
-    add(
-        "--cost-ratio",
-        type=NonNegativeFloat | None,
-        help="For the gate: cost of a false alarm relative to a missed need; default 1.",
+    add_gate_options(
+        parser,
+        "Of several, the one that knows the trace least. Default without a source: the newest run in runs/reward; if "
+        "there is none, it is trained first, in about a minute.",
     )
     add("--shadow", action="store_true", help="Log the gate's verdicts, but hold nothing back.")
     add("--gate-fails-open", action="store_true", help="Show offers if the gate fails, instead of nothing.")

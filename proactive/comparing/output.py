@@ -1,13 +1,14 @@
 """What a comparison writes and prints."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from datamodules.files.run_folders import REPORT_FILE
 from datamodules.files.writing import write_atomically
-from proactive.comparing.page import NAMES, baseline_label
+from proactive.comparing.page import NAMES, baseline_label, comparison_page
+from proactive.comparing.setting import Setting
 from proactive.comparing.spreadsheets import differences_csv, metrics_csv
 from proactive.tables import Table
 
@@ -16,11 +17,11 @@ METRICS_TABLE = "metrics.csv"
 DIFFERENCES_FILE = "differences.csv"
 
 
-def write_comparison(record: Mapping[str, Any], page: str, folder: Path) -> None:
-    """Write all files of a comparison, the record last."""
+def write_comparison(record: Mapping[str, Any], settings: Mapping[str, Sequence[Setting]], folder: Path) -> None:
+    """Write all files of a comparison, the record last; see `compare` for the arguments."""
     write_atomically(folder / METRICS_TABLE, metrics_csv(record))
     write_atomically(folder / DIFFERENCES_FILE, differences_csv(record))
-    write_atomically(folder / REPORT_FILE, page)
+    write_atomically(folder / REPORT_FILE, comparison_page(record, settings, folder))
     write_atomically(folder / COMPARISON_FILE, json.dumps(record, indent=2) + "\n")
 
 

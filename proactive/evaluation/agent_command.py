@@ -9,9 +9,9 @@ from callbacks.progress import counted
 from datamodules.errors import UserError
 from datamodules.files.run_folders import METRICS_FILE, REPORT_FILE, missing_folders, output_folder, remove_empty
 from datamodules.prompting.chat_prompts import JUDGE_PROMPT
-from datamodules.ranges import NonNegativeFloat, Tries
+from datamodules.ranges import Tries
 from models.judging.endpoint import EndpointOptions
-from proactive.agent_options import add_agent_options
+from proactive.agent_options import add_agent_options, add_gate_options
 from proactive.endpoints import add_endpoint_options
 from proactive.evaluation.carry_out import ANSWERS_FILE, VERDICTS_FILE, carry_out
 from proactive.evaluation.prepare import prepare
@@ -41,13 +41,7 @@ def agent_parser() -> Parser:
         type=Tries | None,
         help="Answers after each event. An event is accepted if any candidate is. Default: one, or all recorded.",
     )
-    add("--gate", type=Path, nargs="+", help="A reward classifier that holds back offers below a threshold. "
-        "Of several, each trace uses one as for the judge.")  # fmt: skip
-    add(
-        "--cost-ratio",
-        type=NonNegativeFloat | None,
-        help="For the gate: cost of a false alarm relative to a missed need; default 1.",
-    )
+    add_gate_options(parser, "Of several, each trace uses one as for the judge.")
     add("--gate-is-judge", action="store_true", help="Allow the judge's weights as gate, and mark the result.")
     add(
         "--contaminated",

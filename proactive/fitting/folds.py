@@ -39,7 +39,6 @@ from models.learning.saved_models import EXPORT_STATE
 from proactive.commands import program
 from proactive.comparing.comparison import compare
 from proactive.comparing.output import comparison_tables, write_comparison
-from proactive.comparing.page import comparison_page
 from proactive.comparing.runs import read_options
 from proactive.fitting.arguments import FOLDS
 from proactive.fitting.cli import FitCLI
@@ -94,7 +93,7 @@ def cross_validate(arguments: list[str]) -> None:
             _say_how_to_resume(folder, fold, new_folders if resumed is None else None)
             raise SystemExit(code)
     record, settings = compare([folder], contaminated=True)
-    write_comparison(record, comparison_page(record, settings, folder), folder)
+    write_comparison(record, settings, folder)
     if not config.quiet:
         show(*comparison_tables(record))
     say(folder)

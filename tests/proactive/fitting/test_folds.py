@@ -121,13 +121,19 @@ def test_a_job_of_several_processes_is_refused(
     assert (ended.code, "SLURM" in ended.err) == (2, True)
 
 
-def test_a_resume_with_other_options_is_refused_and_changes_nothing(
-    finished_run: FinishedRun, call: Callable[..., Any], tmp_path: Path
-) -> None:
-    folder = tmp_path / "runs" / "reward" / "0"
+def begun_folds(finished_run: FinishedRun, place: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of a cross-validation that has not trained anything, and its options."""
+    folder = place / "runs" / "reward" / "0"
     folder.mkdir(parents=True)
     options = yaml.safe_load((finished_run.folder / "config.yaml").read_text()) | {"folds": "all"}
     (folder / "folds.yaml").write_text(yaml.safe_dump(options))
+    return folder, options
+
+
+def test_a_resume_with_other_options_is_refused_and_changes_nothing(
+    finished_run: FinishedRun, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder, options = begun_folds(finished_run, tmp_path)
     ended = call(fit.main, "--ckpt_path=last", "--data.batch_size=16")
     assert ended.code == 2
     assert ended.err.startswith("error: data.batch_size: 16")
@@ -137,10 +143,7 @@ def test_a_resume_with_other_options_is_refused_and_changes_nothing(
 def test_two_processes_do_not_train_the_same_folds(
     finished_run: FinishedRun, call: Callable[..., Any], tmp_path: Path
 ) -> None:
-    folder = tmp_path / "runs" / "reward" / "0"
-    folder.mkdir(parents=True)
-    options = yaml.safe_load((finished_run.folder / "config.yaml").read_text()) | {"folds": "all"}
-    (folder / "folds.yaml").write_text(yaml.safe_dump(options))
+    folder, _ = begun_folds(finished_run, tmp_path)
     with subprocess.Popen(
         [sys.executable, "-c", LOCKING, folder],
         env=environment_of_commands(),
