@@ -6,8 +6,8 @@
 The states are those that a classifier's head reads: of a decoder at the last token of each row, in prefix trees; of an
 encoder the mean over the row's tokens. They are computed once, in bfloat16, and kept in the file --states if it is
 given. For each fold of the scenes, logistic regressions are fitted on the training rows, and the validation rows choose
-one of `SETTINGS` by AUROC. The test rows of all folds are pooled, because each row is tested once. Intervals resample
-whole scenes. The bar is a bag of words of the same rows.
+one of `SETTINGS` by AUROC. The test rows of all folds are pooled as `proactive.compare` does: AUROC compares rows of
+the same fold, and intervals resample scenes. The bar is a bag of words of the same rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, f1_score, log_loss, roc_auc_score
+from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
@@ -34,7 +34,8 @@ from datamodules.batching.bag_of_words import bag_of_words
 from datamodules.batching.reward_rows import RewardDataModule
 from datamodules.corpus.sources import Corpus, load_corpus
 from datamodules.corpus.splits import Split, split_by_scene
-from models.learning.calibration import calibrated, fit_temperature
+from models.learning.calibration import DECISION, calibrated, fit_temperature
+from models.learning.pooling import DecidedRows, joined, metric_differences, outcomes, pooled_metrics
 from models.networks.attention import BLOCKWISE, register
 from models.networks.building import build_network
 from models.networks.heads import reads_last_token
@@ -42,7 +43,6 @@ from models.networks.network_options import NetworkOptions
 from models.networks.tree_reading import read_tree
 
 FOLDS = 5
-RESAMPLES = 1000
 # Inverse strength of the regularisation, whether both classes weigh the same, and the number of principal components of
 # the states, or None for the states themselves.
 SETTINGS = list(product((1e-4, 1e-3, 1e-2, 1e-1), (False, True), (None, 32)))
@@ -147,9 +147,17 @@ def of_fold(rows: Rows, folds: Sequence[Numbers], fold: int) -> dict[str, tuple[
     return {name: (score, validation) for name, score in found.items()} | averaged
 
 
-def interval(values: Sequence[float]) -> str:
-    low, high = np.percentile(values, (2.5, 97.5))
-    return f"{low:.3f} to {high:.3f}"
+def decided(rows: Rows, tested: Numbers, scores: Numbers) -> DecidedRows:
+    """The decisions on the test rows of a fold."""
+    score_N, positive_N = torch.tensor(scores), torch.tensor(rows.labels[tested], dtype=torch.bool)
+    return DecidedRows(
+        tuple(map(str, tested)),
+        tuple(rows.scenes[tested]),
+        outcomes(score_N > DECISION, positive_N),
+        score_N,
+        positive_N,
+        torch.zeros(len(tested), dtype=torch.int64),
+    )
 
 
 def main(
@@ -162,7 +170,7 @@ def main(
         backbone: As in model.backbone.
         max_length: As in data.max_length.
         states: A .npy file that keeps the states for the next call.
-        seed: Of the folds and of the intervals.
+        seed: Of the folds.
     """
     corpus = load_corpus(root, seed)
     if states is not None and states.exists():
@@ -179,36 +187,33 @@ def main(
     folds = [np.array([number_of[id(row)] for row in split.test]) for split in splits]
 
     validated: dict[str, list[float]] = {}
-    tested: dict[str, Numbers] = {}
-    raw: dict[str, Numbers] = {}
+    tested: dict[str, list[DecidedRows]] = {}
+    losses: dict[str, list[tuple[float, float]]] = {}
     for fold, test in enumerate(folds):
         for name, (score, validation) in of_fold(rows, folds, fold).items():
             temperature = 1.0
             if validation is not None:
                 validated.setdefault(name, []).append(rows.auroc(score, validation))
                 temperature = fit_temperature(*map(torch.tensor, (score(validation), rows.labels[validation])))
-            raw.setdefault(name, np.zeros(len(rows.labels)))[test] = score(test)
-            given = calibrated(torch.tensor(score(test)), temperature).numpy()
-            tested.setdefault(name, np.zeros(len(rows.labels)))[test] = given
-    show(backbone, rows, validated, tested, raw, seed)
+            raw = score(test)
+            given = calibrated(torch.tensor(raw), temperature).numpy()
+            tested.setdefault(name, []).append(decided(rows, test, given))
+            weight = len(test) / len(rows.labels)
+            losses.setdefault(name, []).append(
+                (weight * log_loss(rows.labels[test], raw), weight * log_loss(rows.labels[test], given))
+            )
+    title = f"{backbone}: {len(rows.labels)} test rows of {len(set(rows.scenes))} scenes in {FOLDS} folds"
+    show(title, validated, {name: joined(parts) for name, parts in tested.items()}, losses)
 
 
 def show(
-    backbone: str,
-    rows: Rows,
+    title: str,
     validated: dict[str, list[float]],
-    tested: dict[str, Numbers],
-    raw: dict[str, Numbers],
-    seed: int,
+    tested: dict[str, DecidedRows],
+    losses: dict[str, list[tuple[float, float]]],
 ) -> None:
-    """Print the table; `tested` has calibrated, `raw` uncalibrated probabilities of all rows."""
-    generator = np.random.default_rng(seed)
-    scenes = sorted(set(rows.scenes))
-    of_scene = {scene: np.flatnonzero(rows.scenes == scene) for scene in scenes}
-    draws = [np.concatenate([of_scene[s] for s in generator.choice(scenes, len(scenes))]) for _ in range(RESAMPLES)]
-    bar = tested["bag of words"]
-    bars = [roc_auc_score(rows.labels[draw], bar[draw]) for draw in draws]
-    table = Table(title=f"{backbone}: {len(rows.labels)} test rows of {len(scenes)} scenes in {FOLDS} folds")
+    """Print the table; `losses` has the raw and the calibrated log loss of each fold, weighted by its rows."""
+    table = Table(title=title)
     for column in (
         "",
         "validation AUROC",
@@ -219,18 +224,18 @@ def show(
         "log loss raw, cal.",
     ):
         table.add_column(column)
-    for name, scores in tested.items():
-        drawn = [roc_auc_score(rows.labels[draw], scores[draw]) for draw in draws]
-        auroc = roc_auc_score(rows.labels, scores)
-        differences = [one - other for one, other in zip(drawn, bars, strict=True)]
+    for name, decisions in tested.items():
+        found = pooled_metrics([decisions])
+        difference = metric_differences([decisions], [tested["bag of words"]])["auroc"]
+        before, after = map(sum, zip(*losses[name], strict=True))
         table.add_row(
             name,
             f"{np.mean(validated[name]):.3f}" if name in validated else "",
-            f"{auroc:.3f} ({interval(drawn)})",
-            f"{auroc - roc_auc_score(rows.labels, bar):+.3f} ({interval(differences)})",
-            f"{accuracy_score(rows.labels, scores > 0.5):.3f}",
-            f"{f1_score(rows.labels, scores > 0.5):.3f}",
-            f"{log_loss(rows.labels, raw[name]):.3f}, {log_loss(rows.labels, scores):.3f}",
+            f"{found['auroc'].value:.3f} ({found['auroc'].low:.3f} to {found['auroc'].high:.3f})",
+            f"{difference.value:+.3f} ({difference.low:.3f} to {difference.high:.3f})",
+            f"{found['accuracy'].value:.3f}",
+            f"{found['f1'].value:.3f}",
+            f"{before:.3f}, {after:.3f}",
         )
     Console(width=180).print(table)
 
