@@ -130,6 +130,8 @@ def test_quiet_prints_nothing_and_json_is_still_json(call: Callable, tmp_path: P
         ("inspect", ["--help"], "usage: python -m proactive.inspect"),
         ("inspect", ["--root", "nowhere"], "data.root: nowhere is not a directory"),  # after the imports
         ("annotate", ["--help"], "usage: python -m proactive.annotate"),
+        ("compare", ["--help"], "usage: python -m proactive.compare"),
+        ("prefer", ["--help"], "usage: python -m proactive.prefer"),
         ("simulate", ["traces", "--max_acts=2"], "traces, training data and report.html are in runs/simulate/0"),
     ],
 )
