@@ -77,11 +77,11 @@ def _cells(metrics: Mapping[str, Mapping[str, float | None]], form: str) -> list
 
 def _settings_table(found: Mapping[str, Any]) -> Table:
     table = Table("Settings")
-    for title in ("", "runs", *found["options"]):
+    for title in ("", *found["settings"]):
         table.add_column(title)
-    for number, (name, one) in enumerate(found["settings"].items()):
-        values = (options[number] for options in found["options"].values())
-        table.add_row(name, one["where"], *("" if value is None else str(value) for value in values))
+    table.add_row("runs", *(one["where"] for one in found["settings"].values()))
+    for name, values in found["options"].items():
+        table.add_row(name, *("" if value is None else str(value) for value in values))
     return table
 
 

@@ -64,7 +64,8 @@ class ComparedRun:
     Attributes:
         folder: Its folder.
         kind: What it tests: only equal kinds are compared.
-        options: What it was given, by full name. An evaluation has the settings of agent, judge and gate.
+        options: What it was given, by full name, {fold} in place of the number of a fold. An evaluation has the
+            settings of agent, judge and gate.
         group: Runs with equal texts differ in seed and fold only.
         seed: Seed of the training; None for an evaluation.
         fold: The fold that tests; None without folds.
@@ -158,13 +159,14 @@ def _run(folder: Path) -> ComparedRun:
     decided = read_jsonl(folder / DECISIONS_FILE, DecidedRow)
     options = read_options(folder / CONFIG_FILE)
     by_scene = options["data"].get("split") == "by_scene"
+    given = settings(options) | _of_each_fold(folder)
     raw = record["test"].get("calibrated", record["test"]["raw"])
     baselines = {name: _rows(decided, name) for name in BASELINES if all(getattr(r, name) is not None for r in decided)}
     return ComparedRun(
         folder=folder,
         kind=KINDS[record["task"]],
-        options=settings(options),
-        group=json.dumps(settings(options) | _of_each_fold(folder), sort_keys=True),
+        options=given,
+        group=json.dumps(given, sort_keys=True),
         seed=int(options["seed_everything"]),
         fold=options["data"].get("fold") if by_scene else None,
         rows=_rows(decided, "probability"),
@@ -206,14 +208,18 @@ WITHOUT_EFFECT = frozenset(
 )
 
 
-def settings(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a run that may change its metrics, without seed and fold, by full name."""
+def settings(options: Mapping[str, Any], group: str = "") -> dict[str, Any]:
+    """The options of a run that may change its metrics, without seed and fold, by full name.
+
+    Args:
+        options: The options, or those of a group.
+        group: The beginning of their full names, such as `model.`.
+    """
     found: dict[str, Any] = {}
     for name, value in options.items():
-        inner = {f"{name}.{one}": given for one, given in value.items()} if isinstance(value, dict) else {name: value}
-        found |= {
-            one: given for one, given in inner.items() if one not in WITHOUT_EFFECT and not one.startswith("run.")
-        }
+        full = group + name
+        if full not in WITHOUT_EFFECT and full != "run":
+            found |= settings(value, f"{full}.") if isinstance(value, dict) else {full: value}
     return found
 
 

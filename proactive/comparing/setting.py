@@ -124,10 +124,7 @@ def letters(number: int) -> str:
 
 
 def differing_options(settings: Sequence[Setting]) -> dict[str, list[Any]]:
-    """The options that are not the same in all settings, by full name: a value for each setting, None where it lacks.
-
-    Where the runs of a setting differ, such as in the folds' own backbones, the value of its first run counts.
-    """
+    """The options that are not equal in all settings, by full name: a value for each, None where a setting lacks it."""
     options: list[Mapping[str, Any]] = [setting.runs[0].options for setting in settings]
     names = dict.fromkeys(name for one in options for name in one)
     values = {name: [one.get(name) for one in options] for name in names}

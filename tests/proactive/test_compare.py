@@ -13,6 +13,7 @@ import yaml
 from datamodules.corpus.json_records import read_jsonl
 from models.reporting.decided_rows import DecidedRow
 from proactive import compare, evaluate
+from proactive.comparing.runs import settings
 from tests.models.reporting.test_run_page import HOSTILE, Page
 from tests.proactive.annotation.conftest import browser, faults, page_of  # noqa: F401 - fixtures
 from tests.proactive.conftest import Ended, FinishedRun
@@ -112,8 +113,15 @@ def test_folds_with_backbones_of_their_own_are_one_setting(
     options = yaml.safe_load((finished_run.folder / "config.yaml").read_text())
     options["model"]["backbone"] = "start/{fold}"
     (folds / "folds.yaml").write_text(yaml.safe_dump(options | {"folds": "all"}))
-    settings = compared(tmp_path)["kinds"]["reward"]["settings"].values()
-    assert [len(one["runs"]) for one in settings] == [2, 1, 1]
+    found = compared(tmp_path)["kinds"]["reward"]
+    assert [len(one["runs"]) for one in found["settings"].values()] == [2, 1, 1]
+    assert found["options"]["model.backbone"] == ["start/{fold}", "start/0", "start/1"]
+
+
+def test_options_within_options_are_listed_one_by_one() -> None:
+    options = {"model": {"scratch": {"hidden_size": 64}, "dropout": 0.1}, "data": {"fold": 2}, "run": {"name": "a"}}
+    given = {**options, "trainer": {"strategy": {"class_path": "fully_sharded"}}, "task": "reward"}
+    assert settings(given) == {"model.scratch.hidden_size": 64, "model.dropout": 0.1, "task": "reward"}
 
 
 def test_a_repeated_run_is_a_setting_of_its_own(
