@@ -1,6 +1,7 @@
 """Small GGUF files, written with llama.cpp's library as its converter writes them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,14 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def with_cache(folder: Path, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a process of `tests.ranks.on_ranks`, with the cache of Hugging Face in a folder."""
+    from huggingface_hub import constants
+
+    constants.HF_HOME = str(folder)
+    return function(*arguments)
 
 
 def _add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerFast, splitting: str) -> None:

@@ -96,7 +96,7 @@ def _write(file: Path, folder: Path) -> None:
         try:
             with quiet_transformers():
                 tokenizer, network = _read(file)
-                network.save_pretrained(unfinished.path)
+                _save(network, unfinished.path)
                 tokenizer.save_pretrained(unfinished.path)
         except (UserError, MemoryError):
             raise
@@ -111,6 +111,19 @@ def _write(file: Path, folder: Path) -> None:
         (unfinished.path / NOTE).write_text(ConversionNote(checksums=sums).model_dump_json())
         remove(folder)
         unfinished.path.replace(folder)
+
+
+def _save(network: "PreTrainedModel", folder: Path) -> None:
+    """Write what `save_pretrained` writes. That method writes nothing on ranks above 0, but any rank may convert."""
+    from safetensors.torch import save_file
+    from transformers.utils import SAFE_WEIGHTS_NAME
+
+    network.config.architectures = [type(network).__name__]
+    network.config.save_pretrained(folder)
+    network.generation_config.save_pretrained(folder)
+    tied = network.all_tied_weights_keys
+    weights = {name: weight.contiguous() for name, weight in network.state_dict().items() if name not in tied}
+    save_file(weights, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def _read(file: Path) -> tuple["PreTrainedTokenizerFast", "PreTrainedModel"]:

@@ -1,11 +1,13 @@
 """GGUF files as backbones: the conversion computes the same, is made once, and is whole or absent."""
 
 import logging
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from datamodules.backbones import gguf
@@ -13,7 +15,8 @@ from datamodules.backbones.gguf import converted
 from datamodules.backbones.packaged import backbone_source
 from datamodules.corpus.sources import Corpus
 from datamodules.errors import UserError
-from tests.gguf_files import CHAT_TEMPLATE, small_llama, write_gguf
+from tests.gguf_files import CHAT_TEMPLATE, small_llama, with_cache, write_gguf
+from tests.ranks import on_ranks
 
 TEXTS = ["The user  opens parser.py at 12:30", "  2026, Day 1\n\tan é and 中", "<bos>user: Hi<eos>"]
 
@@ -83,6 +86,22 @@ def test_a_file_is_converted_once_and_again_if_the_cache_is_damaged(
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     assert [conversions(), conversions()] == [1, 0]
     assert [path.name for path in cache.iterdir() if not path.name.endswith(".lock")] == [weights.parent.name]
+
+
+def test_any_rank_can_convert(file: Path, cache: Path, tmp_path: Path) -> None:
+    """transformers' own `save_pretrained` writes no network on ranks above 0."""
+    on_ranks(2, with_cache, tmp_path / "ranks", converted_on_rank_1, file, folder=tmp_path)
+    [folder] = (path for path in (tmp_path / "ranks").rglob("*-transformers-*") if path.is_dir())
+    expected = {path.name: path.read_bytes() for path in converted(file).iterdir()}
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected
+
+
+def converted_on_rank_1(file: Path) -> None:
+    rank = int(os.environ["LOCAL_RANK"])
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    if rank == 1:
+        converted(file)
+    dist.barrier()
 
 
 def test_another_file_under_the_same_path_gets_another_folder(
