@@ -97,10 +97,7 @@ class NetworkModule(LightningModule):
         refuse_unfit_adapter(self.adapter, self.hparams["quantization"], self.trainer.strategy)
         sharded = mesh_of(self.trainer) is not None
         refuse_unfit_freezing(
-            self.hparams["freeze_layers"],
-            self.hparams["backbone"],
-            has_adapter=self.adapter is not None,
-            is_sharded=sharded,
+            self.hparams["freeze_layers"], self.hparams["backbone"], has_adapter=self.adapter is not None
         )
         with torch.device("cpu"):
             is_new = self.network is None

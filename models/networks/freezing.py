@@ -12,14 +12,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def refuse_unfit_freezing(count: int, backbone: str, *, has_adapter: bool, is_sharded: bool) -> None:
+def refuse_unfit_freezing(count: int, backbone: str, *, has_adapter: bool) -> None:
     """Refuse frozen layers that do not fit other options.
 
     Args:
         count: The number of frozen layers, model.freeze_layers.
         backbone: The option model.backbone.
         has_adapter: Whether adapters are trained instead of layers.
-        is_sharded: Whether the weights are sharded over ranks.
 
     Raises:
         UserError: They do not fit.
@@ -34,11 +33,6 @@ def refuse_unfit_freezing(count: int, backbone: str, *, has_adapter: bool, is_sh
         raise UserError(
             "model.freeze_layers: the layers of a backbone from scratch are random, and would stay so",
             "Leave it out, or give a pretrained model.backbone.",
-        )
-    if is_sharded:
-        raise UserError(
-            "model.freeze_layers: frozen layers are not supported with sharded weights",
-            "Use --trainer.strategy auto or ddp, or leave it out.",
         )
 
 

@@ -61,7 +61,7 @@ def steps(root: Path, cases: list[tuple[str, dict[str, Any], dict[str, Any]]], r
         curve, before = Curve(), Before()
         fit(
             classifier,
-            small_data(root, **data_options),
+            small_data(root, **{"tokenizer": classifier.hparams["backbone"], **data_options}),
             curve,
             before,
             **STEP,
@@ -90,8 +90,9 @@ def fitted_to(
     callbacks = [curve, stop, LastCheckpoint(folder, every_n_steps=1000, stop=stop), SeedEachStep(), StopAt(step)]
     torch.manual_seed(0)
     trainer = small_trainer(*callbacks, max_epochs=2, **(sharded() if spread else {}))
+    data = small_data(root, tokenizer=classifier.hparams["backbone"], layout="tree", token_budget=160)
     with contextlib.suppress(Interrupted):
-        trainer.fit(classifier, small_data(root, layout="tree", token_budget=160), ckpt_path=resumed, weights_only=True)
+        trainer.fit(classifier, data, ckpt_path=resumed, weights_only=True)
     return {"curve": curve.values, "after": whole_weights(classifier), "temperature": classifier.temperature}
 
 

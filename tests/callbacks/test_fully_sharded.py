@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from datamodules.corpus.sources import load_corpus
 from tests.callbacks.sharded_runs import compiled, mixed_precision, steps, stored_in_bfloat16
+from tests.gguf_files import small_llama, with_cache, write_gguf
 from tests.models.small import LLAMA
 from tests.ranks import on_ranks
 
@@ -29,8 +31,8 @@ def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return on_ranks(1, steps, root, CASES, 0, folder=tmp_path_factory.mktemp("alone"))
 
 
-def assert_same_steps(found: list[Any], expected: list[Any]) -> None:
-    for one, other, case in zip(found, expected, CASES, strict=False):
+def assert_same_steps(found: list[Any], expected: list[Any], cases: list[Any] = CASES) -> None:
+    for one, other, case in zip(found, expected, cases, strict=False):
         for part, tolerance in (("before", 0.0), ("after", 1e-5)):
             assert one[part].keys() == other[part].keys()
             for name, weight in other[part].items():
@@ -50,6 +52,22 @@ def test_eight_ranks_train_like_one(root: Path, alone: list[Any], tmp_path: Path
 
 def test_replicas_give_the_same_losses(root: Path, alone: list[Any], tmp_path: Path) -> None:
     assert_same_steps(on_ranks(4, steps, root, CASES[:1], 2, folder=tmp_path), alone)
+
+
+def test_a_gguf_file_trains_alike_on_two_ranks_with_all_or_its_upper_layers(root: Path, tmp_path: Path) -> None:
+    """Embeddings and frozen layers stay those of the file. The head is beside the embeddings in FSDP's last group."""
+    file = str(write_gguf(tmp_path / "small.gguf", *small_llama(load_corpus(str(root)).train)))
+    options, tree = {"backbone": file, "learning_rate": 1e-3}, {"layout": "tree", "token_budget": 160}
+    cases: list[Any] = [("llama", {**options, "freeze_layers": count}, tree) for count in (0, 1, 2)]
+    cases.append(("llama", {**options, "freeze_layers": 1, "gradient_checkpointing": True}, {"layout": "rows"}))
+    arguments = (with_cache, tmp_path / "cache", steps, root, cases)
+    two = on_ranks(2, *arguments, folder=tmp_path)
+    assert_same_steps(two, on_ranks(1, *arguments, 0, folder=tmp_path), cases)
+    for result, (_, model_options, _) in zip(two, cases, strict=True):
+        count = model_options["freeze_layers"]
+        frozen = tuple(f"model.layers.{index}." for index in range(count)) + ("model.embed_tokens.",) * (count > 0)
+        for name, weight in result["before"].items():
+            assert torch.equal(result["after"][name], weight) == name.startswith(frozen), name
 
 
 def test_compiled_blocks_give_the_same_losses(root: Path, alone: list[Any], tmp_path: Path) -> None:

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from datamodules.corpus.sources import load_corpus
 from datamodules.errors import UserError
 from models.learning import sharded_files as shards
 from models.learning.checkpoint_files import checkpoint_problem, load_checkpoint, load_run
 from models.learning.reward_classifier import RewardClassifier
 from tests.callbacks.sharded_runs import disk_full_on_one_rank, fitted_to, killed_while_saving
+from tests.gguf_files import small_llama, with_cache, write_gguf
 from tests.models.small import LLAMA
 from tests.ranks import on_ranks
 
@@ -77,6 +79,20 @@ def test_the_8_bit_optimizer_resumes_with_other_numbers_of_ranks(root: Path, tmp
     torch.testing.assert_close(torch.tensor(curve), torch.tensor(whole["curve"]), rtol=5e-3, atol=5e-3)
     for name, weight in whole["after"].items():
         torch.testing.assert_close(parts[-1]["after"][name], weight, rtol=0, atol=5e-3, msg=name)
+
+
+def test_frozen_layers_of_a_gguf_file_resume_with_and_without_ranks(root: Path, tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "small.gguf", *small_llama(load_corpus(str(root)).train))
+    options = {"backbone": str(file), "freeze_layers": 1, "learning_rate": 1e-3}
+
+    def fitted(ranks: int, step: int, name: str, resumed: str | None = None) -> dict[str, Any]:
+        last = resumed and str(tmp_path / resumed / "last.ckpt")
+        given = (step, root, tmp_path / name, last, ranks > 1, options)
+        return on_ranks(ranks, with_cache, tmp_path / "cache", fitted_to, *given, folder=tmp_path / name)
+
+    whole = fitted(1, 12, "whole")
+    parts = [fitted(2, 4, "first"), fitted(1, 8, "second", "first"), fitted(2, 12, "third", "second")]
+    assert_as_whole(parts, whole)
 
 
 @pytest.mark.parametrize("when", ["write_shards", "put_in_place"])
