@@ -40,6 +40,11 @@ def leaves(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{name}", value
 
 
+def recipe(name: str) -> dict[str, Any]:
+    """The options of a recipe by full name."""
+    return dict(leaves(yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))))
+
+
 def test_all_recipes_exist() -> None:
     names = {path.relative_to(ROOT / "configs").as_posix() for path in CONFIGS}
     sizes = ("paper", "paper_fsdp", "tiny", "qlora", "full_1x80gb")
@@ -76,18 +81,18 @@ def test_config_is_instantiated_without_weights(path: Path, tmp_path: Path) -> N
 
 
 def test_the_paper_recipe_has_the_papers_options() -> None:
-    recipe = dict(leaves(yaml.safe_load((ROOT / "configs/reward/paper.yaml").read_text(encoding="utf-8"))))
-    assert recipe["model.backbone"] == "meta-llama/Llama-3.1-8B-Instruct"
-    assert (recipe["data.root"], recipe["data.split"], recipe["data.batch_size"]) == ("published", "published", 32)
-    assert (recipe["model.learning_rate"], recipe["model.warmup_ratio"]) == (1e-5, 0.1)
-    assert (recipe["model.optimizer"], recipe["model.weight_decay"]) == ("adamw", 0.0)  # that is Adam
-    assert recipe["trainer.max_epochs"] == 5
+    paper = recipe("reward/paper")
+    assert paper["model.backbone"] == "meta-llama/Llama-3.1-8B-Instruct"
+    assert (paper["data.root"], paper["data.split"], paper["data.batch_size"]) == ("published", "published", 32)
+    assert (paper["model.learning_rate"], paper["model.warmup_ratio"]) == (1e-5, 0.1)
+    assert (paper["model.optimizer"], paper["model.weight_decay"]) == ("adamw", 0.0)  # that is Adam
+    assert paper["trainer.max_epochs"] == 5
 
 
 def test_the_agents_paper_recipe_has_the_papers_options() -> None:
-    recipe = dict(leaves(yaml.safe_load((ROOT / "configs/agent/paper.yaml").read_text(encoding="utf-8"))))
-    assert recipe["model.backbone"] == "Qwen/Qwen2-7B-Instruct"
-    assert (recipe["data.batch_size"], recipe["model.learning_rate"], recipe["trainer.max_epochs"]) == (32, 1e-5, 3)
+    paper = recipe("agent/paper")
+    assert paper["model.backbone"] == "Qwen/Qwen2-7B-Instruct"
+    assert (paper["data.batch_size"], paper["model.learning_rate"], paper["trainer.max_epochs"]) == (32, 1e-5, 3)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT / "configs").as_posix())
@@ -102,10 +107,7 @@ def test_recipes_hold_out_scenes_except_the_papers_which_say_that_they_are_conta
 
 @pytest.mark.parametrize("task", ["reward", "agent"])
 def test_the_sharded_recipes_are_the_papers_on_eight_devices(task: str) -> None:
-    plain, spread = (
-        dict(leaves(yaml.safe_load((ROOT / "configs" / task / f"{name}.yaml").read_text(encoding="utf-8"))))
-        for name in ("paper", "paper_fsdp")
-    )
+    plain, spread = (recipe(f"{task}/{name}") for name in ("paper", "paper_fsdp"))
     assert {name for name in spread if spread[name] != plain.get(name)} == {
         "trainer.devices",
         "trainer.strategy.class_path",
@@ -113,6 +115,17 @@ def test_the_sharded_recipes_are_the_papers_on_eight_devices(task: str) -> None:
         "run.name",
     }
     assert spread["trainer.devices"] == 8
+
+
+@pytest.mark.parametrize("task", ["reward", "agent"])
+def test_the_recipes_with_adapters_differ_from_the_plain_ones_in_what_is_trained(task: str) -> None:
+    plain, adapters = (recipe(f"{task}/{name}") for name in ("smollm2", "smollm2_lora"))
+    assert plain.keys() - adapters.keys() == {"model.freeze_layers"}
+    assert {name for name in adapters if adapters[name] != plain.get(name)} == {
+        *(f"model.adapter.{field}" for field in ("rank", "alpha", "dropout", "targets")),
+        "model.learning_rate",
+        "run.name",
+    }
 
 
 @pytest.mark.usefixtures("clean_environment")
