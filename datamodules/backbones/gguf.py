@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 LIBRARIES = ("gguf", "accelerate")  # with which transformers reads GGUF files
 NOTE = "conversion.json"  # in the folder of a conversion
+WEIGHTS = "model.safetensors"
 WEIGHTS_A_BYTE = 8  # at most: no quantization stores less than a bit per weight
 # Names of llama.cpp for tokenizers that split text as GPT-2's, after each digit has become a word of its own.
 # transformers splits as GPT-2's alone (integrations/gguf/gguf_tokenizer_mapping.py).
@@ -77,6 +78,8 @@ def _is_sound(folder: Path) -> bool:
     """Whether a folder contains a whole conversion."""
     try:
         note = ConversionNote.model_validate_json((folder / NOTE).read_bytes())
+        if WEIGHTS not in note.checksums:  # an earlier version could leave them out
+            return False
         return all(checksum(folder / name) == expected for name, expected in note.checksums.items())
     except (OSError, ValueError):
         return False
@@ -116,14 +119,13 @@ def _write(file: Path, folder: Path) -> None:
 def _save(network: "PreTrainedModel", folder: Path) -> None:
     """Write what `save_pretrained` writes. That method writes nothing on ranks above 0, but any rank may convert."""
     from safetensors.torch import save_file
-    from transformers.utils import SAFE_WEIGHTS_NAME
 
     network.config.architectures = [type(network).__name__]
     network.config.save_pretrained(folder)
     network.generation_config.save_pretrained(folder)
     tied = network.all_tied_weights_keys
     weights = {name: weight.contiguous() for name, weight in network.state_dict().items() if name not in tied}
-    save_file(weights, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def _read(file: Path) -> tuple["PreTrainedTokenizerFast", "PreTrainedModel"]:

@@ -1,5 +1,6 @@
 """GGUF files as backbones: the conversion computes the same, is made once, and is whole or absent."""
 
+import json
 import logging
 import os
 import shutil
@@ -85,6 +86,12 @@ def test_a_file_is_converted_once_and_again_if_the_cache_is_damaged(
     weights = converted(file) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     assert [conversions(), conversions()] == [1, 0]
+    note = converted(file) / gguf.NOTE  # as an earlier version could leave it
+    listed = json.loads(note.read_text())["checksums"]
+    weights.unlink()
+    note.write_text(json.dumps({"checksums": {name: sum for name, sum in listed.items() if name != weights.name}}))
+    assert [conversions(), conversions()] == [1, 0]
+    assert weights.exists()
     assert [path.name for path in cache.iterdir() if not path.name.endswith(".lock")] == [weights.parent.name]
 
 
