@@ -90,15 +90,15 @@ def split_outside_traces(corpus: Corpus, validation_fraction: float, seed: int =
     Raises:
         UserError: The root has no test traces or no rows of their scenes, or fewer than two scenes outside them.
     """
-    tested = {scene_of([step.observation for step in steps]) for steps in corpus.traces.values()}
-    known = {row.scene for row in corpus.rows}
-    others = sorted(known - tested)
-    if not tested:
+    traced = {scene_of([step.observation for step in steps]) for steps in corpus.traces.values()}
+    tested = {row.scene for row in corpus.rows if row.scenes & traced}
+    others = sorted({row.scene for row in corpus.rows} - tested)
+    if not traced:
         raise UserError(
             f"data.split: published needs the traces of {TRACES}/, and {corpus.root} has none",
             "Add them, or use --data.split by_scene.",
         )
-    if not tested & known:
+    if not tested:
         raise UserError(
             f"data.split: published would test nothing: none of {corpus.root}'s annotated rows begins as one of its "
             f"traces in {TRACES}/ does",

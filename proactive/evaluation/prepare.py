@@ -181,7 +181,7 @@ def _rows_of(traces: Sequence[Trace], root_traces_by_name: Mapping[str, Trace], 
     """The annotated rows of the traces' scenes; all rows if these have none."""
     known = [*traces, *(root_traces_by_name[trace.name] for trace in traces if trace.name in root_traces_by_name)]
     scenes = {scene_of(trace.events) for trace in known}
-    return [row for row in corpus.rows if row.scene in scenes] or corpus.rows
+    return [row for row in corpus.rows if row.scenes & scenes] or corpus.rows
 
 
 def _splits_file(recorded: Path | None, corpus: Corpus | None) -> Path | None:
@@ -193,6 +193,9 @@ def _splits_file(recorded: Path | None, corpus: Corpus | None) -> Path | None:
 
 def _refuse_empty(traces: Sequence[Trace], corpus: Corpus | None) -> None:
     if not traces:
-        raise UserError(f"data.root: {corpus.root if corpus else None} has no test traces", "Give another --data.root.")
+        raise UserError(
+            f"data.root: {corpus.root if corpus else None} has no test traces",
+            "Give a folder with test_data/; docs/how-to/own-data.md shows the files of traces.",
+        )
     if empty := [trace.name for trace in traces if not trace.events]:
         raise UserError(f"{empty[0]} contains no event", "Remove it from the folder, or add events.")

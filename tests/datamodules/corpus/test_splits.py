@@ -160,6 +160,16 @@ def test_by_scene_is_free_of_contamination_on_published_rows(published: Corpus, 
         assert len({row.category for row in part}) == 4
 
 
+def test_rows_of_a_traces_scene_test_also_if_they_name_it() -> None:
+    """A trace names no scene. It is recognized by its first event, and then all rows of that scene test."""
+    rows = [row_of([f"scene {scene}"], scene=f"session {scene}") for scene in range(4)]
+    rows.append(row_of(["later"], scene="session 0"))
+    step = TestStep.model_construct(observation=rows[0].history[0], task_status=False)
+    split = split_outside_traces(Corpus("here", rows, [], {"a.json": [step]}), 0.1)
+    assert split.test == [rows[0], rows[4]]
+    assert len(split.train) + len(split.validation) == 3
+
+
 def test_a_published_split_without_rows_of_its_traces_is_refused() -> None:
     """It would test nothing, which would be found out when all is trained."""
     rows = [row_of([f"scene {scene}"], "Help.", True) for scene in range(4)]
