@@ -1,8 +1,9 @@
-"""UserError, the exception for errors that the user can fix; and the check of a resumed run's options."""
+"""UserError, the exception for errors that the user can fix; suggestions; and the check of a resumed run's options."""
 
+import difflib
 import json
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from datamodules.escaping import printable, shortened
@@ -20,6 +21,14 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return f"{self.what}\n{self.hint}"
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """Return the addition to an error about an unknown name: the most similar known name, or nothing."""
+    alike = difflib.get_close_matches(given, list(known), n=10, cutoff=0.7)
+    last = given.rpartition(".")[2]  # compare without the group, which both names may share
+    meant = next((name for name in alike if difflib.get_close_matches(last, [name.rpartition(".")[2]])), None)
+    return f"; did you mean {meant}?" if meant else ""
 
 
 def refuse_changes(group: str, before: Mapping[str, Any], now: Mapping[str, Any], may_change: Collection[str]) -> None:

@@ -7,10 +7,9 @@ import importlib
 import sys
 from typing import NoReturn
 
-from datamodules.errors import UserError
+from datamodules.errors import UserError, did_you_mean
 from proactive import __version__
 from proactive.fitting.help import show_cached_help
-from proactive.parser import did_you_mean
 from proactive.terminal import run, say, set_up_messages
 
 COMMANDS = {  # module name: description

@@ -5,16 +5,15 @@ with --config; `proactive.fitting.foreign` restricts configurations that are rea
 arguments of a class are not allowed, because calling them could run any code.
 """
 
-import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NoReturn, Protocol, Self, get_args, get_origin
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from datamodules.errors import UserError
+from datamodules.errors import UserError, did_you_mean
 from datamodules.ranges import plain_message
 
 # Values of parameters without a type are not instantiated. The denylist is jsonargparse's own: modules that run
@@ -114,14 +113,6 @@ def parser_of(main: Callable[[list[str]], None], *arguments: str) -> Parser:
     finally:
         _taken_out.reset(before)
     raise TypeError(f"{main} parses nothing")
-
-
-def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """Return the addition to an error about an unknown name: the most similar known name, or nothing."""
-    alike = difflib.get_close_matches(given, list(known), n=10, cutoff=0.7)
-    last = given.rpartition(".")[2]  # compare without the group, which both names may share
-    meant = next((name for name in alike if difflib.get_close_matches(last, [name.rpartition(".")[2]])), None)
-    return f"; did you mean {meant}?" if meant else ""
 
 
 def takes_code(annotation: Any) -> bool:

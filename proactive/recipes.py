@@ -3,8 +3,7 @@
 import os
 from pathlib import Path
 
-from datamodules.errors import UserError
-from proactive.parser import did_you_mean
+from datamodules.errors import UserError, did_you_mean
 
 _IN_A_WHEEL = Path(__file__).parent / "configs"
 FOLDER = _IN_A_WHEEL if _IN_A_WHEEL.is_dir() else Path(__file__).parents[1] / "configs"

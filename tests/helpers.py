@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from callbacks.stopping import StopOnSignal
+from datamodules.corpus.conversations import Conversation, open_conversations, read_conversations
 from datamodules.corpus.records import AnnotatedRow
 from datamodules.corpus.simulator import simulate
 from tests.forking import Forked, run_module
@@ -54,6 +56,11 @@ SMALL_RUN = [
 def write_jsonl(path: Path, rows: Iterable[AnnotatedRow]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row.published()) + "\n" for row in rows), encoding="utf-8")
+
+
+def conversations_of(path: Path, counts: Counter[str] | None = None) -> Iterator[Conversation]:
+    """The conversations of a file."""
+    return read_conversations(open_conversations(str(path)), counts)
 
 
 def small_root(folder: Path, scenes: int = 9, rows_per_scene: int = 9) -> Path:

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import cached_property
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,12 @@ from datamodules.batching.token_cache import CachedRows
 from datamodules.batching.tokenized_split import Stage, TokenizedSplit
 from datamodules.corpus.answers import Answer, write_answer
 from datamodules.corpus.conversation_formats import conversion_report, is_conversion_count
-from datamodules.corpus.conversations import read_conversations
+from datamodules.corpus.conversations import open_conversations, read_conversations, reading_notes
 from datamodules.corpus.records import AnnotatedRow, Category, Event, scene_of
 from datamodules.corpus.sources import Corpus
 from datamodules.corpus.splits import Split, history_digests, split_by_scene, split_outside_traces
+from datamodules.corpus.tables import Tables
 from datamodules.errors import UserError
-from datamodules.files.reading import file_digest
 from datamodules.prompting.segments import Data, Segment, plain_text
 from datamodules.prompting.templates import AgentTemplate, render_history
 
@@ -240,8 +240,9 @@ class AgentDataModule(AnswersDataModule):
     """Answers to learn: accepted proposals of annotated rows, null for correct silences, and conversations.
 
     Args:
-        conversations: Conversation files to learn from: JSON lists or JSON lines of
-            {"conversations": [{"role": ..., "content": ...}, ...]}.
+        conversations: Tables of conversations to learn from: JSON, CSV or Parquet files of
+            {"conversations": [{"role": ..., "content": ...}, ...]}, folders of them, or names of datasets of the
+            Hugging Face hub (org/name, which are downloaded).
         options: See AnswersDataModule.
 
     Examples:
@@ -255,11 +256,15 @@ class AgentDataModule(AnswersDataModule):
 
     def __init__(self, conversations: list[str] | None = None, **options: Any) -> None:
         super().__init__(**options)
-        self.conversations = [Path(path) for path in conversations or []]
+        self.conversations = list(conversations or [])
         self.conversation_counts: Counter[str] = Counter()  # see `conversation_rows`
-        self._file_digests: dict[Path, str] = {}
         if not self.annotated and not self.conversations:
             raise UserError("data.annotated: false leaves no training data", "Give data.conversations.")
+
+    @cached_property
+    def conversation_tables(self) -> list[Tables]:
+        """The sources of conversations, opened once."""
+        return [*map(open_conversations, self.conversations)]
 
     @property
     def seen(self) -> dict[str, list[Any]]:
@@ -271,7 +276,7 @@ class AgentDataModule(AnswersDataModule):
         return seen
 
     def training_text(self) -> list[str]:
-        conversations = chain.from_iterable(map(read_conversations, self.conversations))
+        conversations = chain.from_iterable(map(read_conversations, self.conversation_tables))
         turns = (turn.content for conversation in conversations for turn in conversation.conversations)
         return list(dict.fromkeys(chain(super().training_text(), islice(turns, TURNS_FOR_VOCABULARY))))
 
@@ -283,9 +288,10 @@ class AgentDataModule(AnswersDataModule):
 
     @property
     def conversation_notes(self) -> list[str]:
-        """What was converted, left out and rewritten, in sentences."""
+        """What was read, converted, left out and rewritten, in sentences."""
         counts = self.conversation_counts
-        notes = [f"data.conversations: {sentence}" for sentence in conversion_report(counts)]
+        read = [*chain.from_iterable(map(reading_notes, self.conversation_tables)), *conversion_report(counts)]
+        notes = [f"data.conversations: {sentence}" for sentence in read]
         reasons = [name for name in counts if name != REWRITTEN and not is_conversion_count(name)]
         if left_out := [f"{counts[reason]} {reason}" for reason in reasons]:
             notes.append(f"conversations left out: {', '.join(left_out)}")
@@ -319,11 +325,12 @@ class AgentDataModule(AnswersDataModule):
     def _conversation_rows(self, stage: Stage) -> CachedRows:
         """Return the tokenized conversations of a split, on disk."""
         held_out = None if self.contamination_allowed else self._held_out_events
-        key = [*map(self._file_digest, self.conversations), self.validation_fraction, stage, held_out]
+        digests = [digest for tables in self.conversation_tables for digest in tables.digests]
+        key = [*digests, self.validation_fraction, stage, held_out]
         found = self.token_cache.rows(
             key,
             lambda counts: conversation_rows(
-                self.conversations,
+                self.conversation_tables,
                 self.tokenizer,
                 max_length=self.max_length,
                 validation=stage == "validation",
@@ -336,8 +343,3 @@ class AgentDataModule(AnswersDataModule):
         )
         self.conversation_counts.update(found.counts)
         return found
-
-    def _file_digest(self, path: Path) -> str:
-        if path not in self._file_digests:
-            self._file_digests[path] = file_digest(path, "data.conversations")
-        return self._file_digests[path]

@@ -2,12 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datamodules.batching.token_cache import Columns
 from datamodules.corpus.conversations import contains_event, event_pattern, read_conversations
 from datamodules.corpus.splits import validates
+from datamodules.corpus.tables import Tables
 from datamodules.prompting.conversation_tokenizer import ConversationTokenizer
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ REWRITTEN = "rewritten"  # among the counts, conversations that are learned with
 
 
 def conversation_rows(
-    paths: Sequence[Path],
+    sources: Sequence[Tables],
     tokenizer: "PreTrainedTokenizerFast",
     *,
     max_length: int,
@@ -30,7 +30,7 @@ def conversation_rows(
     """Yield the tokenized conversations of the training or validation split.
 
     Args:
-        paths: Conversation files.
+        sources: Sources of conversations.
         tokenizer: Tokenizes them in its chat format.
         max_length: Maximum number of tokens of a conversation.
         validation: Whether to yield the validation split.
@@ -42,8 +42,8 @@ def conversation_rows(
     """
     conversation_tokenizer = ConversationTokenizer(tokenizer, max_length)
     guard = None if held_out_events is None else event_pattern(held_out_events)
-    for path in paths:
-        for conversation in read_conversations(path, None if validation else counts):  # both splits read all files
+    for tables in sources:
+        for conversation in read_conversations(tables, None if validation else counts):  # both splits read all of them
             if validates(conversation.scene, validation_fraction) is not validation:
                 continue
             if contains_event(conversation, guard):

@@ -39,7 +39,7 @@ class RowsDataModule(StepDataModule):
 
     Args:
         root: Source of the data: "embedded" (simulated sessions), "published" (downloads the files of
-            ProactiveBench), a directory with reward_data/ and test_data/, or a table: a CSV, Parquet or JSONL file, a
+            ProactiveBench), a directory with reward_data/ and test_data/, or a table: a CSV, Parquet or JSON file, a
             folder of them, or the name of a dataset of the Hugging Face hub (org/name, which is downloaded).
         columns: Which columns of a table hold the fields of a row.
         split: "by_scene" holds out whole scenes. "published" tests on the root's own test set, whose histories may

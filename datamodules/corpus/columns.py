@@ -1,31 +1,35 @@
 """Columns of tables, and the conversion of their cells to annotated rows.
 
-A table is a CSV, Parquet or JSONL file, or a dataset of the Hugging Face hub. Its cells have few, fixed forms, which
-docs/how-to/own-data.md lists. Every other cell is refused with its file, its row and its column.
+Cells have few, fixed forms, which docs/how-to/own-data.md lists. Every other cell is refused with its file, its row and
+its column.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, create_model
+from pydantic_core import PydanticCustomError
 
 from datamodules.corpus.json_records import parse_json, shown, validate
 from datamodules.corpus.records import AnnotatedRow, Event, Proposal, Text
-from datamodules.errors import UserError
+from datamodules.corpus.tables import PAGE, Table
+from datamodules.errors import UserError, did_you_mean
 from datamodules.escaping import shortened
 
-PAGE = "docs/how-to/own-data.md"
+JSON_HINT = f"Write it as json.dumps does in Python, or save the table as Parquet or JSONL; {PAGE} shows the forms."
 MAX_ANNOTATORS = 1000  # of one row
 OTHER_RECORDS = (  # fields of other files: what they hold, and the options that take them
     ({"conversations"}, "conversations", "--task agent --data.conversations"),
     ({"messages"}, "conversations", "--task agent --data.conversations"),
     ({"chosen", "rejected"}, "preferences", "--task preference --data.preferences"),
 )
-_TRUTHS = {"true": True, "false": False, "1": True, "0": False}
+_TRUTHS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 _VERDICTS = {**_TRUTHS, "accepted": True, "rejected": False}
+_MISSING = ("none", "nan", "na", "n/a")  # no text of an offer, and no clear null
 
 
 @dataclass(frozen=True)
@@ -60,26 +64,6 @@ class Columns:
         return {field: column for field, column in asdict(self).items() if column is not None}
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table, opened to be read once.
-
-    Attributes:
-        where: The file or the dataset, for messages.
-        names: Names of its columns; of a JSONL file the fields of its first record.
-        records: Yields the place and the cells of each row, of at least the given columns.
-    """
-
-    where: str
-    names: Sequence[str]
-    records: Callable[[Sequence[str]], Iterator[tuple[str, Mapping[str, Any]]]]
-
-
-def unread_columns(table: Table, columns: Columns) -> list[str]:
-    """Return the columns of a table that are not read."""
-    return [name for name in table.names if name not in columns.by_field.values()]
-
-
 def table_rows(table: Table, columns: Columns) -> Iterator[AnnotatedRow]:
     """Yield the rows of a table.
 
@@ -108,7 +92,8 @@ def _refuse_missing_columns(table: Table, columns: Columns) -> None:
     for field, column in missing.items():
         has = shortened(", ".join(table.names), 300) or "none"
         raise UserError(
-            f"data.root: {table.where} has no column {shortened(column, 80)}; its columns: {has}",
+            f"data.root: {table.where} has no column {shortened(column, 80)}; its columns: {has}"
+            f"{did_you_mean(column, table.names)}",
             f"Say which column holds the {_MEANING[field]}: --data.columns.{field} COLUMN; {PAGE} shows how.",
         )
 
@@ -136,37 +121,55 @@ def _validated(item: Any) -> Any:
 
 
 def event_fields(index: int, value: Any) -> Any:
-    """Return the fields of an event that is given as text, or with a number as time; other values as they are.
+    """Return the fields of an event that is text, or whose time is a number or a date; other values as they are.
 
     Args:
         index: Index of the event in its history. Texts get times one second apart.
-        value: The event.
+        value: The event. A date without time zone is taken as UTC.
     """
     if isinstance(value, str):
         return {"time": str(index), "event": value}
     if not isinstance(value, Mapping):
         return value
     time = value.get("time")
+    if isinstance(time, datetime):
+        time = (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
     is_number = isinstance(time, int | float) and not isinstance(time, bool) and math.isfinite(time)
-    return {**value, "time": str(time)} if is_number else dict(value)
+    return {**value, "time": str(_whole(time))} if is_number else dict(value)
+
+
+def _whole(value: Any) -> Any:
+    """Return a whole number as an integer: a column of integers with an empty cell is often stored as 1.0 and 0.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _json(text: str, expected: str) -> Any:
     """Parse a cell of JSON text."""
     try:
-        found = parse_json(text, "JSON text")
+        found, why = parse_json(text, "it"), ""
     except UserError as error:
-        raise ValueError(f"expected {expected} as JSON text: {error.what}, got {shown(text)}") from None
+        found, why = text, error.what.removeprefix("it: expected JSON")
     if isinstance(found, str):
-        raise ValueError(f"expected {expected} as JSON text, got {shown(text)}")
+        raise PydanticCustomError(
+            "json_text",
+            "expected {expected} as JSON text{why}, got {got}",
+            {"expected": expected, "why": why, "got": shown(text), "hint": JSON_HINT},
+        )
     return found
 
 
 def _yes_or_no(known: Mapping[str, bool], value: Any) -> Any:
-    found = str(value).strip().lower() if isinstance(value, (str, int)) else ""  # booleans are integers
+    text = str(value) if isinstance(value, (str, int, float)) else ""  # booleans are integers
+    found = text.strip().lower().removesuffix(".0")
     if found not in known:
         raise ValueError(f"expected one of {', '.join(known)}, got {shown(value)}")
     return known[found]
+
+
+def _offer(value: Any) -> Any:
+    if isinstance(value, str) and value.strip().lower() in _MISSING:
+        raise ValueError(f"expected the text of an offer, or null or an empty cell of CSV for none, got {shown(value)}")
+    return value
 
 
 def _verdict(value: Any) -> Any:
@@ -194,7 +197,8 @@ def _annotators(value: Any) -> Any:
 
 
 def _scene(value: Any) -> Any:
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    number = _whole(value)
+    return str(number) if isinstance(number, int) and not isinstance(number, bool) else value
 
 
 def _help_needed(value: Any) -> Any:
@@ -208,7 +212,7 @@ class _TableRow(BaseModel):
 
 _CELLS: dict[str, tuple[Any, Any]] = {  # the type and the default of each field
     "history": (Annotated[tuple[Event, ...], FailFast(), BeforeValidator(_events)], ...),
-    "proposal": (Proposal, ...),
+    "proposal": (Annotated[Proposal, BeforeValidator(_offer)], ...),
     "accepted": (Annotated[bool, BeforeValidator(_verdict)], ...),
     "annotators": (Annotated[tuple[bool, ...], BeforeValidator(_annotators)], ()),
     "help_needed": (Annotated[bool | None, BeforeValidator(_help_needed)], None),

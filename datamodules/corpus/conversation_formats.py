@@ -8,6 +8,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from datamodules.corpus.json_records import parse_json
+from datamodules.errors import UserError
+
 SHAREGPT, OPENAI = "ShareGPT", "OpenAI"
 _ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}  # other roles keep their name
 _TOOL_ROLES = {"tool", "function", "function_call", "function_response", "observation"}
@@ -15,26 +18,28 @@ _CALLS = ("tool_calls", "function_call", "tool_call_id")
 _AFTER = "after such a turn"
 
 
-def converted(item: Any, counts: Counter[str]) -> Any:
+def converted(record: Mapping[str, Any], counts: Counter[str]) -> Mapping[str, Any] | None:
     """Convert a conversation to the published format.
 
     Args:
-        item: A parsed record. One that is in neither of the other formats is returned as it is.
+        record: A record, whose turns may be JSON text. One that is in neither of the other formats keeps its fields.
         counts: Counts what was done; see `conversion_report`.
 
     Returns:
         The record. None if no answer is left in it.
     """
-    name, turns = _format_of(item)
-    if name is None or not isinstance(turns, list):
-        return item
-    if name == SHAREGPT and item.get("system"):  # as LLaMA-Factory writes it
-        turns = [{"from": "system", "value": item["system"]}, *turns]
+    record = {**record, **{field: _turns(record[field]) for field in ("conversations", "messages") if field in record}}
+    name, turns = _format_of(record)
+    if name is None:
+        return record
+    if not isinstance(turns, list):
+        return {"conversations": turns}
+    if name == SHAREGPT and record.get("system"):  # as LLaMA-Factory writes it
+        turns = [{"from": "system", "value": record["system"]}, *turns]
     read = [_turn(turn) for turn in turns]
     end = next((place for place, (_, problem) in enumerate(read) if problem), len(read))
     counts[f"{name}: conversations"] += 1
     counts[f"{name}: turns"] += len(read)
-    counts[f"{name}: with other fields"] += bool(item.keys() - {"messages", "conversations", "system"})
     if end < len(read):
         counts[f"{name}: dropped {read[end][1]}"] += 1
         counts[f"{name}: dropped {_AFTER}"] += len(read) - end - 1
@@ -63,8 +68,6 @@ def conversion_report(counts: Mapping[str, int]) -> list[str]:
             parts.append(f"turns dropped: {', '.join(dropped)}")
         if left_out := counts.get(f"{name}: left out"):
             parts.append(f"{left_out} conversations left out, because no answer is left")
-        if other := counts.get(f"{name}: with other fields"):
-            parts.append(f"{other} have other fields, which are not read")
         said.append("; ".join(parts))
     return said
 
@@ -74,14 +77,22 @@ def is_conversion_count(key: str) -> bool:
     return key.startswith((f"{SHAREGPT}: ", f"{OPENAI}: "))
 
 
-def _format_of(item: Any) -> tuple[str | None, Any]:
+def _turns(cell: Any) -> Any:
+    """Parse turns that are JSON text, as in CSV. Other values are returned as they are, and refused later."""
+    try:
+        return parse_json(cell, "it") if isinstance(cell, str) else cell
+    except UserError:
+        return cell
+
+
+def _format_of(record: Mapping[str, Any]) -> tuple[str | None, Any]:
     """Return the format of a record and its turns; None for other records."""
-    if not isinstance(item, dict):
-        return None, None
-    if "messages" in item and "conversations" not in item:
-        return OPENAI, item["messages"]
-    turns = item.get("conversations")
-    if isinstance(turns, list) and any(isinstance(turn, dict) and {"from", "value"} <= turn.keys() for turn in turns):
+    if "messages" in record and "conversations" not in record:
+        return OPENAI, record["messages"]
+    turns = record.get("conversations")
+    if turns == [] and "messages" not in record:
+        return SHAREGPT, turns  # or any other format
+    if isinstance(turns, list) and any(isinstance(turn, dict) and "from" in turn for turn in turns):
         return SHAREGPT, turns
     return None, None
 
@@ -93,8 +104,8 @@ def _turn(turn: Any) -> tuple[Any, str]:
     """
     if not isinstance(turn, dict):
         return turn, ""
-    is_sharegpt = {"from", "value"} <= turn.keys()
-    role, content = (turn["from"], turn["value"]) if is_sharegpt else (turn.get("role"), turn.get("content"))
+    names = ("from", "value") if "from" in turn else ("role", "content")
+    role, content = map(turn.get, names)
     if any(turn.get(call) for call in _CALLS) or (isinstance(role, str) and role in _TOOL_ROLES):
         return turn, "that call a tool or answer a call"
     if turn.get("weight") == 0:  # OpenAI's mark of an answer that is not learned

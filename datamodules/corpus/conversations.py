@@ -1,33 +1,28 @@
-"""Conversation files, read one conversation at a time.
+"""Conversations of tables, read one at a time.
 
-A file is a JSON list, or JSON lines, of {"conversations": [{"role": ..., "content": ...}, ...]}, or of conversations in
-the formats of ShareGPT and OpenAI. The turns of the assistant are learned.
+A record is {"conversations": [{"role": ..., "content": ...}, ...]}, or a conversation in the format of ShareGPT or
+OpenAI. The turns of the assistant are learned.
 """
 
 import hashlib
 import json
-import mmap
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
-from pathlib import Path
-from typing import IO, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, model_validator
 from pydantic_core import PydanticCustomError
 
 from datamodules.corpus.conversation_formats import converted
-from datamodules.corpus.json_records import parse_json, validate
+from datamodules.corpus.json_records import shown, validate
 from datamodules.corpus.records import Text
+from datamodules.corpus.tables import TRAIN_HINT, Tables, open_tables
 from datamodules.errors import UserError
-from datamodules.files.reading import MAX_TEXT_BYTES, not_utf8, open_file, refuse_long, text_lines
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MIN_EVENT_LENGTH = 20  # characters; a shorter event may occur in a conversation by chance
 PAGE = "docs/how-to/conversations.md"
-# Where JSON values begin and end. A string with all its contents is one match.
-_JSON_MARKS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{},]', re.DOTALL)
-_NOT_BLANK = re.compile(rb"\S")
+COLUMNS = ("conversations", "messages", "system")
 
 # Formats of other projects: the fields that identify each, its name, and how to convert it.
 OTHER_FORMATS: tuple[tuple[set[str], str, str], ...] = (
@@ -39,9 +34,16 @@ OTHER_FORMATS: tuple[tuple[set[str], str, str], ...] = (
     ({"chosen", "rejected"}, 'pairs of "chosen" and "rejected"', "Make conversations of those that were chosen"),
     ({"prompt", "completion"}, '"prompt" and "completion"', "Make a user turn and an assistant turn of them"),
     ({"obs", "pred_task"}, "an annotated row", "Give the folder of such rows with --data.root"),
+    ({"history", "proposal"}, "an annotated row", "Give the table of such rows with --data.root"),
     ({"observation", "agent_response"}, "a step of a trace", "Give the folder of such traces with --data.root"),
     ({"text"}, '"text"', "Divide the text into turns of role and content"),
 )
+
+
+def _list_of_turns(value: Any) -> Any:
+    if not isinstance(value, list):
+        raise ValueError("expected a list of turns")
+    return tuple(value)
 
 
 class Message(BaseModel):
@@ -62,7 +64,7 @@ class Conversation(BaseModel):
     conversations: Annotated[
         tuple[Message, ...],
         FailFast(),
-        BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+        BeforeValidator(_list_of_turns),
     ]
 
     @model_validator(mode="before")
@@ -72,6 +74,7 @@ class Conversation(BaseModel):
             for fields, what, hint in OTHER_FORMATS:
                 if fields <= data.keys():
                     raise _other_format(f'expected the field "conversations", got {what}', hint)
+            raise ValueError(f'expected the field "conversations" or "messages", got {shown([*data])}')
         turns = data.get("conversations") if isinstance(data, dict) else None
         for place, turn in enumerate(turns if isinstance(turns, list) else ()):
             if isinstance(turn, dict):
@@ -106,63 +109,42 @@ def _other_format(what: str, hint: str) -> PydanticCustomError:
     return PydanticCustomError("other_format", what, {"hint": f"{hint}; {PAGE} shows the format."})
 
 
-def read_conversations(path: Path, counts: Counter[str] | None = None) -> Iterator[Conversation]:
-    """Yield the conversations of a file. Only one is in memory at a time.
+def open_conversations(source: str) -> Tables:
+    """Open a source of conversations; see `open_tables`.
+
+    Raises:
+        UserError: It is no such source, or none of its tables trains.
+    """
+    tables = open_tables(source, "data.conversations", limit=None)
+    if not tables.of("train"):
+        raise UserError(f"data.conversations: {source} has no table that trains", TRAIN_HINT)
+    return tables
+
+
+def read_conversations(tables: Tables, counts: Counter[str] | None = None) -> Iterator[Conversation]:
+    """Yield the conversations that train, one at a time.
 
     Args:
-        path: The file.
+        tables: The tables of a source.
         counts: Counts what was converted; see `datamodules.corpus.conversation_formats`.
 
     Raises:
-        UserError: The file cannot be read, or a record does not fit.
+        UserError: A table cannot be read, or a record does not fit.
     """
-    with open_file(path, None, "data.conversations") as file:
-        start = file.read(4096)
-        file.seek(0)
-        is_list = start.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
-        lines = ((where, line) for where, line in text_lines(file, path) if line.strip())
-        for where, text in _items_of_list(path, file) if is_list else lines:
-            item = converted(parse_json(text, where), Counter() if counts is None else counts)
+    for table in tables.of("train"):
+        columns = COLUMNS if set(COLUMNS) & set(table.names) else table.names  # those of other formats are refused
+        for where, record in table.records(columns):
+            item = converted(record, Counter() if counts is None else counts)
             if item is not None:
                 yield validate(item, Conversation, where)
 
 
-def _items_of_list(path: Path, file: IO[bytes]) -> Iterator[tuple[str, str]]:
-    """Yield the location and the text of each item. The file is mapped into memory, not read."""
-    content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    depth = index = start = place = 0
-    while True:
-        where, limit = f"{path}, index {index}", start + MAX_TEXT_BYTES + 1
-        mark = _JSON_MARKS.search(content, place, limit)
-        place = mark.end() if mark else min(limit, len(content))
-        refuse_long(where, place - start)
-        if mark is None:
-            raise UserError(
-                f"{where}: expected JSON: the file ends within the list", "Mend that text, or end the list."
-            )
-        sign = mark[0]
-        if sign in (b"[", b"{"):
-            depth += 1
-        elif sign in (b"]", b"}"):
-            depth -= 1
-        if depth == 1 and sign == b"[" and not start:
-            start = mark.end()
-        elif depth == 0 or (depth == 1 and sign == b","):
-            text = content[start : mark.start()]
-            if depth or index or text.strip():  # the list is not empty
-                yield where, _item(text, where)
-            index, start = index + 1, mark.end()
-        if depth == 0:
-            break
-    if _NOT_BLANK.search(content, start):
-        raise UserError(f"{path}: expected JSON: more follows the list", "Leave one list, or one record a line.")
-
-
-def _item(text: bytes, where: str) -> str:
-    try:
-        return text.decode()
-    except UnicodeDecodeError as error:
-        raise not_utf8(where) from error
+def reading_notes(tables: Tables) -> list[str]:
+    """Return what of a source is read and what is not, in sentences."""
+    notes = [] if tables.revision is None else [f"{tables.name}: revision {tables.revision}"]
+    unread = {table.where: table.unread(COLUMNS) for table in tables.of("train")}
+    notes += [f"{where}: columns not read: {names}" for where, names in unread.items() if names]
+    return notes + [f"{table.where}: not read, because conversations only train" for table in tables.of("test")]
 
 
 def event_pattern(events: Collection[str]) -> re.Pattern[str] | None:

@@ -1,23 +1,33 @@
 """Records in JSON files: bounded parsing, and validation with errors that name file, location and field."""
 
 import json
+import mmap
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from datamodules.errors import UserError
 from datamodules.escaping import shortened
 from datamodules.files.reading import (
+    BYTE_ORDER_MARK,
     MAX_DEPTH,
     MAX_RECORDS_BYTES,
     MAX_TEXT_BYTES,
     is_deep,
+    not_utf8,
     open_file,
     read_text,
+    refuse_long,
     text_lines,
 )
+
+# Where JSON values begin and end. A string with all its contents is one match.
+_JSON_MARKS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{},]', re.DOTALL)
+_NOT_BLANK = re.compile(rb"\S")
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,60 @@ def read_jsonl(path: Path, record: type[RecordType]) -> list[RecordType]:
             else:
                 blank = where
     return records
+
+
+def json_texts(file: IO[bytes], path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the place and the text of each record of a JSON list, or else of each line that is not blank.
+
+    Only one is in memory at a time.
+
+    Raises:
+        UserError: A record is too long or not UTF-8, or the list does not end.
+    """
+    start = file.read(4096)
+    file.seek(0)
+    if start.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
+        yield from _items_of_list(path, file)
+    else:
+        yield from ((where, line) for where, line in text_lines(file, path) if line.strip())
+
+
+def _items_of_list(path: Path, file: IO[bytes]) -> Iterator[tuple[str, str]]:
+    """Yield the location and the text of each item. The file is mapped into memory, not read."""
+    content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    depth = index = start = place = 0
+    while True:
+        where, limit = f"{path}, index {index}", start + MAX_TEXT_BYTES + 1
+        mark = _JSON_MARKS.search(content, place, limit)
+        place = mark.end() if mark else min(limit, len(content))
+        refuse_long(where, place - start)
+        if mark is None:
+            raise UserError(
+                f"{where}: expected JSON: the file ends within the list", "Mend that text, or end the list."
+            )
+        sign = mark[0]
+        if sign in (b"[", b"{"):
+            depth += 1
+        elif sign in (b"]", b"}"):
+            depth -= 1
+        if depth == 1 and sign == b"[" and not start:
+            start = mark.end()
+        elif depth == 0 or (depth == 1 and sign == b","):
+            text = content[start : mark.start()]
+            if depth or index or text.strip():  # the list is not empty
+                yield where, _item(text, where)
+            index, start = index + 1, mark.end()
+        if depth == 0:
+            break
+    if _NOT_BLANK.search(content, start):
+        raise UserError(f"{path}: expected JSON: more follows the list", "Leave one list, or one record a line.")
+
+
+def _item(text: bytes, where: str) -> str:
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise not_utf8(where) from error
 
 
 def read_json(path: Path, record: type[RecordType], limit: int = MAX_TEXT_BYTES) -> tuple[RecordType, Any]:
@@ -110,6 +174,8 @@ def validate(item: Any, record: type[RecordType], where: str) -> RecordType:
         first = error.errors(include_url=False)[0]
         field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
         expected = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            expected = "expected no such field"
         got = "" if first["type"] == "missing" or "got" in expected else f", got {shown(first['input'])}"
         raise UserError(
             f"{where}{f', field {shortened(field, 200)}' if field else ''}: {expected}{got}",
@@ -145,8 +211,12 @@ def parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
+        why = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            line = f"line {error.lineno}, " if error.lineno > 1 else ""
+            why = f"{error.msg} ({line}character {error.colno})"
         raise UserError(
-            f"{where}: expected JSON: {error}", "Mend that text; each record is one JSON object."
+            f"{where}: expected JSON: {why}", "Mend that text; in a file of lines, each line is one JSON object."
         ) from error
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from datamodules.corpus.columns import PAGE, Columns
+from datamodules.corpus.columns import Columns, table_rows
 from datamodules.corpus.json_records import read_json_list, read_jsonl
 from datamodules.corpus.records import AnnotatedRow, TestStep
-from datamodules.corpus.tables import hub_tables, is_hub_name, is_table, open_table, read_tables, table_files
+from datamodules.corpus.tables import SPLITS, TRAIN_HINT, open_tables
 from datamodules.errors import UserError
 from datamodules.escaping import error_text
 from datamodules.files.reading import file_digest
@@ -68,8 +68,7 @@ def load_corpus(root: str, seed: int = 0, columns: Columns | None = None) -> Cor
     """Load the rows of a root.
 
     Args:
-        root: "embedded", "published", a folder in the published layout, a CSV, Parquet or JSONL file, a folder of such
-            files, or the name of a dataset of the Hugging Face hub; see `hub_tables`.
+        root: "embedded", "published", a folder in the published layout, or tables; see `open_tables`.
         seed: Seed of the embedded data; files do not depend on it.
         columns: Which columns of a table hold the fields of a row; None for those with the names of the fields.
 
@@ -93,27 +92,42 @@ def load_corpus(root: str, seed: int = 0, columns: Columns | None = None) -> Cor
 
 
 def _read_tables(root: str, columns: Columns) -> Corpus:
-    path, read = Path(root), []
-    if path.is_dir():
-        files = table_files(path)
-        if not files:
-            raise UserError(
-                f"data.root: {root} has no {TRAIN_FILE}, and no CSV, Parquet or JSONL file",
-                f"Put the annotated rows there; {PAGE} shows the layouts.",
-            )
-        tables = {split: [open_table(file) for file in parts] for split, parts in files.items()}
-    elif is_table(path):
-        tables = {"train": [open_table(path)]}
-    elif is_hub_name(root):
-        tables, revision = hub_tables(root)
-        read = [f"{root}: revision {revision}"]
-    else:
-        raise UserError(
-            f"data.root: {root} is not a directory, and not a CSV, Parquet or JSONL file",
-            f'Give "embedded", "published", or one of the layouts in {PAGE}.',
-        )
-    train, test, notes = read_tables(tables, columns, root)
-    return Corpus(root, train, test, notes=(*read, *notes))
+    """Read the rows of tables. Those of validation train, because every run makes its own validation split."""
+    tables = open_tables(root, "data.root")
+    if not tables.of("train"):
+        raise UserError(f"data.root: {root} has no {TRAIN_FILE}, and no table that trains", TRAIN_HINT)
+    rows: dict[str, list[AnnotatedRow]] = {"train": [], "test": []}
+    notes = [] if tables.revision is None else [f"{root}: revision {tables.revision}"]
+    for split, parts in tables.splits.items():
+        for table in parts:
+            read = list(table_rows(table, columns))
+            rows[SPLITS[split]] += read
+            how = "" if split in rows else f" ({split}), which train, because every run makes its own validation split"
+            unread = table.unread(columns.by_field.values())
+            notes.append(f"{table.where}: {len(read)} rows{how}{f'; columns not read: {unread}' if unread else ''}")
+    if not rows["train"]:
+        raise UserError(f"data.root: {root} holds no training row", "Give a table with rows, named train.")
+    train, test = rows["train"], rows["test"]
+    return Corpus(root, train, test, notes=(*notes, *_repeated_note(train), _scenes_note(train + test, bool(test))))
+
+
+def _repeated_note(rows: Sequence[AnnotatedRow]) -> list[str]:
+    """Say how many rows repeat another one."""
+    repeated = len(rows) - len({(row.history_digest, row.proposal, row.accepted) for row in rows})
+    return [f"{repeated} training rows repeat history, proposal and judgment of another one"] if repeated else []
+
+
+def _scenes_note(rows: Sequence[AnnotatedRow], has_test: bool) -> str:
+    """Say which splits are possible."""
+    scenes = len({row.scene for row in rows})
+    told = (
+        "rows whose histories begin with the same event are one scene"
+        if rows[0].stated_scene is None
+        else "named by the column of scenes"
+    )
+    by_scene = f"by_scene with 3 to {scenes} folds" if scenes >= 3 else "not by_scene, which needs 3 scenes"
+    published = "published" if has_test else "not published, which needs test rows"
+    return f"{scenes} scenes ({told}); possible splits: {by_scene}; {published}"
 
 
 def rows_digest(rows: Sequence[AnnotatedRow]) -> str:

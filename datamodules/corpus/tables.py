@@ -1,20 +1,27 @@
-"""Tables of annotated rows: CSV, Parquet and JSONL files, folders of them, and datasets of the Hugging Face hub."""
+"""Tables of records: CSV, Parquet and JSON files, folders of them, and datasets of the Hugging Face hub.
+
+A record maps columns to cells. What the cells hold is read elsewhere: annotated rows in `datamodules.corpus.columns`,
+conversations in `datamodules.corpus.conversations`.
+"""
 
 import csv
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
-from datamodules.corpus.columns import Columns, Table, table_rows, unread_columns
-from datamodules.corpus.json_records import parse_json, shown
-from datamodules.corpus.records import AnnotatedRow
+from datamodules.corpus.json_records import json_texts, parse_json, shown
 from datamodules.errors import UserError
 from datamodules.escaping import error_text, shortened
-from datamodules.files.reading import MAX_RECORDS_BYTES, MAX_TEXT_BYTES, open_file, text_lines
+from datamodules.files.reading import MAX_RECORDS_BYTES, MAX_TEXT_BYTES, file_digest, open_file, text_lines
 
+PAGE = "docs/how-to/own-data.md"
 BATCH = 1000  # rows of a Parquet file or a dataset that are converted at once
+SEPARATORS = ",;\t"  # of the cells of CSV: the one that the first line has most of
 SPLITS = {"train": "train", "validation": "train", "valid": "train", "val": "train", "dev": "train", "test": "test"}
+_SPLIT = re.compile(rf"({'|'.join(SPLITS)})(?![A-Za-z0-9])")
 _HUB_NAME = re.compile(
     r"(?P<repository>(?P<owner>[A-Za-z0-9][\w.-]*)/[A-Za-z0-9][\w.-]*)"
     r"(:(?P<configuration>[\w.-]+))?(@(?P<revision>[\w./-]+))?",
@@ -23,136 +30,158 @@ _HUB_NAME = re.compile(
 Cells = Iterator[tuple[str, Mapping[str, Any]]]  # of each row: its place, for messages, and its cells
 
 
+@dataclass(frozen=True)
+class Table:
+    """A table, opened.
+
+    Attributes:
+        where: The file or the dataset, for messages.
+        names: Names of its columns; of a JSON file the fields of its first record.
+        records: Yields the place and the cells of each row, of at least the given columns.
+    """
+
+    where: str
+    names: Sequence[str]
+    records: Callable[[Sequence[str]], Cells]
+
+    def unread(self, columns: Collection[str]) -> str:
+        """Return the names of the columns that are not among the given ones, for messages; empty for none."""
+        return shortened(", ".join(name or '""' for name in self.names if name not in columns), 200)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The tables of a file, a folder or a dataset.
+
+    Attributes:
+        name: What they were opened by.
+        splits: The tables by their split, one of `SPLITS`.
+        files: The files.
+        revision: The revision of a dataset of the hub.
+    """
+
+    name: str
+    splits: Mapping[str, Sequence[Table]]
+    files: Sequence[Path] = ()
+    revision: str | None = None
+
+    def of(self, kind: str) -> list[Table]:
+        """Return the tables of a kind, train or test. Those of validation train."""
+        return [table for split, tables in self.splits.items() if SPLITS[split] == kind for table in tables]
+
+    @cached_property
+    def digests(self) -> list[str]:
+        """The digest of each file, or the revision."""
+        return [*map(file_digest, self.files)] if self.revision is None else [self.revision]
+
+
+def open_tables(source: str, option: str, limit: int | None = MAX_RECORDS_BYTES) -> Tables:
+    """Open the tables of a source. Only the name of a dataset of the hub needs a network, or the cache.
+
+    Args:
+        source: A CSV, Parquet or JSON file, which trains; a folder of such files; or the name of a dataset of the hub,
+            see `is_hub_name`.
+        option: The option that names the source, for messages.
+        limit: Maximum number of bytes of a CSV or JSON file; None for no limit.
+
+    Raises:
+        UserError: The source is something else, or cannot be read.
+    """
+    path = Path(source)
+    if not path.is_dir() and not is_table(path) and is_hub_name(source):
+        return _hub_tables(source, option)
+    files = _table_files(path, option)
+    opened = {
+        split: [_OPENERS[file.suffix.lower()](file, option, limit) for file in some] for split, some in files.items()
+    }
+    return Tables(source, opened, [file for some in files.values() for file in some])
+
+
 def is_table(path: Path) -> bool:
     """Return whether a path has the name of a table."""
-    return path.suffix in _OPENERS
+    return path.suffix.lower() in _OPENERS
 
 
-def is_hub_name(root: str) -> bool:
-    """Return whether a root names a dataset of the hub. A path below a folder that exists does not."""
-    found = _HUB_NAME.fullmatch(root)
+def is_hub_name(source: str) -> bool:
+    """Return whether a source names a dataset of the hub. A path below a folder that exists does not.
+
+    Such names are org/name, org/name:CONFIGURATION and org/name@REVISION.
+    """
+    found = _HUB_NAME.fullmatch(source)
     return found is not None and not Path(found["owner"]).exists()
 
 
-def table_files(folder: Path) -> dict[str, list[Path]]:
-    """Return the tables of a folder, or of its folder data/, by the name of their split, such as train.
+def _table_files(path: Path, option: str) -> dict[str, list[Path]]:
+    """Return the files of a source by the kind of their split.
 
-    The name of a table begins with its split, such as train.csv or train-00000-of-00002.parquet.
-
-    Raises:
-        UserError: A table has another name, or a split has files of different formats.
+    Those of a folder are in the folder or in its folder data/. Their names begin with the split, such as train.csv or
+    train-00000-of-00002.parquet.
     """
+    if is_table(path) and not path.is_dir():
+        return {"train": [path]}
+    if not path.is_dir():
+        what, to_do = "no such file or folder", "Check the path"
+        if path.exists():
+            what, to_do = f"expected a folder, or a name that ends in {ENDINGS}", "Unpack, convert or rename it"
+        raise UserError(f"{option}: {path}: {what}", f"{to_do}; {PAGE} shows what can be read.")
     found: dict[str, list[Path]] = {}
-    for path in sorted(path for place in (folder, folder / "data") for path in place.glob("*") if is_table(path)):
-        split = re.match(rf"({'|'.join(SPLITS)})(?![A-Za-z0-9])", path.name)
-        if split is None:
+    for file in sorted(file for place in (path, path / "data") for file in place.glob("*") if is_table(file)):
+        split = _SPLIT.match(file.name)
+        if split is not None:
+            found.setdefault(split[1], []).append(file)
+        elif file.suffix != ".json":  # datasets keep notes about themselves in JSON files
             raise UserError(
-                f"data.root: {path} says no split in its name",
-                f"Rename it to train{path.suffix} or test{path.suffix}, or give the file instead of the folder.",
+                f"{option}: {file} says no split in its name",
+                f"Rename it to train{file.suffix} or test{file.suffix}, or give the file instead of the folder.",
             )
-        found.setdefault(split[1], []).append(path)
-    for split_name, paths in found.items():
-        if len({path.suffix for path in paths}) > 1:
+    for split_name, files in found.items():
+        if len({file.suffix for file in files}) > 1:
             raise UserError(
-                f"data.root: {folder} has {split_name} in different formats: {', '.join(p.name for p in paths)}",
+                f"{option}: {path} has {split_name} in different formats: {', '.join(file.name for file in files)}",
                 "Keep one of them.",
             )
     return {name: found[name] for name in SPLITS if name in found}
 
 
-def read_tables(
-    tables: Mapping[str, Sequence[Table]], columns: Columns, where: str
-) -> tuple[list[AnnotatedRow], list[AnnotatedRow], list[str]]:
-    """Read tables by the name of their split.
-
-    Args:
-        tables: The tables of each split.
-        columns: Which columns hold the fields of a row.
-        where: The root, for messages.
-
-    Returns:
-        The training rows, the test rows, and what was read, in sentences.
-
-    Raises:
-        UserError: There is another split or no row, or a table does not fit.
-    """
-    if unknown := [name for name in tables if name not in SPLITS]:
-        raise UserError(
-            f"data.root: {where} has the splits {', '.join(tables)}; {unknown[0]} is not known",
-            f"Use splits of these names: {', '.join(SPLITS)}.",
-        )
-    rows: dict[str, list[AnnotatedRow]] = {"train": [], "test": []}
-    notes = []
-    for split, parts in tables.items():
-        for table in parts:
-            read = list(table_rows(table, columns))
-            rows[SPLITS[split]] += read
-            how = "" if split in rows else f" ({split}), which train, because every run makes its own validation split"
-            ignored = unread_columns(table, columns)
-            left = f"; columns not read: {shortened(', '.join(ignored), 200)}" if ignored else ""
-            notes.append(f"{table.where}: {len(read)} rows{how}{left}")
-    if not rows["train"]:
-        raise UserError(f"data.root: {where} holds no training row", "Give a table with rows, named train.")
-    return rows["train"], rows["test"], [*notes, _scenes_note(rows["train"] + rows["test"], bool(rows["test"]))]
-
-
-def _scenes_note(rows: Sequence[AnnotatedRow], has_test: bool) -> str:
-    """Say which splits are possible."""
-    scenes = len({row.scene for row in rows})
-    told = (
-        "rows whose histories begin with the same event are one scene"
-        if rows[0].stated_scene is None
-        else "named by the column of scenes"
-    )
-    by_scene = f"by_scene with 3 to {scenes} folds" if scenes >= 3 else "not by_scene, which needs 3 scenes"
-    published = "published" if has_test else "not published, which needs test rows"
-    return f"{scenes} scenes ({told}); possible splits: {by_scene}; {published}"
-
-
-def open_table(path: Path) -> Table:
-    """Open a CSV, Parquet or JSONL file.
-
-    Raises:
-        UserError: It cannot be read, or has no or unclear columns.
-    """
-    return _OPENERS[path.suffix](path)
-
-
-def _open_csv(path: Path) -> Table:
-    """Open a CSV file as in RFC 4180: commas, double quotes, a header. An empty cell is null."""
+def _open_csv(path: Path, option: str, limit: int | None) -> Table:
+    """Open a CSV file as in RFC 4180: double quotes, a header. An empty cell is null."""
+    with open_file(path, limit, option) as file:
+        first = next((line for _, line in text_lines(file, path)), "")
+    separator = max(SEPARATORS, key=first.count)
 
     def lines(file: IO[bytes]) -> Iterator[str]:
         return (line for _, line in text_lines(file, path, keep_ends=True))
 
     def parsed(file: IO[bytes]) -> Iterator[tuple[str, list[str]]]:
         csv.field_size_limit(MAX_TEXT_BYTES)  # of the process; by default 128 KiB, less than a long history
-        reader = csv.reader(lines(file), strict=True)
+        reader = csv.reader(lines(file), strict=True, delimiter=separator)
         while True:
             where = f"{path}, line {reader.line_num + 1}"
             try:
                 cells = next(reader, None)
             except csv.Error as error:
                 raise UserError(
-                    f"{where}: expected CSV: {error}", "Quote cells that hold commas, quotes or line breaks."
+                    f"{where}: expected CSV: {error}",
+                    "Quote cells that hold separators, quotes or line breaks; end lines with line feeds.",
                 ) from error
             if cells is None:
                 return
             if cells:  # not a blank line
                 yield where, cells
 
-    with open_file(path, MAX_RECORDS_BYTES, "data.root") as file:
-        header = next((cells for _, cells in parsed(file)), [])
-    _refuse_unclear(header, path)
+    with open_file(path, limit, option) as file:
+        header = [name.strip() for name in next((cells for _, cells in parsed(file)), [])]
+    _refuse_unclear(header, path, option)
 
     def records(wanted: Sequence[str]) -> Cells:
-        with open_file(path, MAX_RECORDS_BYTES, "data.root") as file:
+        with open_file(path, limit, option) as file:
             rows = parsed(file)
-            next(rows)
+            next(rows, None)
             for where, cells in rows:
                 if len(cells) != len(header):
                     raise UserError(
                         f"{where}: expected {len(header)} cells as in the first line, got {len(cells)}",
-                        "Quote cells that hold commas, quotes or line breaks.",
+                        "Quote cells that hold separators, quotes or line breaks.",
                     )
                 named = zip(header, cells, strict=True)
                 yield where, {name: cell or None for name, cell in named if name in wanted}
@@ -160,65 +189,71 @@ def _open_csv(path: Path) -> Table:
     return Table(str(path), header, records)
 
 
-def _open_jsonl(path: Path) -> Table:
-    def parsed(file: IO[bytes]) -> Cells:
-        for where, line in text_lines(file, path):
-            if line.strip():
-                content = parse_json(line, where)
-                if not isinstance(content, dict):
-                    raise UserError(f"{where}: expected a JSON object, got {shown(content)}", "Write one row a line.")
-                yield where, content
+def _open_json(path: Path, option: str, limit: int | None) -> Table:
+    """Open a file of one JSON object per line, or of a JSON list of objects."""
 
     def records(wanted: Sequence[str]) -> Cells:
-        with open_file(path, MAX_RECORDS_BYTES, "data.root") as file:
-            yield from parsed(file)
+        with open_file(path, limit, option) as file:
+            for where, text in json_texts(file, path):
+                content = parse_json(text, where)
+                if not isinstance(content, dict):
+                    raise UserError(
+                        f"{where}: expected a JSON object, got {shown(content)}", "Write each record as an object."
+                    )
+                yield where, content
 
-    with open_file(path, MAX_RECORDS_BYTES, "data.root") as file:
-        first = next((list(content) for _, content in parsed(file)), [])
-    return Table(str(path), first, records)
+    return Table(str(path), next((list(content) for _, content in records(())), []), records)
 
 
-def _open_parquet(path: Path) -> Table:
+def _open_parquet(path: Path, option: str, limit: int | None) -> Table:
     import pyarrow
     from pyarrow import parquet
 
     def opened() -> Any:
-        with open_file(path, None, "data.root"):  # only regular files
+        with open_file(path, None, option):  # only regular files
             pass
         try:
             return parquet.ParquetFile(path)
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(
-                f"data.root: {path}: expected a Parquet file: {error_text(error, 200)}", "Write it again."
+                f"{option}: {path}: expected a Parquet file: {error_text(error, 200)}", "Write it again."
             ) from error
 
     with opened() as file:
         names = list(file.schema_arrow.names)
-    _refuse_unclear(names, path)
+    _refuse_unclear(names, path, option)
 
     def records(wanted: Sequence[str]) -> Cells:
         with opened() as file:
-            try:
-                yield from _numbered(
-                    file.iter_batches(BATCH, columns=[name for name in names if name in wanted]), str(path)
-                )
-            except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-                raise UserError(f"{path}: cannot be read: {error_text(error, 200)}", "Write it again.") from error
+            chosen = [name for name in names if name in wanted]
+            yield from _numbered(file.iter_batches(BATCH, columns=chosen), str(path))
 
     return Table(str(path), names, records)
 
 
-def hub_tables(name: str) -> tuple[dict[str, list[Table]], str]:
+def _refuse_unclear(names: Sequence[str], path: Path, option: str) -> None:
+    twice = next((name for name in names if name and names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{option}: {path} has two columns {shortened(twice, 80)}", "Rename one of them.")
+
+
+_OPENERS: Mapping[str, Callable[[Path, str, int | None], Table]] = {
+    ".csv": _open_csv,
+    ".tsv": _open_csv,
+    ".parquet": _open_parquet,
+    ".json": _open_json,
+    ".jsonl": _open_json,
+    ".ndjson": _open_json,
+}
+ENDINGS = f"{', '.join(list(_OPENERS)[:-1])} or {list(_OPENERS)[-1]}"
+TRAIN_HINT = f"The name of such a file begins with train, and ends in {ENDINGS}; {PAGE} shows the layouts."
+
+
+def _hub_tables(name: str, option: str) -> Tables:
     """Load a dataset of the Hugging Face hub through the cache of `datasets`, which runs no code of a dataset.
 
-    Args:
-        name: Such as org/name, org/name:CONFIGURATION or org/name@REVISION; see `is_hub_name`.
-
-    Returns:
-        The tables by the name of their split, and the revision.
-
     Raises:
-        UserError: It cannot be loaded, for example without a network.
+        UserError: It cannot be loaded, for example without a network, or has a split of another name.
     """
     import datasets
     from datasets.utils.logging import set_verbosity_error
@@ -231,23 +266,29 @@ def hub_tables(name: str) -> tuple[dict[str, list[Table]], str]:
     try:
         builder = datasets.load_dataset_builder(found["repository"], found["configuration"], revision=found["revision"])
         builder.download_and_prepare()
-        splits = builder.as_dataset()
+        parts = builder.as_dataset()
     except Exception as error:  # `datasets` does not wrap the errors of its HTTP client, nor those of its readers
         said = error_text(error, 300) or type(error).__name__
-        hint = "Check the name and the network, or give a folder, or a CSV, Parquet or JSONL file."
-        if choices := re.search(r"available configs: (\[[^\]]*\])", said):
-            said = f"it has several configurations: {choices[1]}"
-            hint = f"Name one: {found['repository']}:CONFIGURATION."
+        hint = "Check the name and the network, or give a folder, or a CSV, Parquet or JSON file."
+        if choices := re.search(r"(?i)available(?: configs)?: (\[[^\]]*\])", said):
+            said = f"it has the configurations {choices[1]}"
+            hint = f"Name one: {found['repository']}:CONFIGURATION. All its splits are read."
         raise UserError(
-            f"data.root: {name} is no folder, and it cannot be loaded as a dataset of the Hugging Face hub: {said}",
-            hint,
+            f"{option}: {name} is no folder, and it cannot be loaded as a dataset of the Hugging Face hub: {said}", hint
         ) from error
-    return {split: [_hub_table(name, split, part)] for split, part in splits.items()}, str(builder.hash)
+    splits: dict[str, list[Table]] = {}
+    for split, part in parts.items():
+        kind = _SPLIT.match(split)
+        if kind is None:
+            raise UserError(
+                f"{option}: {name} has the splits {', '.join(parts)}; {split} is not known",
+                f"The name of a split begins with one of {', '.join(SPLITS)}.",
+            )
+        splits.setdefault(kind[1], []).append(_hub_table(f"{name}, split {split}", part))
+    return Tables(name, splits, revision=str(builder.hash))
 
 
-def _hub_table(name: str, split: str, part: Any) -> Table:
-    where = f"{name}, split {split}"
-
+def _hub_table(where: str, part: Any) -> Table:
     def records(wanted: Sequence[str]) -> Cells:
         chosen = part.select_columns([column for column in part.column_names if column in wanted])
         return _numbered(chosen.with_format("arrow").iter(BATCH), where)
@@ -256,18 +297,36 @@ def _hub_table(name: str, split: str, part: Any) -> Table:
 
 
 def _numbered(batches: Iterable[Any], where: str) -> Cells:
-    """Yield the rows of batches of Arrow, counted from 1."""
+    """Yield the rows of batches of Arrow, counted from 1, with cells as JSON files hold them."""
+    import pyarrow
+
     number = 0
-    for batch in batches:
-        for cells in batch.to_pylist():
-            number += 1
-            yield f"{where}, row {number}", cells
+    try:
+        for batch in batches:
+            readers = {field.name: _reader(field.type, where) for field in batch.schema}
+            for cells in batch.to_pylist():
+                number += 1
+                yield f"{where}, row {number}", {name: readers[name](cell) for name, cell in cells.items()}
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise UserError(f"{where}: cannot be read: {error_text(error, 200)}", "Write it again.") from error
 
 
-def _refuse_unclear(names: Sequence[str], path: Path) -> None:
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UserError(f"data.root: {path} has two columns {shortened(twice, 80)}", "Rename one of them.")
+def _reader(kind: Any, where: str) -> Callable[[Any], Any]:
+    """Return what converts a cell of a type of Arrow.
 
+    It leaves out fields of structs that are null, because Arrow adds them to structs that do not have them. It parses
+    values that Arrow keeps as JSON, because they are of several types.
+    """
+    from pyarrow import BaseExtensionType, types
 
-_OPENERS = {".csv": _open_csv, ".parquet": _open_parquet, ".jsonl": _open_jsonl}
+    if isinstance(kind, BaseExtensionType) and kind.extension_name == "arrow.json":
+        return lambda text: None if text is None else parse_json(text, where)
+    if types.is_struct(kind):
+        fields = {field.name: _reader(field.type, where) for field in kind}
+        return lambda struct: (
+            struct and {name: fields[name](value) for name, value in struct.items() if value is not None}
+        )
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        item = _reader(kind.value_type, where)
+        return lambda items: items and [item(value) for value in items]
+    return lambda value: value

@@ -14,7 +14,7 @@ MAX_TEXT_BYTES = 16 * 2**20  # a text that is parsed at once: a record, a JSON o
 MAX_RECORDS_BYTES = 4 * 2**30  # a file of records, which is kept in memory
 MAX_DEPTH = 100  # nested JSON lists and objects
 PATH_HINT = "Check the path and its permissions."
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -106,7 +106,7 @@ def read_text(path: Path, limit: int = MAX_TEXT_BYTES, option: str = "", hint: s
     if len(content) > limit:
         raise _too_long(where, "more", limit)
     try:
-        return content.removeprefix(_BYTE_ORDER_MARK).decode()
+        return content.removeprefix(BYTE_ORDER_MARK).decode()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise not_utf8(f"{where}, line {line}") from error
@@ -130,7 +130,7 @@ def text_lines(file: IO[bytes], path: Path, *, keep_ends: bool = False) -> Itera
         if len(line) > MAX_TEXT_BYTES:
             raise _too_long(where, "more", MAX_TEXT_BYTES)
         try:
-            text = (line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line).decode()
+            text = (line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line).decode()
             yield where, text if keep_ends else text.rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise not_utf8(where) from error

@@ -28,7 +28,7 @@ from callbacks.seeding import SeedEachStep
 from callbacks.stopping import StopOnSignal
 from callbacks.throughput import ThroughputLog
 from callbacks.watch_ranks import WatchRanks
-from datamodules.errors import UserError
+from datamodules.errors import UserError, did_you_mean
 from datamodules.escaping import error_text
 from datamodules.files.run_folders import (
     CHECKPOINTS,
@@ -53,7 +53,7 @@ from proactive.fitting.job import choose_folder, leads_job
 from proactive.fitting.resume import KeepOptions, checkpoint_to_resume, refuse_other_options, resumed_folder
 from proactive.fitting.trackers import TrackerName, tracker_of
 from proactive.fitting.trainer_options import REFUSED, TRAINER_DEFAULTS, refuse_impossible_options
-from proactive.parser import Parser, best_reason, did_you_mean
+from proactive.parser import Parser, best_reason
 from proactive.tasks import TASKS
 
 

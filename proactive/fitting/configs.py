@@ -7,13 +7,12 @@ import yaml
 from jsonargparse import ActionConfigFile, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from datamodules.errors import UserError
+from datamodules.errors import UserError, did_you_mean
 from datamodules.files.run_folders import CONFIG_FILE, FOLDS_FILE
 from datamodules.files.safe_yaml import parse_yaml
 from proactive.fitting.arguments import DEFAULT_TASK, FOLDS, named_task, read_config, scan
 from proactive.fitting.foreign import GROUPS, refuse_foreign
 from proactive.fitting.resume import resumed_folder
-from proactive.parser import did_you_mean
 from proactive.recipes import config_file
 from proactive.tasks import TASKS
 

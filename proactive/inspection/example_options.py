@@ -20,7 +20,7 @@ class ExampleOptions:
         task: Task of the examples.
         prompt: Prompt file of the examples; by default that of the task.
         annotated: For tasks agent and preference: whether annotated rows are among the examples.
-        conversations: For task agent: conversation files.
+        conversations: For task agent: tables of conversations, as in data.conversations.
         preferences: For task preference: preference files.
     """
 

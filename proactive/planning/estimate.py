@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from datamodules.batching.rows import RowsDataModule
 from datamodules.batching.steps import BatchSize, batch_size
-from datamodules.errors import UserError
+from datamodules.errors import UserError, did_you_mean
 from datamodules.prompting.tokenizers import SCRATCH
 from models.learning.training import BackboneModule
 from models.networks.configurations import network_config
@@ -31,7 +31,6 @@ from models.networks.tree_reading import pair_cost
 from models.planning.changes import Change, cheapest_fit
 from models.planning.memory import Memory, MemoryPlan, Setting, Sharing
 from proactive.fitting.cli import FitCLI
-from proactive.parser import did_you_mean
 from proactive.planning.file_sizes import file_sizes
 
 STEPS_COUNTED = 200  # at most; the size of a longer epoch is extrapolated

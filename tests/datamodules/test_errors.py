@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamodules.errors import MAX_MESSAGE, UserError
+from datamodules.errors import MAX_MESSAGE, UserError, did_you_mean
 from datamodules.escaping import error_text, printable
 from tests.datamodules.conftest import few_examples
 
@@ -53,3 +53,8 @@ def test_an_exceptions_message_becomes_one_short_line() -> None:
     error = ValueError("no such file:\n  config.json\n\n  is missing")
     assert error_text(error, 100) == "no such file: config.json is missing"
     assert error_text(error, 10) == "no such f…"
+
+
+def test_the_most_similar_name_is_suggested() -> None:
+    assert did_you_mean("epoch", ["epochs", "epoc", "depth"]) == "; did you mean epochs?"
+    assert did_you_mean("epoch", []) == did_you_mean("", ["epochs"]) == ""

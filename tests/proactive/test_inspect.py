@@ -128,7 +128,7 @@ def test_quiet_prints_nothing_and_json_is_still_json(call: Callable, tmp_path: P
     ("command", "arguments", "said"),
     [
         ("inspect", ["--help"], "usage: python -m proactive.inspect"),
-        ("inspect", ["--root", "nowhere"], "data.root: nowhere is not a directory"),  # after the imports
+        ("inspect", ["--root", "nowhere"], "data.root: nowhere: no such file or folder"),  # after the imports
         ("annotate", ["--help"], "usage: python -m proactive.annotate"),
         ("compare", ["--help"], "usage: python -m proactive.compare"),
         ("prefer", ["--help"], "usage: python -m proactive.prefer"),

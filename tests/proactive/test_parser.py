@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from proactive import annotate, evaluate, export, fit, inspect, plan
-from proactive.parser import did_you_mean
 from tests.proactive.conftest import Ended
 
 MISSPELLED: list[tuple[Any, list[str], str]] = [  # a command, its arguments, what was meant
@@ -63,8 +62,3 @@ def test_a_name_unlike_any_other_gets_no_suggestion(arguments: list[str], call: 
     ended = call(fit.main, *arguments)
     assert ended.code == 2
     assert "did you mean" not in ended.err
-
-
-def test_the_most_similar_name_is_suggested() -> None:
-    assert did_you_mean("epoch", ["epochs", "epoc", "depth"]) == "; did you mean epochs?"
-    assert did_you_mean("epoch", []) == did_you_mean("", ["epochs"]) == ""

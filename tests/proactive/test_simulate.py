@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.corpus.conversations import read_conversations
 from datamodules.corpus.json_records import read_jsonl
 from datamodules.corpus.records import AnnotatedRow
 from datamodules.corpus.sources import load_corpus
@@ -19,6 +18,7 @@ from proactive.annotation.trace_reader import read_sources
 from proactive.simulation.contamination import events_of_test_traces
 from proactive.simulation.scenes import embedded_scenes, scenes_text
 from proactive.simulation.simulation_summary import burstiness, near_duplicates
+from tests.helpers import conversations_of
 from tests.proactive.conftest import Ended
 from tests.proactive.simulation.killed import contents, killed, lines_of
 
@@ -129,7 +129,7 @@ def test_training_data_agree_with_the_traces(simulated: Path) -> None:
         assert set(pair) == {"history", "chosen", "rejected", "source", "weight"}
     assert preferences
 
-    conversations = list(read_conversations(simulated / "conversations.jsonl"))
+    conversations = list(conversations_of(simulated / "conversations.jsonl"))
     turns = [turn for one in conversations for turn in one.conversations if turn.role == "assistant"]
     assert (len(conversations), len(turns)) == (right_sessions, accepted_answers)
     assert any(json.loads(turn.content)["proposal"] is None for turn in turns)

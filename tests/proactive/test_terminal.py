@@ -225,7 +225,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     ended = command("proactive.inspect", "--root", "nowhere", "--debug", cwd=tmp_path)
     assert ended.returncode == 1
     assert "Traceback (most recent call last)" in ended.stderr
-    assert "nowhere is not a directory" in ended.stderr
+    assert "nowhere: no such file or folder" in ended.stderr
     assert 'File "' in ended.stderr
 
 

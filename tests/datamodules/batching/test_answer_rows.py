@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from datamodules.batching import token_cache as cache_module
 from datamodules.batching.answer_rows import AgentDataModule, AnswerKind, probes
@@ -286,6 +288,22 @@ def test_a_resumed_run_needs_the_same_conversations(root: Path, tmp_path: Path) 
     made(root, conversations=[one]).load_state_dict(state)
     with pytest.raises(UserError, match="training rows differ"):
         made(root, conversations=[other]).load_state_dict(state)
+
+
+def test_the_same_conversations_in_another_format_are_the_same_rows(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = conversations_file(tmp_path / "told.json", "Talk.", "More talk.")
+    records = [{**record, "source": "x"} for record in json.loads(Path(lines).read_text())]
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number, record in enumerate(records):
+        parquet.write_table(pyarrow.Table.from_pylist([record]), folder / f"train-{number}.parquet")
+    state = made(root, conversations=[lines]).state_dict()
+    with caplog.at_level(logging.INFO, logger="proactive"):
+        logging.getLogger("proactive").propagate = True
+        made(root, conversations=[str(folder)]).load_state_dict(state)
+    assert f"data.conversations: {folder}/train-1.parquet: columns not read: source" in caplog.text
 
 
 @pytest.mark.parametrize(

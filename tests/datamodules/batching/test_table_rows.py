@@ -9,7 +9,7 @@ import pytest
 from datamodules.batching.answer_rows import AgentDataModule, AnswerKind
 from datamodules.batching.preference_rows import PreferenceDataModule
 from datamodules.batching.reward_rows import RewardDataModule
-from datamodules.corpus import sources
+from datamodules.corpus import tables
 from datamodules.corpus.columns import Columns
 from datamodules.corpus.records import Event, scene_of
 from datamodules.corpus.sources import load_corpus
@@ -99,11 +99,11 @@ def test_baselines_do_not_download_the_root_of_a_checkpoint(
 ) -> None:
     asked: list[str] = []
 
-    def hub_tables(name: str) -> Any:
+    def hub_tables(name: str, option: str) -> Any:
         asked.append(name)
-        return {"train": [sources.open_table(sessions)]}, "revision"
+        return tables.open_tables(str(sessions), option)
 
-    monkeypatch.setattr(sources, "hub_tables", hub_tables)
+    monkeypatch.setattr(tables, "_hub_tables", hub_tables)
     state = made(RewardDataModule, Path("org/name")).state_dict()
     assert asked == ["org/name"]
     same = RewardDataModule.from_state(state)

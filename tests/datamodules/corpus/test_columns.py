@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
 
-from datamodules.corpus.columns import Columns, Table, table_rows, unread_columns
+from datamodules.corpus.columns import Columns, table_rows
 from datamodules.corpus.records import AnnotatedRow, Event
+from datamodules.corpus.tables import Table
 from datamodules.errors import UserError
 
 EVENTS = [{"time": "1", "event": "opens a file"}, {"time": "2", "event": "types"}]
@@ -58,6 +60,15 @@ def test_events_of_text_get_times_one_second_apart() -> None:
     assert read(history=["opens", {"time": 1, "event": "types"}]).history == events
 
 
+@pytest.mark.parametrize(
+    "time",
+    [60, 60.0, datetime(1970, 1, 1, 0, 1), datetime(1970, 1, 1, 2, 1, tzinfo=timezone(timedelta(hours=2)))],
+)
+def test_forms_of_a_time(time: Any) -> None:
+    """Dates come from Parquet. One without a time zone is that of UTC, as times are shown."""
+    assert read(history=[{"time": time, "event": "types"}]).history == (Event(time="60", event="types"),)
+
+
 def test_rows_share_the_events_of_equal_text() -> None:
     """So that a history that many rows repeat takes its memory once."""
     first, second = table_rows(table(*[{**CELLS, "history": json.dumps(EVENTS)}] * 2), Columns())
@@ -68,7 +79,8 @@ def test_rows_share_the_events_of_equal_text() -> None:
     ("history", "named"),
     [
         (None, "field history: expected a list of events"),
-        ("opens a file", "field history: expected a list of events as JSON text"),
+        ("opens\ntypes", 'a list of events as JSON text: Expecting value (character 1), got "opens\\ntypes"'),
+        (str(EVENTS), "as JSON text: Expecting property name enclosed in double quotes (character 3), got"),
         ('"text"', "field history: expected a list of events as JSON text"),
         ('{"event": "x"}', "field history: expected a list of events"),
         ([3], "field history[0]"),
@@ -76,7 +88,7 @@ def test_rows_share_the_events_of_equal_text() -> None:
         (json.dumps([*EVENTS, {"event": "no time"}]), "field history[2].time"),
         ([{"time": float("nan"), "event": "x"}], "field history[0].time"),
         ([{"time": "1", "event": " "}], "field history[0].event: expected text, got a blank"),
-        ([{"time": "1", "event": "x", "app": "y"}], "field history[0].app"),
+        ([{"time": "1", "event": "x", "app": "y"}], 'field history[0].app: expected no such field, got "y"'),
         ("[" * 200, "at most 100 lists"),
     ],
 )
@@ -89,24 +101,34 @@ def test_other_histories_are_refused_with_their_place(history: Any, named: str) 
 
 @pytest.mark.parametrize(
     ("cell", "accepted"),
-    [(True, True), (0, False), (1, True), ("TRUE", True), ("0", False), (" Accepted ", True), ("rejected", False)],
+    [
+        *((True, True), ("TRUE", True), ("false", False), ("Yes", True), ("no", False)),
+        *((0, False), (1, True), ("0", False), (1.0, True), (0.0, False), ("1.0", True), ("0.0", False)),
+        *((" Accepted ", True), ("rejected", False)),
+    ],
 )
 def test_forms_of_a_judgment(cell: Any, accepted: bool) -> None:
     assert read(accepted=cell).accepted is accepted
     assert read(annotators=[cell, True]).annotation == (accepted, True)
 
 
-@pytest.mark.parametrize("cell", [None, 2, -1, 1.0, "yes", "", "1.0", [True]])
+@pytest.mark.parametrize("cell", [None, 2, -1, 0.5, "maybe", "", "1.5", [True]])
 def test_other_judgments_are_refused(cell: Any) -> None:
     assert refused(accepted=cell).what == (
-        f"here, row 1, field accepted: expected one of true, false, 1, 0, accepted, rejected, got {json.dumps(cell)}"
+        "here, row 1, field accepted: expected one of true, false, yes, no, 1, 0, accepted, rejected, "
+        f"got {json.dumps(cell)}"
     )
 
 
 @pytest.mark.parametrize(("cell", "proposal"), [(None, None), ("null", None), ("Help.", "Help.")])
 def test_forms_of_a_proposal(cell: Any, proposal: str | None) -> None:
     assert read(proposal=cell).proposal == proposal
-    assert refused(proposal=3).what.startswith("here, row 1, field proposal")
+
+
+@pytest.mark.parametrize("cell", [3, "", "None", " nan", "N/A"])
+def test_other_proposals_are_refused(cell: Any) -> None:
+    """A program that writes None or NaN as text means no offer, and an offer of that text would be learned."""
+    assert refused(proposal=cell).what.startswith("here, row 1, field proposal: ")
 
 
 @pytest.mark.parametrize(
@@ -149,7 +171,7 @@ def test_fields_that_contradict_each_other_are_refused() -> None:
 def test_rows_of_a_named_scene_belong_together() -> None:
     other = [{"time": "9", "event": "elsewhere"}]
     assert read(scene="a").scene == read(scene="a", history=other).scene != read(scene="b").scene
-    assert read(scene=7).scene == read(scene="7").scene
+    assert read(scene=7).scene == read(scene=7.0).scene == read(scene="7").scene
     assert read(scene=None).scene == read().scene != read(history=other).scene
     assert read(scene="a").scenes == {read(scene="a").scene, read().scene}
     assert "field scene" in refused(scene=1.5).what
@@ -160,7 +182,7 @@ def test_columns_of_other_names() -> None:
     cells = {"events": EVENTS, "offer": "Help.", "ok": 1, "votes": [1], "user": "u", "history": "unused"}
     [row] = table_rows(table(cells), columns)
     assert row == read(annotators=[True])
-    assert unread_columns(table(cells), columns) == ["user", "history"]
+    assert table(cells).unread(columns.by_field.values()) == "user, history"
     cells["events"] = [3]
     with pytest.raises(UserError, match=r"here, row 1, field events\[0\]"):
         list(table_rows(table(cells), columns))
@@ -169,7 +191,7 @@ def test_columns_of_other_names() -> None:
 @pytest.mark.parametrize(
     ("columns", "option"),
     [
-        (Columns(history="events"), "--data.columns.history COLUMN"),
+        (Columns(history="stories"), "--data.columns.history COLUMN"),
         (Columns(annotators="votes"), "--data.columns.annotators COLUMN"),
         (Columns(scene="session"), "--data.columns.scene COLUMN"),
     ],
@@ -179,6 +201,12 @@ def test_a_missing_column_is_named_with_those_that_there_are(columns: Columns, o
     assert error.what.startswith("data.root: here has no column ")
     assert error.what.endswith("; its columns: history, proposal, accepted")
     assert option in error.hint
+
+
+def test_a_column_of_almost_that_name_is_suggested() -> None:
+    assert refused(Columns(history="History")).what.endswith(
+        "; its columns: history, proposal, accepted; did you mean history?"
+    )
 
 
 @pytest.mark.parametrize(

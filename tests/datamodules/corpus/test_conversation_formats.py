@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datamodules.corpus.conversation_formats import conversion_report, is_conversion_count
-from datamodules.corpus.conversations import Conversation, read_conversations
+from datamodules.corpus.conversations import Conversation
 from datamodules.errors import UserError
 from tests.datamodules.conftest import few_examples
+from tests.helpers import conversations_of
 
 Turns = list[tuple[str, Any]]
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -31,7 +32,7 @@ def openai(*turns: Any, **fields: Any) -> dict[str, Any]:
 def read(folder: Path, *records: Any) -> tuple[list[Turns], list[str]]:
     path, counts = folder / "told.jsonl", Counter[str]()
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    found = list(read_conversations(path, counts))
+    found = list(conversations_of(path, counts))
     assert all(map(is_conversion_count, counts))
     return [[(turn.role, turn.content) for turn in one.conversations] for one in found], conversion_report(counts)
 
@@ -43,9 +44,7 @@ def test_sharegpt(tmp_path: Path) -> None:
         [("system", "Help."), ("user", "hi"), ("assistant", "yo"), ("user", "so"), ("assistant", "ok")],
         [("system", "S"), ("user", "a"), ("assistant", "b")],
     ]
-    assert said == [
-        "2 conversations converted from ShareGPT; 8 of 8 turns kept; 1 have other fields, which are not read"
-    ]
+    assert said == ["2 conversations converted from ShareGPT; 8 of 8 turns kept"]
 
 
 def test_openai(tmp_path: Path) -> None:
@@ -87,10 +86,10 @@ def test_tool_turns_of_sharegpt(tmp_path: Path) -> None:
 
 
 def test_a_conversation_without_an_answer_is_left_out_and_counted(tmp_path: Path) -> None:
-    found, said = read(tmp_path, openai(("user", "a")), sharegpt(("gpt", "a"), ("human", "b")), openai())
+    found, said = read(tmp_path, openai(("user", "a")), sharegpt(("gpt", "a"), ("human", "b")), openai(), sharegpt())
     assert found == []
     assert [sentence.partition("; ")[2] for sentence in said] == [
-        "0 of 2 turns kept; 1 conversations left out, because no answer is left",
+        "0 of 2 turns kept; 2 conversations left out, because no answer is left",
         "0 of 1 turns kept; 2 conversations left out, because no answer is left",
     ]
 
@@ -102,7 +101,8 @@ def test_a_conversation_without_an_answer_is_left_out_and_counted(tmp_path: Path
         (sharegpt(("human", "a"), ("gpt", 5)), "field conversations[1].content"),
         (openai(("user", "a"), ("assistant", {"text": "b"})), "field conversations[1].content"),
         ({"messages": ["hi"]}, "field conversations[0]"),
-        ({"messages": "hi"}, "field conversations"),
+        ({"messages": "hi"}, 'field conversations: expected a list of turns, got "hi"'),
+        ({"conversations": None}, "field conversations: expected a list of turns, got null"),
         ({"messages": [], "conversations": []}, "field"),
     ],
 )
@@ -129,4 +129,4 @@ def test_the_same_turns_in_each_format_are_the_same_conversation(
     path = tmp_path_factory.mktemp("told") / "told.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     expected = Conversation.model_validate(published)
-    assert list(read_conversations(path)) == [expected] * 3
+    assert list(conversations_of(path)) == [expected] * 3

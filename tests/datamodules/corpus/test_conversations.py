@@ -10,11 +10,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamodules.corpus.conversations import Conversation, contains_event, event_pattern, read_conversations
+from datamodules.corpus.conversations import (
+    Conversation,
+    contains_event,
+    event_pattern,
+    open_conversations,
+    read_conversations,
+    reading_notes,
+)
 from datamodules.errors import UserError
 from datamodules.prompting.conversation_tokenizer import ConversationTokenizer
 from datamodules.prompting.tokenizers import train_tokenizer
 from tests.datamodules.conftest import IMPOSTORS, few_examples
+from tests.datamodules.corpus.test_tables import WRITERS
+from tests.datamodules.corpus.test_tables import written as table_file
+from tests.helpers import conversations_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -213,14 +223,56 @@ def test_json_lists_and_json_lines_are_read_alike(tmp_path: Path) -> None:
     whole.write_text(" \n" + json.dumps(items, indent=2), encoding="utf-8-sig")
     lines.write_text("".join(json.dumps(item, ensure_ascii=False) + "\r\n" for item in items) + "\n", encoding="utf-8")
     expected = [Conversation.model_validate(item) for item in items]
-    assert list(read_conversations(whole)) == list(read_conversations(lines)) == expected
+    assert list(conversations_of(whole)) == list(conversations_of(lines)) == expected
+
+
+PUBLISHED = written([("user", "a"), ("assistant", "b")])
+OPENAI = {"messages": PUBLISHED["conversations"]}
+SHAREGPT = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 1}]}
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+@pytest.mark.parametrize("record", [PUBLISHED, OPENAI, SHAREGPT], ids=["published", "OpenAI", "ShareGPT"])
+def test_tables_of_any_format_are_read(tmp_path: Path, suffix: str, record: dict[str, Any]) -> None:
+    records = [{**record, "source": "x"} if suffix != "jsonl" else record] * 2
+    tables = open_conversations(table_file(tmp_path, suffix, records))
+    assert list(read_conversations(tables)) == [Conversation.model_validate(PUBLISHED)] * 2
+    unread = [] if suffix == "jsonl" else [f"{tmp_path}/rows.{suffix}: columns not read: source"]
+    assert reading_notes(tables) == unread
+
+
+def test_of_a_folder_the_files_that_train_are_read(tmp_path: Path) -> None:
+    for name, said in {"train-0": "a", "train-1": "b", "valid": "c", "test": "d"}.items():
+        table_file(tmp_path, "parquet", [written([("user", said), ("assistant", "e")])], name)
+    tables = open_conversations(str(tmp_path))
+    assert [one.conversations[0].content for one in read_conversations(tables)] == ["a", "b", "c"]
+    assert reading_notes(tables) == [f"{tmp_path}/test.parquet: not read, because conversations only train"]
+    for path in tmp_path.glob("[tv][ra]*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"^data\.conversations: .* has no table that trains"):
+        open_conversations(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("columns", "what"),
+    [
+        ({"messages": "[{"}, 'line 2, field conversations: expected a list of turns, got "[{"'),
+        ({"dialog": "[]"}, 'line 2: expected the field "conversations" or "messages", got ["dialog"]'),
+        ({"instruction": "a", "output": "b"}, 'line 2: expected the field "conversations", got Alpaca\'s'),
+    ],
+)
+def test_columns_that_hold_something_else_are_refused(tmp_path: Path, columns: dict[str, Any], what: str) -> None:
+    path = Path(table_file(tmp_path, "csv", [columns]))
+    with pytest.raises(UserError) as caught:
+        list(conversations_of(path))
+    assert caught.value.what.startswith(f"{path}, {what}")
 
 
 def test_a_list_is_read_one_conversation_at_a_time(tmp_path: Path) -> None:
     """The first one is there before the file's end, which is cut off, has been seen."""
     path = tmp_path / "list.json"
     path.write_text("[" + ",".join([json.dumps(written(TURNS[:3]))] * 5000) + ', {"conversa')
-    reading = read_conversations(path)
+    reading = conversations_of(path)
     assert next(reading) == conversation(*TURNS[:3])
     with pytest.raises(UserError, match=r"list\.json, index 5000: expected JSON"):
         list(reading)
@@ -240,10 +292,9 @@ def answered(answer: str) -> str:
     ("record", "message"),
     [
         ('{"conversations": [{"role": "user", "content": "a"}]}', "expected an assistant's turn"),
-        ('{"conversations": []}', "expected an assistant's turn"),
         ('{"conversations": [{"role": "wizard", "content": "a"}]}', r"field conversations\[0\].role"),
         ('{"conversations": "a"}', "field conversations"),
-        ('{"turns": []}', "field conversations"),
+        ('{"turns": []}', r'expected the field "conversations" or "messages", got \["turns"\]'),
         ('{"conversations": ', "expected JSON"),
         ("1", "got 1"),
         *((answered(blank), r"\[1\].content: expected text, got a blank") for blank in ('""', '" \\n"', '"\\u200b"')),
@@ -256,8 +307,8 @@ def answered(answer: str) -> str:
         (answered("NaN"), "NaN, which is not JSON"),
         (answered('"a\nb"'), "expected JSON"),
         (SOUND[:-1] + ",}", "expected JSON"),
-        (SOUND[:-1] + ', "id": 1}', "field id: Extra inputs"),
-        (SOUND.replace('"b"', '"b", "name": "c"'), r"field conversations\[1\].name: Extra inputs"),
+        (SOUND[:-1] + ', "id": 1}', "field id: expected no such field"),
+        (SOUND.replace('"b"', '"b", "name": "c"'), r"field conversations\[1\].name: expected no such field"),
     ],
 )
 def test_an_invalid_conversation_is_named_in_lists_and_in_lines(
@@ -268,7 +319,7 @@ def test_an_invalid_conversation_is_named_in_lists_and_in_lines(
     if "\n" in record and not as_list:
         message = "line 2: expected JSON"  # it ends there
     with pytest.raises(UserError, match=message) as error:
-        list(read_conversations(path))
+        list(conversations_of(path))
     assert error.value.what.startswith(f"{path}, {'index 1' if as_list else 'line 2'}")
     assert "own-data.md" not in error.value.hint
 
@@ -292,14 +343,14 @@ def test_a_list_that_is_not_json_is_refused(content: str, message: str, tmp_path
     path = tmp_path / "file.json"
     path.write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match=message) as error:
-        list(read_conversations(path))
+        list(conversations_of(path))
     assert str(path) in error.value.what
 
 
 @pytest.mark.parametrize("content", ["", "[]", " [ \n ] \n", "\n\n"])
 def test_a_file_may_be_empty(content: str, tmp_path: Path) -> None:
     (tmp_path / "file.json").write_text(content)
-    assert list(read_conversations(tmp_path / "file.json")) == []
+    assert list(conversations_of(tmp_path / "file.json")) == []
 
 
 @few_examples
@@ -310,7 +361,7 @@ def test_white_space_in_lists_does_not_matter(
     items = [written([("user", user), ("assistant", answer)]) for user, answer in told]
     path = tmp_path_factory.mktemp("list") / "list.json"
     path.write_bytes(json.dumps(items, indent=indent, ensure_ascii=ascii_only).encode())
-    assert list(read_conversations(path)) == [Conversation.model_validate(item) for item in items]
+    assert list(conversations_of(path)) == [Conversation.model_validate(item) for item in items]
 
 
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -324,6 +375,7 @@ CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{
         ({"prompt": "a", "completion": "b"}, '"prompt" and "completion"', "Make a user turn"),
         ({"text": "a"}, '"text"', "Divide the text"),
         ({"obs": [], "pred_task": None, "valid": True}, "an annotated row", "--data.root"),
+        ({"history": [], "proposal": None, "accepted": True}, "an annotated row", "--data.root"),
         ({"conversations": [{"role": "assistant", "content": None, "tool_calls": [CALL]}]}, "a call of tools", "Leave"),
         ({"conversations": [{"role": "tool", "content": "r"}]}, "a call of tools", "Leave"),
         ({"conversations": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, "a list of parts", "Join"),
@@ -336,7 +388,7 @@ def test_formats_of_other_projects_are_named_with_a_hint(
     path = tmp_path / "told.jsonl"
     path.write_text(json.dumps(record) + "\n")
     with pytest.raises(UserError) as error:
-        list(read_conversations(path))
+        list(conversations_of(path))
     assert error.value.what.startswith(f"{path}, line 1")
     assert what in error.value.what
     assert to_do in error.value.hint
@@ -345,7 +397,7 @@ def test_formats_of_other_projects_are_named_with_a_hint(
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No such file"):
-        list(read_conversations(tmp_path / "nothing.json"))
+        list(conversations_of(tmp_path / "nothing.json"))
 
 
 @pytest.mark.parametrize("text", ['He says "run it" to the user.', "Ein langer Satz über Änderungen.", "x" * 30])

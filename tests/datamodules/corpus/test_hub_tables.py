@@ -13,18 +13,24 @@ import pytest
 
 from datamodules.corpus.sources import load_corpus, rows_digest
 from tests.datamodules.corpus.test_tables import COLUMNS, ROW, written
-from tests.helpers import environment_of_commands
+from tests.helpers import conversations_of, environment_of_commands
 from tests.hub_server import REVISION, HubServer, served
 from tests.patience import HANG
 
 SCRIPT = """
 import json, sys
 from datamodules.corpus.columns import Columns
+from datamodules.corpus.conversations import open_conversations, read_conversations, reading_notes
 from datamodules.corpus.sources import load_corpus, rows_digest
 from datamodules.errors import UserError
 
 for name in sys.argv[1:]:
     try:
+        if name.startswith("talks/"):
+            tables = open_conversations(name)
+            talks = [one.model_dump(mode="json") for one in read_conversations(tables)]
+            print(json.dumps([talks, tables.digests, reading_notes(tables)]))
+            continue
         corpus = load_corpus(name, columns=Columns("events", "offer", "ok", "votes", scene="session"))
         print(json.dumps([rows_digest(corpus.train), rows_digest(corpus.test), corpus.notes]))
     except UserError as error:
@@ -83,14 +89,67 @@ def test_one_of_several_configurations_is_named(tmp_path: Path) -> None:
         files[f"{name}/train.csv"] = Path(written(tmp_path / name, "csv", rows, "train")).read_bytes()
     with served("org/name", files) as server:
         neither, one, unknown = loaded(tmp_path, "org/name", "org/name:b", "org/name:c", url=server.url)
-    assert "it has several configurations: ['a', 'b']\nName one: org/name:CONFIGURATION." in neither
+    told = "it has the configurations ['a', 'b']\nName one: org/name:CONFIGURATION. All its splits are read."
+    assert told in neither
     assert one[2][1] == "org/name:b, split train: 1 rows"
     assert unknown.startswith("data.root: org/name:c is no folder, and it cannot be loaded as a dataset")
+    assert told in unknown
 
 
 def test_nothing_is_asked_for_a_path_in_a_folder(tmp_path: Path) -> None:
     (tmp_path / "org").mkdir()
     with served("org/name", {}) as server:
         [said] = loaded(tmp_path, "org/name", url=server.url)
-    assert said.startswith("data.root: org/name is not a directory")
+    assert said.startswith("data.root: org/name: no such file or folder")
     assert server.requests == []
+
+
+def test_conversations_of_a_dataset_are_those_of_its_files_also_from_the_cache(tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "content": "It fails."},
+        {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
+    ]
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    records = [
+        {"id": 1, "messages": turns},
+        {"id": 2, "messages": [*turns, {"role": "assistant", "content": None, "tool_calls": [call]}]},
+    ]
+    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+    (tmp_path / "train.jsonl").write_bytes(lines)
+    local = [one.model_dump(mode="json") for one in conversations_of(tmp_path / "train.jsonl")]
+    assert len(local) == 2
+    home = tmp_path / "home"
+    home.mkdir()
+    with served("talks/name", {"train.jsonl": lines, "test.jsonl": lines}) as server:
+        [first] = loaded(home, "talks/name", url=server.url)
+    assert first == [
+        local,
+        [REVISION],
+        [
+            f"talks/name: revision {REVISION}",
+            "talks/name, split train: columns not read: id",
+            "talks/name, split test: not read, because conversations only train",
+        ],
+    ]
+    again, missing = loaded(home, "talks/name", "talks/other", offline=True)
+    assert again == first
+    assert missing.startswith("data.conversations: talks/other is no folder, and it cannot be loaded as a dataset")
+
+
+def test_the_name_of_a_split_begins_with_what_it_is_for(tmp_path: Path) -> None:
+    names = {"train_sft": ROWS, "test_sft": ROWS[:1], "train_gen": ROWS[:2]}
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n"
+    card += "".join(f"  - split: {name}\n    path: {name}.parquet\n" for name in names) + "---\n"
+    files = {"README.md": card.encode()}
+    for name, rows in names.items():
+        files[f"{name}.parquet"] = Path(written(tmp_path, "parquet", rows, name)).read_bytes()
+    files["odd.parquet"] = files["train_gen.parquet"]
+    odd = {**files, "README.md": card.replace("train_gen", "odd").encode()}
+    with served("org/name", files) as server:
+        [found] = loaded(tmp_path, "org/name", url=server.url)
+    assert [note.partition(":")[0] for note in found[2][1:4]] == [
+        f"org/name, split {name}" for name in ("train_sft", "train_gen", "test_sft")
+    ]
+    with served("org/odd", odd) as server:
+        [refused] = loaded(tmp_path, "org/odd", url=server.url)
+    assert refused.startswith("data.root: org/odd has the splits train_sft, test_sft, odd; odd is not known\n")

@@ -79,10 +79,12 @@ def test_bad_record_in_a_directory_names_its_file(local: Path, name: str) -> Non
 
 
 def test_missing_directory_and_missing_file_are_named(local: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.root: /no/such/place is not a directory"):
+    with pytest.raises(UserError, match=r"data\.root: /no/such/place: no such file or folder"):
         load_corpus("/no/such/place")
     (local / "reward_data" / "train_data.jsonl").unlink()
-    with pytest.raises(UserError, match=r"data\.root: .*local has no reward_data/train_data\.jsonl, and no CSV"):
+    with pytest.raises(
+        UserError, match=r"data\.root: .*local has no reward_data/train_data\.jsonl, and no table that trains"
+    ):
         load_corpus(str(local))
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from datamodules.corpus.conversations import read_conversations
 from datamodules.corpus.json_records import read_jsonl
 from datamodules.corpus.preferences import PreferenceRecord
 from datamodules.corpus.records import AnnotatedRow
@@ -20,6 +19,7 @@ from proactive.assistant.live_gate import GateVerdict
 from proactive.assistant.observations import Presence
 from proactive.assistant.session_export import export_sessions
 from proactive.simulation.simulated_traces import read_simulated
+from tests.helpers import conversations_of
 from tests.proactive.assistant.sessions import (
     BEGIN,
     FREE,
@@ -94,7 +94,7 @@ def test_preferences_and_conversations_say_what_the_user_wanted(session: Path, t
     found = [one["conversations"] for one in lines(path)]
     assert [[turn["role"] for turn in one] for one in found] == [["system", "user", "assistant"]] * 2
     assert json.loads(found[0][2]["content"]) == {"proposal": "yes"}
-    assert len(list(read_conversations(path))) == 2
+    assert len(list(conversations_of(path))) == 2
 
 
 def test_traces_open_in_the_reader_with_what_the_gate_held_back(session: Path, tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ COLUMNS = json.dumps({"history": "events", "proposal": "offer", "accepted": "ok"
 TABLE = write("t.csv", 'events,offer,ok\n"[""opens""]",Help.,1\n')
 TABLES = {
     "a bad history": (write("t.csv", "events,offer,ok\nopens,Help.,1\n"), "t.csv, line 2, field events"),
-    "a bad judgment": (write("t.csv", 'events,offer,ok\n"[""opens""]",Help.,yes\n'), "t.csv, line 2, field ok"),
+    "a bad judgment": (write("t.csv", 'events,offer,ok\n"[""opens""]",Help.,maybe\n'), "t.csv, line 2, field ok"),
     "control characters": (write("t.csv", f'events,offer,ok\n"[""opens""]",Help.,"{ESCAPES}"\n'), "line 2, field ok"),
     "no row": (write("t.csv", "events,offer,ok\n"), "t.csv holds no training row"),
 }
@@ -163,7 +163,13 @@ CASES = [
     Case("no trace", "evaluate", [*BASELINE, "--data.root={root}"], "no test traces"),
     Case("a root that is not there", "inspect", ["--root=nowhere"], "nowhere"),
     Case("a root of control characters", "inspect", [f"--root={ESCAPES}"], "\\x1b]0;owned"),
-    Case("a root that is a file", "inspect", ["--root=file"], "file is not a directory", write("file", "")),
+    Case(
+        "a root that is a file",
+        "inspect",
+        ["--root=file"],
+        "file: expected a folder, or a name that ends in .csv",
+        write("file", ""),
+    ),
     Case("a root without rows", "inspect", ["--root=r"], "r has no reward_data", write(TRACE, "[]")),
     Case("too many folds", "inspect", ["--root=r", "--folds=2"], "folds", root()),
     Case("a trace beyond the limit", "inspect", ["--root=r"], "a.json: holds", sparse(TRACE, MAX_TEXT_BYTES + 1)),
@@ -188,6 +194,16 @@ CASES = [
         for command, prefix in (("inspect", ""), ("fit", "data."))
     ),
     Case("a table without columns", "fit", ["--data.root=t.csv"], "t.csv has no column history", TABLE),
+    Case(
+        "a table without conversations",
+        "fit",
+        ["--task=agent", "--data.conversations=[t.csv]"],
+        't.csv, line 2: expected the field "conversations" or "messages"',
+        TABLE,
+    ),
+    Case(
+        "conversations without a network", "fit", ["--task=agent", "--data.conversations=[no/thing]"], "no/thing is no"
+    ),
     Case("a column of another field", "fit", ["--data.columns.row=x"], "data.columns: Option 'row' is not accepted"),
     Case("columns of the published layout", "fit", [f"--data.columns={COLUMNS}"], "data.columns: "),
     Case("a dataset without a network", "inspect", ["--root=nobody/nothing"], "nobody/nothing is no folder, and it"),
