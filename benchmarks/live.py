@@ -24,8 +24,9 @@ from jsonargparse import auto_cli
 from datamodules.corpus.records import Event
 from datamodules.corpus.sources import load_corpus
 from datamodules.corpus.traces import root_traces
+from models.judging.answer_options import AnswerOptions
 from models.judging.judges import RewardJudge
-from models.judging.local_agent import AnswerOptions, LocalAgent
+from models.judging.local_agent import LocalAgent
 from models.judging.weights import load_weights
 from models.learning.proactive_agent import ProactiveAgent
 from models.learning.reward_classifier import RewardClassifier

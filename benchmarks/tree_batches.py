@@ -28,8 +28,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from datamodules.batching.layout_name import LayoutName
 from datamodules.batching.reward_rows import RewardDataModule
-from datamodules.batching.rows import LayoutName, RowsDataModule
+from datamodules.batching.rows import RowsDataModule
 from datamodules.corpus.records import AnnotatedRow
 from datamodules.corpus.sources import Corpus
 from datamodules.corpus.splits import Split

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from datamodules.files.writing import Unfinished, sync
-from models.learning import sharded_files as shards
+from datamodules.files.writing import Unfinished, put_in_place, sync
 from models.learning.checkpoint_files import load_run
 from models.learning.training import BackboneModule
 
@@ -29,7 +28,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
             with unfinished.path.open("wb") as file:
                 torch.save(checkpoint, file)
                 sync(file)
-            shards.put_in_place(unfinished.path, target)
+            put_in_place(unfinished.path, target)
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = True

@@ -6,8 +6,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from datamodules.files.run_folders import EXPORT
-from models.learning.saved_models import ExportDtype
 from models.learning.training import BackboneModule
+from models.networks.network_options import ExportDtype
 from models.networks.sharding import gather
 from models.reporting.export_folders import export_model, refuse_other_folder
 from models.reporting.run_record import tested_record

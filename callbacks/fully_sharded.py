@@ -13,9 +13,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from datamodules.errors import UserError
-from datamodules.files.writing import Unfinished, disk_full, sync, write_error
+from datamodules.files.writing import Unfinished, disk_full, put_in_place, sync, write_error
 from models.learning import sharded_files as shards
 from models.learning.checkpoint_files import checkpoint_problem, load_run, refuse_damaged
+from models.learning.checkpoint_paths import VALUES, is_sharded
 from models.learning.training import BackboneModule
 from models.networks.sharding import fill, zeros_as
 
@@ -113,7 +114,7 @@ class FullySharded(ModelParallelStrategy):
         refuse_damaged(path, problem)
         assert self.lightning_module is not None
         assert isinstance(self.lightning_module, BackboneModule)
-        sharded = shards.is_sharded(path)
+        sharded = is_sharded(path)
         values = load_run(path, type(self.lightning_module), checked=True, whole=False)
         self._load_weights(values.pop("state_dict"), path / shards.WEIGHTS if sharded else None, values)
         optimizers = values.pop("optimizer_states", [])
@@ -200,11 +201,11 @@ StrategyRegistry.register("fully_sharded", FullySharded, description="PyTorch's 
 
 
 def _finish(folder: Path, values: dict[str, Any], target: Path) -> Path:
-    with (folder / shards.VALUES).open("wb") as file:
+    with (folder / VALUES).open("wb") as file:
         torch.save(values, file)
         sync(file)
     shards.sync(folder)
-    shards.put_in_place(folder, target)
+    put_in_place(folder, target)
     return target
 
 

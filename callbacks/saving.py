@@ -12,7 +12,7 @@ from callbacks.stopping import StopOnSignal
 from datamodules.errors import UserError
 from datamodules.files.writing import remove
 from models.learning import sharded_files as shards
-from models.learning.checkpoint_files import BEST, LAST
+from models.learning.checkpoint_paths import BEST, LAST
 from models.learning.training import BackboneModule
 from models.networks.weight_files import naming_file
 

@@ -12,16 +12,19 @@ from datamodules.prompting.chat_prompts import AGENT_PROMPT, ChatPrompt
 from datamodules.ranges import NonNegativeFloat, Seed, Temperature
 from models.judging.agents import Agent, AlwaysPropose, NeverPropose, RecordedAgent
 from models.judging.answer_log import AnswerLog
+from models.judging.answer_options import AnswerOptions
 from models.judging.chat_client import ChatClient
 from models.judging.endpoint_agent import EndpointAgent
-from models.judging.local_agent import AnswerOptions, LocalAgent
-from models.judging.weights import Weights
-from models.learning.proactive_agent import ProactiveAgent
+from models.learning.checkpoint_paths import weights_path
 from proactive.endpoints import add_endpoint_options
 from proactive.parser import Parser
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
+
+    from models.judging.local_agent import LocalAgent
+    from models.judging.weights import Weights
+    from models.learning.proactive_agent import ProactiveAgent
 
 KINDS = ("checkpoint", "traces", "url", "baseline")
 
@@ -51,8 +54,8 @@ def add_gate_options(parser: Parser, choice: str) -> None:
 
 
 def trained_agent(
-    weights: Weights[ProactiveAgent], options: "Namespace", candidates: int = 1, log: AnswerLog | None = None
-) -> LocalAgent:
+    weights: "Weights[ProactiveAgent]", options: "Namespace", candidates: int = 1, log: AnswerLog | None = None
+) -> "LocalAgent":
     """Return the agent of a checkpoint.
 
     Args:
@@ -61,6 +64,8 @@ def trained_agent(
         candidates: Number of answers per event.
         log: Keeps the answers.
     """
+    from models.judging.local_agent import LocalAgent  # with torch, which the other agents do not need
+
     how = AnswerOptions(**options.agent.answers.as_dict())
     return LocalAgent(weights, how, candidates, options.temperature, options.seed, log=log)
 
@@ -89,6 +94,12 @@ def untrained_agent(
         return AlwaysPropose() if options.agent.baseline == "always-propose" else NeverPropose()
     prompt = ChatPrompt.read(options.agent.prompt, with_proposal=False)
     return EndpointAgent(client(), prompt, candidates or 1, latest_tokens)
+
+
+def refuse_missing_weights(option: str, given: Sequence[Path] | None) -> None:
+    """Refuse a path without weights among those that an option names, if it is given; see `weights_path`."""
+    for path in given or ():
+        weights_path(path, option)
 
 
 def one_of(group: "Namespace", name: str, choices: Sequence[str]) -> str:

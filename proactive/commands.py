@@ -10,7 +10,7 @@ from typing import NoReturn
 from datamodules.errors import UserError, did_you_mean
 from proactive import __version__
 from proactive.fitting.help import show_cached_help
-from proactive.terminal import run, say, set_up_messages
+from proactive.terminal import quiet_imports, run, say
 
 COMMANDS = {  # module name: description
     "fit": "train a reward classifier or an agent, and test it",
@@ -60,8 +60,8 @@ def main(arguments: list[str]) -> None:
     elif name in COMMANDS:
         if name in HELP_IS_CACHED and show_cached_help(name, program(name), rest):
             return
-        command = importlib.import_module(f"proactive.{name}")
-        set_up_messages(rest)  # again, for the libraries that were imported just now
+        with quiet_imports():
+            command = importlib.import_module(f"proactive.{name}")
         command.main(rest)
     else:
         raise UserError(f"there is no command {name}{did_you_mean(name, COMMANDS)}", "See proactive --help.")

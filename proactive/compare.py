@@ -9,9 +9,10 @@ from pathlib import Path
 
 from datamodules.files.run_folders import REPORT_FILE, output_folder
 from proactive.commands import program
+from proactive.comparing.folders import find_folders
 from proactive.parser import Parser
 from proactive.tables import show
-from proactive.terminal import say
+from proactive.terminal import quiet_imports, say
 
 
 def main(arguments: list[str]) -> None:
@@ -24,17 +25,18 @@ def main(arguments: list[str]) -> None:
         "result is marked.")  # fmt: skip
     add("--output", type=Path, default=None, help="The folder to write. Default: a new one in runs/compare.")
     options = parser.with_output_options().parse_args(arguments)
-    # After the options, because it imports torch, which takes seconds.
-    from proactive.comparing.comparison import compare
-    from proactive.comparing.output import (
-        COMPARISON_FILE,
-        DIFFERENCES_FILE,
-        METRICS_TABLE,
-        comparison_tables,
-        write_comparison,
-    )
+    folders = find_folders(options.folders)
+    with quiet_imports():
+        from proactive.comparing.comparison import compare
+        from proactive.comparing.output import (
+            COMPARISON_FILE,
+            DIFFERENCES_FILE,
+            METRICS_TABLE,
+            comparison_tables,
+            write_comparison,
+        )
 
-    record, settings = compare(options.folders, options.contaminated)
+    record, settings = compare(folders, options.contaminated)
     folder = output_folder(options.output, "compare", COMPARISON_FILE)
     write_comparison(record, settings, folder)
     if not options.quiet:

@@ -10,16 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.files.run_folders import METRICS_FILE
-from models.learning.checkpoint_files import checkpoint_task, load_trained
-from models.learning.saved_models import ExportDtype
-from models.learning.sharded_files import content_digest
-from models.reporting.export_folders import export_model, is_export, refuse_other_folder
-from models.reporting.hub import push as hub_push
-from models.reporting.hub import refuse_push
+from models.learning.checkpoint_paths import EXPORT_STATE, weights_path
+from models.networks.network_options import ExportDtype
 from proactive.commands import program
 from proactive.parser import Parser
-from proactive.tasks import TASKS
-from proactive.terminal import say
+from proactive.terminal import quiet_imports, say
 
 
 def export(
@@ -47,19 +42,29 @@ def export(
         UserError: The checkpoint cannot be read, the folder contains something other than an export, or the hub
             refuses the push.
     """
+    source = weights_path(checkpoint, "--checkpoint")
+    with quiet_imports():
+        from models.learning.checkpoint_files import checkpoint_task, load_trained
+        from models.reporting.export_folders import export_model, refuse_other_folder
+        from models.reporting.hub import push as hub_push
+        from models.reporting.hub import refuse_push
+        from proactive.tasks import TASKS
+
     if push is not None:
         refuse_push(push)
     refuse_other_folder(output)
-    kind = TASKS[checkpoint_task(checkpoint, "--checkpoint", TASKS)].module
-    model, state, source = load_trained((kind,), checkpoint, "--checkpoint")
+    kind = TASKS[checkpoint_task(source, "--checkpoint", TASKS)].module
+    model, state, _ = load_trained((kind,), source, "--checkpoint")
     export_model(model, kind.data_class.from_state(state), _record(source), output, dtype=dtype)
     return source, None if push is None else hub_push(output, push, public)
 
 
 def _record(source: Path) -> dict[str, Any] | None:
     """The record of the test of these weights; None if their run tested other weights, or none."""
+    from models.learning.sharded_files import content_digest
+
     path = source.parent.parent / METRICS_FILE
-    if is_export(source) or not path.is_file():
+    if (source / EXPORT_STATE).is_file() or not path.is_file():
         return None
     record = json.loads(path.read_text(encoding="utf-8"))
     return record if record.get("weights_digest") == content_digest(source) else None

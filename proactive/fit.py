@@ -12,7 +12,7 @@ import shlex
 from callbacks.stopping import Interrupted
 from callbacks.watch_ranks import PARENT_VARIABLE, following
 from datamodules.files.run_folders import CHECKPOINTS, EXPORT, METRICS_FILE, REPORT_FILE
-from models.learning.checkpoint_files import BEST, LAST
+from models.learning.checkpoint_paths import BEST, LAST
 from models.reporting.run_record import tested_record
 from proactive.fitting.arguments import trains_folds
 from proactive.fitting.cli import FitCLI

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datamodules.errors import UserError
-from models.judging.weights import load_weights
-from models.learning.reward_classifier import RewardClassifier
-from models.reporting.export_folders import export_model, refuse_other_folder
+from models.learning.checkpoint_paths import weights_path
 from proactive.assistant.recalibration import read_answers
 from proactive.commands import program
 from proactive.parser import Parser
-from proactive.terminal import say
+from proactive.terminal import quiet_imports, say
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -40,9 +38,15 @@ def _recalibrate_parser() -> Parser:
 
 def _recalibrate(options: "Namespace") -> None:
     answers = read_answers(options.sessions)
+    path = weights_path(options.gate, "--gate")
+    with quiet_imports():
+        from models.judging.weights import load_weights
+        from models.learning.reward_classifier import RewardClassifier
+        from models.reporting.export_folders import export_model, refuse_other_folder
+
     calibration = answers.calibration()
     refuse_other_folder(options.output)
-    gate = load_weights((RewardClassifier,), options.gate, "--gate")
+    gate = load_weights((RewardClassifier,), path, "--gate")
     if gate.digest != answers.weights:
         raise UserError(f"--gate: {gate.source} has other weights than the gate of these sessions", "Give that gate.")
     model, before = gate.model, gate.model.temperature

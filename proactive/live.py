@@ -17,21 +17,23 @@ from typing import TYPE_CHECKING
 from datamodules.errors import UserError
 from datamodules.files.run_folders import latest_run_folder, missing_folders, output_folder, remove_empty
 from proactive.assistant.assistant import Assistant
+from proactive.assistant.session_checks import checked_source
 from proactive.assistant.session_export import export_sessions
 from proactive.assistant.session_folders import make_private, private_files, remove_older
 from proactive.assistant.session_log import SESSION_FILE, Entry
 from proactive.assistant.session_options import session_parser
-from proactive.assistant.session_setup import Session, prepare
 from proactive.assistant.session_summary import summary, summary_table
 from proactive.assistant.terminal_lines import lines_of
 from proactive.commands import program
 from proactive.event_loop import SignalReceivedError, run_until_signal
 from proactive.parser import Parser
 from proactive.tables import show
-from proactive.terminal import same_command, say
+from proactive.terminal import quiet_imports, same_command, say
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
+
+    from proactive.assistant.session_setup import Session
 
 NAME = "live"
 DEFAULT_RUN = "reward"  # the name of the runs of `python -m proactive.fit`
@@ -67,7 +69,12 @@ def _export(options: "Namespace") -> None:
 
 
 def _run(options: "Namespace", arguments: Sequence[str]) -> None:
-    session = prepare(options, _default_gate)
+    source = checked_source(options)
+    gates = options.gate or ([_default_gate()] if source is None else [])
+    with quiet_imports():
+        from proactive.assistant.session_setup import prepare
+
+    session = prepare(options, source, gates)
     if options.keep is not None:
         for removed in remove_older(Path("runs", NAME), options.keep, options.output):
             say(f"removed {removed}: it was kept for {options.keep} days")
@@ -100,7 +107,7 @@ def _remove_without_entries(folder: Path, around: Sequence[Path]) -> None:
         remove_empty(dict.fromkeys([folder, *around]))
 
 
-async def _watch(session: Session, folder: Path, tell: Callable[[str], None]) -> None:
+async def _watch(session: "Session", folder: Path, tell: Callable[[str], None]) -> None:
     def told(entry: Entry) -> None:
         for line in lines_of(entry):
             tell(line)

@@ -10,7 +10,8 @@ from datamodules.corpus.json_records import validate
 from datamodules.corpus.records import Event
 from datamodules.corpus.traces import Pair
 from datamodules.errors import UserError
-from models.judging.local_agent import AnswerOptions, LocalAgent
+from models.judging.answer_options import AnswerOptions
+from models.judging.local_agent import LocalAgent
 from models.judging.scorer import Scorer
 from models.judging.weights import Weights, load_weights
 from models.learning.reward_classifier import RewardClassifier

@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -21,6 +21,12 @@ from proactive.parser import one_line
 
 OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)  # of a stream, which has no file name
 MISTAKE = 2  # exit code after a user's mistake
+LEVELS = {  # of the messages of a library that are shown
+    **dict.fromkeys(("lightning.pytorch", "lightning.fabric", "lightning"), logging.WARNING),
+    # Kernels that torchao and bitsandbytes lack on this machine, types that torchao registers twice, and each retry of
+    # a hub, whose last failure is shown as an error.
+    **dict.fromkeys(("torchao", "bitsandbytes", "torch.utils._pytree", "huggingface_hub"), logging.ERROR),
+}
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
@@ -96,19 +102,8 @@ def as_user_error(error: BaseException) -> UserError | None:
     """The user's mistake that caused an exception; None for an exception that is a bug."""
     if isinstance(error, UserError):
         return error
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from torch import OutOfMemoryError
-
-    text = one_line(str(error))
     if isinstance(error, MemoryError):
         return UserError("out of memory while data was read or prepared", "Give less data, or use a larger machine.")
-    if isinstance(error, OutOfMemoryError) or "can't allocate memory" in text:
-        return UserError(
-            f"out of memory: {text}",
-            "Lower data.token_budget (layout rows: data.micro_batch_size), or set model.gradient_checkpointing.",
-        )
-    if isinstance(error, MisconfigurationException):
-        return UserError(text, "Change the trainer's options; see --help.")
     if reason := disk_full(error):
         return UserError(f"the disk is full: {reason}", "Free space there; files written before are intact.")
     if isinstance(error, OSError) and error.filename:
@@ -120,6 +115,17 @@ def as_user_error(error: BaseException) -> UserError | None:
             f"cannot write the output: {error.strerror}",
             "Check where standard output goes, and the free space on the disk.",
         )
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from torch import OutOfMemoryError
+
+    text = one_line(str(error))
+    if isinstance(error, OutOfMemoryError) or "can't allocate memory" in text:
+        return UserError(
+            f"out of memory: {text}",
+            "Lower data.token_budget (layout rows: data.micro_batch_size), or set model.gradient_checkpointing.",
+        )
+    if isinstance(error, MisconfigurationException):
+        return UserError(text, "Change the trainer's options; see --help.")
     return None
 
 
@@ -166,7 +172,7 @@ def _rank() -> int:
 def set_up_messages(arguments: list[str]) -> None:
     """Show our messages on standard output, and hide messages of libraries that tell a user nothing new.
 
-    Libraries that are imported later may set up their own.
+    Libraries set up their own when they are imported; see `quiet_imports`.
     """
     debug, quiet, rank = "--debug" in arguments, "--quiet" in arguments, _rank()
     ours = logging.getLogger("proactive")
@@ -178,12 +184,8 @@ def set_up_messages(arguments: list[str]) -> None:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # of tokenizing and downloading
     if debug:
         return
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # Kernels that torchao and bitsandbytes lack on this machine, types that torchao registers twice, and each retry of
-    # a hub, whose last failure is shown as an error.
-    for name in ("torchao", "bitsandbytes", "torch.utils._pytree", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name, level in LEVELS.items():
+        logging.getLogger(name).setLevel(level)
     for message in (
         ".*does not have many workers.*",  # small batches take less time than starting a process
         ".*logging interval.*",  # short runs are short on purpose
@@ -199,3 +201,16 @@ def set_up_messages(arguments: list[str]) -> None:
         ".*sync_dist=True.*",  # metrics already include the rows of all ranks
     ):
         warnings.filterwarnings("ignore", message)
+
+
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Import libraries within this context, and keep what `set_up_messages` has set up.
+
+    Commands import torch this way after they have checked their options, because the import takes seconds.
+    """
+    before = {name: logging.getLogger(name).level for name in LEVELS}
+    yield
+    for name, level in before.items():
+        if level:
+            logging.getLogger(name).setLevel(level)

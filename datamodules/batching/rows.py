@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from datamodules.batching.bag_of_words import Decision, WordScores, word_scores
+from datamodules.batching.layout_name import LayoutName
 from datamodules.batching.resume_checks import refuse_other_data
 from datamodules.batching.row_tokenizer import ROW_COLUMNS, RowTokenizer
-from datamodules.batching.step_data_module import LayoutName, StepDataModule
+from datamodules.batching.step_data_module import StepDataModule
 from datamodules.batching.steps import refuse_small_budget, refuse_unequal_parts
 from datamodules.batching.token_cache import CachedRows, TokenCache
 from datamodules.batching.tokenized_split import Stage, TokenizedSplit

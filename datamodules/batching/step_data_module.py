@@ -9,6 +9,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from datamodules.batching.layout_name import LayoutName
 from datamodules.batching.layouts import Layout, RowsLayout, TreeLayout
 from datamodules.batching.prefix_tree import Integers
 from datamodules.batching.steps import EncodedRows, EvaluationSampler, MicroBatch, StepLoader, StepSampler
@@ -18,7 +19,6 @@ from datamodules.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-LayoutName = Literal["auto", "tree", "rows"]
 log = logging.getLogger("proactive")  # commands print it on rank 0
 
 

@@ -22,6 +22,8 @@ FOLD_PLACEHOLDER = "{fold}"  # in the value of an option, the number of the fold
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"
 DECISIONS_FILE = "decisions.jsonl"
+ANSWERS_FILE = "answers.jsonl"  # of an evaluation of an agent, as the next one
+VERDICTS_FILE = "verdicts.jsonl"
 LOCK = ".lock"
 RANKS_TIMEOUT = 120  # seconds: maximum time between the starts of a job's first and last rank
 

@@ -1,6 +1,7 @@
 """Atomic writing: a file or folder is complete or absent, and no link can redirect the write."""
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import glob
@@ -18,6 +19,7 @@ from datamodules.errors import UserError
 UNFINISHED = ".unfinished"  # suffix of files that are being written
 CHUNK = 2**24
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+AT_WORKING_DIRECTORY, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2
 
 
 class Unfinished:
@@ -152,3 +154,39 @@ def write_atomically(path: Path, text: str) -> None:
             file.write(text)
             sync(file)
         unfinished.path.replace(path)
+
+
+def put_in_place(new: Path, target: Path) -> None:
+    """Replace a file or folder by a new one, and remove the old one.
+
+    At any moment the old one or the new one exists. If the system cannot exchange two folders in one step, a kill
+    between two steps can leave the old one under another name. `recover` then restores it.
+    """
+    replaced = _replaced(target)
+    if target.exists() and (target.is_dir() or new.is_dir()):
+        remove(replaced)
+        if _exchange(new, target):
+            remove(new)
+            return
+        target.rename(replaced)
+    new.replace(target)
+    remove(replaced)
+
+
+def recover(path: Path) -> Path:
+    """Restore a file or folder that an interrupted `put_in_place` moved aside; return its path."""
+    if not path.exists():
+        with contextlib.suppress(FileNotFoundError):  # nothing was moved, or another process has restored it
+            _replaced(path).rename(path)
+    return path
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two files or folders in one step; return False if the system or the disk cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    paths = (AT_WORKING_DIRECTORY, os.fsencode(one), AT_WORKING_DIRECTORY, os.fsencode(other))
+    return rename is not None and rename(*paths, EXCHANGE) == 0
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")

@@ -3,17 +3,14 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated
-
-from annotated_types import Ge, Le
+from typing import TYPE_CHECKING
 
 from datamodules.batching.answer_rows import AnswersDataModule
 from datamodules.corpus.answers import Answer, read_answer
 from datamodules.corpus.records import Event
 from datamodules.corpus.traces import Answers, Candidate, Trace
-from datamodules.ranges import FINITE, Count, check_ranges, refuse_equal_samples
+from datamodules.ranges import refuse_equal_samples
 from models.decoding.answer_writer import AnswerWriter, GeneratedAnswer
 from models.decoding.branch_checks import can_branch
 from models.decoding.branches import reading_branches
@@ -21,6 +18,7 @@ from models.decoding.generation import AnswerStream, generate_answers
 from models.decoding.grammar import AnswerGrammar
 from models.judging.agents import Agent, AgentSession
 from models.judging.answer_log import AnswerLog
+from models.judging.answer_options import AnswerOptions
 from models.judging.description import Advance, Description, uncounted
 from models.judging.weights import Weights, best_device
 from models.learning.proactive_agent import ProactiveAgent
@@ -30,24 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NO_TOKENS: list[int] = []  # replace the tokens of an event that is too old for any prompt
-
-
-@dataclass(frozen=True)
-class AnswerOptions:
-    """How a trained agent generates its answers.
-
-    Args:
-        max_new_tokens: Maximum number of tokens per answer. A longer answer is cut off and not used.
-        constrained: Whether a grammar constrains answers to JSON.
-        traces_at_once: Number of traces per batch.
-    """
-
-    max_new_tokens: Count = 256
-    constrained: bool = True
-    traces_at_once: Annotated[int, Ge(1), Le(4096), FINITE] = 4
-
-    def __post_init__(self) -> None:
-        check_ranges(type(self), asdict(self), "agent.answers")
 
 
 class LocalAgent(Agent):

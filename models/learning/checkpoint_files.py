@@ -14,22 +14,13 @@ import torch
 from datamodules.corpus.json_records import validate
 from datamodules.errors import UserError
 from datamodules.escaping import error_text
-from datamodules.files.reading import require_regular_files
-from datamodules.files.run_folders import CHECKPOINTS
 from models.learning import sharded_files as shards
 from models.learning.checkpoint_contents import ShardFiles, refuse_options
-from models.learning.saved_models import (
-    EXPORT_STATE,
-    export_state,
-    model_from_checkpoint,
-    model_from_export,
-)
+from models.learning.checkpoint_paths import EXPORT_STATE, VALUES, is_sharded, weights_path
+from models.learning.saved_models import export_state, model_from_checkpoint, model_from_export
 from models.learning.training import BackboneModule
 from models.networks.configurations import refuse_unfit_tokenizer
 from models.networks.weight_files import naming_file
-
-LAST = "last.ckpt"
-BEST = "best.ckpt"
 
 Model = TypeVar("Model", bound=BackboneModule)
 
@@ -79,9 +70,9 @@ def load_checkpoint(path: Path, *, checked: bool = False, whole: bool = True) ->
     """
     if not checked:
         refuse_damaged(path, checkpoint_problem(path))
-    sharded = shards.is_sharded(path)
+    sharded = is_sharded(path)
     try:
-        file = path / shards.VALUES if sharded else path
+        file = path / VALUES if sharded else path
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=not whole)
     except (pickle.UnpicklingError, RecursionError) as error:
         raise UserError(
@@ -157,17 +148,14 @@ def load_trained(kinds: Sequence[type[Model]], target: Path, option: str) -> tup
     Raises:
         UserError: There is no model of these classes.
     """
-    if (shards.recover(target) / EXPORT_STATE).is_file():
-        require_regular_files(target, option)
-        with naming_file(target):
+    target = weights_path(target, option)
+    with naming_file(target):
+        if (target / EXPORT_STATE).is_file():
             kind = _kind_of_task(kinds, export_state(target)["task"], target)
             model, state = model_from_export(kind, target)
-    else:
-        target = _checkpoint_of(target, option)
-        with naming_file(target):
+        else:
             kind, checkpoint = _load_run_of(target, kinds)
             model, state = model_from_checkpoint(kind, checkpoint), checkpoint[kind.data_class.__qualname__]
-    with naming_file(target):
         refuse_options(model.data_class, state["hyperparameters"], "hyperparameters")
         data = model.data_class.from_state(state)
         refuse_unfit_tokenizer(model.network, data.tokenizer)
@@ -185,10 +173,9 @@ def checkpoint_task(target: Path, option: str, tasks: Collection[str]) -> str:
     Raises:
         UserError: As `load_trained`, or there is no such task.
     """
-    if (shards.recover(target) / EXPORT_STATE).is_file():
-        task = export_state(target).get("task")
-    else:
-        task = load_checkpoint(_checkpoint_of(target, option), whole=False).get("task")
+    target = weights_path(target, option)
+    is_export = (target / EXPORT_STATE).is_file()
+    task = (export_state(target) if is_export else load_checkpoint(target, whole=False)).get("task")
     if not isinstance(task, str) or task not in tasks:
         raise UserError(
             f"{option}: {target} is not a checkpoint of a run: it names no task",
@@ -197,37 +184,22 @@ def checkpoint_task(target: Path, option: str, tasks: Collection[str]) -> str:
     return str(task)
 
 
-def _checkpoint_of(target: Path, option: str) -> Path:
-    """The path of a checkpoint: `target` itself, or the best checkpoint in the run folder `target`."""
-    if (target / CHECKPOINTS).is_dir():
-        names = (shards.recover(target / CHECKPOINTS / name) for name in (BEST, LAST))
-        target = next((path for path in names if path.exists()), target)
-    shards.recover(target)
-    if not target.exists() or (target.is_dir() and not shards.is_sharded(target)):
-        raise UserError(
-            f"{option}: {target} has no checkpoint" if target.exists() else f"{option}: there is no {target}",
-            f"Give a run folder, a checkpoint, or an export folder (with {EXPORT_STATE}).",
-        )
-    require_regular_files(target, option)
-    return target
-
-
 def checkpoint_problem(path: Path) -> str | None:
     """Read a checkpoint once, and compare its checksums.
 
     Returns:
         How it is damaged; None if it is not.
     """
-    if shards.is_sharded(path):
-        return _file_problem(path / shards.VALUES) or _shards_problem(path)
+    if is_sharded(path):
+        return _file_problem(path / VALUES) or _shards_problem(path)
     return _file_problem(path)
 
 
 def _shards_problem(folder: Path) -> str | None:
     """The same for the files with shards. Their checksums are in values.pt."""
     try:
-        values = torch.load(folder / shards.VALUES, map_location="cpu", weights_only=True, mmap=True)
-        expected = validate(values, ShardFiles, shards.VALUES).files
+        values = torch.load(folder / VALUES, map_location="cpu", weights_only=True, mmap=True)
+        expected = validate(values, ShardFiles, VALUES).files
         if unknown := shards.files(folder) - expected.keys():
             return f"contains {min(unknown)}, which was not written with it"
         found = shards.checksums(folder, (folder / name for name in expected))

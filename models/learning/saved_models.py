@@ -7,7 +7,7 @@ the calibration and the state of the data module.
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,18 +18,18 @@ from datamodules.corpus.json_records import read_json
 from datamodules.errors import UserError
 from models.learning.calibration import Calibration
 from models.learning.checkpoint_contents import ExportContent, refuse_options
+from models.learning.checkpoint_paths import EXPORT_STATE
 from models.learning.training import BackboneModule
 from models.networks.adapter_files import ADAPTER_FILE, load_adapter, merged_state, rounded, save_adapter
 from models.networks.adapters import refuse_unfit_adapter
 from models.networks.building import base_from_config, load_network
 from models.networks.configurations import network_from_config, refuse_other_size
+from models.networks.network_options import ExportDtype
 from models.networks.weight_files import weights_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-EXPORT_STATE = "proactive.json"
-ExportDtype = Literal["float32", "bfloat16"]
 LARGEST_STATE = 2**30  # bytes: it contains the tokenizer and a digest of each training history
 
 Model = TypeVar("Model", bound=BackboneModule)

@@ -10,7 +10,6 @@ files contain their own index. values.pt is loaded with weights_only.
 """
 
 import contextlib
-import ctypes
 import hashlib
 import os
 import shutil
@@ -25,18 +24,12 @@ from torch import Tensor, nn
 
 from datamodules.errors import UserError
 from datamodules.escaping import error_text
-from datamodules.files.writing import checksum, remove
+from datamodules.files.writing import checksum
+from models.learning.checkpoint_paths import VALUES
 
-VALUES = "values.pt"
 WEIGHTS = "weights"
 OPTIMIZER = "optimizer"
 FILE_SIZE = 2**31  # bytes of one file of a rank: the writer needs twice as much memory
-AT_WORKING_DIRECTORY, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2
-
-
-def is_sharded(path: Path) -> bool:
-    """Whether a path is a sharded checkpoint."""
-    return (path / VALUES).is_file()
 
 
 def link(path: Path, other: Path) -> None:
@@ -45,42 +38,6 @@ def link(path: Path, other: Path) -> None:
         shutil.copytree(path, other, copy_function=os.link)
     else:
         os.link(path, other)
-
-
-def put_in_place(new: Path, target: Path) -> None:
-    """Replace a file or folder by a new one, and remove the old one.
-
-    At any moment the old one or the new one exists. If the system cannot exchange two folders in one step, a kill
-    between two steps can leave the old one under another name. `recover` then restores it.
-    """
-    replaced = _replaced(target)
-    if target.exists() and (target.is_dir() or new.is_dir()):
-        remove(replaced)
-        if _exchange(new, target):
-            remove(new)
-            return
-        target.rename(replaced)
-    new.replace(target)
-    remove(replaced)
-
-
-def recover(path: Path) -> Path:
-    """Restore a checkpoint that an interrupted `put_in_place` moved aside; return its path."""
-    if not path.exists():
-        with contextlib.suppress(FileNotFoundError):  # nothing was moved, or another rank has restored it
-            _replaced(path).rename(path)
-    return path
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchange the names of two files or folders in one step; return False if the system or the disk cannot."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    paths = (AT_WORKING_DIRECTORY, os.fsencode(one), AT_WORKING_DIRECTORY, os.fsencode(other))
-    return rename is not None and rename(*paths, EXCHANGE) == 0
-
-
-def _replaced(path: Path) -> Path:
-    return path.with_name(f".{path.name}.replaced")
 
 
 def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

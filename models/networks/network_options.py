@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
 from datamodules.prompting.tokenizers import SCRATCH
 
 Head = Literal["classifier", "language model"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
+ExportDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -36,4 +35,4 @@ class NetworkOptions:
     @property
     def for_transformers(self) -> dict[str, Any]:
         """The keyword arguments that `from_config` and `from_pretrained` of transformers share."""
-        return {"dtype": getattr(torch, self.dtype), "attn_implementation": self.attn_implementation}
+        return {"dtype": self.dtype, "attn_implementation": self.attn_implementation}

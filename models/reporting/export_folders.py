@@ -11,10 +11,11 @@ from torch import Tensor
 from datamodules.batching.answer_rows import AnswersDataModule
 from datamodules.batching.rows import RowsDataModule
 from datamodules.errors import UserError
-from datamodules.files.writing import Unfinished
-from models.learning.saved_models import EXPORT_STATE, ExportDtype, export_state, export_weights
-from models.learning.sharded_files import put_in_place, recover
+from datamodules.files.writing import Unfinished, put_in_place, recover
+from models.learning.checkpoint_paths import EXPORT_STATE
+from models.learning.saved_models import export_state, export_weights
 from models.learning.training import BackboneModule
+from models.networks.network_options import ExportDtype
 from models.reporting.model_card import model_card
 
 FILES = "files"  # key in proactive.json of the files that the export wrote

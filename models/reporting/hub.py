@@ -10,7 +10,8 @@ import httpx2
 
 from datamodules.errors import UserError
 from datamodules.escaping import error_text
-from models.learning.saved_models import EXPORT_STATE, export_state
+from models.learning.checkpoint_paths import EXPORT_STATE
+from models.learning.saved_models import export_state
 from models.networks.adapter_files import ADAPTER_CONFIG
 from models.reporting.model_card import HUB_ID
 

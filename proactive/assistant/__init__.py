@@ -1,6 +1,6 @@
 """The live assistant. Only `proactive.live` and `proactive.gate` use these modules.
 
-- session_options, session_setup, source_choice: options, and the session that they describe
+- session_options, session_checks, session_setup, source_choice: options, and the session that they describe
 - observations, trace_source, activitywatch: sources, which yield observations
 - activitywatch_client, spans, privacy: read what ActivityWatch recorded, without private content
 - span_sequence, sentences, rewriting: make events of it

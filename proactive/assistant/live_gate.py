@@ -4,14 +4,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datamodules.corpus.records import Event
 from datamodules.corpus.traces import Pair
 from datamodules.escaping import error_text
-from models.judging.judges import RewardJudge
 from proactive.assistant.deciding import Decision
 from proactive.assistant.model_thread import ModelThread
+
+if TYPE_CHECKING:
+    from models.judging.judges import RewardJudge
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Gate:
     """
 
     def __init__(
-        self, judge: RewardJudge, threshold: float, options: GateOptions, name: str, thread: ModelThread
+        self, judge: "RewardJudge", threshold: float, options: GateOptions, name: str, thread: ModelThread
     ) -> None:
         self.judge = judge
         self.threshold = threshold

@@ -1,7 +1,7 @@
 """Observations, and the interface of sources, which yield them in the order of their time.
 
 To add a kind of source, write a class with the methods of `Source`, and add a branch to
-`proactive.assistant.source_choice.choose_source`.
+`proactive.assistant.source_choice.read_source`.
 """
 
 from collections.abc import AsyncGenerator, Mapping

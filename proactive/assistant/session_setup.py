@@ -1,12 +1,10 @@
-"""Sets up the session that the options of `proactive.live` describe: checks everything, and loads models."""
+"""Sets up the session that the checked options of `proactive.live` describe: loads models, and chooses among them."""
 
-import ipaddress
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from datamodules.corpus.traces import Recorded, Trace, read_recorded, root_traces
 from datamodules.errors import UserError
@@ -21,15 +19,14 @@ from models.judging.judges import RewardJudge
 from models.judging.weights import Exposure, Model, Weights, assign, load_weights
 from models.learning.reward_classifier import RewardClassifier
 from models.online.agent_classes import AGENTS
-from proactive.agent_options import KINDS, one_of, root_corpus, trained_agent, untrained_agent
+from proactive.agent_options import KINDS, root_corpus, trained_agent, untrained_agent
 from proactive.assistant.assistant import SessionParts
 from proactive.assistant.deciding import Policy
 from proactive.assistant.live_gate import Gate, GateOptions
 from proactive.assistant.model_thread import ModelThread, run_in_event_loop
 from proactive.assistant.notices import Notices, RecordedNotices
-from proactive.assistant.privacy import PrivacyOptions
 from proactive.assistant.rewriting import RewrittenSource
-from proactive.assistant.source_choice import EMBEDDED, choose_source, recorded_judgments
+from proactive.assistant.source_choice import EMBEDDED, ChosenSource, embedded_source, recorded_judgments
 from proactive.assistant.terminal_notices import TerminalNotices
 from proactive.endpoints import endpoint_of
 from proactive.evaluation.evaluation_notes import TRAINING_NOTES
@@ -39,7 +36,6 @@ if TYPE_CHECKING:
     from jsonargparse import Namespace
 
 MAX_ANSWERS = 100  # answers of an endpoint that are kept in memory
-AGENT_HINT = "Give --agent.checkpoint, --agent.url or --agent.baseline."
 
 
 @dataclass
@@ -70,33 +66,26 @@ class LatestAnswers(AnswerLog):
             self.unfinished.pop(oldest, None)
 
 
-def prepare(options: "Namespace", default_gate: Callable[[], Path]) -> Session:
-    """Check the options, and load the models.
+def prepare(options: "Namespace", given: ChosenSource | None, gate_paths: Sequence[Path]) -> Session:
+    """Load the models.
 
     Args:
         options: All options of the command.
-        default_gate: Returns the run of the gate if neither a source nor a gate is given.
+        given: The result of `checked_source` with these options.
+        gate_paths: The weights that may be the gate; at least one if no source is given.
 
     Raises:
-        UserError: Options contradict each other, a file is not valid, a model is remote, or it trained on the trace.
+        UserError: A file is not valid, or a model trained on the trace.
     """
     own = not any(options.agent[kind] for kind in KINDS)
-    _refuse_contradictions(options, own)
-    privacy = PrivacyOptions(**options.privacy.as_dict())
-    given = choose_source(options, [], privacy) if options.source is not None else None
-    if given is not None and given[2] is None:
-        _refuse_without_trace(options, own)
-    paths = options.gate or ([default_gate()] if given is None else [])
-    gates = [load_weights((RewardClassifier,), path, "--gate") for path in paths]
+    gates = [load_weights((RewardClassifier,), path, "--gate") for path in gate_paths]
     agents = [load_weights(AGENTS, path, "--agent.checkpoint") for path in options.agent.checkpoint or ()]
     weights: list[Weights[Any]] = [*gates, *agents]
-    source, clock, recorded = given or choose_source(options, weights, privacy)
+    source, clock, recorded = given or embedded_source(weights, options.speed)
     trace = recorded.traces[0] if recorded else None
     choose = _Choice(trace, _root_traces_by_name(options, weights) if trace else {}, options.contaminated)
     clients: list[ChatClient] = []
     if options.rewrite.url:
-        if recorded:
-            raise UserError("--rewrite.url: the source is a trace, whose events stay as they are", "Leave it out.")
         prompt = ChatPrompt.read(options.rewrite.prompt, with_proposal=False)
         source = RewrittenSource(source, _client("rewrite", 0.0, options, clients), prompt)
     if agents:
@@ -132,53 +121,6 @@ def prepare(options: "Namespace", default_gate: Callable[[], Path]) -> Session:
         "stamps": {name: bool(found) for name, found in stamps.items() if found},
     }
     return Session(parts, settings, [_decides(agent, gate, own), *_stamp_notes(stamps)], clients)
-
-
-def _refuse_contradictions(options: "Namespace", own: bool) -> None:
-    if not own:
-        one_of(options.agent, "agent", KINDS)
-    gated = bool(options.gate) or options.source is None
-    for option, given in {
-        "cost-ratio": options.cost_ratio is not None,
-        "shadow": options.shadow,
-        "gate-fails-open": options.gate_fails_open,
-        "epsilon": options.epsilon > 0,
-    }.items():
-        if given and not gated:
-            raise UserError(f"--{option}: there is no gate", "Give a reward classifier with --gate.")
-    server = options.source if options.source and "://" in options.source else None
-    for option, url, what in (
-        ("agent.url", options.agent.url, "which would get all events"),
-        ("rewrite.url", options.rewrite.url, "which would get all events"),
-        ("source", server, "whose recording would come over the network"),
-    ):
-        if url and not options.allow_remote and not is_loopback(url):
-            raise UserError(
-                f"--{option}: {urlsplit(url).hostname} is another machine, {what}",
-                "Give --allow-remote to allow it, or an address on this machine.",
-            )
-
-
-def _refuse_without_trace(options: "Namespace", own: bool) -> None:
-    """Refuse options that need a trace, for a source that is none."""
-    if own:
-        raise UserError("agent: there is none, and the source is not a trace with recorded offers", AGENT_HINT)
-    if options.agent.traces:
-        raise UserError("--agent.traces: the source is not a trace", AGENT_HINT)
-    if options.notify == "recorded":
-        raise UserError("--notify recorded: the source is not a trace", "Choose another kind of notice.")
-    for option, paths in (("--gate", options.gate), ("--agent.checkpoint", options.agent.checkpoint)):
-        if paths and len(paths) > 1:
-            raise UserError(f"{option}: there is no trace to choose one of {len(paths)} for", "Give one.")
-
-
-def is_loopback(url: str) -> bool:
-    """Return whether a URL is one of this machine."""
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _root_traces_by_name(options: "Namespace", weights: list[Weights[Any]]) -> dict[str, Trace]:

@@ -1,16 +1,15 @@
-"""Chooses the source that `--source` names, with its clock and the recorded offers of a trace."""
+"""The source that `--source` names, or else the embedded one, with its clock and the recorded offers of a trace."""
 
 import codecs
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from datamodules.corpus.records import AnnotatedRow
 from datamodules.corpus.sources import Corpus, load_corpus
 from datamodules.corpus.traces import Candidate, ProposalKey, Recorded, Trace, read_traces, root_traces
 from datamodules.errors import UserError
 from datamodules.files.reading import open_file
-from models.judging.weights import Exposure, Weights
 from proactive.assistant.activitywatch import ActivityWatchSource, ExportSource
 from proactive.assistant.clock import Clock, ReplayClock, SystemClock
 from proactive.assistant.observations import Source
@@ -20,31 +19,48 @@ from proactive.assistant.trace_source import TraceSource
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
+    from models.judging.weights import Weights
+
 EMBEDDED = "embedded"
 FIRST_BYTES = 1024  # of a file; they show whether it is an export or a trace
 
 
-def choose_source(
-    options: "Namespace", weights: Sequence[Weights[Any]], privacy: PrivacyOptions
-) -> tuple[Source, Clock, Recorded | None]:
-    """Return the source, its clock, and the recorded trace; None instead of the trace if the source is not one.
+class ChosenSource(NamedTuple):
+    """A source, its clock, and the recorded trace; None instead of the trace if the source is not one."""
 
-    Without `--source`, the source is the trace of the embedded data that the weights are exposed to least.
+    source: Source
+    clock: Clock
+    recorded: Recorded | None
+
+
+def read_source(options: "Namespace", privacy: PrivacyOptions) -> ChosenSource:
+    """Return the source that `--source` names.
 
     Raises:
         UserError: The file is not a source.
     """
     replay = ReplayClock(options.speed)
-    if options.source is None:
-        recorded = _embedded(load_corpus(EMBEDDED), weights)
-    elif "://" in options.source:
+    if "://" in options.source:
         system = SystemClock()
-        return ActivityWatchSource(options.source, system, privacy), system, None
-    elif _is_export(Path(options.source)):
-        return ExportSource(Path(options.source), replay, privacy), replay, None
-    else:
-        recorded = _read_trace(Path(options.source))
-    return TraceSource(recorded.traces[0], replay), replay, recorded
+        return ChosenSource(ActivityWatchSource(options.source, system, privacy), system, None)
+    path = Path(options.source)
+    if _is_export(path):
+        return ChosenSource(ExportSource(path, replay, privacy), replay, None)
+    return _replayed(_read_trace(path), replay)
+
+
+def embedded_source(weights: "Sequence[Weights[Any]]", speed: float) -> ChosenSource:
+    """Return the trace of the embedded data that the weights are exposed to least.
+
+    Args:
+        weights: At least one.
+        speed: What `--speed` says.
+    """
+    return _replayed(_embedded(load_corpus(EMBEDDED), weights), ReplayClock(speed))
+
+
+def _replayed(recorded: Recorded, clock: Clock) -> ChosenSource:
+    return ChosenSource(TraceSource(recorded.traces[0], clock), clock, recorded)
 
 
 def _is_export(path: Path) -> bool:
@@ -73,16 +89,12 @@ def _read_trace(path: Path) -> Recorded:
     return recorded
 
 
-def _embedded(corpus: Corpus, weights: Sequence[Weights[Any]]) -> Recorded:
+def _embedded(corpus: Corpus, weights: "Sequence[Weights[Any]]") -> Recorded:
     """Return the trace that the weights are exposed to least, with offers and judgments of the annotated rows.
 
     Its answer after an event is the first offer of the rows that end with this event.
     """
-
-    def exposure(trace: Trace) -> Exposure:
-        return max((one.exposure(trace, None) for one in weights), default=Exposure.NONE)
-
-    trace = min(root_traces(corpus), key=exposure)
+    trace = min(root_traces(corpus), key=lambda one: max(own.exposure(one, None) for own in weights))
     rows = _rows_after(corpus.rows, trace)
     offers = [[row for row in after if row.proposal is not None] for after in rows]
     answers = [[Candidate(after[0].proposal, after[0].proposal)] if after else [Candidate(None)] for after in offers]

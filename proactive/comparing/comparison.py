@@ -18,7 +18,6 @@ from proactive.comparing.runs import (
     REWARD,
     ComparedRun,
     LeftOut,
-    find_folders,
     read_run,
 )
 from proactive.comparing.setting import Setting, differing_options, group_runs
@@ -42,11 +41,11 @@ MEANS = (
 HINT = "Give folders of finished runs."
 
 
-def compare(paths: Sequence[Path], contaminated: bool = False) -> tuple[dict[str, Any], dict[str, list[Setting]]]:
-    """Compare the runs and evaluations in some folders.
+def compare(folders: Sequence[Path], contaminated: bool = False) -> tuple[dict[str, Any], dict[str, list[Setting]]]:
+    """Compare runs and evaluations.
 
     Args:
-        paths: Folders of runs, or folders that contain them.
+        folders: Their folders, as `find_folders` returns them.
         contaminated: Whether to use runs that were tested on what they were trained on.
 
     Returns:
@@ -57,7 +56,7 @@ def compare(paths: Sequence[Path], contaminated: bool = False) -> tuple[dict[str
     """
     left_out: dict[Path, str] = {}
     runs: dict[str, list[ComparedRun]] = {}
-    for folder in find_folders(paths):
+    for folder in folders:
         try:
             run = read_run(folder)
             if run.contaminated and not contaminated:

@@ -1,10 +1,9 @@
-"""Finds the run folders and evaluations to compare, and reads what each decided on its test rows."""
+"""Reads runs and evaluations, and what each decided on its test rows."""
 
 import hashlib
 import json
-import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +15,7 @@ from datamodules.corpus.json_records import read_json, read_jsonl, validate
 from datamodules.errors import UserError
 from datamodules.files.reading import MAX_RECORDS_BYTES
 from datamodules.files.run_folders import (
+    ANSWERS_FILE,
     CHECKPOINTS,
     CONFIG_FILE,
     DECISIONS_FILE,
@@ -23,19 +23,18 @@ from datamodules.files.run_folders import (
     FOLDS_FILE,
     LOGS,
     METRICS_FILE,
+    VERDICTS_FILE,
     holds_folds,
 )
 from datamodules.files.safe_yaml import NotYamlError, read_yaml
 from models.learning.calibration import DECISION
 from models.learning.checkpoint_contents import RunOptions
-from models.learning.checkpoint_files import LAST
+from models.learning.checkpoint_paths import LAST
 from models.learning.pooling import FN, FP, TN, TP, UNDECIDED, DecidedRows, outcomes
 from models.reporting.decided_rows import DecidedRow
 from models.reporting.run_page import read_curves
 from models.reporting.timeline import TIMELINE_FILE, ShownTraces
-from proactive.evaluation.carry_out import ANSWERS_FILE, VERDICTS_FILE
 
-DEPTH = 4  # levels of folders that are searched: runs/NAME/NUMBER/fold-N/NUMBER
 REWARD, DECISION_TO_OFFER, EVALUATION = "reward", "agent", "evaluation"  # kinds of tests
 KINDS = {"reward": REWARD, "agent": DECISION_TO_OFFER, "preference": DECISION_TO_OFFER, "online": DECISION_TO_OFFER}
 OUTCOMES = {"tp": TP, "fp": FP, "tn": TN, "fn": FN, "undecided": UNDECIDED}
@@ -99,40 +98,6 @@ class ComparedRun:
     def warnings(self) -> list[str]:
         """The notes of the test that warn."""
         return [note for note in self.record["notes"] if note.split(":")[0].isupper()]
-
-
-def find_folders(paths: Sequence[Path]) -> list[Path]:
-    """The folders of runs and evaluations among some paths and below them, those of a folder in the order of numbers.
-
-    Raises:
-        UserError: A path is no folder, or there is nothing to compare.
-    """
-    found: dict[Path, Path] = {}
-    for path in paths:
-        if not path.is_dir():
-            raise UserError(f"{path}: {'is not a folder' if path.exists() else 'no such folder'}", "Give run folders.")
-        for folder in _below(path, DEPTH):
-            found.setdefault(folder.resolve(), folder)
-    if not found:
-        raise UserError(f"no run and no evaluation in {', '.join(map(str, paths))}", "Give run folders.")
-    return list(found.values())
-
-
-def _below(folder: Path, depth: int) -> Iterator[Path]:
-    if (folder / CONFIG_FILE).is_file() or (folder / ANSWERS_FILE).is_file():
-        yield folder
-    elif depth:
-        try:
-            inner = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-        except OSError as error:
-            raise UserError(f"{folder}: {error.strerror}", "Check its permissions.") from error
-        for path in sorted(inner, key=lambda path: [int(p) if p.isdecimal() else p for p in _parts(path.name)]):
-            yield from _below(path, depth - 1)
-
-
-def _parts(name: str) -> list[str]:
-    """A name in texts and numbers, alternating, so that 10 comes after 9."""
-    return re.split(r"(\d+)", name)
 
 
 def read_run(folder: Path) -> ComparedRun:

@@ -1,6 +1,8 @@
-"""The evaluation of agents, `proactive.evaluate agent`.
+"""Parts of `proactive.evaluate`: the test of a reward classifier, and the evaluation of agents.
 
-- agent_command: options, and what it prints
+- evaluation_options: the options of both
+- reward_evaluation: the test
+- agent_command: what the evaluation of an agent prints
 - prepare, specification: turn options into a checked `Evaluation`, with models and data loaded
 - carry_out: asks the agents, then the judges, and writes the folder
 - judged_events, evaluation_notes: metrics, and what a reader must know about them

@@ -7,51 +7,23 @@ from typing import TYPE_CHECKING
 
 from callbacks.progress import counted
 from datamodules.errors import UserError
-from datamodules.files.run_folders import METRICS_FILE, REPORT_FILE, missing_folders, output_folder, remove_empty
-from datamodules.prompting.chat_prompts import JUDGE_PROMPT
-from datamodules.ranges import Tries
-from models.judging.endpoint import EndpointOptions
-from proactive.agent_options import add_agent_options, add_gate_options
-from proactive.endpoints import add_endpoint_options
-from proactive.evaluation.carry_out import ANSWERS_FILE, VERDICTS_FILE, carry_out
+from datamodules.files.run_folders import (
+    ANSWERS_FILE,
+    METRICS_FILE,
+    REPORT_FILE,
+    VERDICTS_FILE,
+    missing_folders,
+    output_folder,
+    remove_empty,
+)
+from proactive.evaluation.carry_out import carry_out
 from proactive.evaluation.prepare import prepare
 from proactive.event_loop import SignalReceivedError, run_until_signal
-from proactive.parser import Parser
 from proactive.tables import agent_tables, show
 from proactive.terminal import same_command, say
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
-
-
-def agent_parser() -> Parser:
-    """The options of `evaluate agent`."""
-    parser = Parser(prog="evaluate agent", description="Measure an agent by the verdicts of a judge.")
-    add = parser.add_argument
-    add_agent_options(parser)
-    add("--judge.checkpoint", type=Path, nargs="+", help="Judge: a run, checkpoint or export of a reward classifier. "
-        "Of several, each trace uses one that neither trained nor validated on it, if there is one.")  # fmt: skip
-    add_endpoint_options(parser, "judge", "Judge: a generative reward model at this endpoint.", JUDGE_PROMPT)
-    add("--judge.attempts", type=Tries, default=3, help="Maximum number of requests until a verdict can be parsed.")
-    add("--judge.recorded", action="store_true", help="Judge: the judgments in the recorded traces.")
-    add("--data.root", type=str, help="Root of the test traces and of splits.json: embedded, published or a folder. "
-        "Default: the root that agent or judge trained on, else embedded.")  # fmt: skip
-    add(
-        "--candidates",
-        type=Tries | None,
-        help="Answers after each event. An event is accepted if any candidate is. Default: one, or all recorded.",
-    )
-    add_gate_options(parser, "Of several, each trace uses one as for the judge.")
-    add("--gate-is-judge", action="store_true", help="Allow the judge's weights as gate, and mark the result.")
-    add(
-        "--contaminated",
-        action="store_true",
-        help="Allow an agent, judge or gate that trained on the traces, and mark the result.",
-    )
-    parser.add_class_arguments(EndpointOptions, "endpoint")
-    add("--output", type=Path, help="Folder to write. The folder of a stopped evaluation resumes it. "
-        "Default: a new one in runs/evaluate.")  # fmt: skip
-    return parser.with_output_options()
 
 
 def evaluate_agent_command(options: "Namespace", arguments: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.corpus.traces import Answers, Pair, ProposalKey, Trace, traces_digest
-from datamodules.files.run_folders import METRICS_FILE, REPORT_FILE
+from datamodules.files.run_folders import ANSWERS_FILE, METRICS_FILE, REPORT_FILE, VERDICTS_FILE
 from datamodules.files.writing import write_atomically
 from models.judging.agents import Agent, AlwaysPropose, NeverPropose
 from models.judging.answer_log import AnswerLog
@@ -36,8 +36,6 @@ from proactive.evaluation.judged_events import (
 from proactive.evaluation.published_layouts import figures_csv, judged_files
 from proactive.evaluation.specification import Evaluation
 
-ANSWERS_FILE = "answers.jsonl"
-VERDICTS_FILE = "verdicts.jsonl"
 FIGURES_FILE = "figures.csv"
 JUDGED = "judged"
 Progress = Callable[[str, int], AbstractContextManager[Advance]]  # from label and total; yields what counts an item

@@ -1,4 +1,4 @@
-"""Prepares the `Evaluation` that the options of `evaluate agent` describe: checks, and loads models and data."""
+"""Prepares the `Evaluation` that the options of `evaluate agent` describe: loads models and data, and checks them."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -15,13 +15,12 @@ from models.judging.agents import Agent
 from models.judging.answer_log import AnswerLog
 from models.judging.budget import Budget
 from models.judging.chat_client import ChatClient
-from models.judging.gate_curve import gate_threshold
 from models.judging.judges import EndpointJudge, Judge, RecordedJudge, RewardJudge
 from models.judging.weights import Exposure, Model, Weights, assign, load_weights, one_for_each
 from models.learning.proactive_agent import ProactiveAgent
 from models.learning.reward_classifier import RewardClassifier
 from models.online.agent_classes import AGENTS
-from proactive.agent_options import KINDS, one_of, root_corpus, trained_agent, untrained_agent
+from proactive.agent_options import root_corpus, trained_agent, untrained_agent
 from proactive.endpoints import endpoint_of
 from proactive.evaluation.specification import Evaluation, Stamps
 
@@ -30,12 +29,14 @@ if TYPE_CHECKING:
 
 
 def prepare(options: "Namespace") -> Evaluation:
-    """Check the options, and load models and data.
+    """Load models and data.
+
+    Args:
+        options: Checked by `refuse_mistakes`.
 
     Raises:
-        UserError: Options contradict each other, a file is not valid, or a judge or gate trained on the traces.
+        UserError: A file is not valid, or a judge or gate trained on the traces.
     """
-    _refuse_contradictions(options)
     recorded = read_recorded(options.agent.traces) if options.agent.traces else None
     agents = [load_weights(AGENTS, path, "--agent.checkpoint") for path in options.agent.checkpoint or ()]
     judges = [load_weights((RewardClassifier,), path, "--judge.checkpoint") for path in options.judge.checkpoint or ()]
@@ -58,7 +59,7 @@ def prepare(options: "Namespace") -> Evaluation:
         agents=agent_by_trace,
         judges=judge_by_trace,
         gates=gate_by_trace,
-        cost_ratio=_cost_ratio(options),
+        cost_ratio=1.0 if options.cost_ratio is None else options.cost_ratio,
         stamps=Stamps(part.exposures, left_out, part.gate_is_judge),
         people=_rows_of(answered, root_traces_by_name, corpus) if corpus else None,
         answers=part.answers,
@@ -157,24 +158,6 @@ def _answerable(weights: Sequence[Weights[ProactiveAgent]], traces: list[Trace],
             "Train it with --data.split published or on folds, or give --contaminated, which marks the result.",
         )
     return answered
-
-
-def _refuse_contradictions(options: "Namespace") -> None:
-    who = one_of(options.agent, "agent", KINDS)
-    one_of(options.judge, "judge", ("checkpoint", "url", "recorded"))
-    if options.judge.recorded and who != "traces":
-        raise UserError("--judge.recorded: only recorded traces have judgments", "Give them with --agent.traces.")
-    if options.gate and options.judge.recorded:
-        raise UserError(
-            "--gate: recorded judgments have no verdict on null instead of a proposal", "Give another judge."
-        )
-    if options.cost_ratio is not None and not options.gate:
-        raise UserError("--cost-ratio: there is no gate", "Give a reward classifier with --gate.")
-    gate_threshold(_cost_ratio(options))
-
-
-def _cost_ratio(options: "Namespace") -> float:
-    return 1.0 if options.cost_ratio is None else options.cost_ratio
 
 
 def _rows_of(traces: Sequence[Trace], root_traces_by_name: Mapping[str, Trace], corpus: Corpus) -> list[AnnotatedRow]:

@@ -41,10 +41,9 @@ from datamodules.files.run_folders import (
     missing_folders,
     remove_empty,
 )
-from datamodules.files.writing import write_atomically
+from datamodules.files.writing import recover, write_atomically
 from datamodules.ranges import Count, FolderName
-from models.learning.saved_models import ExportDtype
-from models.learning.sharded_files import recover
+from models.networks.network_options import ExportDtype
 from proactive.commands import program
 from proactive.fitting.arguments import DEFAULT_TASK, FOLDS
 from proactive.fitting.configs import MergedConfigs, all_options, changed_options

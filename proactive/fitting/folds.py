@@ -35,9 +35,10 @@ from datamodules.files.run_folders import (
 )
 from datamodules.files.safe_yaml import read_yaml
 from datamodules.files.writing import write_atomically
-from models.learning.saved_models import EXPORT_STATE
+from models.learning.checkpoint_paths import EXPORT_STATE
 from proactive.commands import program
 from proactive.comparing.comparison import compare
+from proactive.comparing.folders import find_folders
 from proactive.comparing.output import comparison_tables, write_comparison
 from proactive.comparing.runs import read_options
 from proactive.fitting.arguments import FOLDS
@@ -92,7 +93,7 @@ def cross_validate(arguments: list[str]) -> None:
         if code := processes.train(fold, f"fold {fold} ({number} of {len(folds)})"):
             _say_how_to_resume(folder, fold, new_folders if resumed is None else None)
             raise SystemExit(code)
-    record, settings = compare([folder], contaminated=True)
+    record, settings = compare(find_folders([folder]), contaminated=True)
     write_comparison(record, settings, folder)
     if not config.quiet:
         show(*comparison_tables(record))

@@ -14,8 +14,9 @@ from lightning.pytorch.callbacks import Callback
 
 from datamodules.errors import UserError, refuse_changes
 from datamodules.files.run_folders import CHECKPOINTS, CONFIG_FILE, holds_folds, latest_run_folder
-from models.learning.checkpoint_files import LAST, checkpoint_problem, load_run, refuse_damaged
-from models.learning.sharded_files import is_sharded, recover
+from datamodules.files.writing import recover
+from models.learning.checkpoint_files import checkpoint_problem, load_run, refuse_damaged
+from models.learning.checkpoint_paths import LAST, is_sharded
 from models.learning.training import BackboneModule
 from proactive.fitting.trainer_options import REFUSED
 from proactive.terminal import say

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from datamodules.batching.rows import RowsDataModule
 from datamodules.files.run_folders import EXPORT
-from models.learning.checkpoint_files import BEST, LAST
+from models.learning.checkpoint_paths import BEST, LAST
 from models.learning.training import BackboneModule
 from models.planning.memory import MemoryPlan, Setting, optimizer_bytes
 

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Literal
 
 from datamodules.errors import UserError
 from datamodules.ranges import Count, Positive
+from models.judging.agents import AlwaysPropose, NeverPropose
+from models.judging.answer_options import AnswerOptions
 from models.judging.budget import Budget
 from models.judging.chat_client import ChatClient
+from models.learning.checkpoint_paths import weights_path
 from proactive.endpoints import endpoint_of
 from proactive.simulation.endpoint_roles import EndpointRole, RoleOptions, RolePrompt
 from proactive.simulation.questions import Role, Roles
@@ -16,6 +19,7 @@ from proactive.simulation.scenes import SimulatedSession
 from proactive.simulation.scripted_roles import ScriptedRole
 from proactive.simulation.simulation_log import SimulationLog
 from proactive.simulation.work_items import ROLE_NAMES, RoleName
+from proactive.terminal import quiet_imports
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -125,13 +129,15 @@ def kind_of(role: RoleName, group: "Namespace") -> str | None:
         group: Its options.
 
     Raises:
-        UserError: Two of them are given, or an option that a role of this kind does not use.
+        UserError: Two of them are given, an option that a role of this kind does not use, or a checkpoint that is none.
     """
     given = [name for name in KINDS if group.get(name)]
     if len(given) > 1:
         raise UserError(f"--{role}.{given[0]} and --{role}.{given[1]} exclude each other", "Give one of them.")
     if "url" not in given and (unused := [name for name in ENDPOINT_ONLY if group.get(name)]):
         raise UserError(f"--{role}.{unused[0]}: only an endpoint uses it", f"Give its address with --{role}.url.")
+    if "checkpoint" in given:
+        weights_path(group.checkpoint, f"--{role}.checkpoint")
     return given[0] if given else None
 
 
@@ -154,16 +160,15 @@ def _local_role(
 ) -> Role[SimulatedSession]:
     if kind is None:
         return ScriptedRole(log)
-    # Imports of torch, which endpoints and scripts do not need.
-    from models.judging.agents import AlwaysPropose, NeverPropose
-    from models.judging.judges import RewardJudge
-    from models.judging.local_agent import AnswerOptions, LocalAgent
-    from models.judging.weights import load_weights
-    from models.learning.reward_classifier import RewardClassifier
-    from models.online.agent_classes import AGENTS
-    from proactive.simulation.local_roles import BaselineAssistant, TrainedAssistant, TrainedJudge
-
     group = options[role]
+    with quiet_imports():  # of torch, which endpoints and scripts do not need
+        from models.judging.judges import RewardJudge
+        from models.judging.local_agent import LocalAgent
+        from models.judging.weights import load_weights
+        from models.learning.reward_classifier import RewardClassifier
+        from models.online.agent_classes import AGENTS
+        from proactive.simulation.local_roles import BaselineAssistant, TrainedAssistant, TrainedJudge
+
     if kind == "baseline":
         return BaselineAssistant(AlwaysPropose() if group.baseline == "always-propose" else NeverPropose(), log)
     if role == "judge":

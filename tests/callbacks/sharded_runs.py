@@ -13,11 +13,13 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
+from callbacks import fully_sharded
 from callbacks.fully_sharded import FullySharded
 from callbacks.saving import LastCheckpoint
 from callbacks.seeding import SeedEachStep
 from callbacks.stopping import Interrupted, StopOnSignal
 from datamodules.errors import UserError
+from datamodules.files import writing
 from models.learning import sharded_files as shards
 from models.learning.reward_classifier import RewardClassifier
 from models.networks.sharding import blocks, gather
@@ -121,14 +123,14 @@ def killed_while_saving(root: Path, folder: Path, when: str) -> None:
             saved += name == "write_shards"
             if saved > 2 and name == when:  # weights and optimizer are two calls a save
                 if when == "put_in_place":
-                    arguments[1].rename(shards._replaced(arguments[1]))  # half of it
+                    arguments[1].rename(writing._replaced(arguments[1]))  # half of it
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(*arguments, **given)
 
         return instead
 
-    for name in ("write_shards", "put_in_place"):
-        setattr(shards, name, die_at(name, getattr(shards, name)))
+    for module, name in ((shards, "write_shards"), (fully_sharded, "put_in_place")):
+        setattr(module, name, die_at(name, getattr(module, name)))
     trainer.fit(classifier, small_data(root), weights_only=True)
 
 

@@ -9,8 +9,9 @@ import torch
 
 from datamodules.corpus.sources import load_corpus
 from datamodules.errors import UserError
-from models.learning import sharded_files as shards
+from datamodules.files.writing import recover
 from models.learning.checkpoint_files import checkpoint_problem, load_checkpoint, load_run
+from models.learning.checkpoint_paths import VALUES, is_sharded
 from models.learning.reward_classifier import RewardClassifier
 from tests.callbacks.sharded_runs import disk_full_on_one_rank, fitted_to, killed_while_saving
 from tests.gguf_files import small_llama, with_cache, write_gguf
@@ -59,7 +60,7 @@ def test_a_sharded_checkpoint_resumes_on_one_device_and_back(
     second = on_ranks(1, fitted_to, 8, root, last.parent, str(last), False, folder=tmp_path)
     assert last.is_file()  # in the folder's place
     third = on_ranks(2, fitted_to, 12, root, last.parent, str(last), folder=tmp_path)
-    assert shards.is_sharded(last)
+    assert is_sharded(last)
     assert_as_whole([of_four[1], second, third], whole)
 
 
@@ -101,7 +102,7 @@ def test_a_kill_while_saving_loses_no_checkpoint(when: str, root: Path, tmp_path
         on_ranks(2, killed_while_saving, root, tmp_path, when, folder=tmp_path)
     last = tmp_path / "last.ckpt"
     assert last.exists() == (when == "write_shards")
-    assert load_run(shards.recover(last), RewardClassifier)["global_step"] == 1
+    assert load_run(recover(last), RewardClassifier)["global_step"] == 1
 
 
 def test_a_full_disk_on_one_rank_is_an_error_on_all_and_loses_no_checkpoint(root: Path, tmp_path: Path) -> None:
@@ -137,8 +138,8 @@ def test_a_sharded_checkpoint_with_code_is_refused(of_four: tuple[Path, Any], tm
 
     bad = tmp_path / "last.ckpt"
     shutil.copytree(of_four[0], bad)
-    values = torch.load(bad / shards.VALUES, weights_only=True)
-    torch.save(values | {"payload": Payload()}, bad / shards.VALUES)
+    values = torch.load(bad / VALUES, weights_only=True)
+    torch.save(values | {"payload": Payload()}, bad / VALUES)
     assert not list(bad.rglob(".metadata"))  # the pickled index of the usual format
     with pytest.raises(UserError, match="could run code"):
         load_checkpoint(bad)

@@ -11,12 +11,12 @@ import pytest
 
 import proactive
 from proactive import commands
-from proactive.commands import COMMANDS
+from proactive.commands import COMMANDS, HELP_IS_CACHED
 from tests.helpers import ROOT, python_m
 from tests.patience import HANG
 from tests.proactive.conftest import Ended
 
-HEAVY = ("torch", "lightning", "transformers")
+HEAVY = ("torch", "lightning", "torchmetrics", "transformers", "datasets")
 
 
 def python(code: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -66,6 +66,52 @@ finally:
     print([name for name in {HEAVY} if name in sys.modules])
 """
     assert python(code, tmp_path).stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "said"),
+    [
+        *((name, ["--help"], f"usage: python -m proactive.{name}") for name in COMMANDS if name not in HELP_IS_CACHED),
+        ("evaluate", ["reward", "--help"], "--data.layout LAYOUT"),
+        ("evaluate", ["reward", "--checkpoint=nowhere"], "--checkpoint: there is no nowhere"),
+        ("evaluate", ["reward", "--checkpoint=.", "--data.layout=x"], "data.layout: "),
+        ("evaluate", ["agent", "--help"], "--agent.answers.max_new_tokens"),
+        ("evaluate", ["agent", "--agent.baseline=never-propose"], "judge: expected one of --judge.checkpoint"),
+        (
+            "evaluate",
+            ["agent", "--agent.baseline=never-propose", "--judge.checkpoint=nowhere"],
+            "--judge.checkpoint: there is no nowhere",
+        ),
+        ("compare", ["nowhere"], "nowhere: no such folder"),
+        ("inspect", ["--root", "nowhere"], "data.root: nowhere: no such file or folder"),
+        ("export", ["--checkpoint=x", "--output=y", "--dtype=x"], "dtype: "),
+        ("export", ["--checkpoint=nowhere", "--output=y"], "--checkpoint: there is no nowhere"),
+        ("annotate", ["import", "nowhere", "--project=p"], "nowhere: No such file or directory"),
+        ("simulate", ["traces", "--judge.checkpoint=nowhere"], "--judge.checkpoint: there is no nowhere"),
+        ("simulate", ["traces", "--max_acts=2"], "traces, training data and report.html are in runs/simulate/0"),
+        ("live", ["export", "nowhere", "--output=y"], "nowhere"),
+        ("live", ["--gate=nowhere"], "--gate: there is no nowhere"),
+        ("live", ["--source=nowhere"], "--source: nowhere"),
+        ("live", ["--source=http://localhost:5600", "--shadow"], "--shadow: there is no gate"),
+        ("gate", ["recalibrate", "--help"], "--gate GATE"),
+        ("gate", ["recalibrate", "nowhere", "--gate=x", "--output=y"], "nowhere"),
+    ],
+)
+def test_commands_that_need_no_torch_yet_start_without_it(
+    command: str, arguments: list[str], said: str, tmp_path: Path
+) -> None:
+    """So that help and mistakes are told in about a second, and not in several."""
+    code = f"""
+import runpy, sys
+sys.argv[1:] = {arguments}
+try:
+    runpy.run_module("proactive.{command}", run_name="__main__", alter_sys=True)
+finally:
+    print("imported:", [name for name in {HEAVY} if name in sys.modules])
+"""
+    ended = python(code, tmp_path, COLUMNS="200")
+    assert said in ended.stdout + ended.stderr
+    assert ended.stdout.splitlines()[-1] == "imported: []"
 
 
 def test_importing_the_package_loads_no_library_and_never_exits(tmp_path: Path) -> None:

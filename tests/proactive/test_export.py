@@ -11,8 +11,8 @@ from transformers import AutoModelForSequenceClassification
 
 from callbacks.checkpoint_io import SafeCheckpointIO
 from models.learning.checkpoint_files import load_checkpoint
+from models.learning.checkpoint_paths import EXPORT_STATE
 from models.learning.reward_classifier import RewardClassifier
-from models.learning.saved_models import EXPORT_STATE
 from proactive import export, load_judge
 from tests.proactive.conftest import FinishedRun
 
@@ -79,7 +79,8 @@ def test_other_weights_under_the_same_name_do_not_get_the_metrics(
 def test_a_folder_that_is_no_export_is_refused_before_anything_is_loaded(call: Callable, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("all of it")
-    ended = call(export.main, "--checkpoint", "nowhere", "--output", "thesis")
+    (tmp_path / "no.ckpt").touch()
+    ended = call(export.main, "--checkpoint", "no.ckpt", "--output", "thesis")
     assert ended.code == 2
     assert ended.err.splitlines()[0] == "error: thesis exists and is not an export of this project"
     assert (tmp_path / "thesis" / "thesis.tex").read_text() == "all of it"

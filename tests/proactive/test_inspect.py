@@ -1,8 +1,6 @@
 """The inspect command: the figures of docs/design.md on the published files, and a recount on embedded data."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +9,7 @@ import pytest
 from datamodules.corpus.records import AnnotatedRow
 from datamodules.corpus.simulator import simulate
 from proactive import inspect
-from tests.helpers import PROACTIVEBENCH, environment_of_commands, needs_proactivebench, small_root
-from tests.patience import HANG
+from tests.helpers import PROACTIVEBENCH, needs_proactivebench, small_root
 
 
 @needs_proactivebench
@@ -122,37 +119,3 @@ def test_quiet_prints_nothing_and_json_is_still_json(call: Callable, tmp_path: P
     quiet = call(inspect.main, "--root", root, "--folds", "3", "--quiet")
     assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
     assert json.loads(call(inspect.main, "--root", root, "--folds", "3", "--quiet", "--json").out)["root"] == str(root)
-
-
-@pytest.mark.parametrize(
-    ("command", "arguments", "said"),
-    [
-        ("inspect", ["--help"], "usage: python -m proactive.inspect"),
-        ("inspect", ["--root", "nowhere"], "data.root: nowhere: no such file or folder"),  # after the imports
-        ("annotate", ["--help"], "usage: python -m proactive.annotate"),
-        ("compare", ["--help"], "usage: python -m proactive.compare"),
-        ("prefer", ["--help"], "usage: python -m proactive.prefer"),
-        ("simulate", ["traces", "--max_acts=2"], "traces, training data and report.html are in runs/simulate/0"),
-    ],
-)
-def test_some_commands_start_without_torch(command: str, arguments: list[str], said: str, tmp_path: Path) -> None:
-    """So that they start in about a second, and not in several."""
-    script = """
-import runpy, sys
-command, *sys.argv[1:] = sys.argv[1:]
-try:
-    runpy.run_module(f"proactive.{command}", run_name="__main__", alter_sys=True)
-finally:
-    heavy = ("torch", "lightning", "torchmetrics", "transformers", "datasets")
-    print("imported:", [name for name in heavy if name in sys.modules])
-"""
-    ended = subprocess.run(
-        [sys.executable, "-c", script, command, *arguments],
-        cwd=tmp_path,
-        env=environment_of_commands(),
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-    )
-    assert said in ended.stdout + ended.stderr
-    assert ended.stdout.splitlines()[-1] == "imported: []"

@@ -79,10 +79,11 @@ def test_a_push_that_cannot_work_is_refused_before_anything_is_written(
     name: str, token: str, reason: str, hub: PushServer, call: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", token)
-    ended = call(export.main, "--checkpoint=nowhere", "--output=out", f"--push={name}")
+    (tmp_path / "no.ckpt").touch()
+    ended = call(export.main, "--checkpoint=no.ckpt", "--output=out", f"--push={name}")
     assert (ended.code, ended.err.splitlines()[0]) == (2, f"error: --push: {reason}")
     assert not hub.repositories
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["no.ckpt"]
 
 
 def test_a_refused_push_leaves_the_export_and_says_why(

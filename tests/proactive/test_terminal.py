@@ -1,6 +1,7 @@
 """How the commands speak: mistakes in two lines, plain text where no terminal is, a bar where one is."""
 
 import json
+import logging
 import os
 import pty
 import re
@@ -16,10 +17,10 @@ import torch
 
 from models.learning.training import BackboneModule
 from proactive import evaluate, fit, inspect
-from proactive.terminal import MISTAKE
+from proactive.terminal import MISTAKE, quiet_imports
 from tests.helpers import ROOT, SMALL_BACKBONE, SMALL_RUN, command, python_m, small_root
 from tests.patience import HANG
-from tests.proactive.conftest import FinishedRun
+from tests.proactive.conftest import Ended, FinishedRun
 
 PROCESS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
 TWO_LINES = re.compile(r"\Aerror: \S.*\n  help: \S.*\n\Z")
@@ -328,3 +329,12 @@ def test_a_reader_that_goes_away_causes_no_traceback(what: str, finished_run: Fi
         os.close(writer)
     assert ended.stderr == ""
     assert ended.returncode != 0
+
+
+def test_a_library_that_sets_up_its_messages_when_it_is_imported_stays_quiet(call: Callable[..., Ended]) -> None:
+    def main(arguments: list[str]) -> None:
+        with quiet_imports():
+            logging.getLogger("lightning").setLevel(logging.INFO)  # as its import does
+        print(logging.getLogger("lightning").level)
+
+    assert call(main).out == f"{logging.WARNING}\n"

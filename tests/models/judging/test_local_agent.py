@@ -16,8 +16,9 @@ from datamodules.corpus.sources import load_corpus
 from datamodules.corpus.traces import Trace, root_traces
 from datamodules.errors import UserError
 from models.judging.answer_log import AnswerLog
+from models.judging.answer_options import AnswerOptions
 from models.judging.description import group_traces, joint_settings
-from models.judging.local_agent import AnswerOptions, LocalAgent, answer_key
+from models.judging.local_agent import LocalAgent, answer_key
 from models.judging.weights import Exposure, Weights, assign, one_for_each
 from models.learning.proactive_agent import ProactiveAgent
 from models.networks.building import build_network

@@ -10,7 +10,8 @@ import torch
 from datamodules.batching.answer_rows import AgentDataModule
 from datamodules.corpus.records import Event
 from datamodules.corpus.traces import Pair, Trace
-from models.judging.local_agent import AnswerOptions, LocalAgent
+from models.judging.answer_options import AnswerOptions
+from models.judging.local_agent import LocalAgent
 from models.judging.scorer import Scorer
 from models.judging.weights import Weights
 from models.learning.proactive_agent import ProactiveAgent

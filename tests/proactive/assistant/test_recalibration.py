@@ -84,11 +84,11 @@ def test_only_answers_count_and_too_few_are_refused(tmp_path: Path) -> None:
     others = [(0.2, 1.0, Reply.IGNORED), (0.2, 1.0, Reply.WITHDRAWN)] * 99
     first, second = write(tmp_path / "a", enough[:-1]), write(tmp_path / "b", [*others, *enough[-1:]])
     with pytest.raises(UserError, match=rf"{half} offers .* accepted and {half - 1} rejected; {MIN_ANSWERS} answers"):
-        read_answers([first]).calibration()
+        read_answers([first])
     assert len(read_answers([first, second]).accepted) == MIN_ANSWERS
     assert read_answers([first, second]).calibration().rows == MIN_ANSWERS
     with pytest.raises(UserError, match="5 of each kind"):
-        read_answers([write(tmp_path / "c", [(0.7, 1.0, Reply.ACCEPTED)] * 999)]).calibration()
+        read_answers([write(tmp_path / "c", [(0.7, 1.0, Reply.ACCEPTED)] * 999)])
 
 
 def test_sessions_of_other_gates_or_of_none_are_refused(tmp_path: Path) -> None:

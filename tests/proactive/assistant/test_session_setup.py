@@ -2,7 +2,8 @@
 
 import pytest
 
-from proactive.assistant.session_setup import MAX_ANSWERS, LatestAnswers, is_loopback
+from proactive.assistant.session_checks import is_loopback
+from proactive.assistant.session_setup import MAX_ANSWERS, LatestAnswers
 
 
 @pytest.mark.parametrize(

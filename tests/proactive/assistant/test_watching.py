@@ -124,7 +124,7 @@ def test_a_session_is_reported_once_over_restarts_and_its_secrets_reach_no_file_
             ["--source=http://localhost:1", "--rewrite.url=http://10.1.2.3/v1", "--rewrite.model=m"],
             "--rewrite.url: 10.1.2.3 is another machine",
         ),
-        (["--rewrite.url=http://localhost:1", "--rewrite.model=m", "--gate=x"], "--gate"),
+        (["--rewrite.url=http://localhost:1", "--rewrite.model=m"], "--rewrite.url: the source is a trace"),
         (["--source=http://localhost:1?key=a", "--agent.baseline=never-propose"], "not the plain address"),
         (["--privacy.exclude_apps=[(]", "--agent.baseline=never-propose"], "privacy.exclude_apps"),
     ],

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from models.learning import sharded_files as shards
+from models.learning.checkpoint_paths import VALUES
 from tests.proactive.bad_inputs.case import Case, Place
 from tests.proactive.bad_inputs.checkpoints import BAD, Edit, Payload, put, take
 
@@ -38,7 +39,7 @@ def sharded(
         sums = shards.checksums(folder, [folder / name for name in shards.files(folder)])
         values |= {"state_dict": {}, "optimizer_states": [], "lr_schedulers": [], "aliases": {}, "files": sums}
         edit(values)
-        torch.save(values, folder / shards.VALUES)
+        torch.save(values, folder / VALUES)
         after(folder)
 
     return prepare
@@ -78,9 +79,9 @@ WRONG: list[tuple[str, str, Callable[[Place], None]]] = [
         "other",
         sharded(after=lambda folder: save_file({}, folder / "weights" / "other.safetensors")),
     ),
-    ("no values", BAD, sharded(after=lambda folder: (folder / shards.VALUES).unlink())),
-    ("values cut", BAD, sharded(after=lambda folder: (folder / shards.VALUES).write_bytes(b"PK"))),
-    ("values of a list", BAD, sharded(after=lambda folder: torch.save([1], folder / shards.VALUES))),
+    ("no values", BAD, sharded(after=lambda folder: (folder / VALUES).unlink())),
+    ("values cut", BAD, sharded(after=lambda folder: (folder / VALUES).write_bytes(b"PK"))),
+    ("values of a list", BAD, sharded(after=lambda folder: torch.save([1], folder / VALUES))),
     ("no task", "task", sharded(take("task"))),
     ("temperature as text", "temperature", sharded(put("calibration", "temperature", value="hot"))),
     ("no training histories", "training_histories", sharded(take(DATA, "training_histories"))),

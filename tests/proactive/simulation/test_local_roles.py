@@ -14,8 +14,9 @@ from datamodules.corpus.answers import read_answer
 from datamodules.corpus.records import Event
 from datamodules.corpus.traces import Pair
 from models.judging.agents import GENERIC_PROPOSAL
+from models.judging.answer_options import AnswerOptions
 from models.judging.judges import RewardJudge
-from models.judging.local_agent import AnswerOptions, LocalAgent
+from models.judging.local_agent import LocalAgent
 from models.judging.weights import load_weights
 from models.learning.proactive_agent import ProactiveAgent
 from models.learning.reward_classifier import RewardClassifier
