@@ -8,6 +8,7 @@ from datamodules.corpus.columns import Columns
 from datamodules.corpus.sources import Corpus, load_corpus
 from datamodules.corpus.traces import Recorded
 from datamodules.errors import UserError
+from datamodules.files.run_folders import runs_in
 from datamodules.prompting.chat_prompts import AGENT_PROMPT, ChatPrompt
 from datamodules.ranges import NonNegativeFloat, Seed, Temperature
 from models.judging.agents import Agent, AlwaysPropose, NeverPropose, RecordedAgent
@@ -32,9 +33,9 @@ KINDS = ("checkpoint", "traces", "url", "baseline")
 def add_agent_options(parser: Parser) -> None:
     """Add the options that describe an agent."""
     add = parser.add_argument
-    add("--agent.checkpoint", type=Path, nargs="+", help="Agent: a run, checkpoint or export. Of several, each trace "
-        "uses one that neither trained nor validated on it, if there is one, and none that trained on it. A trace that "
-        "all trained on is skipped.")  # fmt: skip
+    add("--agent.checkpoint", type=Path, nargs="+", help="Agent: a run, checkpoint or export, or the folder of a "
+        "cross-validation. Of several, each trace uses one that neither trained nor validated on it, if there is one, "
+        "and none that trained on it. A trace that all trained on is skipped.")  # fmt: skip
     parser.add_class_arguments(AnswerOptions, "agent.answers")
     add("--agent.traces", type=Path, help="Agent: the answers recorded in this folder, in the published layout.")
     add_endpoint_options(
@@ -96,10 +97,16 @@ def untrained_agent(
     return EndpointAgent(client(), prompt, candidates or 1, latest_tokens)
 
 
-def refuse_missing_weights(option: str, given: Sequence[Path] | None) -> None:
-    """Refuse a path without weights among those that an option names, if it is given; see `weights_path`."""
-    for path in given or ():
+def given_weights(option: str, given: Sequence[Path] | None) -> list[Path]:
+    """Return the paths that an option names, of a cross-validation those of its folds.
+
+    Raises:
+        UserError: A path contains no weights; see `weights_path`.
+    """
+    paths = [run for path in given or () for run in runs_in(path)]
+    for path in paths:
         weights_path(path, option)
+    return paths
 
 
 def one_of(group: "Namespace", name: str, choices: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from datamodules.errors import UserError
 from datamodules.files.run_folders import latest_run_folder, missing_folders, output_folder, remove_empty
+from proactive.agent_options import given_weights
 from proactive.assistant.assistant import Assistant
 from proactive.assistant.session_checks import checked_source
 from proactive.assistant.session_export import export_sessions
@@ -70,7 +71,7 @@ def _export(options: "Namespace") -> None:
 
 def _run(options: "Namespace", arguments: Sequence[str]) -> None:
     source = checked_source(options)
-    gates = options.gate or ([_default_gate()] if source is None else [])
+    gates = options.gate or (given_weights("--gate", [_default_gate()]) if source is None else [])
     with quiet_imports():
         from proactive.assistant.session_setup import prepare
 

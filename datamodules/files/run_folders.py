@@ -72,6 +72,14 @@ def holds_folds(folder: Path) -> bool:
     return (folder / FOLDS_FILE).is_file()
 
 
+def runs_in(folder: Path) -> list[Path]:
+    """Return the newest run of each fold of a cross-validation; any other folder, or one without runs, as it is."""
+    if not holds_folds(folder):
+        return [folder]
+    folds = sorted((path.name for path in folder.glob("fold-*")), key=lambda name: int(name.removeprefix("fold-")))
+    return [latest_run_folder(folder, name) for name in folds] or [folder]
+
+
 def missing_folders(folder: Path) -> list[Path]:
     """Return those of a folder and its parents that do not exist, the innermost first."""
     return [one for one in (folder, *folder.parents) if not one.exists()]

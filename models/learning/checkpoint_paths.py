@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datamodules.errors import UserError
 from datamodules.files.reading import require_regular_files
-from datamodules.files.run_folders import CHECKPOINTS
+from datamodules.files.run_folders import CHECKPOINTS, holds_folds, runs_in
 from datamodules.files.writing import recover
 
 LAST = "last.ckpt"
@@ -42,6 +42,8 @@ def _checkpoint_of(target: Path, option: str) -> Path:
     if (target / CHECKPOINTS).is_dir():
         names = (recover(target / CHECKPOINTS / name) for name in (BEST, LAST))
         target = next((path for path in names if path.exists()), target)
+    if holds_folds(target):
+        raise UserError(f"{option}: {target} holds a run for each fold", f"Give one of them: {runs_in(target)[0]}.")
     if not target.exists() or (target.is_dir() and not is_sharded(target)):
         raise UserError(
             f"{option}: {target} has no checkpoint" if target.exists() else f"{option}: there is no {target}",

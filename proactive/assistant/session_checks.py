@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from datamodules.errors import UserError
-from proactive.agent_options import KINDS, one_of, refuse_missing_weights
+from proactive.agent_options import KINDS, given_weights, one_of
 from proactive.assistant.privacy import PrivacyOptions
 from proactive.assistant.source_choice import ChosenSource, read_source
 
@@ -23,14 +23,14 @@ def checked_source(options: "Namespace") -> ChosenSource | None:
     """
     own = not any(options.agent[kind] for kind in KINDS)
     _refuse_contradictions(options, own)
+    options.gate = given_weights("--gate", options.gate)
+    options.agent.checkpoint = given_weights("--agent.checkpoint", options.agent.checkpoint)
     privacy = PrivacyOptions(**options.privacy.as_dict())
     chosen = None if options.source is None else read_source(options, privacy)
     if chosen and chosen.recorded is None:
         _refuse_without_trace(options, own)
     elif options.rewrite.url:
         raise UserError("--rewrite.url: the source is a trace, whose events stay as they are", "Leave it out.")
-    refuse_missing_weights("--gate", options.gate)
-    refuse_missing_weights("--agent.checkpoint", options.agent.checkpoint)
     return chosen
 
 

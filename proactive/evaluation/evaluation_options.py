@@ -11,7 +11,7 @@ from datamodules.errors import UserError
 from datamodules.prompting.chat_prompts import JUDGE_PROMPT
 from datamodules.ranges import Count, Folds, NonNegativeInt, Tries, Workers
 from models.judging.endpoint import EndpointOptions
-from proactive.agent_options import KINDS, add_agent_options, add_gate_options, one_of, refuse_missing_weights
+from proactive.agent_options import KINDS, add_agent_options, add_gate_options, given_weights, one_of
 from proactive.endpoints import add_endpoint_options
 from proactive.parser import Parser
 
@@ -90,7 +90,7 @@ def agent_parser() -> Parser:
 
 
 def refuse_mistakes(options: "Namespace") -> None:
-    """Refuse options of `evaluate agent` before anything is loaded.
+    """Refuse options of `evaluate agent` before anything is loaded, and name the folds of cross-validations.
 
     Raises:
         UserError: Options contradict each other, or there are no weights where they say.
@@ -105,6 +105,6 @@ def refuse_mistakes(options: "Namespace") -> None:
         )
     if options.cost_ratio is not None and not options.gate:
         raise UserError("--cost-ratio: there is no gate", "Give a reward classifier with --gate.")
-    refuse_missing_weights("--agent.checkpoint", options.agent.checkpoint)
-    refuse_missing_weights("--judge.checkpoint", options.judge.checkpoint)
-    refuse_missing_weights("--gate", options.gate)
+    options.agent.checkpoint = given_weights("--agent.checkpoint", options.agent.checkpoint)
+    options.judge.checkpoint = given_weights("--judge.checkpoint", options.judge.checkpoint)
+    options.gate = given_weights("--gate", options.gate)

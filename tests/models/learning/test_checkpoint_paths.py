@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from datamodules.errors import UserError
+from datamodules.files.run_folders import FOLDS_FILE
 from datamodules.files.writing import put_in_place
 from models.learning.checkpoint_paths import BEST, EXPORT_STATE, LAST, VALUES, weights_path
 
@@ -40,6 +41,15 @@ def test_a_folder_that_a_kill_left_aside_is_restored(
     assert not old.exists()
     assert weights_path(old, "--gate") == old
     assert (old / name).is_file()
+
+
+def test_a_cross_validation_is_refused_where_one_run_is_needed(tmp_path: Path) -> None:
+    (tmp_path / FOLDS_FILE).touch()
+    for run in ("fold-0/0", "fold-0/1", "fold-1/0"):
+        (tmp_path / run).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"^--gate: .* holds a run for each fold") as refused:
+        weights_path(tmp_path, "--gate")
+    assert refused.value.hint == f"Give one of them: {tmp_path / 'fold-0' / '1'}."
 
 
 def test_other_paths_are_refused_with_the_option(tmp_path: Path) -> None:
