@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from datamodules.errors import UserError
+from datamodules.files.run_folders import runs_in
 from proactive.agent_options import KINDS, given_weights, one_of
 from proactive.assistant.privacy import PrivacyOptions
 from proactive.assistant.source_choice import ChosenSource, read_source
@@ -23,14 +24,14 @@ def checked_source(options: "Namespace") -> ChosenSource | None:
     """
     own = not any(options.agent[kind] for kind in KINDS)
     _refuse_contradictions(options, own)
-    options.gate = given_weights("--gate", options.gate)
-    options.agent.checkpoint = given_weights("--agent.checkpoint", options.agent.checkpoint)
     privacy = PrivacyOptions(**options.privacy.as_dict())
     chosen = None if options.source is None else read_source(options, privacy)
     if chosen and chosen.recorded is None:
         _refuse_without_trace(options, own)
     elif options.rewrite.url:
         raise UserError("--rewrite.url: the source is a trace, whose events stay as they are", "Leave it out.")
+    options.gate = given_weights("--gate", options.gate)
+    options.agent.checkpoint = given_weights("--agent.checkpoint", options.agent.checkpoint)
     return chosen
 
 
@@ -68,8 +69,8 @@ def _refuse_without_trace(options: "Namespace", own: bool) -> None:
     if options.notify == "recorded":
         raise UserError("--notify recorded: the source is not a trace", "Choose another kind of notice.")
     for option, paths in (("--gate", options.gate), ("--agent.checkpoint", options.agent.checkpoint)):
-        if paths and len(paths) > 1:
-            raise UserError(f"{option}: there is no trace to choose one of {len(paths)} for", "Give one.")
+        if (count := sum(len(runs_in(path)) for path in paths or ())) > 1:
+            raise UserError(f"{option}: there is no trace to choose one of {count} for", "Give one.")
 
 
 def is_loopback(url: str) -> bool:
