@@ -11,7 +11,7 @@ rows of another root, --more, are added to the training rows of some. The test r
 of the same rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -52,6 +52,7 @@ Setting = tuple[float, bool, int | None, int]
 SETTINGS: list[Setting] = list(product((1e-4, 1e-3, 1e-2, 1e-1), (False, True), (None, 32), range(1, QUARTERS + 1)))
 Numbers = npt.NDArray[Any]
 Scorer = Callable[[Numbers], Numbers]  # from row numbers to P(accepted)
+Validated = tuple[Scorer, float]  # with its AUROC on validation rows
 
 
 @torch.no_grad()
@@ -115,6 +116,11 @@ class Rows:
         fitted = make_pipeline(*parts, model).fit(states_ND[train], self.labels[train])
         return lambda rows: fitted.predict_proba(states_ND[rows])[:, 1]
 
+    def regressions(self, settings: Sequence[Setting], train: Numbers, validation: Numbers) -> dict[Setting, Validated]:
+        """The regression with each setting, and its AUROC on validation rows."""
+        scores = {setting: self.regression(setting, train) for setting in settings}
+        return {setting: (score, self.auroc(score, validation)) for setting, score in scores.items()}
+
     def bag(self, train: Numbers) -> Scorer:
         """The bag of words."""
         score = bag_of_words([self.words[row] for row in train], self.labels[train].astype(bool).tolist())
@@ -131,6 +137,11 @@ class Rows:
 
     def auroc(self, score: Scorer, rows: Numbers) -> float:
         return float(roc_auc_score(self.labels[rows], score(rows)))
+
+
+def best(found: Mapping[Setting, Validated]) -> Scorer:
+    """The scorer with the greatest AUROC on validation rows, the first of equal ones."""
+    return max(found.values(), key=lambda one: one[1])[0]
 
 
 def log_odds(probability: Numbers) -> Numbers:
@@ -153,15 +164,14 @@ def of_fold(rows: Rows, folds: Sequence[Numbers], fold: int, more: Numbers) -> d
     validation = folds[(fold + 1) % len(folds)]
     train = np.concatenate([part for part in others if part is not validation])
 
-    def chosen(test: Callable[[Setting], bool], train: Numbers = train, validation: Numbers = validation) -> Scorer:
-        fitted = (rows.regression(setting, train) for setting in SETTINGS if test(setting))
-        return max(fitted, key=lambda score: rows.auroc(score, validation))
+    of_last = [setting for setting in SETTINGS if setting[3] == QUARTERS]
+    fitted = rows.regressions(SETTINGS, train, validation)
 
-    def of_last(setting: Setting) -> bool:
-        return setting[3] == QUARTERS
+    def chosen(test: Callable[[Setting], bool]) -> Scorer:
+        return best({setting: found for setting, found in fitted.items() if test(setting)})
 
     bag = rows.bag(train)
-    last, of_any_layer = chosen(of_last), chosen(lambda s: True)
+    last, of_any_layer = chosen(lambda s: s in of_last), best(fitted)
     found = {
         BAG_OF_WORDS: bag,
         "states, C 0.1": chosen(lambda s: s == (1e-1, False, None, QUARTERS)),
@@ -179,8 +189,10 @@ def of_fold(rows: Rows, folds: Sequence[Numbers], fold: int, more: Numbers) -> d
     }
     if len(more):
         both = np.concatenate([train, more])
-        found |= {"bag of words, more rows": rows.bag(both), "states, all chosen, more rows": chosen(of_last, both)}
-    each = [chosen(of_last, np.concatenate([o for o in others if o is not part]), part) for part in others]
+        found["bag of words, more rows"] = rows.bag(both)
+        found["states, all chosen, more rows"] = best(rows.regressions(of_last, both, validation))
+    rest = [np.concatenate([other for other in others if other is not part]) for part in others]
+    each = [best(rows.regressions(of_last, *parts)) for parts in zip(rest, others, strict=True)]
     scorers: dict[str, tuple[Scorer, Numbers | None]] = {name: (score, validation) for name, score in found.items()}
     scorers["mean of four of these, each validated on another fold"] = mean_score(*each), None
     return scorers

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.files.run_folders import METRICS_FILE
-from models.learning.checkpoint_paths import EXPORT_STATE, weights_path
+from models.learning.checkpoint_paths import holds_export, weights_path
 from models.networks.network_options import ExportDtype
 from proactive.commands import program
 from proactive.parser import Parser
@@ -64,7 +64,7 @@ def _record(source: Path) -> dict[str, Any] | None:
     from models.learning.sharded_files import content_digest
 
     path = source.parent.parent / METRICS_FILE
-    if (source / EXPORT_STATE).is_file() or not path.is_file():
+    if holds_export(source) or not path.is_file():
         return None
     record = json.loads(path.read_text(encoding="utf-8"))
     return record if record.get("weights_digest") == content_digest(source) else None

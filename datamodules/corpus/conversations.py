@@ -141,9 +141,8 @@ def read_conversations(tables: Tables, counts: Counter[str] | None = None) -> It
 
 def reading_notes(tables: Tables) -> list[str]:
     """Return what of a source is read and what is not, in sentences."""
-    notes = [] if tables.revision is None else [f"{tables.name}: revision {tables.revision}"]
     unread = {table.where: table.unread(COLUMNS) for table in tables.of("train")}
-    notes += [f"{where}: columns not read: {names}" for where, names in unread.items() if names]
+    notes = [*tables.origin, *(f"{where}: columns not read: {names}" for where, names in unread.items() if names)]
     return notes + [f"{table.where}: not read, because conversations only train" for table in tables.of("test")]
 
 

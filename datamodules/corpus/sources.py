@@ -97,7 +97,7 @@ def _read_tables(root: str, columns: Columns) -> Corpus:
     if not tables.of("train"):
         raise UserError(f"data.root: {root} has no {TRAIN_FILE}, and no table that trains", TRAIN_HINT)
     rows: dict[str, list[AnnotatedRow]] = {"train": [], "test": []}
-    notes = [] if tables.revision is None else [f"{root}: revision {tables.revision}"]
+    notes = tables.origin
     for split, parts in tables.splits.items():
         for table in parts:
             read = list(table_rows(table, columns))

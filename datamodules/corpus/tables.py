@@ -69,6 +69,11 @@ class Tables:
         """Return the tables of a kind, train or test. Those of validation train."""
         return [table for split, tables in self.splits.items() if SPLITS[split] == kind for table in tables]
 
+    @property
+    def origin(self) -> list[str]:
+        """The revision of a dataset of the hub, in a sentence; empty for files."""
+        return [] if self.revision is None else [f"{self.name}: revision {self.revision}"]
+
     @cached_property
     def digests(self) -> list[str]:
         """The digest of each file, or the revision."""

@@ -76,8 +76,9 @@ def runs_in(folder: Path) -> list[Path]:
     """Return the newest run of each fold of a cross-validation; any other folder, or one without runs, as it is."""
     if not holds_folds(folder):
         return [folder]
-    folds = sorted((path.name for path in folder.glob("fold-*")), key=lambda name: int(name.removeprefix("fold-")))
-    return [latest_run_folder(folder, name) for name in folds] or [folder]
+    numbers = (path.name.removeprefix("fold-") for path in folder.glob("fold-*/"))
+    folds = sorted(int(number) for number in numbers if number.isdecimal())
+    return [latest_run_folder(folder, f"fold-{fold}") for fold in folds] or [folder]
 
 
 def missing_folders(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from datamodules.errors import UserError
 from datamodules.escaping import error_text
 from models.learning import sharded_files as shards
 from models.learning.checkpoint_contents import ShardFiles, refuse_options
-from models.learning.checkpoint_paths import EXPORT_STATE, VALUES, is_sharded, weights_path
+from models.learning.checkpoint_paths import VALUES, holds_export, is_sharded, weights_path
 from models.learning.saved_models import export_state, model_from_checkpoint, model_from_export
 from models.learning.training import BackboneModule
 from models.networks.configurations import refuse_unfit_tokenizer
@@ -150,7 +150,7 @@ def load_trained(kinds: Sequence[type[Model]], target: Path, option: str) -> tup
     """
     target = weights_path(target, option)
     with naming_file(target):
-        if (target / EXPORT_STATE).is_file():
+        if holds_export(target):
             kind = _kind_of_task(kinds, export_state(target)["task"], target)
             model, state = model_from_export(kind, target)
         else:
@@ -174,8 +174,7 @@ def checkpoint_task(target: Path, option: str, tasks: Collection[str]) -> str:
         UserError: As `load_trained`, or there is no such task.
     """
     target = weights_path(target, option)
-    is_export = (target / EXPORT_STATE).is_file()
-    task = (export_state(target) if is_export else load_checkpoint(target, whole=False)).get("task")
+    task = (export_state(target) if holds_export(target) else load_checkpoint(target, whole=False)).get("task")
     if not isinstance(task, str) or task not in tasks:
         raise UserError(
             f"{option}: {target} is not a checkpoint of a run: it names no task",

@@ -21,6 +21,11 @@ def is_sharded(path: Path) -> bool:
     return (path / VALUES).is_file()
 
 
+def holds_export(path: Path) -> bool:
+    """Whether a path is a folder with the state of an export; its content is not read."""
+    return (path / EXPORT_STATE).is_file()
+
+
 def weights_path(target: Path, option: str) -> Path:
     """The export folder or the checkpoint with the weights that a path names.
 
@@ -31,7 +36,7 @@ def weights_path(target: Path, option: str) -> Path:
     Raises:
         UserError: There is none of them, or it contains something other than regular files.
     """
-    if not (recover(target) / EXPORT_STATE).is_file():
+    if not holds_export(recover(target)):
         target = _checkpoint_of(target, option)
     require_regular_files(target, option)
     return target

@@ -79,7 +79,7 @@ def prepare(options: "Namespace", given: ChosenSource | None, gate_paths: Sequen
     """
     own = not any(options.agent[kind] for kind in KINDS)
     gates = [load_weights((RewardClassifier,), path, "--gate") for path in gate_paths]
-    agents = [load_weights(AGENTS, path, "--agent.checkpoint") for path in options.agent.checkpoint or ()]
+    agents = [load_weights(AGENTS, path, "--agent.checkpoint") for path in options.agent.checkpoint]
     weights: list[Weights[Any]] = [*gates, *agents]
     source, clock, recorded = given or embedded_source(weights, options.speed)
     trace = recorded.traces[0] if recorded else None

@@ -38,9 +38,9 @@ def prepare(options: "Namespace") -> Evaluation:
         UserError: A file is not valid, or a judge or gate trained on the traces.
     """
     recorded = read_recorded(options.agent.traces) if options.agent.traces else None
-    agents = [load_weights(AGENTS, path, "--agent.checkpoint") for path in options.agent.checkpoint or ()]
-    judges = [load_weights((RewardClassifier,), path, "--judge.checkpoint") for path in options.judge.checkpoint or ()]
-    gates = [load_weights((RewardClassifier,), path, "--gate") for path in options.gate or ()]
+    agents = [load_weights(AGENTS, path, "--agent.checkpoint") for path in options.agent.checkpoint]
+    judges = [load_weights((RewardClassifier,), path, "--judge.checkpoint") for path in options.judge.checkpoint]
+    gates = [load_weights((RewardClassifier,), path, "--gate") for path in options.gate]
     states = [one.state for one in agents] + [one.state for one in (*judges, *gates)]
     corpus = root_corpus(options.data.root, states, needed=recorded is None)
     root_traces_by_name = {trace.name: trace for trace in root_traces(corpus)} if corpus else {}

@@ -35,7 +35,7 @@ from datamodules.files.run_folders import (
 )
 from datamodules.files.safe_yaml import read_yaml
 from datamodules.files.writing import write_atomically
-from models.learning.checkpoint_paths import EXPORT_STATE
+from models.learning.checkpoint_paths import holds_export
 from proactive.commands import program
 from proactive.comparing.comparison import compare
 from proactive.comparing.folders import find_folders
@@ -139,7 +139,7 @@ def _refuse_impossible(config: Namespace) -> None:
 
 def _trained_here(path: Path) -> bool:
     """Whether a path holds a run or an export of this project."""
-    return (path / EXPORT_STATE).is_file() or (path / CONFIG_FILE).is_file()
+    return holds_export(path) or (path / CONFIG_FILE).is_file()
 
 
 class FoldProcesses:

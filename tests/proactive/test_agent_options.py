@@ -21,6 +21,7 @@ def test_a_cross_validation_names_the_newest_run_of_each_fold(tmp_path: Path) ->
     runs = [export(folds / f"fold-{fold}" / "0") for fold in range(11)]
     runs[9] = export(folds / "fold-9" / "1")
     (folds / FOLDS_FILE).touch()
+    (folds / "fold-0 copy").mkdir()
     single = export(tmp_path / "single")
     assert given_weights("--gate", [single, folds]) == [single, *runs]
     assert given_weights("--gate", None) == []
