@@ -1,7 +1,8 @@
 """Offers as notifications of the desktop."""
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 
 from desktop_notifier import Button, DesktopNotifier
@@ -27,6 +28,9 @@ class DesktopNotices(Notices):
 
     def __init__(self) -> None:
         self._notifier = DesktopNotifier(app_name="proactive")
+        self._sending = asyncio.Lock()
+        self._answers: set[asyncio.Task[None]] = set()
+        self._delay_early_answers()
         self._on_answer: OnAnswer = lambda number, accepted: None
         self._shown: str | None = None  # the identifier of the notification
 
@@ -41,14 +45,15 @@ class DesktopNotices(Notices):
         def reject() -> None:
             self._on_answer(offer.number, False)
 
-        self._shown = await self._notifier.send(
-            shortened(printable(offer.proposal), MAX_TITLE),
-            QUESTION,
-            buttons=[Button("Accept", accept), Button("Reject", reject)],
-            on_clicked=accept,
-            on_dismissed=reject,
-            timeout=NEVER,
-        )
+        async with self._sending:
+            self._shown = await self._notifier.send(
+                shortened(printable(offer.proposal), MAX_TITLE),
+                QUESTION,
+                buttons=[Button("Accept", accept), Button("Reject", reject)],
+                on_clicked=accept,
+                on_dismissed=reject,
+                timeout=NEVER,
+            )
 
     async def end(self, offer: Offer, reply: Reply) -> None:
         if self._shown and reply in (Reply.IGNORED, Reply.WITHDRAWN):  # others have ended with the answer
@@ -56,6 +61,29 @@ class DesktopNotices(Notices):
         self._shown = None
         if reply == Reply.ACCEPTED and offer.draft:
             say(f"          draft: {offer.draft}")
+
+    def _delay_early_answers(self) -> None:
+        """Lets answers wait until `send` has returned.
+
+        A user can click before a busy event loop has read the identifier of the notification. The D-Bus backend of
+        desktop-notifier 6.2 drops such an answer. Other backends choose the identifier themselves.
+        """
+        backend = self._notifier._backend
+        for name in ("_on_action", "_on_closed"):
+            if (handle := getattr(backend, name, None)) is not None:
+                setattr(backend, name, self._once_sent(handle))
+
+    def _once_sent(self, handle: Callable[[int, object], None]) -> Callable[[int, object], None]:
+        async def wait_and_handle(identifier: int, what: object) -> None:
+            async with self._sending:
+                handle(identifier, what)
+
+        def on_signal(identifier: int, what: object) -> None:
+            task = asyncio.create_task(wait_and_handle(identifier, what))
+            self._answers.add(task)  # the event loop does not keep it
+            task.add_done_callback(self._answers.discard)
+
+        return on_signal
 
     @contextlib.asynccontextmanager
     async def _connected(self) -> AsyncIterator[None]:

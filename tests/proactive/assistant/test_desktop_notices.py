@@ -42,8 +42,20 @@ class Desktop:
     def count(self) -> int:
         return int(subprocess.run(["dunstctl", "count", "displayed"], capture_output=True, check=True).stdout)
 
-    def click(self, button: int) -> None:
-        subprocess.run(["xdotool", "mousemove", "40", "20", "click", str(button)], check=True)
+    def answer(self, does: str) -> None:
+        """Answers the notification. It may be listed before it is drawn, so a click that finds nothing is repeated."""
+        command = {
+            "left click": ["xdotool", "mousemove", "40", "20", "click", "1"],
+            "middle click": ["xdotool", "mousemove", "40", "20", "click", "2"],
+            "button Reject": ["dunstctl", "context"],
+        }[does]
+        end = time.monotonic() + HANG
+        while self.count():
+            assert time.monotonic() < end, "the notification stays"
+            subprocess.run(command, check=True)
+            repeat = time.monotonic() + 5.0
+            while self.count() and time.monotonic() < repeat:
+                time.sleep(0.02)
 
 
 def _wait(until: Callable[[], bool], what: str) -> None:
@@ -106,12 +118,27 @@ def session(folder: Path, act: Callable[[], None], expires: float = HANG) -> lis
 def test_a_notification_is_clicked_or_closed(does: str, reply: str, desktop: Desktop, tmp_path: Path) -> None:
     def act() -> None:
         _wait(lambda: desktop.count() == 1, "the notification is not shown")
-        if does == "button Reject":
-            subprocess.run(["dunstctl", "context"], check=True)
-        else:
-            desktop.click({"left click": 1, "middle click": 2}[does])
+        desktop.answer(does)
 
     assert session(tmp_path / "mine", act) == [(1, reply)]
+
+
+def test_a_click_counts_before_the_session_knows_that_the_notification_is_shown(
+    desktop: Desktop, tmp_path: Path
+) -> None:
+    async def busy_user() -> None:
+        """Blocks the event loop, with breaks in which it can send, until the notification was shown and clicked."""
+        end = time.monotonic() + HANG
+        while desktop.count() == 0:
+            assert time.monotonic() < end, "the notification is not shown"
+            await asyncio.sleep(0)
+            time.sleep(0.3)
+        desktop.answer("middle click")
+
+    policy = Policy(pause=0, per_hour=9, expires=HANG)
+    source = ListSource([happened(1), busy_user], SystemClock())
+    parts = SessionParts(source, SystemClock(), proposing("Sum up <b>it</b>."), DesktopNotices(), policy)
+    assert replies(run(tmp_path / "mine", parts)) == [(1, "accepted")]
 
 
 def test_a_notification_that_expires_is_ignored_and_removed(desktop: Desktop, tmp_path: Path) -> None:
