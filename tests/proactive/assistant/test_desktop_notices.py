@@ -42,17 +42,12 @@ class Desktop:
     def count(self) -> int:
         return int(subprocess.run(["dunstctl", "count", "displayed"], capture_output=True, check=True).stdout)
 
-    def answer(self, does: str) -> None:
-        """Answers the notification. It may be listed before it is drawn, so a click that finds nothing is repeated."""
-        command = {
-            "left click": ["xdotool", "mousemove", "40", "20", "click", "1"],
-            "middle click": ["xdotool", "mousemove", "40", "20", "click", "2"],
-            "button Reject": ["dunstctl", "context"],
-        }[does]
+    def click(self, button: int) -> None:
+        """Clicks until the notification is gone. A click can come before it is drawn."""
         end = time.monotonic() + HANG
         while self.count():
             assert time.monotonic() < end, "the notification stays"
-            subprocess.run(command, check=True)
+            subprocess.run(["xdotool", "mousemove", "40", "20", "click", str(button)], check=True)
             repeat = time.monotonic() + 5.0
             while self.count() and time.monotonic() < repeat:
                 time.sleep(0.02)
@@ -118,7 +113,10 @@ def session(folder: Path, act: Callable[[], None], expires: float = HANG) -> lis
 def test_a_notification_is_clicked_or_closed(does: str, reply: str, desktop: Desktop, tmp_path: Path) -> None:
     def act() -> None:
         _wait(lambda: desktop.count() == 1, "the notification is not shown")
-        desktop.answer(does)
+        if does == "button Reject":
+            subprocess.run(["dunstctl", "context"], check=True)
+        else:
+            desktop.click({"left click": 1, "middle click": 2}[does])
 
     assert session(tmp_path / "mine", act) == [(1, reply)]
 
@@ -133,7 +131,7 @@ def test_a_click_counts_before_the_session_knows_that_the_notification_is_shown(
             assert time.monotonic() < end, "the notification is not shown"
             await asyncio.sleep(0)
             time.sleep(0.3)
-        desktop.answer("middle click")
+        desktop.click(2)
 
     policy = Policy(pause=0, per_hour=9, expires=HANG)
     source = ListSource([happened(1), busy_user], SystemClock())
