@@ -24,7 +24,7 @@ SPLITS = {"train": "train", "validation": "train", "valid": "train", "val": "tra
 _SPLIT = re.compile(rf"({'|'.join(SPLITS)})(?![A-Za-z0-9])")
 _HUB_NAME = re.compile(
     r"(?P<repository>(?P<owner>[A-Za-z0-9][\w.-]*)/[A-Za-z0-9][\w.-]*)"
-    r"(:(?P<configuration>[\w.-]+))?(@(?P<revision>[\w./-]+))?",
+    r"(:(?P<configuration>[\w.-]+))?(@(?P<revision>[\w./-]+))?(#(?P<splits>[\w.,-]+))?",
     re.ASCII,
 )
 Cells = Iterator[tuple[str, Mapping[str, Any]]]  # of each row: its place, for messages, and its cells
@@ -57,7 +57,7 @@ class Tables:
         name: What they were opened by.
         splits: The tables by their split, one of `SPLITS`.
         files: The files.
-        revision: The revision of a dataset of the hub.
+        revision: The revision of a dataset of the hub, and after a # the splits that are read if they were named.
     """
 
     name: str
@@ -110,7 +110,7 @@ def is_table(path: Path) -> bool:
 def is_hub_name(source: str) -> bool:
     """Return whether a source names a dataset of the hub. A path below a folder that exists does not.
 
-    Such names are org/name, org/name:CONFIGURATION and org/name@REVISION.
+    Such names are org/name, org/name:CONFIGURATION, org/name@REVISION and org/name#SPLIT.
     """
     found = _HUB_NAME.fullmatch(source)
     return found is not None and not Path(found["owner"]).exists()
@@ -257,8 +257,11 @@ TRAIN_HINT = f"The name of such a file begins with train, and ends in {ENDINGS};
 def _hub_tables(name: str, option: str) -> Tables:
     """Load a dataset of the Hugging Face hub through the cache of `datasets`, which runs no code of a dataset.
 
+    Splits after a # are read alone. Those of them whose name says nothing train.
+
     Raises:
-        UserError: It cannot be loaded, for example without a network, or has a split of another name.
+        UserError: It cannot be loaded, for example without a network, or has a split whose name says nothing and that
+            was not asked for, or has not one that was.
     """
     import datasets
     from datasets.utils.logging import set_verbosity_error
@@ -277,20 +280,27 @@ def _hub_tables(name: str, option: str) -> Tables:
         hint = "Check the name and the network, or give a folder, or a CSV, Parquet or JSON file."
         if choices := re.search(r"(?i)available(?: configs)?: (\[[^\]]*\])", said):
             said = f"it has the configurations {choices[1]}"
-            hint = f"Name one: {found['repository']}:CONFIGURATION. All its splits are read."
+            hint = f"Name one: {found['repository']}:CONFIGURATION."
         raise UserError(
             f"{option}: {name} is no folder, and it cannot be loaded as a dataset of the Hugging Face hub: {said}", hint
         ) from error
+    chosen = dict.fromkeys(found["splits"].split(",") if found["splits"] else parts)
     splits: dict[str, list[Table]] = {}
-    for split, part in parts.items():
+    for split in chosen:
+        if split not in parts:
+            raise UserError(
+                f"{option}: {name} has no split {split or 'without a name'}", f"It has these: {', '.join(parts)}."
+            )
         kind = _SPLIT.match(split)
-        if kind is None:
+        if kind is None and not found["splits"]:
             raise UserError(
                 f"{option}: {name} has the splits {', '.join(parts)}; {split} is not known",
-                f"The name of a split begins with one of {', '.join(SPLITS)}.",
+                f"A split's name begins with one of {', '.join(SPLITS)}. To read {split} alone, give {name}#{split}.",
             )
-        splits.setdefault(kind[1], []).append(_hub_table(f"{name}, split {split}", part))
-    return Tables(name, splits, revision=str(builder.hash))
+        table = _hub_table(f"{name.partition('#')[0]}, split {split}", parts[split])
+        splits.setdefault(kind[1] if kind else "train", []).append(table)
+    revision = f"{builder.hash}#{found['splits']}" if found["splits"] else str(builder.hash)
+    return Tables(name, splits, revision=revision)
 
 
 def _hub_table(where: str, part: Any) -> Table:

@@ -89,7 +89,7 @@ def test_one_of_several_configurations_is_named(tmp_path: Path) -> None:
         files[f"{name}/train.csv"] = Path(written(tmp_path / name, "csv", rows, "train")).read_bytes()
     with served("org/name", files) as server:
         neither, one, unknown = loaded(tmp_path, "org/name", "org/name:b", "org/name:c", url=server.url)
-    told = "it has the configurations ['a', 'b']\nName one: org/name:CONFIGURATION. All its splits are read."
+    told = "it has the configurations ['a', 'b']\nName one: org/name:CONFIGURATION."
     assert told in neither
     assert one[2][1] == "org/name:b, split train: 1 rows"
     assert unknown.startswith("data.root: org/name:c is no folder, and it cannot be loaded as a dataset")
@@ -151,5 +151,12 @@ def test_the_name_of_a_split_begins_with_what_it_is_for(tmp_path: Path) -> None:
         f"org/name, split {name}" for name in ("train_sft", "train_gen", "test_sft")
     ]
     with served("org/odd", odd) as server:
-        [refused] = loaded(tmp_path, "org/odd", url=server.url)
+        names = ["org/odd", "org/odd#odd", "org/odd#odd,test_sft", "org/odd#test_sft,train"]
+        refused, one, two, missing = loaded(tmp_path, *names, url=server.url)
     assert refused.startswith("data.root: org/odd has the splits train_sft, test_sft, odd; odd is not known\n")
+    assert refused.endswith("To read odd alone, give org/odd#odd.")
+    local = load_corpus(str(tmp_path / "train_gen.parquet"), columns=COLUMNS)  # as odd, and one row more than test_sft
+    assert one[:2] == [rows_digest(local.train), rows_digest([])]
+    assert one[2][0].endswith("#odd")  # so the conversations of two splits have different digests
+    assert two[:2] == [rows_digest(local.train), rows_digest(local.train[:1])]
+    assert missing == "data.root: org/odd#test_sft,train has no split train\nIt has these: train_sft, test_sft, odd."

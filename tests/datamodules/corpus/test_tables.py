@@ -264,6 +264,11 @@ def test_columns_are_for_tables_only(root: Path) -> None:
 def test_names_of_the_hub_and_paths_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
-    assert all(map(is_hub_name, ("org/name", "org/name@main", "org/name:a-b", "o-1/n.a_m-e:c@refs/pr/1")))
+    assert all(
+        map(
+            is_hub_name,
+            ("org/name", "org/name@main", "org/name:a-b", "o-1/n.a_m-e:c@refs/pr/1", "org/name#a,b-c", "o/n:c@r#s"),
+        )
+    )
     assert not any(map(is_hub_name, ("name", "./name", "/org/name", "../name", "a/b/c", "data/name", "org/na me")))
     assert refused("data/name").what == "data.root: data/name: no such file or folder"
