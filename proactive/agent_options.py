@@ -49,7 +49,8 @@ def add_agent_options(parser: Parser) -> None:
 def add_gate_options(parser: Parser, choice: str) -> None:
     """Add the options of a gate; `choice` says which of several checkpoints is used."""
     add = parser.add_argument
-    add("--gate", type=Path, nargs="+", help=f"A reward classifier that holds back offers below a threshold. {choice}")
+    add("--gate", type=Path, nargs="+", help="A reward classifier that holds back offers below a threshold: a run, "
+        f"checkpoint or export, or the folder of a cross-validation. {choice}")  # fmt: skip
     add("--cost-ratio", type=NonNegativeFloat | None, help="For the gate: cost of a false alarm relative to a missed "
         "need; default 1.")  # fmt: skip
 

@@ -64,8 +64,9 @@ def agent_parser() -> Parser:
     parser = Parser(prog="evaluate agent", description="Measure an agent by the verdicts of a judge.")
     add = parser.add_argument
     add_agent_options(parser)
-    add("--judge.checkpoint", type=Path, nargs="+", help="Judge: a run, checkpoint or export of a reward classifier. "
-        "Of several, each trace uses one that neither trained nor validated on it, if there is one.")  # fmt: skip
+    add("--judge.checkpoint", type=Path, nargs="+", help="Judge: a run, checkpoint or export of a reward classifier, "
+        "or the folder of a cross-validation. Of several, each trace uses one that neither trained nor validated on "
+        "it, if there is one.")  # fmt: skip
     add_endpoint_options(parser, "judge", "Judge: a generative reward model at this endpoint.", JUDGE_PROMPT)
     add("--judge.attempts", type=Tries, default=3, help="Maximum number of requests until a verdict can be parsed.")
     add("--judge.recorded", action="store_true", help="Judge: the judgments in the recorded traces.")
