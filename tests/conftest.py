@@ -1,6 +1,7 @@
 """What holds for every test."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tests.helpers import ROOT, small_root
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read once, when `datasets` is imported; commands set it first
 settings.register_profile("untimed", deadline=None)  # tests never assert time
 settings.load_profile("untimed")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts jobs in the background with it ignored
 torch.set_num_threads(1)  # two workers share two cores
 
 # The files that take longest. They start first, so that none runs alone while a worker has nothing to do.
