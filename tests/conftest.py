@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A data root with a few rows of nine simulated scenes; tests only read it."""
-    return small_root(tmp_path_factory.mktemp("root"))
+    folder = small_root(tmp_path_factory.mktemp("root"))
+    before = _contents(folder)
+    yield folder
+    assert _contents(folder) == before, "a test has changed the data of all tests"
+
+
+def _contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
