@@ -19,7 +19,7 @@ from datamodules.batching.training_split import split_of_training
 from datamodules.corpus.columns import Columns
 from datamodules.corpus.records import AnnotatedRow
 from datamodules.corpus.sources import Corpus, load_corpus
-from datamodules.corpus.splits import Contamination, Split, SplitName, contamination, seen_rows
+from datamodules.corpus.splits import ALL_ROWS, Contamination, Split, SplitName, contamination, seen_rows
 from datamodules.prompting.chat_format import Chat, Format, formatted, saved_chat
 from datamodules.prompting.segments import Segment, SegmentTokenizer
 from datamodules.prompting.templates import Template
@@ -86,6 +86,7 @@ class RowsDataModule(StepDataModule):
     template_class: type[Template]
     branch_name: str  # what follows the history of a row: proposal or answer
     tests_published_rows = False  # whether the test rows are those of the published metrics
+    tests_all_rows = False  # whether every row of the root tests; only for a saved model
     contamination_allowed = False  # whether the user asked to train on tested scenes
 
     def __init__(
@@ -255,13 +256,15 @@ class RowsDataModule(StepDataModule):
     @property
     def description(self) -> str:
         """Name of the split, for reports."""
+        if self.tests_all_rows:
+            return f"{self.root}, all rows"
         if self.split_name == "published":
             return f"{self.root}, published split"
         return f"{self.root}, by_scene split, fold {self.fold} of {self.folds}"
 
     def load(self) -> Corpus:
         """Load the root."""
-        return load_corpus(self.root, self.seed, self.columns)
+        return load_corpus(self.root, self.seed, self.columns, trains=not self.tests_all_rows)
 
     def prepare(self, split: Split | None = None) -> None:
         """Load and divide the root, unless a split of it is given, and make the tokenizer."""
@@ -271,7 +274,7 @@ class RowsDataModule(StepDataModule):
             self.notes = corpus.notes
             for note in corpus.notes:
                 log.info(f"data.root: {note}")
-            self._split = self.divide(corpus)
+            self._split = Split([], [], corpus.rows) if self.tests_all_rows else self.divide(corpus)
         if self._tokenizer is None:
             self._tokenizer = make_tokenizer(
                 self.tokenizer_name, self.training_text, self.vocabulary_size, self.trust_remote_code
@@ -318,11 +321,20 @@ class RowsDataModule(StepDataModule):
 
     @classmethod
     def from_state(cls, state: dict[str, Any], **overrides: Any) -> Self:
-        """Return the data module of a checkpoint, for evaluation only; `overrides` replace options unless None."""
+        """Return the data module of a checkpoint, for evaluation only.
+
+        Args:
+            state: What `state_dict` returned.
+            overrides: Replace options, unless None. Split "all" tests every row of the root.
+        """
         given = {name: value for name, value in overrides.items() if value is not None}
+        tests_all_rows = given.get("split") == ALL_ROWS
+        if tests_all_rows:
+            del given["split"]
         if "root" in given:
             given.setdefault("columns", None)  # the saved columns are those of the saved root
         data = cls(**{**state["hyperparameters"], "prompt": None, **given})
+        data.tests_all_rows = tests_all_rows
         data._tokenizer = tokenizer_from_state(state["tokenizer"])
         if "prompt" in given:
             choice: Format = "chat" if state.get("chat") else "plain"

@@ -64,20 +64,22 @@ class Corpus:
         return self.train + self.test
 
 
-def load_corpus(root: str, seed: int = 0, columns: Columns | None = None) -> Corpus:
+def load_corpus(root: str, seed: int = 0, columns: Columns | None = None, trains: bool = True) -> Corpus:
     """Load the rows of a root.
 
     Args:
         root: "embedded", "published", a folder in the published layout, or tables; see `open_tables`.
         seed: Seed of the embedded data; files do not depend on it.
         columns: Which columns of a table hold the fields of a row; None for those with the names of the fields.
+        trains: Whether the root must have training rows; if not, test rows are enough.
 
     Raises:
         UserError: A file is missing or a record does not fit.
     """
     path = Path(root)
-    if root not in ("embedded", "published") and not Path(path, TRAIN_FILE).exists():
-        return _read_tables(root, columns or Columns())
+    needed = (TRAIN_FILE,) if trains else (TRAIN_FILE, TEST_FILE)
+    if root not in ("embedded", "published") and not any(Path(path, name).exists() for name in needed):
+        return _read_tables(root, columns or Columns(), trains)
     if columns is not None:
         raise UserError(f"data.columns: {root} is no table, and has fixed fields", "Leave data.columns out.")
     if root == "embedded":
@@ -91,10 +93,10 @@ def load_corpus(root: str, seed: int = 0, columns: Columns | None = None) -> Cor
     return read_directory(paths, root)
 
 
-def _read_tables(root: str, columns: Columns) -> Corpus:
+def _read_tables(root: str, columns: Columns, trains: bool) -> Corpus:
     """Read the rows of tables. Those of validation train, because every run makes its own validation split."""
     tables = open_tables(root, "data.root")
-    if not tables.of("train"):
+    if not tables.of("train") and (trains or not tables.of("test")):
         raise UserError(f"data.root: {root} has no {TRAIN_FILE}, and no table that trains", TRAIN_HINT)
     rows: dict[str, list[AnnotatedRow]] = {"train": [], "test": []}
     notes = tables.origin
@@ -105,9 +107,11 @@ def _read_tables(root: str, columns: Columns) -> Corpus:
             how = "" if split in rows else f" ({split}), which train, because every run makes its own validation split"
             unread = table.unread(columns.by_field.values())
             notes.append(f"{table.where}: {len(read)} rows{how}{f'; columns not read: {unread}' if unread else ''}")
-    if not rows["train"]:
-        raise UserError(f"data.root: {root} holds no training row", "Give a table with rows, named train.")
     train, test = rows["train"], rows["test"]
+    if trains and not train:
+        raise UserError(f"data.root: {root} holds no training row", "Give a table with rows, named train.")
+    if not train + test:
+        raise UserError(f"data.root: {root} holds no row", "Give a table with rows.")
     return Corpus(root, train, test, notes=(*notes, *_repeated_note(train), _scenes_note(train + test, bool(test))))
 
 
@@ -143,10 +147,10 @@ def read_directory(paths: Mapping[str, Path], root: str) -> Corpus:
         for name, path in paths.items()
         if name.startswith(f"{TRACES}/") and name != SPLITS_FILE
     }
-    train = read_jsonl(paths[TRAIN_FILE], AnnotatedRow)
-    if not train:
-        raise UserError(f"{paths[TRAIN_FILE]}: holds no row", "Put the annotated rows there, one JSON object per line.")
-    test = read_jsonl(paths[TEST_FILE], AnnotatedRow) if TEST_FILE in paths else []
+    train, test = (read_jsonl(paths[name], AnnotatedRow) if name in paths else [] for name in (TRAIN_FILE, TEST_FILE))
+    if not (train if TRAIN_FILE in paths else test):
+        empty = paths[TRAIN_FILE if TRAIN_FILE in paths else TEST_FILE]
+        raise UserError(f"{empty}: holds no row", "Put the annotated rows there, one JSON object per line.")
     return Corpus(root, train, test, traces, paths.get(SPLITS_FILE))
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from datamodules.batching.layout_name import LayoutName
 from datamodules.corpus.columns import Columns
@@ -26,7 +26,7 @@ class DataOptions:
     Args:
         root: Source of the data: embedded, published, a folder in the published layout, or a table.
         columns: Which columns of the table hold the fields of a row.
-        split: Which rows test: published or by_scene.
+        split: Which rows test: those of published or by_scene, as in training, or all.
         folds: For by_scene: number of parts that the scenes are divided into.
         fold: For by_scene: index of the part that tests.
         prompt: A prompt file, if the model was trained with another prompt than its checkpoint contains.
@@ -38,7 +38,7 @@ class DataOptions:
 
     root: str | None = None
     columns: Columns | None = None
-    split: SplitName | None = None
+    split: SplitName | Literal["all"] | None = None
     folds: Folds | None = None
     fold: NonNegativeInt | None = None
     prompt: str | None = None

@@ -1,5 +1,6 @@
 """The test of a reward classifier."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from datamodules.batching.reward_rows import RewardDataModule
 from models.learning.checkpoint_files import load_trained
 from models.learning.reward_classifier import RewardClassifier
 from models.reporting.run_record import tested_record
+
+log = logging.getLogger("proactive")
 
 
 def evaluate_reward(checkpoint: Path, data: Mapping[str, Any], quiet: bool = False) -> dict[str, Any]:
@@ -33,6 +36,11 @@ def evaluate_reward(checkpoint: Path, data: Mapping[str, Any], quiet: bool = Fal
     """
     classifier, state, source = load_trained((RewardClassifier,), checkpoint, "--checkpoint")
     module = RewardDataModule.from_state(state, **data)
+    if data["split"] is None and module.root != state["hyperparameters"]["root"]:
+        log.info(
+            f"data.split: the rows of {module.root} are divided as in training, and only its test rows are tested; "
+            "--data.split all tests all of them"
+        )
     progress = progress_callback(quiet)
     trainer = Trainer(
         logger=False,

@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from tests.benchmarks.test_scripts import loaded
@@ -20,10 +22,12 @@ SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
 
 
 @pytest.fixture
-def check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def check(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     monkeypatch.setitem(sys.modules, "gpu_check", module := loaded(SCRIPT))  # dataclasses look there
-    return module
+    precision = torch.get_float32_matmul_precision()
+    yield module
+    torch.set_float32_matmul_precision(precision)  # a part sets it in this process
 
 
 def process(check: ModuleType, code: str) -> Any:

@@ -1,5 +1,6 @@
 """The evaluate command on each thing that it takes: the metrics equal those of the run."""
 
+import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -75,6 +76,68 @@ def test_another_root_and_split_are_measured_with_their_contamination(
     assert record["contamination"]["contaminated_rows"] == expected
     assert {found["rows"] for found in record["baselines"].values()} == {len(corpus.test)}
     assert f"{expected} of {len(corpus.test)} test rows have a history that was trained on" in ended.out
+
+
+@pytest.mark.parametrize("name", ["other.csv", "tables/test.csv", "files/reward_data/test_data.jsonl"])
+def test_all_rows_of_another_root_are_tested_if_asked(
+    name: str, finished_run: FinishedRun, call: Callable, tmp_path: Path
+) -> None:
+    """Of one scene, too few for a split, and without training rows."""
+    corpus = load_corpus(str(finished_run.root))
+    rows = [row for row in corpus.rows if row.scene == corpus.test[0].scene]
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".csv":
+        write_csv(path, [[json.dumps(row.published()["obs"]), row.proposal, row.accepted] for row in rows])
+    else:
+        path.write_text("".join(json.dumps(row.published()) + "\n" for row in rows))
+    root = {"other.csv": path, "tables/test.csv": path.parent}.get(name, tmp_path / "files")
+    options = ("reward", f"--checkpoint={finished_run.folder}", f"--data.root={root}", "--output=m.json")
+    refused = call(evaluate.main, *options)
+    assert refused.code == 2
+    assert not (tmp_path / "m.json").exists()
+
+    ended = call(evaluate.main, *options, "--data.split=all")
+    assert (ended.code, ended.err) == (0, "")
+    record = metrics(tmp_path / "m.json")
+    assert record["split"] == f"{root}, all rows"
+    assert record["rows"]["test"] == record["test"]["raw"]["rows"] == len(rows)
+    trained_on = set(histories(split_by_scene(corpus, 3, 0).train))
+    assert record["contamination"]["contaminated_rows"] == sum(row in trained_on for row in histories(rows))
+    assert {found["rows"] for found in record["baselines"].values()} == {len(rows)}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "error"),
+    [
+        ("test.csv", "history,proposal,accepted\n", "holds no row"),
+        ("reward_data/test_data.jsonl", "", "reward_data/test_data.jsonl: holds no row"),
+        ("notes.txt", "", "has no reward_data/train_data.jsonl, and no table that trains"),
+    ],
+)
+def test_a_root_without_rows_cannot_be_tested(
+    name: str, text: str, error: str, finished_run: FinishedRun, call: Callable, tmp_path: Path
+) -> None:
+    path = tmp_path / "root" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    ended = call(evaluate.main, "reward", f"--checkpoint={finished_run.folder}", "--data.root=root", "--data.split=all")
+    assert ended.code == 2
+    assert error in ended.err
+
+
+def test_the_divided_rows_of_another_root_are_told(finished_run: FinishedRun, call: Callable, tmp_path: Path) -> None:
+    root = small_root(tmp_path / "other", scenes=12, rows_per_scene=6)
+    checkpoint = f"--checkpoint={finished_run.folder}"
+    told = f"data.split: the rows of {root} are divided as in training"
+    assert told in call(evaluate.main, "reward", checkpoint, f"--data.root={root}").out
+    assert told not in call(evaluate.main, "reward", checkpoint, f"--data.root={root}", "--data.split=by_scene").out
+    assert "data.split" not in call(evaluate.main, "reward", checkpoint, f"--data.root={finished_run.root}").out
+
+
+def write_csv(path: Path, rows: list[list[Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["history", "proposal", "accepted"], *rows])
 
 
 def test_baselines_are_fitted_on_the_runs_own_rows_or_left_out(

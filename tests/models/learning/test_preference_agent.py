@@ -28,8 +28,8 @@ PAIRS = 6
 LAYOUTS = (("rows", {"micro_batch_size": 2}), ("tree", {"token_budget": 600}), ("tree", {"token_budget": 9000}))
 
 
-@pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def pairs_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_root(tmp_path_factory.mktemp("root"), scenes=12, rows_per_scene=20)
 
 
@@ -130,9 +130,9 @@ def config_of(kind: Any, folder: Path, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
-def test_dpo_equals_trl_in_rows_and_trees(root: Path, tmp_path: Path, label_smoothing: float) -> None:
+def test_dpo_equals_trl_in_rows_and_trees(pairs_root: Path, tmp_path: Path, label_smoothing: float) -> None:
     trl = pytest.importorskip("trl", reason="TRL is not installed (extra bench)")
-    case = Case(root, beta=0.3, label_smoothing=label_smoothing)
+    case = Case(pairs_root, beta=0.3, label_smoothing=label_smoothing)
     examples = []
     for chosen, rejected in case.rows():
         (before, answer), (same, other) = case.parts(chosen), case.parts(rejected)
@@ -161,8 +161,8 @@ def test_dpo_equals_trl_in_rows_and_trees(root: Path, tmp_path: Path, label_smoo
         assert_same(case.step(layout, **sizes), expected, expected.parts)
 
 
-def test_supervised_term_is_the_mean_loss_per_token_of_accepted_answers(root: Path) -> None:
-    plain, both = Case(root, beta=0.3), Case(root, beta=0.3, supervised_weight=0.5)
+def test_supervised_term_is_the_mean_loss_per_token_of_accepted_answers(pairs_root: Path) -> None:
+    plain, both = Case(pairs_root, beta=0.3), Case(pairs_root, beta=0.3, supervised_weight=0.5)
     model = both.model
     losses = []
     for chosen, _ in both.rows():
@@ -177,9 +177,9 @@ def test_supervised_term_is_the_mean_loss_per_token_of_accepted_answers(root: Pa
     assert extra == pytest.approx(0.5 * sum(losses) / len(losses), rel=1e-4)
 
 
-def test_kto_equals_trl_in_rows_and_trees(root: Path, tmp_path: Path) -> None:
+def test_kto_equals_trl_in_rows_and_trees(pairs_root: Path, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl", reason="TRL is not installed (extra bench)")
-    case = Case(root, objective="kto", beta=0.3, rejected_weight=1.5)
+    case = Case(pairs_root, objective="kto", beta=0.3, rejected_weight=1.5)
     examples = []
     for judged, mismatched in case.rows():
         (before, answer), (_, other) = case.parts(judged), case.parts(mismatched)
@@ -214,8 +214,8 @@ def test_metrics_of_pairs_equal_values_computed_by_hand() -> None:
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
-def test_a_fit_separates_accepted_from_rejected_proposals(root: Path, objective: str) -> None:
-    model, trainer, _ = fitted(root, epochs=4, objective=objective, learning_rate=3e-3)
+def test_a_fit_separates_accepted_from_rejected_proposals(pairs_root: Path, objective: str) -> None:
+    model, trainer, _ = fitted(pairs_root, epochs=4, objective=objective, learning_rate=3e-3)
     data = trainer.datamodule
     pairs = data.pairs("train")
     log_p = model._log_probability("train") - model.reference["train"]["log_probability"]
@@ -229,8 +229,8 @@ def test_a_fit_separates_accepted_from_rejected_proposals(root: Path, objective:
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
-def test_without_learning_the_loss_stays_and_nothing_diverges(root: Path, objective: str) -> None:
-    model, trainer, logged = fitted(root, epochs=1, learning_rate=0.0, objective=objective)
+def test_without_learning_the_loss_stays_and_nothing_diverges(pairs_root: Path, objective: str) -> None:
+    model, trainer, logged = fitted(pairs_root, epochs=1, learning_rate=0.0, objective=objective)
     assert float(logged["train/loss"]) == pytest.approx(math.log(2) if objective == "dpo" else 0.5, abs=1e-6)
     assert float(logged["validation/preference_loss"]) == pytest.approx(math.log(2), abs=1e-6)
     assert float(logged["validation/reward_margin"]) == pytest.approx(0, abs=1e-5)
@@ -242,8 +242,8 @@ def test_without_learning_the_loss_stays_and_nothing_diverges(root: Path, object
     assert before == pytest.approx({name: raw[name] for name in before}, abs=1e-6)
 
 
-def test_a_checkpoint_keeps_the_reference_and_loads_as_an_agent(root: Path, tmp_path: Path) -> None:
-    model, trainer, _ = fitted(root)
+def test_a_checkpoint_keeps_the_reference_and_loads_as_an_agent(pairs_root: Path, tmp_path: Path) -> None:
+    model, trainer, _ = fitted(pairs_root)
     path = tmp_path / "a.ckpt"
     trainer.save_checkpoint(path)
     again, state, _ = load_trained(AGENTS, path, "--agent.checkpoint")
@@ -259,21 +259,21 @@ def test_a_checkpoint_keeps_the_reference_and_loads_as_an_agent(root: Path, tmp_
         load_trained((ProactiveAgent,), path, "--agent.checkpoint")
 
 
-def test_a_reference_of_other_rows_is_refused(root: Path) -> None:
+def test_a_reference_of_other_rows_is_refused(pairs_root: Path) -> None:
     model = small_agent()
     model.reference = {"train": {"rows": "other", "log_probability": torch.zeros(1, dtype=torch.float64)}}
     trainer = small_trainer(num_sanity_val_steps=0, plugins=[SafeCheckpointIO(PreferenceAgent)])
     with pytest.raises(UserError, match="the checkpoint's reference is of other train rows"):
-        trainer.fit(model, small_data(root))
+        trainer.fit(model, small_data(pairs_root))
 
 
-def test_adapters_learn_from_pairs_on_a_frozen_base(root: Path, base: Path, tmp_path: Path) -> None:
+def test_adapters_learn_from_pairs_on_a_frozen_base(pairs_root: Path, base: Path, tmp_path: Path) -> None:
     """The agent with its new adapter is the reference; a checkpoint contains the adapter and the reference."""
     torch.manual_seed(0)
     options = {"backbone": str(base), "scratch": None, "adapter": {"rank": 4, "alpha": 8, "dropout": 0.0}}
     still, model = (small_agent(**options, learning_rate=rate) for rate in (0.0, 1e-2))
     for one, expected in ((still, math.log(2)), (model, None)):
-        data = small_data(root, tokenizer=str(base))
+        data = small_data(pairs_root, tokenizer=str(base))
         trainer = small_trainer(num_sanity_val_steps=0, plugins=[SafeCheckpointIO(PreferenceAgent)])
         trainer.fit(one, data)
         if expected is not None:

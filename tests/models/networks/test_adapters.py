@@ -109,8 +109,7 @@ def test_an_agent_learns_with_adapters(root: Path, base: Path, kind: Quantizatio
     assert agent.network is not None
     assert all("lora_" in name for name in trained_names(agent.network)), "the head is the base's own"
     assert language_problem(agent.network) is None
-    assert losses[-1] < losses[0]
-    assert min(losses[1:]) < 0.97 * losses[0]  # of so few rows, a third epoch may learn too much
+    assert losses[-1] < 0.97 * losses[0]
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
