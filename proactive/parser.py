@@ -23,6 +23,7 @@ set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylis
 _OPTION = re.compile(r'Parser key "(?P<name>[^"]*)":\s*(?P<said>.*)', re.DOTALL)
 _OF_PYDANTIC = re.compile(r"^\s*(?P<said>.*\S) \[type=\w+, input_value=", re.MULTILINE)
 _GIVEN = re.compile(r"(?:.*\n\s*Given value|.*?\. Got value): (?P<given>.*)", re.DOTALL)
+_LITERAL = re.compile(r"Expected a typing\.Literal\[([^\]]*)\]")
 _UNKNOWN = re.compile(
     r"unrecognized arguments: (?P<argument>[^\s=]+).*"
     r"|Group '(?P<group>[^']*)' does not accept option '(?P<inner>[^']*)'"
@@ -58,11 +59,15 @@ class Parser(ArgumentParser):
             if isinstance(cause, OptionError) and (found := _OPTION.search(message)):
                 inner = re.match(r"[\w.]+: ", cause.what)
                 what = f"{found['name']}{'.' if inner else ': '}{cause.what}"
-                raise OptionError(one_line(what), f"See {self.prog} --help.") from ex
+                raise OptionError(one_line(what), self._see_help) from ex
             if isinstance(cause, UserError):
                 raise cause
             cause = cause.__cause__ or cause.__context__
-        raise OptionError(_said(message) + self._meant(message), f"See {self.prog} --help.") from ex
+        raise OptionError(_said(message) + self._meant(message), self._see_help) from ex
+
+    @property
+    def _see_help(self) -> str:
+        return f"See {self.prog.replace(' [options]', '')} --help."
 
     def _meant(self, message: str) -> str:
         """Suggest an option, or a value of the option, for a misspelled one in an error."""
@@ -132,6 +137,9 @@ def one_line(text: str) -> str:
 
 def best_reason(text: str) -> str:
     """Return the most informative of jsonargparse's messages about the types that it tried, in one line."""
+    if choices := _LITERAL.findall(text):
+        named = dict.fromkeys(choice.strip("'\"") for some in choices for choice in some.split(", "))
+        return f"expected one of {', '.join(named)}" + (", or a list" if "<class 'list'>" in text else "")
     tried = re.split(r"\n\s*- ", "\n" + text.partition("Errors:")[2].partition("\n  Given value")[0])[1:]
     if not tried:
         return one_line(text)

@@ -62,3 +62,30 @@ def test_a_name_unlike_any_other_gets_no_suggestion(arguments: list[str], call: 
     ended = call(fit.main, *arguments)
     assert ended.code == 2
     assert "did you mean" not in ended.err
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "error", "help_line"),
+    [
+        (fit, ["--data.split=all"], "data.split: expected one of published, by_scene, got all", "fit"),
+        (
+            evaluate,
+            ["reward", "--checkpoint=x", "--data.split=tomorrow"],
+            "data.split: expected one of published, by_scene, all, got tomorrow",
+            "evaluate reward",
+        ),
+        (
+            fit,
+            ["--model.adapter.targets=3"],
+            "model.adapter.targets: expected one of all-linear, or a list, got 3",
+            "fit",
+        ),
+    ],
+)
+def test_a_value_that_is_none_of_an_options_values_is_told_which_are(
+    module: Any, arguments: list[str], error: str, help_line: str, call: Callable[..., Ended]
+) -> None:
+    assert call(module.main, *arguments).err.splitlines() == [
+        f"error: {error}",
+        f"  help: See proactive {help_line} --help.",
+    ]

@@ -230,7 +230,7 @@ AGENT, JUDGE = "--assistant.checkpoint={0}/agent", "--judge.checkpoint={0}/judge
         ([JUDGE, "--judge.model=m"], "--judge.model: only an endpoint uses it"),
         (["--user.token_limit=5"], "--user.token_limit: only an endpoint uses it"),
         (["--assistant.baseline=never-propose"], "--assistant.baseline: a new proposal would equal the rejected one"),
-        (["--assistant.baseline=often"], "assistant.baseline: Expected a typing.Literal['always-propose', 'never-pr"),
+        (["--assistant.baseline=often"], "assistant.baseline: expected one of always-propose, never-propose"),
         ([AGENT, "--assistant.temperature=0"], "--assistant.temperature: a trained agent does not read the reason"),
         (["--judge.url=http://localhost:1/v1"], "--judge.model: an endpoint needs the model's name"),
     ],
