@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,10 +13,12 @@ from datamodules.batching.rows import RowsDataModule, Stage, log
 from datamodules.batching.tokenized_split import TokenizedSplit
 from datamodules.corpus.conversations import MIN_EVENT_LENGTH
 from datamodules.corpus.preferences import (
+    FIELDS,
     JudgedProposal,
     Preference,
     PreferenceRecord,
     judged_rows,
+    open_preferences,
     preferences_of,
     read_preferences,
 )
@@ -38,15 +39,15 @@ class Groups(NamedTuple):
 
 
 class PreferenceDataModule(AnswersDataModule):
-    """Judged proposals: annotated rows, and preference files.
+    """Judged proposals: annotated rows, and tables of preferences.
 
     Every group has two rows, which stay in one micro-batch. With objective dpo, they are an accepted and a rejected
     proposal after one history. With kto, they are a judged proposal, and the proposal of another row after the same
     history, which measures how far the agent is from its reference.
 
     Args:
-        preferences: Preference files to learn from: JSON lines of {"history": ..., "chosen": ..., "rejected": ...} or
-            {"history": ..., "proposal": ..., "accepted": ...}.
+        preferences: Preferences to learn from: CSV, Parquet or JSON files, folders of them, or datasets of the Hugging
+            Face hub, with history, chosen and rejected, or history, proposal and accepted.
         objective: Which groups to make. Set by model.objective.
         options: See AnswersDataModule.
     """
@@ -55,9 +56,9 @@ class PreferenceDataModule(AnswersDataModule):
 
     def __init__(self, preferences: list[str] | None = None, objective: Objective = "dpo", **options: Any) -> None:
         super().__init__(**options)
-        self.preferences = [Path(path) for path in preferences or []]
+        self.preferences = preferences or []
         self.objective = objective
-        self.left_out = 0  # lines of preference files with events of held-out scenes
+        self.left_out = 0  # records of tables of preferences with events of held-out scenes
         self._records: list[PreferenceRecord] | None = None
         self._groups: dict[Stage, Groups] = {}
         if not self.annotated and not self.preferences:
@@ -87,7 +88,7 @@ class PreferenceDataModule(AnswersDataModule):
 
     @property
     def seen(self) -> dict[str, list[Any]]:
-        """Includes the histories and scenes of preference files."""
+        """Includes the histories and scenes of tables of preferences."""
         seen = super().seen
         if self._saved is not None:
             return seen
@@ -152,11 +153,15 @@ class PreferenceDataModule(AnswersDataModule):
         return judged_rows(getattr(self.split, stage)) if self.annotated or stage == "test" else []
 
     def _lines(self, stage: Stage) -> list[PreferenceRecord]:
-        """Return the lines of preference files that train or validate. Held-out events are left out."""
+        """Return the records of tables of preferences that train or validate. Held-out events are left out."""
         if stage == "test" or not self.preferences:
             return []
         if self._records is None:
-            lines = [line for path in self.preferences for line in read_preferences(path)]
+            lines = []
+            for tables in map(open_preferences, self.preferences):
+                lines += read_preferences(tables)
+                for note in tables.reading_notes(FIELDS, "preferences"):
+                    log.info(f"data.preferences: {note}")
             held_out = {event for event in self._held_out_events if len(event) >= MIN_EVENT_LENGTH}
             scenes = self.held_out_scenes
             self._records = [

@@ -205,15 +205,19 @@ def _help_needed(value: Any) -> Any:
     return None if value is None else _yes_or_no(_TRUTHS, value)
 
 
+HistoryCell = Annotated[tuple[Event, ...], FailFast(), BeforeValidator(_events)]
+JudgmentCell = Annotated[bool, BeforeValidator(_verdict)]
+
+
 class _TableRow(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
     hint: ClassVar[str] = f"Mend that cell; {PAGE} shows what each column may hold."
 
 
 _CELLS: dict[str, tuple[Any, Any]] = {  # the type and the default of each field
-    "history": (Annotated[tuple[Event, ...], FailFast(), BeforeValidator(_events)], ...),
+    "history": (HistoryCell, ...),
     "proposal": (Annotated[Proposal, BeforeValidator(_offer)], ...),
-    "accepted": (Annotated[bool, BeforeValidator(_verdict)], ...),
+    "accepted": (JudgmentCell, ...),
     "annotators": (Annotated[tuple[bool, ...], BeforeValidator(_annotators)], ()),
     "help_needed": (Annotated[bool | None, BeforeValidator(_help_needed)], None),
     "scene": (Annotated[Text | None, BeforeValidator(_scene)], None),

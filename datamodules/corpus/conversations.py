@@ -17,8 +17,7 @@ from pydantic_core import PydanticCustomError
 from datamodules.corpus.conversation_formats import converted
 from datamodules.corpus.json_records import shown, validate
 from datamodules.corpus.records import Text
-from datamodules.corpus.tables import TRAIN_HINT, Tables, open_tables
-from datamodules.errors import UserError
+from datamodules.corpus.tables import Tables, open_training_tables
 
 MIN_EVENT_LENGTH = 20  # characters; a shorter event may occur in a conversation by chance
 PAGE = "docs/how-to/conversations.md"
@@ -110,15 +109,12 @@ def _other_format(what: str, hint: str) -> PydanticCustomError:
 
 
 def open_conversations(source: str) -> Tables:
-    """Open a source of conversations; see `open_tables`.
+    """Open a source of conversations; see `open_training_tables`.
 
     Raises:
         UserError: It is no such source, or none of its tables trains.
     """
-    tables = open_tables(source, "data.conversations", limit=None)
-    if not tables.of("train"):
-        raise UserError(f"data.conversations: {source} has no table that trains", TRAIN_HINT)
-    return tables
+    return open_training_tables(source, "data.conversations", limit=None)
 
 
 def read_conversations(tables: Tables, counts: Counter[str] | None = None) -> Iterator[Conversation]:
@@ -141,9 +137,7 @@ def read_conversations(tables: Tables, counts: Counter[str] | None = None) -> It
 
 def reading_notes(tables: Tables) -> list[str]:
     """Return what of a source is read and what is not, in sentences."""
-    unread = {table.where: table.unread(COLUMNS) for table in tables.of("train")}
-    notes = [*tables.origin, *(f"{where}: columns not read: {names}" for where, names in unread.items() if names)]
-    return notes + [f"{table.where}: not read, because conversations only train" for table in tables.of("test")]
+    return tables.reading_notes(COLUMNS, "conversations")
 
 
 def event_pattern(events: Collection[str]) -> re.Pattern[str] | None:

@@ -1,31 +1,38 @@
 """Judged proposals, and preferences: of two proposals after one history, one was accepted and the other rejected.
 
-They come from annotated rows, and from files such as the preferences.jsonl of a simulation.
+They come from annotated rows, and from tables such as the preferences.jsonl of a simulation.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from annotated_types import Gt, Le
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
-from datamodules.corpus.json_records import read_jsonl
-from datamodules.corpus.records import (
-    AnnotatedRow,
-    Event,
-    History,
-    Judgment,
-    Proposal,
-    Unicode,
-    history_digest,
-    scene_of,
-)
+from datamodules.corpus.columns import HistoryCell, JudgmentCell
+from datamodules.corpus.json_records import shown, validate
+from datamodules.corpus.records import AnnotatedRow, Event, Proposal, Unicode, history_digest, scene_of
+from datamodules.corpus.tables import Tables, open_training_tables
+from datamodules.errors import UserError
+from datamodules.escaping import shortened
 from datamodules.ranges import FINITE
 
-Weight = Annotated[float, Gt(0), Le(1000), FINITE]
+PAIR, SINGLE = ("chosen", "rejected"), ("proposal", "accepted")
+
+
+def _number(value: Any) -> Any:
+    """Convert a cell of CSV."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"expected a number, got {shown(value)}") from None
+
+
+Weight = Annotated[float, Gt(0), Le(1000), FINITE, BeforeValidator(_number)]
 
 
 @dataclass(frozen=True)
@@ -59,26 +66,38 @@ class Preference:
 
 
 class PreferenceRecord(BaseModel):
-    """A line of a preference file: two proposals, or one with its judgment."""
+    """A record of a table of preferences: two proposals, or one with its judgment."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
     page: ClassVar[str] = "docs/how-to/preferences.md"
 
-    history: History
+    history: HistoryCell
     chosen: Proposal = None
     rejected: Proposal = None
     proposal: Proposal = None
-    accepted: Judgment | None = None
+    accepted: JudgmentCell | None = None
     source: Unicode = ""
     weight: Weight = 1.0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_cells(cls, data: Any) -> Any:
+        """Leave out what a table has because its rows have the same columns: of pairs or of judgments, and optional."""
+        if not isinstance(data, dict):
+            return data
+        empty = {name for name, value in data.items() if value is None}
+        left_out = empty & {"source", "weight"}
+        if data.keys() >= {*PAIR, *SINGLE}:
+            left_out |= next((set(kind) for kind in (SINGLE, PAIR) if empty >= set(kind)), set())
+        return {name: value for name, value in data.items() if name not in left_out}
+
     @model_validator(mode="after")
     def _is_a_pair_or_a_judgment(self) -> Self:
-        given = self.model_fields_set & {"chosen", "rejected", "proposal", "accepted"}
-        if given == {"chosen", "rejected"}:
+        given = self.model_fields_set & {*PAIR, *SINGLE}
+        if given == set(PAIR):
             if self.chosen == self.rejected:
                 raise ValueError("expected two different proposals in chosen and rejected")
-        elif given != {"proposal", "accepted"} or self.accepted is None:
+        elif given != set(SINGLE) or self.accepted is None:
             raise ValueError("expected either chosen and rejected, or proposal and accepted")
         if not self.history:
             raise ValueError("field history: expected at least one event")
@@ -86,7 +105,7 @@ class PreferenceRecord(BaseModel):
 
     @property
     def judged(self) -> list[JudgedProposal]:
-        """The judged proposals of the line: one, or the chosen and the rejected one."""
+        """The judged proposals of the record: one, or the chosen and the rejected one."""
         if self.accepted is not None:
             return [JudgedProposal(self.history, self.proposal, self.accepted, self.weight)]
         return [
@@ -95,13 +114,37 @@ class PreferenceRecord(BaseModel):
         ]
 
 
-def read_preferences(path: Path) -> list[PreferenceRecord]:
-    """Read a preference file.
+FIELDS = tuple(PreferenceRecord.model_fields)
+
+
+def open_preferences(source: str) -> Tables:
+    """Open a source of preferences; see `open_training_tables`.
 
     Raises:
-        UserError: It cannot be read, or a line does not fit.
+        UserError: It is no such source, none of its tables trains, or one of them has no histories.
     """
-    return read_jsonl(path, PreferenceRecord)
+    tables = open_training_tables(source, "data.preferences")
+    for table in tables.of("train"):
+        if table.names and "history" not in table.names:
+            raise UserError(
+                f"data.preferences: {table.where} has no column history; its columns: "
+                f"{shortened(', '.join(table.names), 300)}",
+                f"Rename the column of the events so far; {PreferenceRecord.page} shows the columns.",
+            )
+    return tables
+
+
+def read_preferences(tables: Tables) -> list[PreferenceRecord]:
+    """Read the preferences of the tables that train.
+
+    Raises:
+        UserError: A table cannot be read, or a record does not fit.
+    """
+    return [
+        validate(record, PreferenceRecord, where)
+        for table in tables.of("train")
+        for where, record in table.records(FIELDS)
+    ]
 
 
 def judged_rows(rows: Iterable[AnnotatedRow]) -> list[JudgedProposal]:

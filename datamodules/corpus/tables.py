@@ -74,6 +74,17 @@ class Tables:
         """The revision of a dataset of the hub, in a sentence; empty for files."""
         return [] if self.revision is None else [f"{self.name}: revision {self.revision}"]
 
+    def reading_notes(self, columns: Collection[str], what: str) -> list[str]:
+        """Return what of the tables that train is read and what is not, in sentences.
+
+        Args:
+            columns: The columns that are read.
+            what: What the records hold, in the plural.
+        """
+        unread = {table.where: table.unread(columns) for table in self.of("train")}
+        notes = [*self.origin, *(f"{where}: columns not read: {names}" for where, names in unread.items() if names)]
+        return notes + [f"{table.where}: not read, because {what} only train" for table in self.of("test")]
+
     @cached_property
     def digests(self) -> list[str]:
         """The digest of each file, or the revision."""
@@ -100,6 +111,18 @@ def open_tables(source: str, option: str, limit: int | None = MAX_RECORDS_BYTES)
         split: [_OPENERS[file.suffix.lower()](file, option, limit) for file in some] for split, some in files.items()
     }
     return Tables(source, opened, [file for some in files.values() for file in some])
+
+
+def open_training_tables(source: str, option: str, limit: int | None = MAX_RECORDS_BYTES) -> Tables:
+    """Open a source as `open_tables` does, of which at least one table must train.
+
+    Raises:
+        UserError: It is no such source, or none of its tables trains.
+    """
+    tables = open_tables(source, option, limit)
+    if not tables.of("train"):
+        raise UserError(f"{option}: {source} has no table that trains", TRAIN_HINT)
+    return tables
 
 
 def is_table(path: Path) -> bool:

@@ -21,7 +21,7 @@ class ExampleOptions:
         prompt: Prompt file of the examples; by default that of the task.
         annotated: For tasks agent and preference: whether annotated rows are among the examples.
         conversations: For task agent: tables of conversations, as in data.conversations.
-        preferences: For task preference: preference files.
+        preferences: For task preference: tables of preferences, as in data.preferences.
     """
 
     examples: NonNegativeInt = 3

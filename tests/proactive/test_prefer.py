@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from datamodules.corpus.preferences import read_preferences
+from datamodules.corpus.preferences import open_preferences, read_preferences
 from datamodules.corpus.records import Event
 from models.reporting.timeline import ShownOffer, ShownStep, ShownTrace, ShownTraces
 from proactive import prefer
@@ -28,7 +28,7 @@ def offer(text: str | None, probability: float | None, **fields: Any) -> ShownOf
 
 
 def pairs(path: Path) -> list[tuple[int, str | None, str | None]]:
-    return [(len(one.history), one.chosen, one.rejected) for one in read_preferences(path)]
+    return [(len(one.history), one.chosen, one.rejected) for one in read_preferences(open_preferences(str(path)))]
 
 
 def test_accepted_answers_are_preferred_to_rejected_ones(call: Callable[..., Any], tmp_path: Path) -> None:

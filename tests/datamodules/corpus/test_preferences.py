@@ -1,13 +1,24 @@
 """Judged proposals and their pairs, from annotated rows and from files."""
 
+import csv
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
-from datamodules.corpus.preferences import JudgedProposal, judged_rows, preferences_of, read_preferences
+from datamodules.corpus.preferences import (
+    FIELDS,
+    JudgedProposal,
+    PreferenceRecord,
+    judged_rows,
+    open_preferences,
+    preferences_of,
+    read_preferences,
+)
 from datamodules.corpus.records import Event
 from datamodules.corpus.sources import load_corpus
 from datamodules.errors import UserError
@@ -41,6 +52,10 @@ def test_pairs_of_the_published_rows() -> None:
     assert Counter(row.accepted for row in rows) == {True: 683, False: 1066}
 
 
+def records(source: Path) -> list[PreferenceRecord]:
+    return read_preferences(open_preferences(str(source)))
+
+
 def write(path: Path, *lines: Any) -> Path:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
@@ -52,7 +67,7 @@ def test_a_file_has_pairs_and_judgments(tmp_path: Path) -> None:
         {"history": HISTORY, "chosen": None, "rejected": "b", "source": "simulation", "weight": 0.5},
         {"history": HISTORY, "proposal": "c", "accepted": False},
     )
-    pair, single = read_preferences(path)
+    pair, single = records(path)
     assert [(one.proposal, one.accepted, one.weight) for one in pair.judged] == [(None, True, 0.5), ("b", False, 0.5)]
     assert [(one.proposal, one.accepted, one.weight) for one in single.judged] == [("c", False, 1.0)]
 
@@ -74,5 +89,69 @@ def test_a_file_has_pairs_and_judgments(tmp_path: Path) -> None:
 def test_a_line_that_does_not_fit_is_refused_with_its_number(tmp_path: Path, line: Any, message: str) -> None:
     path = write(tmp_path / "p.jsonl", {"history": HISTORY, "proposal": "c", "accepted": False}, line)
     with pytest.raises(UserError, match="line 2") as error:
-        read_preferences(path)
+        records(path)
     assert message in error.value.what
+
+
+RECORDS: list[dict[str, Any]] = [
+    {"history": HISTORY, "chosen": None, "rejected": "b", "weight": 0.5},
+    {"history": HISTORY, "chosen": "a", "rejected": "b, c"},
+    {"history": HISTORY, "proposal": "c", "accepted": False, "source": "people"},
+    {"history": HISTORY, "proposal": None, "accepted": True},
+]
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.parquet", "p.jsonl", "p.json", "folder/train.parquet"])
+def test_tables_give_the_records_of_json_lines(name: str, tmp_path: Path) -> None:
+    """All rows of a table have the same columns, so those of the other kind are empty."""
+    expected = records(write(tmp_path / "expected.jsonl", *RECORDS))
+    whole = [{field: record.get(field) for field in FIELDS} for record in RECORDS]
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix == ".csv":
+        with path.open("w", encoding="utf-8", newline="") as file:
+            table = csv.DictWriter(file, FIELDS)
+            table.writeheader()
+            table.writerows({**one, "history": json.dumps(one["history"])} for one in whole)
+    elif path.suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(whole), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(whole))
+    else:
+        write(path, *whole)
+    found = records(path.parent if path.parent != tmp_path else path)
+    assert found == expected
+    assert [one.judged for one in found] == [one.judged for one in expected]
+
+
+def test_what_is_not_read_is_told(tmp_path: Path) -> None:
+    (tmp_path / "test.csv").write_text("history,chosen,rejected\n")
+    pair = [{"history": HISTORY, "chosen": "a", "rejected": "b", "number": 7}]
+    parquet.write_table(pyarrow.Table.from_pylist(pair), tmp_path / "train.parquet")
+    tables = open_preferences(str(tmp_path))
+    assert len(read_preferences(tables)) == 1
+    assert tables.reading_notes(FIELDS, "preferences") == [
+        f"{tmp_path / 'train.parquet'}: columns not read: number",
+        f"{tmp_path / 'test.csv'}: not read, because preferences only train",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('history,chosen,rejected,weight\n"[]",a,b,much\n', 'line 2, field weight: expected a number, got "much"'),
+        ('history,chosen\n"[""The user opens a file.""]",a\n', "expected either chosen and rejected"),
+        ("prompt,chosen,rejected\nx,a,b\n", "p.csv has no column history; its columns: prompt, chosen, rejected"),
+    ],
+)
+def test_a_cell_that_does_not_fit_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text(text)
+    with pytest.raises(UserError) as error:
+        records(tmp_path / "p.csv")
+    assert message in error.value.what
+
+
+def test_a_source_without_a_table_that_trains_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "test.csv").write_text("history,chosen,rejected\n")
+    with pytest.raises(UserError, match=r"data\.preferences: .* has no table that trains"):
+        open_preferences(str(tmp_path))
