@@ -15,6 +15,7 @@ from typing import IO, Any
 from datamodules.corpus.json_records import json_texts, parse_json, shown
 from datamodules.errors import UserError
 from datamodules.escaping import error_text, shortened
+from datamodules.files.hub import check_hub_connection
 from datamodules.files.reading import MAX_RECORDS_BYTES, MAX_TEXT_BYTES, file_digest, open_file, text_lines
 
 PAGE = "docs/how-to/own-data.md"
@@ -294,6 +295,7 @@ def _hub_tables(name: str, option: str) -> Tables:
     hub_logging.set_verbosity_error()  # it tells of each retry
     found = _HUB_NAME.fullmatch(name)
     assert found is not None
+    datasets.config.HF_HUB_OFFLINE = not check_hub_connection()
     try:
         builder = datasets.load_dataset_builder(found["repository"], found["configuration"], revision=found["revision"])
         builder.download_and_prepare()

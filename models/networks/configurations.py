@@ -12,6 +12,7 @@ from datamodules.backbones.packaged import backbone_source
 from datamodules.backbones.quiet import quiet_transformers
 from datamodules.errors import UserError
 from datamodules.escaping import error_text
+from datamodules.files.hub import check_hub_connection
 from datamodules.files.reading import require_regular_files
 from datamodules.prompting.tokenizers import SCRATCH
 from models.networks.network_options import Head, NetworkOptions
@@ -56,6 +57,8 @@ def network_config(options: NetworkOptions, tokenizer: "PreTrainedTokenizerFast"
             source = backbone_source(backbone)
             if Path(source).is_dir():
                 require_regular_files(Path(source), "model.backbone")
+            else:
+                check_hub_connection()
             config = AutoConfig.from_pretrained(source, trust_remote_code=options.trust_remote_code)
         text = config.get_text_config()
         if not hasattr(text, "vocab_size"):
