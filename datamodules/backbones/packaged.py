@@ -8,7 +8,8 @@ from pathlib import Path
 
 from datamodules.backbones.gguf import converted
 from datamodules.errors import UserError
-from datamodules.files.reading import file_digest
+from datamodules.files.hub import check_hub_connection
+from datamodules.files.reading import file_digest, require_regular_files
 
 GGUF_SUFFIX = ".gguf"
 
@@ -76,6 +77,18 @@ def backbone_source(name: str) -> str:
     if name.endswith(GGUF_SUFFIX):
         return str(converted(Path(name)))
     return name
+
+
+def check_source(source: str) -> None:
+    """Check a source before it is loaded: that a folder has only regular files, and for a hub id the connection.
+
+    Raises:
+        UserError: A file is not regular.
+    """
+    if Path(source).is_dir():
+        require_regular_files(Path(source), "model.backbone")
+    else:
+        check_hub_connection()
 
 
 @cache  # its files are read to compute digests

@@ -58,7 +58,7 @@ class PreferenceDataModule(AnswersDataModule):
         super().__init__(**options)
         self.preferences = preferences or []
         self.objective = objective
-        self.left_out = 0  # records of tables of preferences with events of held-out scenes
+        self.left_out = 0  # preferences of tables with events of held-out scenes
         self._records: list[PreferenceRecord] | None = None
         self._groups: dict[Stage, Groups] = {}
         if not self.annotated and not self.preferences:
@@ -88,7 +88,7 @@ class PreferenceDataModule(AnswersDataModule):
 
     @property
     def seen(self) -> dict[str, list[Any]]:
-        """Includes the histories and scenes of tables of preferences."""
+        """Includes the histories and scenes of preferences in tables."""
         seen = super().seen
         if self._saved is not None:
             return seen
@@ -153,7 +153,7 @@ class PreferenceDataModule(AnswersDataModule):
         return judged_rows(getattr(self.split, stage)) if self.annotated or stage == "test" else []
 
     def _lines(self, stage: Stage) -> list[PreferenceRecord]:
-        """Return the records of tables of preferences that train or validate. Held-out events are left out."""
+        """Return the preferences of tables that train or validate. Those with held-out events are left out."""
         if stage == "test" or not self.preferences:
             return []
         if self._records is None:

@@ -19,7 +19,7 @@ from datamodules.batching.training_split import split_of_training
 from datamodules.corpus.columns import Columns
 from datamodules.corpus.records import AnnotatedRow
 from datamodules.corpus.sources import Corpus, load_corpus
-from datamodules.corpus.splits import ALL_ROWS, Contamination, Split, SplitName, contamination, seen_rows
+from datamodules.corpus.splits import Contamination, Split, SplitName, contamination, seen_rows
 from datamodules.prompting.chat_format import Chat, Format, formatted, saved_chat
 from datamodules.prompting.segments import Segment, SegmentTokenizer
 from datamodules.prompting.templates import Template
@@ -328,7 +328,7 @@ class RowsDataModule(StepDataModule):
             overrides: Replace options, unless None. Split "all" tests every row of the root.
         """
         given = {name: value for name, value in overrides.items() if value is not None}
-        tests_all_rows = given.get("split") == ALL_ROWS
+        tests_all_rows = given.get("split") == "all"
         if tests_all_rows:
             del given["split"]
         if "root" in given:

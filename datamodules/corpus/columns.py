@@ -17,8 +17,7 @@ from pydantic_core import PydanticCustomError
 from datamodules.corpus.json_records import parse_json, shown, validate
 from datamodules.corpus.records import AnnotatedRow, Event, Proposal, Text
 from datamodules.corpus.tables import PAGE, Table
-from datamodules.errors import UserError, did_you_mean
-from datamodules.escaping import shortened
+from datamodules.errors import UserError
 
 JSON_HINT = f"Write it as json.dumps does in Python, or save the table as Parquet or JSONL; {PAGE} shows the forms."
 MAX_ANNOTATORS = 1000  # of one row
@@ -90,12 +89,8 @@ def _refuse_missing_columns(table: Table, columns: Columns) -> None:
                 f"data.root: {table.where} holds {what}, not annotated rows", f"Give the file with {options}."
             )
     for field, column in missing.items():
-        has = shortened(", ".join(table.names), 300) or "none"
-        raise UserError(
-            f"data.root: {table.where} has no column {shortened(column, 80)}; its columns: {has}"
-            f"{did_you_mean(column, table.names)}",
-            f"Say which column holds the {_MEANING[field]}: --data.columns.{field} COLUMN; {PAGE} shows how.",
-        )
+        hint = f"Say which column holds the {_MEANING[field]}: --data.columns.{field} COLUMN; {PAGE} shows how."
+        raise UserError(f"data.root: {table.without(column)}", hint)
 
 
 def _events(value: Any) -> Any:

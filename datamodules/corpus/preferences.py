@@ -16,7 +16,6 @@ from datamodules.corpus.json_records import shown, validate
 from datamodules.corpus.records import AnnotatedRow, Event, Proposal, Unicode, history_digest, scene_of
 from datamodules.corpus.tables import Tables, open_training_tables
 from datamodules.errors import UserError
-from datamodules.escaping import shortened
 from datamodules.ranges import FINITE
 
 PAIR, SINGLE = ("chosen", "rejected"), ("proposal", "accepted")
@@ -126,11 +125,8 @@ def open_preferences(source: str) -> Tables:
     tables = open_training_tables(source, "data.preferences")
     for table in tables.of("train"):
         if table.names and "history" not in table.names:
-            raise UserError(
-                f"data.preferences: {table.where} has no column history; its columns: "
-                f"{shortened(', '.join(table.names), 300)}",
-                f"Rename the column of the events so far; {PreferenceRecord.page} shows the columns.",
-            )
+            hint = f"Rename the column of the events so far; {PreferenceRecord.page} shows the columns."
+            raise UserError(f"data.preferences: {table.without('history')}", hint)
     return tables
 
 

@@ -147,11 +147,11 @@ def read_directory(paths: Mapping[str, Path], root: str) -> Corpus:
         for name, path in paths.items()
         if name.startswith(f"{TRACES}/") and name != SPLITS_FILE
     }
-    train, test = (read_jsonl(paths[name], AnnotatedRow) if name in paths else [] for name in (TRAIN_FILE, TEST_FILE))
-    if not (train if TRAIN_FILE in paths else test):
-        empty = paths[TRAIN_FILE if TRAIN_FILE in paths else TEST_FILE]
-        raise UserError(f"{empty}: holds no row", "Put the annotated rows there, one JSON object per line.")
-    return Corpus(root, train, test, traces, paths.get(SPLITS_FILE))
+    rows = {name: read_jsonl(paths[name], AnnotatedRow) for name in (TRAIN_FILE, TEST_FILE) if name in paths}
+    first = next(iter(rows))
+    if not rows[first]:
+        raise UserError(f"{paths[first]}: holds no row", "Put the annotated rows there, one JSON object per line.")
+    return Corpus(root, rows.get(TRAIN_FILE, []), rows.get(TEST_FILE, []), traces, paths.get(SPLITS_FILE))
 
 
 def download_published(

@@ -12,7 +12,7 @@ from datamodules.corpus.sources import TEST_FILE, TRACES, Corpus
 from datamodules.errors import UserError
 
 SplitName = Literal["published", "by_scene"]
-ALL_ROWS = "all"  # instead of the name of a split: every row tests a saved model
+TestedSplit = SplitName | Literal["all"]  # of a saved model; "all": every row tests
 SCENE_NUMBERS = 2**64  # a scene's name is a hash of 64 bits
 
 

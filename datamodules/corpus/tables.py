@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from datamodules.corpus.json_records import json_texts, parse_json, shown
-from datamodules.errors import UserError
+from datamodules.errors import UserError, did_you_mean
 from datamodules.escaping import error_text, shortened
 from datamodules.files.hub import check_hub_connection
 from datamodules.files.reading import MAX_RECORDS_BYTES, MAX_TEXT_BYTES, file_digest, open_file, text_lines
@@ -48,6 +48,12 @@ class Table:
     def unread(self, columns: Collection[str]) -> str:
         """Return the names of the columns that are not among the given ones, for messages; empty for none."""
         return shortened(", ".join(name or '""' for name in self.names if name not in columns), 200)
+
+    def without(self, column: str) -> str:
+        """Return the message that a column is missing, with a suggestion."""
+        has = shortened(", ".join(self.names), 300) or "none"
+        meant = did_you_mean(column, self.names)
+        return f"{self.where} has no column {shortened(column, 80)}; its columns: {has}{meant}"
 
 
 @dataclass(frozen=True)

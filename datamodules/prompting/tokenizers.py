@@ -2,14 +2,11 @@
 
 import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datamodules.backbones.packaged import backbone_source
+from datamodules.backbones.packaged import backbone_source, check_source
 from datamodules.errors import UserError
 from datamodules.escaping import error_text
-from datamodules.files.hub import check_hub_connection
-from datamodules.files.reading import require_regular_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -88,10 +85,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> "PreTrainedTok
 
     source = backbone_source(name)
     try:
-        if Path(source).is_dir():
-            require_regular_files(Path(source), "model.backbone")
-        else:
-            check_hub_connection()
+        check_source(source)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(

@@ -3,17 +3,14 @@
 import contextlib
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from datamodules.backbones.packaged import backbone_source
+from datamodules.backbones.packaged import backbone_source, check_source
 from datamodules.backbones.quiet import quiet_transformers
 from datamodules.errors import UserError
 from datamodules.escaping import error_text
-from datamodules.files.hub import check_hub_connection
-from datamodules.files.reading import require_regular_files
 from datamodules.prompting.tokenizers import SCRATCH
 from models.networks.network_options import Head, NetworkOptions
 
@@ -55,10 +52,7 @@ def network_config(options: NetworkOptions, tokenizer: "PreTrainedTokenizerFast"
             config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         else:
             source = backbone_source(backbone)
-            if Path(source).is_dir():
-                require_regular_files(Path(source), "model.backbone")
-            else:
-                check_hub_connection()
+            check_source(source)
             config = AutoConfig.from_pretrained(source, trust_remote_code=options.trust_remote_code)
         text = config.get_text_config()
         if not hasattr(text, "vocab_size"):

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from datamodules.batching.layout_name import LayoutName
 from datamodules.corpus.columns import Columns
-from datamodules.corpus.splits import SplitName
+from datamodules.corpus.splits import TestedSplit
 from datamodules.errors import UserError
 from datamodules.prompting.chat_prompts import JUDGE_PROMPT
 from datamodules.ranges import Count, Folds, NonNegativeInt, Tries, Workers
@@ -38,7 +38,7 @@ class DataOptions:
 
     root: str | None = None
     columns: Columns | None = None
-    split: SplitName | Literal["all"] | None = None
+    split: TestedSplit | None = None
     folds: Folds | None = None
     fold: NonNegativeInt | None = None
     prompt: str | None = None

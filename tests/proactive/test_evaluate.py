@@ -1,6 +1,5 @@
 """The evaluate command on each thing that it takes: the metrics equal those of the run."""
 
-import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from datamodules.corpus.sources import load_corpus
 from datamodules.corpus.splits import split_by_scene
 from models.learning.published_metrics import PUBLISHED_REWARD_ROWS
 from proactive import evaluate
+from tests.datamodules.corpus.test_tables import write_csv
 from tests.helpers import command, small_root
 from tests.proactive.conftest import FinishedRun
 
@@ -88,7 +88,8 @@ def test_all_rows_of_another_root_are_tested_if_asked(
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".csv":
-        write_csv(path, [[json.dumps(row.published()["obs"]), row.proposal, row.accepted] for row in rows])
+        cells = [(row.published()["obs"], row.proposal, row.accepted) for row in rows]
+        write_csv(path, [dict(zip(("history", "proposal", "accepted"), row, strict=True)) for row in cells])
     else:
         path.write_text("".join(json.dumps(row.published()) + "\n" for row in rows))
     root = {"other.csv": path, "tables/test.csv": path.parent}.get(name, tmp_path / "files")
@@ -133,11 +134,6 @@ def test_the_divided_rows_of_another_root_are_told(finished_run: FinishedRun, ca
     assert told in call(evaluate.main, "reward", checkpoint, f"--data.root={root}").out
     assert told not in call(evaluate.main, "reward", checkpoint, f"--data.root={root}", "--data.split=by_scene").out
     assert "data.split" not in call(evaluate.main, "reward", checkpoint, f"--data.root={finished_run.root}").out
-
-
-def write_csv(path: Path, rows: list[list[Any]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([["history", "proposal", "accepted"], *rows])
 
 
 def test_baselines_are_fitted_on_the_runs_own_rows_or_left_out(

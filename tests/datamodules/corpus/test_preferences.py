@@ -1,14 +1,11 @@
 """Judged proposals and their pairs, from annotated rows and from files."""
 
-import csv
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pyarrow
 import pytest
-from pyarrow import parquet
 
 from datamodules.corpus.preferences import (
     FIELDS,
@@ -22,6 +19,7 @@ from datamodules.corpus.preferences import (
 from datamodules.corpus.records import Event
 from datamodules.corpus.sources import load_corpus
 from datamodules.errors import UserError
+from tests.datamodules.corpus.test_tables import WRITERS
 from tests.helpers import PROACTIVEBENCH, needs_proactivebench
 
 HISTORY = [{"time": "1.0", "event": "The user opens a file."}]
@@ -108,17 +106,10 @@ def test_tables_give_the_records_of_json_lines(name: str, tmp_path: Path) -> Non
     whole = [{field: record.get(field) for field in FIELDS} for record in RECORDS]
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
-    if path.suffix == ".csv":
-        with path.open("w", encoding="utf-8", newline="") as file:
-            table = csv.DictWriter(file, FIELDS)
-            table.writeheader()
-            table.writerows({**one, "history": json.dumps(one["history"])} for one in whole)
-    elif path.suffix == ".parquet":
-        parquet.write_table(pyarrow.Table.from_pylist(whole), path)
-    elif path.suffix == ".json":
+    if path.suffix == ".json":
         path.write_text(json.dumps(whole))
     else:
-        write(path, *whole)
+        WRITERS[path.suffix[1:]](path, whole)
     found = records(path.parent if path.parent != tmp_path else path)
     assert found == expected
     assert [one.judged for one in found] == [one.judged for one in expected]
@@ -127,7 +118,7 @@ def test_tables_give_the_records_of_json_lines(name: str, tmp_path: Path) -> Non
 def test_what_is_not_read_is_told(tmp_path: Path) -> None:
     (tmp_path / "test.csv").write_text("history,chosen,rejected\n")
     pair = [{"history": HISTORY, "chosen": "a", "rejected": "b", "number": 7}]
-    parquet.write_table(pyarrow.Table.from_pylist(pair), tmp_path / "train.parquet")
+    WRITERS["parquet"](tmp_path / "train.parquet", pair)
     tables = open_preferences(str(tmp_path))
     assert len(read_preferences(tables)) == 1
     assert tables.reading_notes(FIELDS, "preferences") == [
