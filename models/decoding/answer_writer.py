@@ -13,6 +13,7 @@ from torch import Tensor
 
 from models.decoding.grammar import AnswerGrammar
 from models.decoding.trunks import Trunk
+from models.networks.devices import as_float64
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -92,9 +93,9 @@ class AnswerWriter:
             logits_NV = logits_NV.masked_fill_(~allowed_NV, -torch.inf)
         if not self.temperature:
             return logits_NV.argmax(-1)
-        cumulative_NV = (logits_NV.double() / self.temperature).softmax(-1).cumsum(-1)
+        cumulative_NV = (as_float64(logits_NV) / self.temperature).softmax(-1).cumsum(-1)
         draws = torch.tensor([a.draws[len(a.token_ids)] for a in answers], dtype=torch.float64)
-        draw_N1 = draws[:, None].to(logits_NV.device) * cumulative_NV[:, -1:]
+        draw_N1 = draws[:, None].to(cumulative_NV.device) * cumulative_NV[:, -1:]
         return torch.searchsorted(cumulative_NV, draw_N1, right=True)[:, 0]
 
     def result(self, answer: UnfinishedAnswer) -> GeneratedAnswer:

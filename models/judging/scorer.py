@@ -21,6 +21,7 @@ from models.decoding.prefix_cache import PrefixCache, cache_problem
 from models.judging.weights import Weights, best_device
 from models.learning.calibration import calibrated
 from models.learning.reward_classifier import RewardClassifier
+from models.networks.devices import as_float64
 from models.networks.heads import classify_states
 
 
@@ -80,7 +81,7 @@ class Scorer:
         with torch.inference_mode():
             use_cache = one_history and self._can_cache
             logits_RC = self._with_cache(rows, session) if use_cache else self._batched(rows)
-            probability_R = logits_RC.float().double().softmax(-1)[:, 1].cpu()
+            probability_R = as_float64(logits_RC.float().cpu()).softmax(-1)[:, 1]
         if not torch.isfinite(probability_R).all():
             raise UserError(
                 f"{self.weights.source}: a probability is NaN",

@@ -15,6 +15,7 @@ from torchmetrics.functional.classification import (
 
 from datamodules.batching.answer_rows import AnswerKind
 from models.learning.metrics import GatheredRows, decision_intervals
+from models.networks.devices import as_float64
 
 
 class AnswerLosses(GatheredRows):
@@ -27,13 +28,14 @@ class AnswerLosses(GatheredRows):
 
         Args:
             loss: (R,) floating, summed over the tokens of each answer.
-            tokens, kind, help_needed, row: (R,) int64, see `datamodules.batching.steps.AgentBatch`.
+            tokens, kind, help_needed: (R,) int64, see `datamodules.batching.steps.AgentBatch`.
+            row: (R,) int64, the index of each row, or `FILLER`.
         """
-        self.add(loss.double(), tokens, kind, help_needed, row)
+        self.add(as_float64(loss), tokens, kind, help_needed, row)
 
     def compute(self) -> dict[str, Tensor]:
         """The metrics of `answer_losses` and `proposal_metrics`."""
-        rows = self.rows()
+        rows = self.stored_rows()
         return answer_losses(rows) | proposal_metrics(*decisions(rows))
 
 
@@ -45,7 +47,7 @@ def answer_losses(rows: dict[str, Tensor]) -> dict[str, Tensor]:
     kinds = {"loss": list(AnswerKind)[:3], "loss_text": [AnswerKind.TEXT], "loss_null": [AnswerKind.NULL]}
     losses: dict[str, Tensor] = {}
     for name, counted in kinds.items():
-        mine = torch.isin(rows["kind"], torch.tensor([int(kind) for kind in counted], device=rows["kind"].device))
+        mine = torch.isin(rows["kind"], torch.tensor([int(kind) for kind in counted]))
         if mine.any():
             losses[name] = rows["loss"][mine].sum() / rows["tokens"][mine].sum()
     return losses

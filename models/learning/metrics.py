@@ -20,16 +20,19 @@ from torchmetrics.functional.classification import (
 )
 from torchmetrics.utilities import dim_zero_cat
 
+from datamodules.batching.steps import AgentBatch, RewardBatch
 from datamodules.corpus.records import Category
+from models.networks.devices import as_float64
 
 BOOTSTRAP_RESAMPLES = 1000
+FILLER = -1  # the index of a row that only fills up a rank's share
 FEW_GROUPS = 10  # scenes or traces: intervals over fewer groups are unreliable
 
 
 class GatheredRows(Metric):
     """Stores rows, and gathers those of all ranks when they are read. Ranks may have different numbers of rows.
 
-    `columns` names the stored tensors (N,). One of them is `row`, the index of the row.
+    `columns` names the stored tensors (N,). One of them is `row`, the index of the row, or `FILLER`.
     """
 
     full_state_update = False
@@ -46,11 +49,25 @@ class GatheredRows(Metric):
             getattr(self, name).append(column)
 
     def rows(self) -> dict[str, Tensor]:
-        """The columns of the rows of all ranks, sorted by `row`."""
+        """The columns of the rows of all ranks, sorted by `row`, without fillers.
+
+        They are on the CPU, because metrics are many small operations, and many wait for their results.
+        """
         with self.sync_context():
-            rows = {name: dim_zero_cat(getattr(self, name)) for name in self.columns}
+            return self.stored_rows()
+
+    def stored_rows(self) -> dict[str, Tensor]:
+        """The same of this rank only, or within a synchronization of all ranks, as in `compute`."""
+        rows = {name: dim_zero_cat(getattr(self, name)).cpu() for name in self.columns}
         order = rows["row"].argsort(stable=True)  # so that no metric depends on ranks and layout
+        order = order[rows["row"][order] != FILLER]
         return {name: column[order] for name, column in rows.items()}
+
+
+def counted_rows(batch: RewardBatch | AgentBatch) -> Tensor:
+    """The index of each row of a micro-batch, (R,) int64; `FILLER` if its weight is 0."""
+    # A mask of real rows would be read by the CPU, which would have to wait for the device.
+    return torch.where(batch["weight"] > 0, batch["row"], FILLER)
 
 
 class RewardMetrics(GatheredRows):
@@ -76,14 +93,14 @@ class RewardMetrics(GatheredRows):
             probability: (N,) floating, P(accepted) in [0, 1].
             target: (N,) int64, 1 for accepted.
             category: (N,) int64, the index of each row's category.
-            row: (N,) int64, the index of each row, which `rows()` returns.
+            row: (N,) int64, the index of each row, which `rows()` returns, or `FILLER`. By default all are 0.
         """
-        self.add(probability.double(), target, category, torch.full_like(target, -1) if row is None else row)
+        self.add(as_float64(probability), target, category, torch.zeros_like(target) if row is None else row)
 
     def compute(self) -> dict[str, Tensor]:
         """The metrics of `reward_metrics`."""
-        probability_N, target_N, category_N = map(dim_zero_cat, (self.probability, self.target, self.category))
-        return reward_metrics(probability_N, target_N, category_N, self.threshold)
+        rows = self.stored_rows()
+        return reward_metrics(rows["probability"], rows["target"], rows["category"], self.threshold)
 
 
 def reward_metrics(

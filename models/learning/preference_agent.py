@@ -84,14 +84,14 @@ class PreferenceAgent(ProactiveAgent):
         log.info(f"reference: log-probabilities of the {stage} rows")
         training = self.training
         self.eval()
-        self.answers.reset()
+        self.evaluated.reset()
         with torch.no_grad(), self.trainer.precision_plugin.val_step_context():
             for batch in self.trainer.datamodule.evaluation_loader(stage):  # type: ignore[attr-defined]
                 self.collect(self.trainer.strategy.batch_to_device(batch))
-        found = -self.answers.rows()["loss"]
-        self.answers.reset()
+        found = -self.evaluated.rows()["loss"]
+        self.evaluated.reset()
         self.train(training)
-        return found.cpu()
+        return found
 
     # Training
 
@@ -133,7 +133,7 @@ class PreferenceAgent(ProactiveAgent):
         if not self.reference:  # `plan` computes a loss on shapes, outside of a run
             return -loss_R
         if self._reference_N is None:
-            self._reference_N = self.reference["train"]["log_probability"].to(self.device, torch.float32)
+            self._reference_N = self.reference["train"]["log_probability"].float().to(self.device)
         return -loss_R - self._reference_N[batch["row"]]
 
     # Metrics
@@ -147,7 +147,7 @@ class PreferenceAgent(ProactiveAgent):
         data: PreferenceDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         ratio_N = torch.full_like(reference_N, torch.nan)
         ratio_N[rows["row"]] = -rows["loss"] - reference_N[rows["row"]]
-        pair_P2 = torch.from_numpy(data.pairs(stage)).to(ratio_N.device)
+        pair_P2 = torch.from_numpy(data.pairs(stage))
         pair_P2 = pair_P2[ratio_N[pair_P2].isfinite().all(1)]
         chosen_P, rejected_P = ratio_N[pair_P2].unbind(1)
         scene_P = self.scenes_of(stage, pair_P2[:, 0]) if stage == "test" else None
@@ -159,7 +159,7 @@ class PreferenceAgent(ProactiveAgent):
         reference_N = self._reference_of("test")
         if reference_N is None:
             return
-        rows = self.answers.rows()
+        rows = self.evaluated.rows()
         before = rows | {"loss": -reference_N[rows["row"]]}
         metrics = self.answer_metrics(before, "test")
         scene_N = self.scenes_of("test", probed_rows(before))
@@ -174,7 +174,7 @@ class PreferenceAgent(ProactiveAgent):
         data: PreferenceDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         if stage not in self.reference or self.reference[stage]["rows"] != data.split_digest(stage):
             return None
-        return self.reference[stage]["log_probability"].to(self.device)
+        return self.reference[stage]["log_probability"]
 
     # Checkpoints
 

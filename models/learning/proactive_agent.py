@@ -20,6 +20,7 @@ from models.decoding.generation import generate_answers
 from models.learning.answer_metrics import AnswerLosses, answer_losses, decisions, probed_rows, proposal_metrics
 from models.learning.checkpoint_contents import AgentCheckpoint, CheckpointContent
 from models.learning.finite_check import not_finite_error
+from models.learning.metrics import counted_rows
 from models.learning.training import BackboneModule
 from models.networks.configurations import max_positions
 from models.networks.heads import language_problem, token_losses
@@ -66,7 +67,7 @@ class ProactiveAgent(BackboneModule):
         self, null_weight: NonNegativeFloat = 1.0, sampled_answers: NonNegativeInt = 8, **options: Any
     ) -> None:
         super().__init__(**options)
-        self.answers = AnswerLosses()
+        self.evaluated = AnswerLosses()
         self.samples: list[dict[str, Any]] = []  # answers of the last validation
         self._can_branch: bool | None = None  # determined at the first validation
 
@@ -99,15 +100,12 @@ class ProactiveAgent(BackboneModule):
         """The metrics of the answers of a split, from the columns of `AnswerLosses`."""
         return answer_losses(rows)
 
-    def on_validation_epoch_start(self) -> None:
-        self.answers.reset()
-
     def validation_step(self, batch: list[AgentBatch], batch_idx: int) -> None:
         self.collect(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics, and fit the calibration."""
-        rows = self.answers.rows()
+        rows = self.evaluated.rows()
         if not torch.isfinite(rows["loss"]).all():
             raise not_finite_error(
                 "an answer's loss in validation", float(rows["loss"].sum()), self.trainer.global_step
@@ -123,15 +121,12 @@ class ProactiveAgent(BackboneModule):
             metrics["json_validity"] = torch.tensor(sum(valid) / len(valid))
         self.log_dict({f"validation/{name}": value.float() for name, value in metrics.items()}, prog_bar=True)
 
-    def on_test_epoch_start(self) -> None:
-        self.answers.reset()
-
     def test_step(self, batch: list[AgentBatch], batch_idx: int) -> None:
         self.collect(batch)
 
     def on_test_epoch_end(self) -> None:
         """Store the probed histories of all ranks in `test_rows`, and the metrics in `test_metrics`."""
-        rows = self.answers.rows()
+        rows = self.evaluated.rows()
         offers_N, needed_N = decisions(rows)
         scene_N = self.scenes_of("test", probed_rows(rows))
 
@@ -176,17 +171,15 @@ class ProactiveAgent(BackboneModule):
         ]
 
     def collect(self, batch: list[AgentBatch]) -> None:
-        """Add the losses of rows to `answers`."""
+        """Add the losses of rows to `evaluated`."""
         for micro_batch in batch:
-            real_R = micro_batch["weight"] > 0
-            columns = (
+            self.evaluated.update(
                 self.row_losses(micro_batch),
                 answer_lengths(micro_batch),
                 micro_batch["kind"],
                 micro_batch["help_needed"],
-                micro_batch["row"],
+                counted_rows(micro_batch),
             )
-            self.answers.update(*(column[real_R] for column in columns))
 
 
 def answer_lengths(batch: AgentBatch) -> Tensor:

@@ -15,8 +15,9 @@ from datamodules.corpus.records import Category
 from datamodules.ranges import NonNegativeFloat
 from models.learning.checkpoint_contents import RewardCheckpoint
 from models.learning.finite_check import not_finite_error
-from models.learning.metrics import RewardMetrics, reward_metrics
+from models.learning.metrics import RewardMetrics, counted_rows, reward_metrics
 from models.learning.training import BackboneModule
+from models.networks.devices import as_float64
 from models.networks.heads import Pooling, class_layer, classify, reads_last_token
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class RewardClassifier(BackboneModule):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.metrics = RewardMetrics()
+        self.evaluated = RewardMetrics()
         weights = {str(name): weight for name, weight in (category_weights or {}).items()}
         weight_by_category = torch.tensor([weights.get(category.value, 1.0) for category in Category])
         self.register_buffer("category_weight", weight_by_category, persistent=False)
@@ -91,15 +92,12 @@ class RewardClassifier(BackboneModule):
             return "the backbone, or model.pooling, reads more than a row's last token"
         return None
 
-    def on_validation_epoch_start(self) -> None:
-        self.metrics.reset()
-
     def validation_step(self, batch: list[RewardBatch], batch_idx: int) -> None:
         self._collect(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics, and fit the calibration."""
-        rows = self.metrics.rows()
+        rows = self.evaluated.rows()
         probability_N, target_N = rows["probability"], rows["target"]
         if not torch.isfinite(probability_N).all():
             raise not_finite_error("a probability in validation", float(probability_N.sum()), self.trainer.global_step)
@@ -109,15 +107,12 @@ class RewardClassifier(BackboneModule):
         logged = {"loss": loss, **{name: metrics[name] for name in ("accuracy", "f1", "auroc")}}
         self.log_dict({f"validation/{name}": value.float() for name, value in logged.items()}, prog_bar=True)
 
-    def on_test_epoch_start(self) -> None:
-        self.metrics.reset()
-
     def test_step(self, batch: list[RewardBatch], batch_idx: int) -> None:
         self._collect(batch)
 
     def on_test_epoch_end(self) -> None:
         """Store the rows of all ranks in `test_rows`, and their metrics in `test_metrics`."""
-        rows = self.metrics.rows()
+        rows = self.evaluated.rows()
         scene_N = self.scenes_of("test", rows["row"])
 
         def metrics(probability_N: Tensor, threshold: float) -> dict[str, Tensor]:
@@ -126,9 +121,9 @@ class RewardClassifier(BackboneModule):
         self.record_test({**rows, "scene": scene_N}, metrics, len(scene_N))
 
     def _collect(self, batch: list[RewardBatch]) -> None:
-        """Store uncalibrated P(accepted) of the rows, except those with weight 0, which only fill up a rank's share."""
+        """Store uncalibrated P(accepted) of the rows."""
         for micro_batch in batch:
-            real_R = micro_batch["weight"] > 0
-            probability_R = self(micro_batch["inputs"]).double().softmax(-1)[:, 1]
-            columns = (probability_R, micro_batch["label"], micro_batch["category"], micro_batch["row"])
-            self.metrics.update(*(column[real_R] for column in columns))
+            probability_R = as_float64(self(micro_batch["inputs"])).softmax(-1)[:, 1]
+            self.evaluated.update(
+                probability_R, micro_batch["label"], micro_batch["category"], counted_rows(micro_batch)
+            )

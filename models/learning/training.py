@@ -18,6 +18,7 @@ from datamodules.ranges import Fraction, NonNegativeFloat, NonNegativeInt, Posit
 from models.learning.calibration import Calibration, calibrated, metrics_by_reading
 from models.learning.checkpoint_contents import CheckpointContent
 from models.learning.finite_check import FiniteCheck, not_finite_error
+from models.learning.metrics import GatheredRows
 from models.learning.network_module import NetworkModule, mesh_of
 from models.learning.optimizers import (
     SHARDED,
@@ -99,6 +100,7 @@ class BackboneModule(NetworkModule):
     card_tags: ClassVar[tuple[str, ...]] = ()
     constant_decisions: ClassVar[tuple[str, str]]  # names of the two baselines that always decide the same
     monitored_metrics: ClassVar[tuple[str, ...]]  # choices of --run.monitor; the first is the default
+    evaluated: GatheredRows  # the rows of the running validation or test
     test_rows: dict[str, Tensor]  # columns of the rows of the last test, see `record_test`
     test_metrics: dict[str, dict[str, float]]  # metrics of the last test, see `record_test`
     test_count: int  # rows of the test split that the last test used
@@ -277,6 +279,19 @@ class BackboneModule(NetworkModule):
 
     # Calibration and test
 
+    def on_validation_epoch_start(self) -> None:
+        self.evaluated.reset()
+
+    def on_test_epoch_start(self) -> None:
+        self.evaluated.reset()
+
+    def on_validation_end(self) -> None:
+        """Free the rows. The trainer would also move them to its device, which may have no float64."""
+        self.evaluated.reset()
+
+    def on_test_end(self) -> None:
+        self.evaluated.reset()
+
     def calibrate(self, probability_N: Tensor, target_N: Tensor) -> None:
         """Fit the calibration on validation rows. The sanity check before training fits none.
 
@@ -300,7 +315,7 @@ class BackboneModule(NetworkModule):
 
     def scenes_of(self, stage: str, row_N: Tensor) -> Tensor:
         """(N,) int64, the scene of each of some rows of a split."""
-        return self.trainer.datamodule.scene_numbers(stage).to(row_N.device)[row_N]  # type: ignore[attr-defined]
+        return self.trainer.datamodule.scene_numbers(stage)[row_N]  # type: ignore[attr-defined]
 
     def record_test(
         self, rows: dict[str, Tensor], metrics: Callable[[Tensor, float], dict[str, Tensor]], count: int
@@ -313,10 +328,9 @@ class BackboneModule(NetworkModule):
             count: The number of rows of the test split that were used.
         """
         self.test_count = count
-        rows = {**rows, "calibrated": calibrated(rows["probability"], self.temperature)}
-        self.test_rows = {name: column.cpu() for name, column in rows.items()}
+        self.test_rows = {**rows, "calibrated": calibrated(rows["probability"], self.temperature)}
         self.test_metrics = {}
-        for reading, found in metrics_by_reading(rows, metrics, self.calibration).items():
+        for reading, found in metrics_by_reading(self.test_rows, metrics, self.calibration).items():
             self.test_metrics[reading] = {name: float(value) for name, value in found.items()}
             self.log_dict({f"test/{reading}_{name}": value.float() for name, value in found.items()})
 

@@ -143,13 +143,9 @@ class OnlineAgent(ProactiveAgent):
 
     # Training
 
-    def training_step(self, batch: list[Any], batch_idx: int) -> None:
-        self._divergence = torch.zeros((), device=self.device)
-        super().training_step(batch, batch_idx)
-        self.log("train/divergence", self.trainer.strategy.reduce(self._divergence, reduce_op="mean"))
-
     def prepare_step(self, batch: list[AgentBatch]) -> list[Any]:
         """Write and reward answers, and return them as the micro-batches of the step."""
+        self._divergence = torch.zeros((), device=self.device)
         rows, shares = _rows_of(batch)
         histories = [self._examples[row] for row in rows]
         written = self.write(histories, self.hparams["candidates"], 1.0, rows)
@@ -158,6 +154,12 @@ class OnlineAgent(ProactiveAgent):
         advantage_N = advantages(reward_HK).flatten()
         weight_N = torch.tensor(shares).repeat_interleave(self.hparams["candidates"]) / self.hparams["candidates"]
         return self._micro_batches(histories, written, advantage_N.float(), weight_N)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the divergence, and clip the gradients."""
+        # In an epoch's first step, what training_step logs after this hook erases what it has logged before.
+        self.log("train/divergence", self.trainer.strategy.reduce(self._divergence, reduce_op="mean"))
+        super().on_before_optimizer_step(optimizer)
 
     def write(
         self, examples: Sequence[Example], count: int, temperature: float, rows: Sequence[int]
@@ -298,9 +300,9 @@ def _rows_of(batch: Sequence[AgentBatch]) -> tuple[list[int], list[float]]:
     shares: list[float] = []
     for part in batch:
         share_R = part["weight"] * answer_lengths(part)  # the mean of an agent's step is over tokens
-        real_R = share_R > 0
-        rows += part["row"][real_R].tolist()
-        shares += share_R[real_R].tolist()
+        real = [(row, share) for row, share in zip(part["row"].tolist(), share_R.tolist(), strict=True) if share > 0]
+        rows += [row for row, _ in real]
+        shares += [share for _, share in real]
     return rows, shares
 
 

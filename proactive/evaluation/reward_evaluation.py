@@ -52,7 +52,7 @@ def evaluate_reward(checkpoint: Path, data: Mapping[str, Any], quiet: bool = Fal
         devices=1,
     )
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):  # a test draws from the CPU's generator only
             trainer.test(classifier, module, verbose=False)
     except Interrupted as stop:
         raise SystemExit(128 + stop.signal_number) from None

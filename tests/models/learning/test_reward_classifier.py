@@ -101,9 +101,9 @@ def test_a_test_reports_raw_and_calibrated_metrics_of_all_rows(fitted: Fitted) -
 def test_rows_that_only_fill_a_batch_are_not_counted(fitted: Fitted) -> None:
     classifier, data, _ = fitted
     batch = first_test_batch(data)
-    classifier.metrics.reset()
+    classifier.evaluated.reset()
     classifier.test_step([{**batch, "weight": torch.tensor([1.0, 0.0])}], 0)  # type: ignore[typeddict-item]
-    assert classifier.metrics.rows()["row"].tolist() == batch["row"][:1].tolist()
+    assert classifier.evaluated.rows()["row"].tolist() == batch["row"][:1].tolist()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from callbacks.checkpoint_io import SafeCheckpointIO
@@ -94,6 +95,19 @@ def fitted(root: Path, export: Path, steps: int, *callbacks: Any, **options: Any
     )
     trainer.fit(model, data)
     return model, trainer
+
+
+def test_each_step_of_an_epoch_logs_all_values(root: Path, export: Path, rewarded: Any) -> None:
+    rewarded(silence)
+    logged: list[set[str]] = []
+
+    class Logged(Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            logged.append(set(trainer.callback_metrics))
+
+    fitted(root, export, 2, Logged())
+    names = ("loss", "learning_rate", "gradient_norm", "divergence", "reward", "offer_rate", "unreadable")
+    assert logged == [{f"train/{name}" for name in (*names, "answer_tokens")}] * 2
 
 
 def low_tokens(written: Sequence[WrittenAnswer]) -> Tensor:

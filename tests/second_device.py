@@ -1,0 +1,179 @@
+"""A second device for machines that have only a CPU: device type `second`, with real values and strict checks.
+
+Its tensors hold a CPU tensor, and each operation runs on that. As on a GPU, an operation that mixes tensors of two
+devices fails (except copies, and scalars, which every device takes from the CPU). `waits` lists operations that a GPU
+could not answer before it has run everything queued: copies to the CPU, and results whose value or size Python needs.
+
+Registering it changes the process (PyTorch then has an accelerator), so call `register` in a process of its own.
+"""
+
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.accelerators import AcceleratorRegistry, CPUAccelerator
+from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+NAME = "second"
+aten = torch.ops.aten
+READS = {
+    aten._local_scalar_dense.default,
+    aten.equal.default,
+    aten.masked_select.default,
+    aten.nonzero.default,
+    aten._unique2.default,
+    aten.unique_dim.default,
+    aten.unique_consecutive.default,
+    aten.repeat_interleave.Tensor,
+}
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+MIXED = {aten.copy_.default, aten._to_copy.default, *INDEXING}  # take tensors of two devices; indices may be on a CPU
+waits: list[str] = []  # each with the line of this project that asked
+_missing: set[torch.dtype] = set()  # types of tensors that cannot be created on the device
+_library: list[torch.library.Library] = []  # as long as it lives, its operations are registered
+
+
+class SecondTensor(Tensor):
+    """A tensor on the second device. `held` has its values, on the CPU."""
+
+    held: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> "SecondTensor":
+        found = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            held.size(),
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=device(),
+        )
+        if held.dtype in _missing:
+            raise TypeError(f"{device()} has no {held.dtype}")
+        found.held = held
+        return found
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"SecondTensor({self.held})"
+
+    def tolist(self) -> Any:
+        waits.append(f"tolist {_caller()}")
+        return self.held.tolist()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.held.__reduce_ex__(protocol)  # a file holds plain tensors
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return _run(function, args, kwargs or {})
+
+
+class _Backend(_DummyBackendModule):
+    """What PyTorch asks of a device besides operations."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+    def get_rng_state(self, device: Any) -> Tensor:
+        return torch.get_rng_state()  # operations draw from the CPU's generator
+
+    def set_rng_state(self, state: Tensor, device: Any) -> None:
+        torch.set_rng_state(state)
+
+
+class SecondAccelerator(CPUAccelerator):
+    """Lets a trainer run on the second device: `Trainer(accelerator="second", strategy="second")`."""
+
+    def setup_device(self, device: torch.device) -> None:
+        """Nothing is to be set up."""
+
+    @staticmethod
+    def name() -> str:
+        return NAME
+
+
+def device() -> torch.device:
+    return torch.device(NAME, 0)
+
+
+def lacks_float64() -> None:
+    """From now on no float64 tensor can be created there, as on an Apple GPU."""
+    _missing.add(torch.float64)
+
+
+def register() -> None:
+    """Make the device known to PyTorch, with every operation that creates a tensor."""
+    _setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
+    AcceleratorRegistry.register(NAME, SecondAccelerator)
+    StrategyRegistry.register(NAME, SingleDeviceStrategy, device=device())
+    library = torch.library.Library("aten", "IMPL")
+    _library.append(library)
+    for schema in torch._C._jit_get_all_schemas():
+        names = {argument.name for argument in schema.arguments}
+        takes_tensors = any("Tensor" in str(argument.type) for argument in schema.arguments)
+        if schema.name.startswith("aten::") and "device" in names and not takes_tensors:
+            packet = getattr(aten, schema.name.removeprefix("aten::"))
+            operation = getattr(packet, schema.overload_name or "default")
+            library.impl(operation, lambda *args, operation=operation, **kwargs: _run(operation, args, kwargs), _KEY)
+    library.impl(aten._copy_from.default, _copy_from, _KEY)
+
+
+_KEY = "PrivateUse1"
+
+
+def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    """What `copy_` calls if one of its tensors is on another device."""
+    return _run(aten.copy_.default, (target, source), {})
+
+
+def _run(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Run an operation on what its tensors hold."""
+    tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+    others = [one for one in tensors if not isinstance(one, SecondTensor) and one.dim()]
+    if others and function not in MIXED:
+        raise RuntimeError(f"{function}: a tensor {tuple(others[0].shape)} on {others[0].device}, not on {device()}")
+    targets = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.device)]
+    to_cpu = bool(tensors) and any(target.type == "cpu" for target in targets)
+    if function is aten.copy_.default and not isinstance(args[0], SecondTensor):
+        to_cpu = True
+    masks = function in INDEXING and any(one.dtype == torch.bool for one in tree_leaves(args[1]) if one is not None)
+    if function in READS or to_cpu or masks:
+        waits.append(f"{function} {_caller()}")
+    held_args, held_kwargs = tree_map_only((SecondTensor, torch.device), _held, (args, dict(kwargs)))
+    found = function(*held_args, **held_kwargs)
+    if to_cpu:
+        return args[0] if function is aten.copy_.default else found
+    known = {id(one.held): one for one in tensors if isinstance(one, SecondTensor)}  # in-place results are arguments
+
+    def wrapped(one: Tensor) -> Tensor:
+        return known[id(one)] if id(one) in known else SecondTensor(one)
+
+    # In inference mode, a view of a tensor from outside it is none of inference mode.
+    with torch.inference_mode(torch.is_inference_mode_enabled() and not _views_normal_tensor(function, args)):
+        return tree_map_only(Tensor, wrapped, found)
+
+
+def _views_normal_tensor(function: Any, args: Sequence[Any]) -> bool:
+    return bool(function.is_view) and not args[0].is_inference()
+
+
+def _held(one: Any) -> Any:
+    return one.held if isinstance(one, SecondTensor) else torch.device("cpu")
+
+
+def _caller() -> str:
+    """The last line of this project on the stack."""
+    lines = [
+        frame
+        for frame in traceback.extract_stack()
+        if any(f"/{package}/" in frame.filename for package in ("models", "datamodules", "callbacks", "proactive"))
+        and "site-packages" not in frame.filename
+    ]
+    return f"{lines[-1].filename}:{lines[-1].lineno}: {lines[-1].line}" if lines else "outside of this project"
