@@ -28,17 +28,17 @@ from typing import Any
 import several_gpus
 import torch
 import yaml
-from gpu_recipe import SHAPE, SMALL, matrix_rate, measure
+from gpu_recipe import SHAPE, SMALL, best_device, matrix_rate, measure, now
 from jsonargparse import auto_cli
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
+from optimizers import OPTIMIZERS, optimizer_figures
 from rich.console import Console
 from rich.table import Table
 
 from datamodules.batching.reward_rows import RewardDataModule
 from datamodules.files.writing import write_atomically
 from models.decoding.branch_checks import branch_problem
-from models.learning.adamw_8bit import AdamW8bit
 from models.learning.reward_classifier import RewardClassifier
 
 PACKAGES = ("torch", "transformers", "lightning", "triton", "bitsandbytes", "torchao", "flashoptim", "peft")
@@ -54,7 +54,7 @@ Figures = dict[str, Any]
 
 def card(root: str, small: bool) -> Figures:
     """The device, the versions, and the two rates that bound all else."""
-    device = _device()
+    device = best_device()
     size = 256 if small else 8192
     content = torch.randn(2**18 if small else 2**31, device=device, dtype=torch.bfloat16)
     copy_seconds = _seconds(content.clone, 5)
@@ -124,111 +124,17 @@ def recipe(how: Any, root: str, small: bool) -> Figures:
 
 
 def optimizers(root: str, small: bool) -> Figures:
-    """Optimizers for bfloat16 weights: milliseconds a step, bytes a parameter, and whether small updates are lost."""
-    shapes = _shapes(SMALL | {"vocab_size": 512} if small else yaml.safe_load(SHAPE.read_text())["model"]["scratch"])
-    found = {}
-    for name, make in OPTIMIZERS.items():
-        try:
-            found[name] = _optimizer_figures(make, shapes) | {"learned": _learned(make)}
-        except Exception as error:  # one that is not installed or does not serve this device is no end of the others
-            found[name] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-        print(json.dumps(found), flush=True)
+    """Optimizers for bfloat16 weights, as benchmarks/optimizers.py measures them."""
+    found = optimizer_figures(small)
     _check(any("learned" in one for one in found.values()), f"no optimizer runs: {found}")
     return found
-
-
-def _adamw(parameters: Any, lr: float) -> Any:
-    return torch.optim.AdamW(parameters, lr=lr, fused=True)
-
-
-def _torchao(parameters: Any, lr: float) -> Any:
-    from torchao.optim import AdamW8bit
-
-    return AdamW8bit(parameters, lr=lr, bf16_stochastic_round=True)
-
-
-def _bitsandbytes(parameters: Any, lr: float) -> Any:
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(parameters, lr=lr)
-
-
-def _flashoptim(parameters: Any, lr: float) -> Any:
-    from flashoptim import FlashAdamW
-
-    return FlashAdamW(parameters, lr=lr)
-
-
-OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    "adamw_8bit": AdamW8bit,
-    "adamw, fused": _adamw,
-    "torchao, 8 bits": _torchao,
-    "bitsandbytes, 8 bits": _bitsandbytes,
-    "flashoptim": _flashoptim,
-}
-
-
-def _shapes(config: dict[str, Any]) -> list[tuple[int, ...]]:
-    """Of all weights of a Llama."""
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
-    layer = [(hidden, hidden), (keys, hidden), (keys, hidden), (hidden, hidden)]
-    layer += [(inner, hidden), (inner, hidden), (hidden, inner), (hidden,), (hidden,)]
-    return [(config["vocab_size"], hidden), *layer * config["num_hidden_layers"], (hidden,), (2, hidden)]
-
-
-def _optimizer_figures(make: Callable[..., Any], shapes: list[tuple[int, ...]], steps: int = 5) -> Figures:
-    device = _device()
-    cuda = device.type == "cuda"
-    parameters = [torch.nn.Parameter(torch.randn(s, device=device, dtype=torch.bfloat16) * 0.02) for s in shapes]
-    count = sum(p.numel() for p in parameters)
-    for parameter in parameters:
-        parameter.grad = torch.randn_like(parameter) * 1e-3
-    before = torch.cuda.memory_allocated() if cuda else 0
-    optimizer = make(parameters, lr=1e-5)
-    begin = time.perf_counter()
-    optimizer.step()
-    _wait()
-    first = time.perf_counter() - begin
-    held = torch.cuda.memory_allocated() - before if cuda else 0
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    optimizer.step()
-    _wait()
-    begin = time.perf_counter()
-    for _ in range(steps):
-        optimizer.step()
-    _wait()
-    seconds = (time.perf_counter() - begin) / steps
-    begin = time.perf_counter()
-    optimizer.step()
-    called = time.perf_counter() - begin  # the device is idle, so nothing of this is waiting for it
-    _wait()
-    return {
-        "parameters": count,
-        "first_step_seconds": first,
-        "milliseconds": seconds * 1e3,
-        "processor_milliseconds": called * 1e3,
-        "state_bytes_a_parameter": held / count,
-        "more_bytes_in_a_step": (torch.cuda.max_memory_allocated() - before - held) / count if cuda else 0.0,
-    }
-
-
-def _learned(make: Callable[..., Any], steps: int = 1000, update: float = 1e-4) -> float:
-    """Which share of what a weight of 1 is to lose, 1e-4 of itself a step, it has lost after all steps."""
-    weight = torch.nn.Parameter(torch.ones(256, 256, device=_device(), dtype=torch.bfloat16))
-    optimizer = make([{"params": [weight], "weight_decay": 0.0}], lr=update)
-    for _ in range(steps):
-        weight.grad = torch.ones_like(weight)
-        optimizer.step()
-    return float((1 - weight.detach().double().mean()) / (steps * update))
 
 
 def generation(root: str, small: bool) -> Figures:
     """Answers by branches of a cache, beside `generate` of transformers; the same tokens in float32."""
     import generation as benchmark
 
-    device = str(_device())
+    device = str(best_device())
     shape = yaml.safe_load(SHAPE.read_text())["model"]["scratch"]
     check = benchmark.Setting(root, traces=2, events=4, backbone=SMALL, device=device)
     found: Figures = {}
@@ -255,17 +161,15 @@ def generation(root: str, small: bool) -> Figures:
     }
     benchmark.plain(setting, 2, "one", first=1, events=1)  # imports what it needs when first called
     for name, answer in ways.items():
-        if _device().type == "cuda":
+        if best_device().type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        _wait()
-        begin = time.perf_counter()
+        begin = now()
         try:
             answers = answer()
         except Exception as error:
             found[name] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
             continue
-        _wait()
-        seconds = time.perf_counter() - begin
+        seconds = now() - begin
         tokens = sum(map(len, answers))
         found[name] = {
             "answers": len(answers),
@@ -320,7 +224,9 @@ PARTS = {
     ),
     "fsdp2": Part(partial(recipe, "fsdp2"), 75, RECIPE, PLANNED),
     "optimizers": Part(
-        optimizers, 60, tuple(f"{n}.{f}" for n in OPTIMIZERS for f in ("milliseconds", "processor_milliseconds"))
+        optimizers,
+        60,
+        tuple(f"{n}.{f}" for n in OPTIMIZERS for f in ("milliseconds", "processor_milliseconds", "error")),
     ),
     "generation": Part(
         generation,
@@ -507,24 +413,13 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path}
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def _seconds(do: Callable[[], Any], times: int) -> float:
     do()
     best = float("inf")
     for _ in range(times):
-        _wait()
-        begin = time.perf_counter()
+        begin = now()
         do()
-        _wait()
-        best = min(best, time.perf_counter() - begin)
+        best = min(best, now() - begin)
     return best
 
 

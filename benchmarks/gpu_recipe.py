@@ -76,42 +76,42 @@ class Meter(Callback):
         self.memory: dict[str, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        self._began = self._since = _now()
+        self._began = self._since = now()
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._tell("the network is made and tried")
-        self._since = _now()
+        self._since = now()
 
     def _tell(self, what: str) -> None:
-        print(f"{what} after {_now() - self._began:.1f} s", file=sys.stderr, flush=True)
+        print(f"{what} after {now() - self._began:.1f} s", file=sys.stderr, flush=True)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.last and self.profiled:
             cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
             self._profiler = profile(activities=[ProfilerActivity.CPU, *cuda])
             self._profiler.start()
-            self._since = _now()
+            self._since = now()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.batches.append(batch)
         self.losses.append(trainer.callback_metrics["train/loss"].detach())
         step = trainer.global_step
         if step == 1:
-            self.first_step = _now() - self._since
+            self.first_step = now() - self._since
             self._tell("the first step")
         elif step == WARM_UP_STEPS:
             self._tell("the warm-up")
             self._compiled = _compilations()
-            self._since = _now()
+            self._since = now()
         elif step == self.last:
-            self.seconds = _now() - self._since
+            self.seconds = now() - self._since
             self.compilations = _compilations() - self._compiled
             self.memory = _memory(trainer.strategy.root_device)
             self._tell("the timed steps")
             if trainer.is_global_zero:  # what follows may take longer than there is time
                 print(json.dumps(self.figures()), flush=True)
         elif step > self.last:
-            seconds = _now() - self._since
+            seconds = now() - self._since
             self._profiler.stop()
             self.profile = {"milliseconds": seconds * 1e3, **_where_time_goes(self._profiler)}
 
@@ -188,9 +188,9 @@ def matrix_rate(device: torch.device, size: int) -> float:
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     best = float("inf")
     for _ in range(10):
-        begin = _now()
+        begin = now()
         a @ b
-        best = min(best, _now() - begin)
+        best = min(best, now() - begin)
     return 2 * size**3 / best
 
 
@@ -328,7 +328,12 @@ def measure(
     }
 
 
-def _now() -> float:
+def best_device() -> torch.device:
+    """A GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def now() -> float:
     """The time when the device has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -74,3 +74,30 @@ def test_an_export_is_read_to_its_end(tmp_path: Path) -> None:
     found = module.measure(path)
     assert 50 < found["observations"] < 300
     assert found["peak"] > 0
+
+
+def test_optimizers_are_compared_with_exact_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW in plain bfloat16 loses nearly all updates, adamw_8bit none."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = loaded(ROOT / "benchmarks" / "optimizers.py")
+    monkeypatch.setattr(module, "OPTIMIZERS", {n: module.OPTIMIZERS[n] for n in ("adamw_8bit", "adamw, fused")})
+    found = module.optimizer_figures()
+    ours, plain = found["adamw_8bit"], found["adamw, fused"]
+    assert ours["learned"] == pytest.approx(1, abs=0.02)
+    assert ours["error"] == pytest.approx(found["rounding"]["error"], rel=0.05)
+    assert ours["parameters"] == sum(math.prod(shape) for shape in module.shapes(module.SMALL | {"vocab_size": 512}))
+    assert plain["learned"] == 0
+    assert plain["error"] > 0.8
+
+
+def test_an_optimizer_that_does_not_run_is_no_end_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = loaded(ROOT / "benchmarks" / "optimizers.py")
+
+    def missing(parameters: object, rate: float) -> object:
+        raise ImportError("no such package")
+
+    monkeypatch.setattr(module, "OPTIMIZERS", {"missing": missing, "adamw, fused": module.OPTIMIZERS["adamw, fused"]})
+    found = module.optimizer_figures()
+    assert found["missing"] == {"error_message": "ImportError: no such package"}
+    assert found["adamw, fused"]["milliseconds"] > 0
