@@ -1,6 +1,6 @@
 """Checks this project on a GPU, in one command of under 8 minutes: correctness, speed and memory.
 
-    python benchmarks/gpu_check.py --root DIR                          one GPU; needs the extras torchao and adapters
+    python benchmarks/gpu_check.py --root DIR                          one GPU; needs the extra adapters
     python benchmarks/gpu_check.py --root DIR --only '[full, qlora]'   some parts of it
     python benchmarks/gpu_check.py --root DIR --devices 8              the checks for several GPUs, in 10 minutes
 

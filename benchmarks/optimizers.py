@@ -1,10 +1,11 @@
 """Optimizers for weights in bfloat16: exactness, milliseconds per step, and bytes per weight.
 
-    python benchmarks/optimizers.py              needs the extras torchao and adapters (bitsandbytes)
+    python benchmarks/optimizers.py
     python benchmarks/optimizers.py --small true
 
-On a GPU all run on the 7.5 billion weights of benchmarks/shapes/llama_3_1_8b.yaml. On a CPU they run on a small model,
-and only exactness means anything. FlashOptim needs a GPU. Prints one JSON object.
+torchao and FlashOptim (`pip install torchao flashoptim`) are left out if they are missing. FlashOptim needs a GPU. On a
+GPU all run on the 7.5 billion weights of benchmarks/shapes/llama_3_1_8b.yaml. On a CPU they run on a small model, and
+only exactness means anything. Prints one JSON object.
 """
 
 import json

@@ -197,7 +197,6 @@ def set_up_messages(arguments: list[str]) -> None:
         ".*Experiment logs directory.*",  # a resumed run; `_keep_earlier_curves` renames the earlier log
         ".*No device id is provided.*",
         ".*gradient_checkpointing_enable.*",  # not all supported versions of transformers have its new name
-        ".*_stable_hash_for_caching.*",  # each process compiles the steps of torchao's optimizer again
         ".*sync_dist=True.*",  # metrics already include the rows of all ranks
     ):
         warnings.filterwarnings("ignore", message)

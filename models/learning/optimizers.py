@@ -184,8 +184,4 @@ def set_options(
     for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
         group["weight_decay"] = _weight_decay(group["params"], weight_decay)
         group["initial_lr"] = learning_rate
-        rate = learning_rate * factor(schedule.last_epoch)
-        if isinstance(group["lr"], torch.Tensor):  # as in torchao
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
+        group["lr"] = learning_rate * factor(schedule.last_epoch)
