@@ -8,14 +8,13 @@ Registering it changes the process (PyTorch then has an accelerator), so call `r
 """
 
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch.accelerators import AcceleratorRegistry, CPUAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "second"
@@ -135,37 +134,53 @@ def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Te
 
 def _run(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Run an operation on what its tensors hold."""
-    tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+    leaves: list[Any] = []
+    held_args, held_kwargs = (_mapped(lambda one: _held(one, leaves), one) for one in (args, dict(kwargs)))
+    tensors = [one for one in leaves if isinstance(one, Tensor)]
     others = [one for one in tensors if not isinstance(one, SecondTensor) and one.dim()]
     if others and function not in MIXED:
         raise RuntimeError(f"{function}: a tensor {tuple(others[0].shape)} on {others[0].device}, not on {device()}")
-    targets = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.device)]
+    targets = [one for one in leaves if isinstance(one, torch.device)]
     to_cpu = bool(tensors) and any(target.type == "cpu" for target in targets)
     if function is aten.copy_.default and not isinstance(args[0], SecondTensor):
         to_cpu = True
-    masks = function in INDEXING and any(one.dtype == torch.bool for one in tree_leaves(args[1]) if one is not None)
+    masks = function in INDEXING and any(one.dtype == torch.bool for one in args[1] if one is not None)
     if function in READS or to_cpu or masks:
         waits.append(f"{function} {_caller()}")
-    held_args, held_kwargs = tree_map_only((SecondTensor, torch.device), _held, (args, dict(kwargs)))
     found = function(*held_args, **held_kwargs)
     if to_cpu:
         return args[0] if function is aten.copy_.default else found
     known = {id(one.held): one for one in tensors if isinstance(one, SecondTensor)}  # in-place results are arguments
 
-    def wrapped(one: Tensor) -> Tensor:
+    def wrapped(one: Any) -> Any:
+        if not isinstance(one, Tensor):
+            return one
         return known[id(one)] if id(one) in known else SecondTensor(one)
 
     # In inference mode, a view of a tensor from outside it is none of inference mode.
     with torch.inference_mode(torch.is_inference_mode_enabled() and not _views_normal_tensor(function, args)):
-        return tree_map_only(Tensor, wrapped, found)
+        return _mapped(wrapped, found)
 
 
 def _views_normal_tensor(function: Any, args: Sequence[Any]) -> bool:
     return bool(function.is_view) and not args[0].is_inference()
 
 
-def _held(one: Any) -> Any:
-    return one.held if isinstance(one, SecondTensor) else torch.device("cpu")
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """Call a function on each leaf of lists, tuples and dicts. PyTorch's pytrees do more and take longer."""
+    if isinstance(value, list | tuple):
+        return type(value)([_mapped(function, one) for one in value])
+    if isinstance(value, dict):
+        return {name: _mapped(function, one) for name, one in value.items()}
+    return function(value)
+
+
+def _held(one: Any, leaves: list[Any]) -> Any:
+    """What the CPU is given in place of a leaf, which is added to `leaves`."""
+    leaves.append(one)
+    if isinstance(one, torch.device):
+        return torch.device("cpu")
+    return one.held if isinstance(one, SecondTensor) else one
 
 
 def _caller() -> str:
