@@ -18,12 +18,17 @@ from torch import Tensor
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "second"
+KEY = "PrivateUse1"  # PyTorch's dispatch key for devices from other packages
 aten = torch.ops.aten
 READS = {
     aten._local_scalar_dense.default,
+    aten.item.default,
+    aten.is_nonzero.default,
+    aten.allclose.default,
     aten.equal.default,
     aten.masked_select.default,
     aten.nonzero.default,
+    aten.where.default,
     aten._unique2.default,
     aten.unique_dim.default,
     aten.unique_consecutive.default,
@@ -33,7 +38,7 @@ INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, 
 MIXED = {aten.copy_.default, aten._to_copy.default, *INDEXING}  # take tensors of two devices; indices may be on a CPU
 waits: list[str] = []  # each with the line of this project that asked
 _missing: set[torch.dtype] = set()  # types of tensors that cannot be created on the device
-_library: list[torch.library.Library] = []  # as long as it lives, its operations are registered
+_libraries: list[torch.library.Library] = []  # as long as it lives, its operations are registered
 
 
 class SecondTensor(Tensor):
@@ -113,18 +118,15 @@ def register() -> None:
     AcceleratorRegistry.register(NAME, SecondAccelerator)
     StrategyRegistry.register(NAME, SingleDeviceStrategy, device=device())
     library = torch.library.Library("aten", "IMPL")
-    _library.append(library)
+    _libraries.append(library)
     for schema in torch._C._jit_get_all_schemas():
         names = {argument.name for argument in schema.arguments}
         takes_tensors = any("Tensor" in str(argument.type) for argument in schema.arguments)
         if schema.name.startswith("aten::") and "device" in names and not takes_tensors:
             packet = getattr(aten, schema.name.removeprefix("aten::"))
             operation = getattr(packet, schema.overload_name or "default")
-            library.impl(operation, lambda *args, operation=operation, **kwargs: _run(operation, args, kwargs), _KEY)
-    library.impl(aten._copy_from.default, _copy_from, _KEY)
-
-
-_KEY = "PrivateUse1"
+            library.impl(operation, lambda *args, operation=operation, **kwargs: _run(operation, args, kwargs), KEY)
+    library.impl(aten._copy_from.default, _copy_from, KEY)
 
 
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
