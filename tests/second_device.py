@@ -69,6 +69,9 @@ class SecondTensor(Tensor):
         waits.append(f"tolist {_caller()}")
         return self.held.tolist()
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.held.untyped_storage()  # exports find tied weights by their address
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.held.__reduce_ex__(protocol)  # a file holds plain tensors
 
