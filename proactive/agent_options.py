@@ -118,8 +118,9 @@ def one_of(group: "Namespace", name: str, choices: Sequence[str]) -> str:
     """
     given = [choice for choice in choices if group[choice]]
     if len(given) != 1:
+        got = " and ".join(f"--{name}.{choice}" for choice in given) or "none"
         options = ", ".join(f"--{name}.{choice}" for choice in choices)
-        raise UserError(f"{name}: expected one of {options}, got {len(given)}", "Give exactly one of them.")
+        raise UserError(f"{name}: expected one of {options}, got {got}", "Give exactly one of them.")
     return given[0]
 
 

@@ -99,7 +99,8 @@ def _import(options: "Namespace") -> None:
         added = store.add_units(units)
     if not options.quiet:
         say(f"{options.project}: {added} units added, {len(units) - added} were already there")
-        say(f"next: python -m proactive.annotate serve {options.project} --annotators NAME NAME NAME")
+        names = " ".join(["NAME"] * options.annotators_per_unit)
+        say(f"next: python -m proactive.annotate serve {options.project} --annotators {names}")
 
 
 def _serve(options: "Namespace") -> None:

@@ -1,5 +1,6 @@
 """How every command starts and ends: messages of one line, exit codes."""
 
+import atexit
 import contextlib
 import errno
 import logging
@@ -67,7 +68,14 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
         sys.exit(MISTAKE)
     finally:
         signal.signal(signal.SIGTERM, before)
+        atexit.register(_end_without_traceback)
     sys.exit(0)
+
+
+def _end_without_traceback() -> None:
+    """While Python exits, let Ctrl-C end the process. Its handlers would raise exceptions that nobody catches."""
+    if callable(signal.getsignal(signal.SIGINT)):  # a shell starts jobs in the background with it ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _open_closed_streams() -> None:

@@ -10,6 +10,7 @@ from datamodules.backbones.gguf import converted
 from datamodules.errors import UserError
 from datamodules.files.hub import check_hub_connection
 from datamodules.files.reading import file_digest, require_regular_files
+from datamodules.files.run_folders import EXPORT
 
 GGUF_SUFFIX = ".gguf"
 
@@ -83,10 +84,15 @@ def check_source(source: str) -> None:
     """Check a source before it is loaded: that a folder has only regular files, and for a hub id the connection.
 
     Raises:
-        UserError: A file is not regular.
+        UserError: A file is not regular, the folder is that of a run, or there is no such folder.
     """
-    if Path(source).is_dir():
-        require_regular_files(Path(source), "model.backbone")
+    path = Path(source)
+    if path.is_dir():
+        if (export := path / EXPORT).is_dir():
+            raise UserError(f"model.backbone: {source} is the folder of a run", f"Give its export: {export}")
+        require_regular_files(path, "model.backbone")
+    elif source.startswith((".", "/", "~")) and not path.exists():
+        raise UserError(f"model.backbone: there is no folder or file {source}", "Check the path.")
     else:
         check_hub_connection()
 

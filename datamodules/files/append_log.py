@@ -19,6 +19,10 @@ OTHER_OUTPUT = "Give another --output."
 LONGEST_VALUE = 200  # characters of a setting in a message
 
 
+class OtherSettingsError(UserError):
+    """A log was started with other settings."""
+
+
 class AppendLog:
     """Entries in a file between `opened` and its end.
 
@@ -78,18 +82,14 @@ class AppendLog:
             self._append({"fingerprint": fingerprint, "settings": settings})
             return
         try:
-            before = _parsed(lines[0])["settings"]
+            # First the settings, because entries may be impossible under other ones.
+            _refuse_differences(path, _parsed(lines[0])["settings"], settings)
             for line in lines[1:]:
                 self.take(_parsed(line))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path} is not the log of {self.of}, or an older version wrote it", OTHER_OUTPUT
             ) from error
-        for name, then, now in _differences(before, settings):
-            raise UserError(
-                f"{path} was started with {name} {_value(then)}, and now it is {_value(now)}",
-                "Continue with the same options, or give another --output.",
-            )
         file.truncate(len(whole))
 
     def _append(self, entry: dict[str, Any]) -> None:
@@ -124,6 +124,14 @@ def _parsed(line: bytes) -> Any:
     if is_deep(text):
         raise ValueError("nested too deeply")
     return json.loads(text)
+
+
+def _refuse_differences(path: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
+    for name, then, now in _differences(before, settings):
+        raise OtherSettingsError(
+            f"{path} was started with {name} {_value(then)}, and now it is {_value(now)}",
+            "Continue with the same options, or give another --output.",
+        )
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any], parent: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -353,6 +353,11 @@ class BackboneModule(NetworkModule):
             checkpoint["state_dict"] = {n: w for n, w in checkpoint["state_dict"].items() if n in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer and self._trainer.training:
+            # Lightning compares the data later, but with other data the weights may not fit.
+            data = self._trainer.datamodule  # type: ignore[attr-defined]
+            if saved := checkpoint.get(type(data).__qualname__):
+                data.load_state_dict(saved)
         own = self.state_dict()
         if self.base is not None:
             self.base.refuse_other(checkpoint.get("base"))

@@ -99,6 +99,11 @@ def pretrained_network(options: NetworkOptions, config: "PretrainedConfig") -> t
             vars(network).pop("_weight_conversions", None)  # else it is saved under the names of the whole network
         new = sorted(found["missing_keys"])
         if gaps := [name for name in new if _must_be_pretrained(network, head, name)]:
+            if head == "language model" and any("Classification" in one for one in config.architectures or ()):
+                raise UserError(
+                    f"model.backbone: {backbone} is a classifier, not a language model",
+                    "Give the export of an agent, or a pretrained language model.",
+                )
             raise UserError(
                 f"model.backbone: {backbone} lacks {len(gaps)} of its tensors, the first of them {gaps[0]}",
                 "Fetch the backbone's files again, or give one whose files transformers can read.",

@@ -58,8 +58,13 @@ def export(store: Store, output: Path, rule: Rule, drop_ties: bool) -> dict[str,
         counts["ties"] += item.id in ties
         rows += made
         provenance.append(_provenance(item, mine, rule, len(made)))
-    if not rows:
+    if not provenance:
         raise UserError(f"{store.path} has no complete unit to export", "Label some first: see `serve`.")
+    if not rows:
+        raise UserError(
+            f"{store.path}: the rule {rule} makes no row of its {len(provenance)} complete units",
+            "Use --rule majority.",
+        )
     _write(output, {TRAIN_FILE: [row.published() for row in rows], PROVENANCE_FILE: provenance})
     return {"rows": len(rows), "units": len(provenance), **{name: counts[name] for name in ("incomplete", "ties")}}
 

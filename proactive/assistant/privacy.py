@@ -28,7 +28,7 @@ PRIVATE_TITLES = (
     r"passwords? (reset|manager|generator|vault)|passwort (ändern|vergessen|zurücksetzen)|mot de passe|contraseña|"
     r"(重置|修改|更改|忘记|找回|设置)密码",
     r"\b(one.time|verification|security|recovery|backup) codes?\b|\b(two.factor|2fa|otp)\b|验证码|驗證碼",
-    r"banking\b|\bpaypal\b|网上银行",
+    r"\bbank\b|banking\b|\bpaypal\b|网上银行",
 )
 _SECRETS = (
     (r"-----BEGIN [A-Z ]*PRIVATE KEY.*", "[key]"),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from callbacks.progress import counted
 from datamodules.errors import UserError
+from datamodules.files.append_log import OtherSettingsError
 from datamodules.files.run_folders import (
     ANSWERS_FILE,
     METRICS_FILE,
@@ -33,6 +34,8 @@ def evaluate_agent_command(options: "Namespace", arguments: Sequence[str]) -> No
     folder = output_folder(options.output, "evaluate", ANSWERS_FILE)
     try:
         record = run_until_signal(carry_out(evaluation, folder, partial(counted, quiet=options.quiet)))
+    except OtherSettingsError:
+        raise  # the same command would end in the same way
     except UserError as error:
         if not _remove_without_answers(folder, around):
             raise UserError(

@@ -57,7 +57,9 @@ def resumed_folder(root: str, name: str, ckpt_path: str | None) -> Path | None:
     if not path.is_file() and not is_sharded(path):
         raise UserError(
             f"--ckpt_path: there is no checkpoint {path}",
-            "Give a checkpoint, the folder of a cross-validation, or last.",
+            f"Give {last}."
+            if (last := path / CHECKPOINTS / LAST).exists()
+            else "Give a checkpoint, the folder of a cross-validation, or last.",
         )
     folder = path.parent.parent
     return folder if (folder / CONFIG_FILE).is_file() else None

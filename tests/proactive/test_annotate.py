@@ -95,7 +95,9 @@ def test_incomplete_units_stay_out_and_nothing_is_overwritten(call: Callable, tm
     with contextlib.closing(Store(project)) as store:
         one = store.annotator(store.invite("me"))
         assert one is not None
-        store.save(one.id, store.claim(one.id) or 0, UnitLabel((True, True), True), "form")
+        store.save(one.id, store.claim(one.id) or 0, UnitLabel((False, False), True), "form")
+    ended = call(annotate.main, "export", project, "--output", "root", "--rule", "published")
+    assert (ended.code, "the rule published makes no row of its 1 complete units" in ended.err) == (2, True), ended.err
     ended = call(annotate.main, "export", project, "--output", "root")
     assert "3 rows of 1 units\n2 units are not complete" in ended.out
     ended = call(annotate.main, "export", project, "--output", "root")

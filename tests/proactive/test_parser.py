@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from proactive import annotate, evaluate, export, fit, inspect, plan
+from proactive import annotate, evaluate, export, fit, inspect, live, plan
 from tests.proactive.conftest import Ended
 
 MISSPELLED: list[tuple[Any, list[str], str]] = [  # a command, its arguments, what was meant
@@ -79,6 +79,14 @@ def test_a_name_unlike_any_other_gets_no_suggestion(arguments: list[str], call: 
             ["--model.adapter.targets=3"],
             "model.adapter.targets: expected one of all-linear, or a list, got 3",
             "fit",
+        ),
+        (live, ["--tools", "rm"], "tools: expected one of save_draft, got rm", "live"),
+        (live, ["--privacy.exclude_apps=["], "privacy.exclude_apps: expected list, got [", "live"),
+        (
+            live,  # not: invalid choice: 'x' (choose from 'export')
+            ["--agnt.baseline", "x"],
+            "unrecognized arguments: --agnt.baseline; did you mean --agent.baseline?",
+            "live",
         ),
     ],
 )

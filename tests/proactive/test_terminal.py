@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -338,3 +339,20 @@ def test_a_library_that_sets_up_its_messages_when_it_is_imported_stays_quiet(cal
         print(logging.getLogger("lightning").level)
 
     assert call(main).out == f"{logging.WARNING}\n"
+
+
+def test_ctrl_c_while_python_exits_causes_no_traceback() -> None:
+    """The handler of a run that has ended would raise within another function that Python calls at its end."""
+    code = """
+import atexit, os, signal
+from proactive.terminal import run
+
+def main(arguments):
+    signal.signal(signal.SIGINT, lambda number, frame: 1 / 0)
+    atexit.register(os.kill, os.getpid(), signal.SIGINT)
+    raise SystemExit(5)
+
+run(main)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=HANG)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")

@@ -56,6 +56,16 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
     assert error.value.hint == "Install it: pip install --no-deps no-such-package==0.1.2"
 
 
+def test_the_folder_of_a_run_and_a_missing_folder_are_told(tmp_path: Path) -> None:
+    (tmp_path / "run" / "export").mkdir(parents=True)
+    with pytest.raises(UserError, match="run is the folder of a run") as error:
+        load_tokenizer(str(tmp_path / "run"))
+    assert error.value.hint == f"Give its export: {tmp_path}/run/export"
+    for missing in (str(tmp_path / "none"), "./no-such-folder", "~/no-such-folder"):
+        with pytest.raises(UserError, match=f"model.backbone: there is no folder or file {missing}"):
+            load_tokenizer(missing)
+
+
 def test_other_names_are_left_as_they_are() -> None:
     assert [backbone_source(name) for name in ("org/model", "./folder", "scratch")] == [
         "org/model",

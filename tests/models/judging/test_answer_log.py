@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datamodules.errors import UserError
+from datamodules.files.append_log import OtherSettingsError
 from models.judging.answer_log import AnswerLog
 from tests.datamodules.conftest import few_examples
 from tests.helpers import full_disk
@@ -65,6 +66,20 @@ def test_a_log_with_other_settings_is_refused_and_names_the_difference(tmp_path:
     with pytest.raises(UserError, match=r"was started with seed null, and now it is 1"):
         kept(path, {"model": "m", "temperature": 0.0, "seed": 1})
     assert path.read_bytes() == before
+
+
+def test_other_settings_are_named_also_if_entries_are_impossible_under_them(tmp_path: Path) -> None:
+    class OneModel(AnswerLog):
+        def take(self, entry: dict[str, object]) -> None:
+            raise ValueError("a decision that this model does not make")
+
+    path = tmp_path / "log.jsonl"
+    with AnswerLog().opened(path, {"model": "m"}) as log:
+        log.add("a", "text", "here")
+    with pytest.raises(OtherSettingsError, match="was started with model m, and now it is n"):
+        OneModel().opened(path, {"model": "n"}).__enter__()
+    with pytest.raises(UserError, match="or an older version wrote it"):
+        OneModel().opened(path, {"model": "m"}).__enter__()
 
 
 DEEP = b'{"settings": {"model": ' + b"[" * 101 + b"]" * 101 + b"}}\n"

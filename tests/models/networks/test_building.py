@@ -54,6 +54,11 @@ def small_llama(**changes: Any) -> NetworkOptions:
     return NetworkOptions("classifier", scratch=SMALL_LLAMA | changes)
 
 
+def test_a_classifier_is_no_language_model(saved: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match="saved0 is a classifier, not a language model"):
+        build_network(NetworkOptions("language model", str(saved)), tokenizer)
+
+
 def test_scratch_is_a_llama_with_a_few_million_parameters(tokenizer: PreTrainedTokenizerFast) -> None:
     model = build_network(NetworkOptions("classifier"), tokenizer)
     assert SCRATCH_CONFIG["model_type"] == model.config.model_type == "llama"

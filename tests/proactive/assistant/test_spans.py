@@ -56,6 +56,8 @@ def test_private_tabs_have_no_address_and_an_unclear_mark_counts_as_private() ->
     for mark in (True, "true", 1, "no"):
         assert contents(TAB, event(0, 1, url="https://a.example", title="A", incognito=mark)) == [Tab("A", None, True)]
     assert contents(TAB, event(0, 1, url="https://a.example/netbanking", title="A")) == [Tab("A", None, True)]
+    title = "Sign in - My Bank"
+    assert contents(TAB, event(0, 1, url="https://a.example", title=title)) == [Tab(title, None, True)]
 
 
 def test_spans_are_sorted_by_start_and_the_longest_of_one_start_counts() -> None:

@@ -529,9 +529,9 @@ def test_a_baseline_can_be_the_agent(baseline: str, call: Callable, tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "agent: expected one of --agent.checkpoint, --agent.traces, --agent.url, --agent.baseline, got 0"),
-        (["--agent.traces=t", "--agent.url=http://x"], "got 2"),
-        (["--agent.traces=t"], "judge: expected one of --judge.checkpoint, --judge.url, --judge.recorded, got 0"),
+        ([], "agent: expected one of --agent.checkpoint, --agent.traces, --agent.url, --agent.baseline, got none"),
+        (["--agent.traces=t", "--agent.url=http://x"], "got --agent.traces and --agent.url"),
+        (["--agent.traces=t"], "judge: expected one of --judge.checkpoint, --judge.url, --judge.recorded, got none"),
         (["--agent.url=http://x", "--judge.recorded"], "only recorded traces have judgments"),
         (["--agent.traces=t", "--judge.recorded", "--gate=g"], "--gate: recorded judgments have no verdict on null"),
         (["--agent.traces=t", "--judge.recorded", "--cost-ratio=1"], "--cost-ratio: there is no gate"),

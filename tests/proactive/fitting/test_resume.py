@@ -331,6 +331,14 @@ def test_a_run_is_not_resumed_with_other_rows(finished_run: FinishedRun, copied_
     other.write_text("".join(rows[:-1]))
     ended = call(fit.main, f"--ckpt_path={last(copied_run)}", f"--data.root={other.parents[1]}")
     assert (ended.code, "the training rows differ" in ended.err) == (2, True)
+    other.write_text("".join(rows[: len(rows) // 2]))  # its own tokenizer has fewer tokens, so no weight of them fits
+    ended = call(fit.main, f"--ckpt_path={last(copied_run)}", f"--data.root={other.parents[1]}")
+    assert (ended.code, "the training rows differ" in ended.err) == (2, True)
+
+
+def test_a_run_folder_in_place_of_its_checkpoint_is_told_the_checkpoint(copied_run: Path, call: Callable) -> None:
+    ended = call(fit.main, f"--ckpt_path={copied_run}")
+    assert ended.err == f"error: --ckpt_path: there is no checkpoint {copied_run}\n  help: Give {last(copied_run)}.\n"
 
 
 @pytest.mark.parametrize("task", TASKS)
