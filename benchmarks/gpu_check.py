@@ -28,7 +28,7 @@ from typing import Any
 import several_gpus
 import torch
 import yaml
-from gpu_recipe import SHAPE, SMALL, best_device, matrix_rate, measure, now
+from gpu_recipe import SHAPE, SMALL, matrix_rate, measure, now
 from jsonargparse import auto_cli
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
@@ -39,6 +39,7 @@ from rich.table import Table
 from datamodules.batching.reward_rows import RewardDataModule
 from datamodules.files.writing import write_atomically
 from models.decoding.branch_checks import branch_problem
+from models.judging.weights import best_device
 from models.learning.reward_classifier import RewardClassifier
 
 PACKAGES = ("torch", "transformers", "lightning", "triton", "bitsandbytes", "torchao", "flashoptim", "peft")

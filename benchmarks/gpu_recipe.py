@@ -328,11 +328,6 @@ def measure(
     }
 
 
-def best_device() -> torch.device:
-    """A GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def now() -> float:
     """The time when the device has done what it was given."""
     if torch.cuda.is_available():

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 import yaml
-from gpu_recipe import SHAPE, SMALL, best_device, now
+from gpu_recipe import SHAPE, SMALL, now
 from jsonargparse import auto_cli
 from torch import Tensor, nn
 
+from models.judging.weights import best_device
 from models.learning.adamw_8bit import AdamW8bit
 
 RATE = 1e-5  # learning rate

@@ -6,7 +6,6 @@ arguments of a class are not allowed, because calling them could run any code.
 """
 
 import re
-import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from types import ModuleType
@@ -24,6 +23,7 @@ set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylis
 _OPTION = re.compile(r'Parser key "(?P<name>[^"]*)"(?: element \d+)?:\s*(?P<said>.*)', re.DOTALL)
 _OF_PYDANTIC = re.compile(r"^\s*(?P<said>.*\S) \[type=\w+, input_value=", re.MULTILINE)
 _GIVEN = re.compile(r"(?:.*\n\s*Given value|.*?\. Got value): (?P<given>.*)", re.DOTALL)
+_CLASS = re.compile(r"Expected a <class '(?:[\w.]+\.)?(\w+)'>")
 _LITERAL = re.compile(r"Expected a typing\.Literal\[([^\]]*)\]")
 _SUBCOMMAND = "argument subcommand: invalid choice: "
 _UNKNOWN = re.compile(
@@ -50,19 +50,16 @@ _taken_out = ContextVar("_taken_out", default=False)
 class Parser(ArgumentParser):
     """A parser with errors of one line, which passes no functions to classes."""
 
-    _given: list[str]  # the arguments that are parsed
-
     def parse_args(self, *args: Any, **options: Any) -> Any:
         if _taken_out.get():
             raise _Built(self)
-        self._given = list(args[0]) if args and args[0] is not None else sys.argv[1:]
         return super().parse_args(*args, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if message.startswith(_SUBCOMMAND):
             # argparse takes the value of an unknown option for the subcommand.
             known = self._option_string_actions
-            unknown = (one for one in self._given if one.startswith("--") and one.partition("=")[0] not in known)
+            unknown = (one for one in self.args if one.startswith("--") and one.partition("=")[0] not in known)
             message = next((f"unrecognized arguments: {one}" for one in unknown), message)
         cause: BaseException | None = ex
         while cause is not None:
@@ -152,16 +149,16 @@ def best_reason(text: str) -> str:
         return f"expected one of {', '.join(named)}" + (", or a list" if "<class 'list'>" in text else "")
     tried = re.split(r"\n\s*- ", "\n" + text.partition("Errors:")[2].partition("\n  Given value")[0])[1:]
     if not tried:
-        return re.sub(r"Expected a <class '(?:[\w.]+\.)?(\w+)'>", _expected, one_line(text))
+        return _CLASS.sub(lambda found: f"expected {_kind(found[1])}", one_line(text))
     others = ("Expected a <class", "Not a valid subclass", "a class path", "a dict ")
     if telling := [one for one in tried if not one.startswith(others)]:
         return one_line(telling[0])
-    kinds = re.findall(r"Expected a <class '(?:[\w.]+\.)?(\w+)'>", "\n".join(tried))
-    return f"expected {' or '.join(kinds).replace('NoneType', 'null')}"
+    return f"expected {' or '.join(map(_kind, _CLASS.findall(' '.join(tried))))}"
 
 
-def _expected(found: re.Match[str]) -> str:
-    return f"expected {'list' if found[1] == 'Sequence' else found[1]}"
+def _kind(name: str) -> str:
+    """What the values of a class are called in YAML."""
+    return {"NoneType": "null", "Sequence": "list"}.get(name, name)
 
 
 def _said(message: str) -> str:

@@ -49,6 +49,8 @@ class SecondTensor(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> "SecondTensor":
+        if held.dtype in _missing:
+            raise TypeError(f"{device()} has no {held.dtype}")
         found = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             held.size(),
@@ -57,8 +59,6 @@ class SecondTensor(Tensor):
             dtype=held.dtype,
             device=device(),
         )
-        if held.dtype in _missing:
-            raise TypeError(f"{device()} has no {held.dtype}")
         found.held = held
         return found
 
@@ -146,15 +146,14 @@ def _run(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     if others and function not in MIXED:
         raise RuntimeError(f"{function}: a tensor {tuple(others[0].shape)} on {others[0].device}, not on {device()}")
     targets = [one for one in leaves if isinstance(one, torch.device)]
-    to_cpu = bool(tensors) and any(target.type == "cpu" for target in targets)
-    if function is aten.copy_.default and not isinstance(args[0], SecondTensor):
-        to_cpu = True
+    copies = function is aten.copy_.default
+    to_cpu = not isinstance(args[0], SecondTensor) if copies else tensors and any(t.type == "cpu" for t in targets)
     masks = function in INDEXING and any(one.dtype == torch.bool for one in args[1] if one is not None)
     if function in READS or to_cpu or masks:
         waits.append(f"{function} {_caller()}")
     found = function(*held_args, **held_kwargs)
     if to_cpu:
-        return args[0] if function is aten.copy_.default else found
+        return args[0] if copies else found
     known = {id(one.held): one for one in tensors if isinstance(one, SecondTensor)}  # in-place results are arguments
 
     def wrapped(one: Any) -> Any:

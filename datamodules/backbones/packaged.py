@@ -10,7 +10,7 @@ from datamodules.backbones.gguf import converted
 from datamodules.errors import UserError
 from datamodules.files.hub import check_hub_connection
 from datamodules.files.reading import file_digest, require_regular_files
-from datamodules.files.run_folders import EXPORT
+from datamodules.files.run_folders import CONFIG_FILE, EXPORT
 
 GGUF_SUFFIX = ".gguf"
 
@@ -88,7 +88,7 @@ def check_source(source: str) -> None:
     """
     path = Path(source)
     if path.is_dir():
-        if (export := path / EXPORT).is_dir():
+        if (path / CONFIG_FILE).is_file() and (export := path / EXPORT).is_dir():
             raise UserError(f"model.backbone: {source} is the folder of a run", f"Give its export: {export}")
         require_regular_files(path, "model.backbone")
     elif source.startswith((".", "/", "~")) and not path.exists():

@@ -353,17 +353,23 @@ class BackboneModule(NetworkModule):
             checkpoint["state_dict"] = {n: w for n, w in checkpoint["state_dict"].items() if n in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self._trainer and self._trainer.training:
-            # Lightning compares the data later, but with other data the weights may not fit.
-            data = self._trainer.datamodule  # type: ignore[attr-defined]
-            if saved := checkpoint.get(type(data).__qualname__):
-                data.load_state_dict(saved)
         own = self.state_dict()
         if self.base is not None:
             self.base.refuse_other(checkpoint.get("base"))
             trained = trained_names(self)
             own = {name: weight for name, weight in own.items() if name in trained}
         if "state_dict" in checkpoint:  # a sharded network has already read its part
-            with naming_file((self._trainer and self._trainer.ckpt_path) or ""):
-                refuse_other_tensors(checkpoint["state_dict"], own)
+            try:
+                with naming_file((self._trainer and self._trainer.ckpt_path) or ""):
+                    refuse_other_tensors(checkpoint["state_dict"], own)
+            except UserError:
+                self._refuse_other_data(checkpoint)
+                raise
         self.calibration = Calibration.of(checkpoint["calibration"])
+
+    def _refuse_other_data(self, checkpoint: dict[str, Any]) -> None:
+        """On a resume with other data, say so. Lightning compares the data only later."""
+        if self._trainer and self._trainer.training:
+            data = self._trainer.datamodule  # type: ignore[attr-defined]
+            if saved := checkpoint.get(type(data).__qualname__):
+                data.load_state_dict(saved)

@@ -300,9 +300,10 @@ def _rows_of(batch: Sequence[AgentBatch]) -> tuple[list[int], list[float]]:
     shares: list[float] = []
     for part in batch:
         share_R = part["weight"] * answer_lengths(part)  # the mean of an agent's step is over tokens
-        real = [(row, share) for row, share in zip(part["row"].tolist(), share_R.tolist(), strict=True) if share > 0]
-        rows += [row for row, _ in real]
-        shares += [share for _, share in real]
+        for row, share in zip(part["row"].tolist(), share_R.tolist(), strict=True):
+            if share > 0:
+                rows.append(row)
+                shares.append(share)
     return rows, shares
 
 

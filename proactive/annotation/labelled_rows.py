@@ -63,7 +63,7 @@ def export(store: Store, output: Path, rule: Rule, drop_ties: bool) -> dict[str,
     if not rows:
         raise UserError(
             f"{store.path}: the rule {rule} makes no row of its {len(provenance)} complete units",
-            "Use --rule majority.",
+            "Label more units, or give another --rule.",
         )
     _write(output, {TRAIN_FILE: [row.published() for row in rows], PROVENANCE_FILE: provenance})
     return {"rows": len(rows), "units": len(provenance), **{name: counts[name] for name in ("incomplete", "ties")}}

@@ -55,12 +55,9 @@ def resumed_folder(root: str, name: str, ckpt_path: str | None) -> Path | None:
         return Path(ckpt_path)
     path = recover(Path(ckpt_path))
     if not path.is_file() and not is_sharded(path):
-        raise UserError(
-            f"--ckpt_path: there is no checkpoint {path}",
-            f"Give {last}."
-            if (last := path / CHECKPOINTS / LAST).exists()
-            else "Give a checkpoint, the folder of a cross-validation, or last.",
-        )
+        last = path / CHECKPOINTS / LAST
+        given = str(last) if last.exists() else "a checkpoint, the folder of a cross-validation, or last"
+        raise UserError(f"--ckpt_path: there is no checkpoint {path}", f"Give {given}.")
     folder = path.parent.parent
     return folder if (folder / CONFIG_FILE).is_file() else None
 

@@ -58,6 +58,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
 
 def test_the_folder_of_a_run_and_a_missing_folder_are_told(tmp_path: Path) -> None:
     (tmp_path / "run" / "export").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").touch()
     with pytest.raises(UserError, match="run is the folder of a run") as error:
         load_tokenizer(str(tmp_path / "run"))
     assert error.value.hint == f"Give its export: {tmp_path}/run/export"
